@@ -1,0 +1,53 @@
+"""Hidden networks: random frozen weights, a learnt mask, one small file to share.
+
+`convert(model, k=0.3)` turns a network into a hidden one, `train` learns which weights take part, `save` and `load`
+move the result as a seed and one bit a weight. Names are imported when they are first used, so that `import
+popup_surgery` is light and the command line answers without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": (
+        "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
+        "RecipeError", "RunError", "UnknownName",
+    ),
+    "layers": ("Tracer",),
+    "surgery": ("Plan", "bake", "convert", "masks", "plan"),
+    "zoo": ("Architecture", "build"),
+    "artifact": ("inspect", "load", "save", "verify"),
+    "training": ("Recipe", "Result", "evaluate", "train"),
+}  # fmt: skip
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+__all__ = sorted(_HOME)  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from .artifact import inspect, load, save, verify
+    from .errors import (
+        ArtifactError,
+        ConversionError,
+        DataError,
+        MaskedWeightError,
+        NothingToConvert,
+        PopupError,
+        RecipeError,
+        RunError,
+        UnknownName,
+    )
+    from .layers import Tracer
+    from .surgery import Plan, bake, convert, masks, plan
+    from .training import Recipe, Result, evaluate, train
+    from .zoo import Architecture, build
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

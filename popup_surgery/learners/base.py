@@ -1,0 +1,51 @@
+"""What a learner is, and the product of a weight and its mask that all of them share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..selection import Selection
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class Learner(ABC):
+    """A way to learn which weights take part. Stateless: one instance serves every layer.
+
+    A learner draws a layer's first scores, turns the scores of a ranking group into masks, and says how a gradient
+    reaches a score.
+    """
+
+    @abstractmethod
+    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> NDArray[np.float32]:
+        """First scores of the weight with the stream name `name`: float32 [numel], row-major."""
+
+    @abstractmethod
+    def select(self, scores: Sequence[Tensor], kept: int) -> Selection:
+        """Masks for scores ranked together, float32 of any shape; `kept` weights of them all take part."""
+
+    @abstractmethod
+    def trace(self, scores: Sequence[Tensor], kept: int) -> Sequence[Tensor]:
+        """The masks of `select`, by operators alone, for compilers and tracers."""
+
+    @abstractmethod
+    def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        """The weight that the network computes with, differentiable in `score`: shape and dtype of `weight`."""
+
+
+def masked(weight: Tensor, mask: Tensor) -> Tensor:
+    """`weight` where `mask` is True and +0.0 elsewhere, never −0.0.
+
+    Args:
+        weight: any floating dtype, any shape.
+        mask: bool, the same shape.
+    """
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or weight.element_size() not in _INTEGERS:
+        return torch.where(mask, weight, 0.0)
+    # torch.where is not vectorised on the CPU: an integer product with 0 or 1 gives the same bits, 8 times as fast.
+    integer = _INTEGERS[weight.element_size()]
+    return mask.view(torch.int8).to(integer).mul_(weight.detach().view(integer)).view(weight.dtype)

@@ -1,0 +1,55 @@
+"""edge-popup: rank by |score|, gradient straight through the ranking (paper, section 3, equations 3 to 5)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..selection import Selection, select, select_op
+from ..streams import draw_scores
+from .base import Learner, masked
+
+
+class EdgePopup(Learner):
+    """w_eff = w · h(|s|), where h is 1 for the k share of a layer's largest |s| and 0 elsewhere.
+
+    Backward, straight through h: ∂L/∂s = ∂L/∂w_eff · w · sign(s), for kept and unkept weights alike. One score for
+    each weight, of its shape, always float32. Scores start as U(−1/√fan_in, 1/√fan_in). Exactly `kept` weights take
+    part, of equal scores the lower index, where the authors' code leaves ties to its sort.
+    """
+
+    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> NDArray[np.float32]:
+        return draw_scores(numel, fan_in, seed, name)
+
+    def select(self, scores: Sequence[Tensor], kept: int) -> Selection:
+        return select(scores, kept)
+
+    def trace(self, scores: Sequence[Tensor], kept: int) -> Sequence[Tensor]:
+        return select_op(list(scores), kept)
+
+    def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        return _StraightThrough.apply(weight, score, mask)
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return masked(weight, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        weight, score, mask = inputs
+        # the mask serves only a weight that learns too
+        ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        weight, score, mask = ctx.saved_tensors
+        for_score = (grad * weight).to(score.dtype) * score.sign() if ctx.needs_input_grad[1] else None
+        for_weight = torch.where(mask, grad, 0.0) if ctx.needs_input_grad[0] else None
+        return for_weight, for_score, None

@@ -1,0 +1,166 @@
+"""The one exact top-k by magnitude: which weights take part (paper, section 3; ties by the lower index).
+
+Magnitudes of float32 numbers order like their bit patterns without the sign, so everything here compares integers.
+On the CPU a sample brackets the threshold, one sweep over cache-sized pieces counts what lies above the bracket and
+collects what lies within, and only those few are partitioned (Floyd and Rivest, "Expected time bounds for selection",
+1975). On a GPU a radix select finds the threshold without the host knowing it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
+PIECE = 1 << 16  # elements a sweep holds in cache
+SAMPLE = 1 << 15
+
+Bits = NDArray[np.int32]
+
+
+def kept_count(n: int, k: float) -> int:
+    """How many of `n` weights a share `k` keeps: n − int((1 − k)·n), in float64."""
+    return n - int((1 - k) * n)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The masks of a group of scores, and on the CPU what it takes to tell that they still hold.
+
+    Attributes:
+        masks: bool, one for each score, of its shape and strides.
+        threshold: bit pattern of the smallest kept magnitude.
+        last: index, over the group's flattened scores in row-major order, of the last kept weight at the threshold.
+    """
+
+    masks: tuple[Tensor, ...]
+    threshold: int
+    last: int
+
+    def holds(self, scores: Sequence[Tensor]) -> bool:
+        """Whether `select(scores)` would give these masks again, exactly; about a quarter of a selection's work.
+
+        A group off the CPU is never said to hold: the answer would make the host wait for the device.
+        """
+        if len(scores) != len(self.masks):
+            return False
+        start = 0
+        for score, mask in zip(scores, self.masks, strict=True):
+            if score.device.type != "cpu" or mask.device.type != "cpu" or score.shape != mask.shape:
+                return False
+            bits, kept = _bits(score), mask.contiguous().view(-1).numpy()
+            ties = min(max(self.last + 1 - start, 0), len(bits))  # up to here a tie is kept, after it dropped
+            for part, threshold in ((slice(0, ties), self.threshold), (slice(ties, None), self.threshold + 1)):
+                for piece, known in zip(_pieces(bits[part]), _pieces(kept[part]), strict=True):
+                    if not np.array_equal((piece & MAGNITUDE) >= threshold, known):
+                        return False
+            start += len(bits)
+        return True
+
+
+def select(scores: Sequence[Tensor], kept: int) -> Selection:
+    """Keep exactly `kept` of the group's weights: those with the largest |score|, of equal ones the lower index.
+
+    Args:
+        scores: float32 tensors of any shape and strides, ranked together in this order.
+        kept: 0 … the number of all elements.
+
+    Never sorts. A NaN ranks above infinity.
+
+    Raises:
+        ValueError: a score is not float32, or `kept` is out of range.
+    """
+    total = sum(score.numel() for score in scores)
+    if any(score.dtype != torch.float32 for score in scores):
+        raise ValueError(f"scores are ranked in float32, not {[str(score.dtype) for score in scores]}")
+    if not 0 <= kept <= total:
+        raise ValueError(f"kept is {kept}; expected 0 to {total}, the number of scores")
+    if all(score.device.type == "cpu" for score in scores):
+        return _select_on_host(scores, kept, total)
+    return Selection(tuple(_select_on_device(scores, kept, total)), threshold=-1, last=-1)
+
+
+@torch.library.custom_op("popup_surgery::select", mutates_args=())
+def select_op(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """`select(scores, kept).masks` as one operator that compilers and tracers take whole."""
+    return list(select(scores, kept).masks)
+
+
+@select_op.register_fake
+def _(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    return [torch.empty_like(score, dtype=torch.bool) for score in scores]
+
+
+def _bits(score: Tensor) -> Bits:
+    return score.detach().contiguous().view(-1).view(torch.int32).numpy()
+
+
+def _pieces(array: NDArray) -> list[NDArray]:
+    return [array[i : i + PIECE] for i in range(0, len(array), PIECE)]
+
+
+def _select_on_host(scores: Sequence[Tensor], kept: int, total: int) -> Selection:
+    arrays = [_bits(score) for score in scores]
+    if kept in (0, total):
+        threshold, last = (0, total - 1) if kept else (MAGNITUDE, -1)
+        return Selection(tuple(torch.full_like(s, kept > 0, dtype=torch.bool) for s in scores), threshold, last)
+    step = total // SAMPLE | 1  # odd, so that it does not walk along one channel
+    sample = np.concatenate([a[::step] for a in arrays]) & MAGNITUDE
+    place = len(sample) * (total - kept) / total
+    margin = 0 if step == 1 else 4 * (len(sample) * (kept / total) * (1 - kept / total)) ** 0.5 + 1
+    low, high = (min(max(int(place + m), 0), len(sample) - 1) for m in (-margin, margin))
+    bracket = np.partition(sample, [low, high])[[low, high]]
+    found = _sweep(arrays, kept, *bracket)
+    if found is None:  # the sample misled, or there was none: take the exact threshold as the bracket
+        exact = np.partition(np.concatenate(arrays) & MAGNITUDE, total - kept)[total - kept]
+        found = _sweep(arrays, kept, exact, exact)
+        assert found is not None
+    flat, threshold, last = found
+    masks, start = [], 0
+    for score in scores:
+        mask = torch.from_numpy(flat[start : start + score.numel()]).view(score.shape)
+        masks.append(torch.empty_like(score, dtype=torch.bool).copy_(mask))
+        start += score.numel()
+    return Selection(tuple(masks), threshold, last)
+
+
+def _sweep(arrays: list[Bits], kept: int, low: np.int32, high: np.int32) -> tuple[NDArray[np.bool_], int, int] | None:
+    """The mask over all arrays, given that the threshold lies in low … high; None where it does not."""
+    flat = np.empty(sum(map(len, arrays)), bool)
+    start, above = 0, 0
+    near_bits, near_index = [], []
+    for piece in (piece for array in arrays for piece in _pieces(array)):
+        bits, mask = piece & MAGNITUDE, flat[start : start + len(piece)]
+        np.greater(bits, high, out=mask)
+        above += np.count_nonzero(mask)
+        index = np.flatnonzero((bits - low).view(np.uint32) <= np.uint32(high - low))
+        near_bits.append(bits[index])
+        near_index.append(index + start)
+        start += len(piece)
+    bits, index, needed = np.concatenate(near_bits), np.concatenate(near_index), kept - above
+    if not 0 < needed <= len(bits):
+        return None
+    threshold = np.partition(bits, len(bits) - needed)[len(bits) - needed]
+    over = index[bits > threshold]
+    ties = index[bits == threshold][: needed - len(over)]
+    flat[over] = True
+    flat[ties] = True
+    return flat, int(threshold), int(ties[-1])
+
+
+def _select_on_device(scores: Sequence[Tensor], kept: int, total: int) -> list[Tensor]:
+    if kept in (0, total):
+        return [torch.full_like(score, kept > 0, dtype=torch.bool) for score in scores]
+    device = scores[0].device
+    bits = torch.cat([s.detach().contiguous().view(-1).view(torch.int32).to(device) for s in scores]) & MAGNITUDE
+    if kept <= total // 2:
+        threshold = bits.topk(kept, sorted=False).values.amin()
+    else:
+        threshold = bits.topk(total - kept + 1, largest=False, sorted=False).values.amax()
+    above, ties = bits > threshold, bits == threshold
+    flat = above | (ties & (ties.cumsum(0) <= kept - above.sum()))
+    parts = flat.split([score.numel() for score in scores])
+    return [torch.empty_like(s, dtype=torch.bool).copy_(part.view(s.shape)) for s, part in zip(scores, parts, strict=True)]

@@ -1,0 +1,53 @@
+"""Weight schemes: which distribution a layer's weights come from, and how wide it is (paper, section 4)."""
+
+import math
+from dataclasses import dataclass
+
+from .errors import unknown
+from .streams import DISTRIBUTIONS
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A distribution and the fan that sets its standard deviation √(2 / fan), 2 being the squared gain of ReLU.
+
+    Args:
+        distribution: a key of `streams.DISTRIBUTIONS`.
+        xavier: the fan is fan_in + fan_out; else it is fan_in (Kaiming).
+    """
+
+    distribution: str
+    xavier: bool = False
+
+    def std(self, fan_in: float, fan_out: float, k: float, scaled: bool) -> float:
+        """Standard deviation in float64; `scaled` multiplies it by √(1/k), which keeps a layer's output variance."""
+        std = math.sqrt(2.0 / (fan_in + fan_out if self.xavier else fan_in))
+        return std * math.sqrt(1.0 / k) if scaled else std
+
+
+SCHEMES: dict[str, Scheme] = {}
+
+
+def register_scheme(name: str, scheme: Scheme) -> None:
+    """Make `scheme` known as `name`; a name or a distribution that clashes fails at once."""
+    if name in SCHEMES:
+        raise ValueError(f"the scheme {name!r} is registered already")
+    if scheme.distribution not in DISTRIBUTIONS:
+        raise unknown("distribution", scheme.distribution, DISTRIBUTIONS)
+    SCHEMES[name] = scheme
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme called `name`; `UnknownName` lists the nearest."""
+    if name not in SCHEMES:
+        raise unknown("scheme", name, SCHEMES)
+    return SCHEMES[name]
+
+
+register_scheme("signed_kaiming_constant", Scheme("signed_constant"))
+register_scheme("unsigned_kaiming_constant", Scheme("unsigned_constant"))
+register_scheme("kaiming_normal", Scheme("normal"))
+register_scheme("kaiming_uniform", Scheme("uniform"))
+register_scheme("xavier_normal", Scheme("normal", xavier=True))
+register_scheme("xavier_uniform", Scheme("uniform", xavier=True))
+register_scheme("signed_xavier_constant", Scheme("signed_constant", xavier=True))
