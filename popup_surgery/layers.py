@@ -112,7 +112,7 @@ class Slot:
         if torch.compiler.is_compiling():
             mask = learner.trace([s.detach() for s in self.ranking.scores()], self.ranking.kept)[self.index]
             return learner.effective(weight, score, mask)
-        if torch.fx._symbolic_trace.is_fx_tracing():
+        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
             raise MaskedWeightError(
                 f"{name} of {type(module).__name__} was read by a torch.fx tracer, which would freeze its mask; trace "
                 "with popup_surgery.Tracer, which takes masked layers as leaves, or trace bake(model)"

@@ -6,6 +6,7 @@ NumPy alone, so that the values depend on no device, library default or order of
 import hashlib
 import math
 import statistics
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -15,9 +16,11 @@ from .errors import ConversionError
 
 PERSON = b"popup-surgery/v1"
 QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
-PURPOSES = ("weight", "other", "score")
+PIECE = 1 << 20  # elements made at a time; a multiple of 64, so that pieces meet at whole words
 
+Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Values = Callable[[Bytes, int], Floats]
 
 
 def check_seed(seed: object) -> int:
@@ -27,13 +30,10 @@ def check_seed(seed: object) -> int:
     return int(seed)
 
 
-def stream(seed: int, purpose: str, name: str, count: int) -> NDArray[np.uint8]:
-    """The first `count` bytes of the stream of tensor `name`: uint8 [count] (Philox4x64-10 under a BLAKE2b key)."""
-    text = f"{seed}/{purpose}/{name}".encode()
-    digest = hashlib.blake2b(text, digest_size=16, person=PERSON).digest()
-    philox = np.random.Philox(key=np.frombuffer(digest, "<u8"))
-    words = philox.random_raw(-(-count // 8))
-    return words.astype("<u8", copy=False).view(np.uint8)[:count]
+def words(seed: int, purpose: str, name: str) -> np.random.Philox:
+    """The generator of a tensor's words: Philox4x64-10 under a BLAKE2b key of the seed, the purpose and the name."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=16, person=PERSON).digest()
+    return np.random.Philox(key=np.frombuffer(digest, "<u8"))
 
 
 @lru_cache(maxsize=1)
@@ -46,16 +46,8 @@ def quantiles() -> Floats:
     return table
 
 
-def _symmetric(bound: float, numel: int, seed: int, purpose: str, name: str) -> Floats:
-    u = stream(seed, purpose, name, 4 * numel).view("<u4") >> np.uint32(8)
-    steps = (2 * u.astype(np.int32) + np.int32(1 - 2**24)).astype(np.float32)
-    steps *= np.float32(2**-24)  # exact, so that the one rounding is the next product's
-    steps *= np.float32(bound)
-    return steps
-
-
-def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, name: str) -> Floats:
-    """Values of one tensor: float32 [numel], row-major.
+def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, name: str) -> Iterator[Floats]:
+    """The values of one tensor in row-major order, in pieces of float32 [at most PIECE].
 
     Args:
         distribution: a key of `DISTRIBUTIONS`.
@@ -63,34 +55,54 @@ def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, nam
         purpose: `weight`, `other` or `score`.
         name: the tensor's stream name.
     """
-    return DISTRIBUTIONS[distribution](numel, std, seed, purpose, name)
+    bits, values = DISTRIBUTIONS[distribution]
+    return _pieces(numel, bits, values(std), words(seed, purpose, name))
 
 
-def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Floats:
-    """Initial scores, U(−1/√fan_in, 1/√fan_in): float32 [numel] (Kaiming uniform with a = √5, as the authors')."""
-    return _symmetric(1.0 / math.sqrt(fan_in), numel, seed, "score", name)
+def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Floats]:
+    """Initial scores, U(−1/√fan_in, 1/√fan_in), in pieces as `draw`'s (Kaiming uniform with a = √5, as the authors')."""
+    return _pieces(numel, 32, _symmetric(1.0 / math.sqrt(fan_in)), words(seed, "score", name))
 
 
-def _signed_constant(numel: int, std: float, seed: int, purpose: str, name: str) -> Floats:
-    bits = np.unpackbits(stream(seed, purpose, name, -(-numel // 8)), count=numel, bitorder="little")
-    return np.array([-std, std], np.float32)[bits]
+def _pieces(numel: int, bits: int, values: Values, generator: np.random.Philox) -> Iterator[Floats]:
+    for start in range(0, numel, PIECE):
+        count = min(PIECE, numel - start)
+        raw = generator.random_raw(-(-count * bits // 64)) if bits else np.empty(0, np.uint64)
+        yield values(raw.astype("<u8", copy=False).view(np.uint8), count)
 
 
-def _unsigned_constant(numel: int, std: float, seed: int, purpose: str, name: str) -> Floats:
-    return np.full(numel, std, np.float32)
+def _symmetric(bound: float) -> Values:
+    def values(raw: Bytes, count: int) -> Floats:
+        u = raw.view("<u4")[:count] >> np.uint32(8)
+        steps = (2 * u.astype(np.int32) + np.int32(1 - 2**24)).astype(np.float32)
+        steps *= np.float32(2**-24)  # exact, so that the one rounding is the next product's
+        steps *= np.float32(bound)
+        return steps
+
+    return values
 
 
-def _normal(numel: int, std: float, seed: int, purpose: str, name: str) -> Floats:
-    return quantiles()[stream(seed, purpose, name, 2 * numel).view("<u2")] * np.float32(std)
+def _signed_constant(std: float) -> Values:
+    pair = np.array([-std, std], np.float32)
+    return lambda raw, count: pair[np.unpackbits(raw, count=count, bitorder="little")]
 
 
-def _uniform(numel: int, std: float, seed: int, purpose: str, name: str) -> Floats:
-    return _symmetric(std * math.sqrt(3.0), numel, seed, purpose, name)
+def _unsigned_constant(std: float) -> Values:
+    return lambda raw, count: np.full(count, std, np.float32)
 
 
-DISTRIBUTIONS = {
-    "signed_constant": _signed_constant,
-    "unsigned_constant": _unsigned_constant,
-    "normal": _normal,
-    "uniform": _uniform,
+def _normal(std: float) -> Values:
+    return lambda raw, count: quantiles()[raw.view("<u2")[:count]] * np.float32(std)
+
+
+def _uniform(std: float) -> Values:
+    return _symmetric(std * math.sqrt(3.0))
+
+
+# bits that an element takes from the stream, and the values that a standard deviation makes of the bytes
+DISTRIBUTIONS: dict[str, tuple[int, Callable[[float], Values]]] = {
+    "signed_constant": (1, _signed_constant),
+    "unsigned_constant": (0, _unsigned_constant),
+    "normal": (16, _normal),
+    "uniform": (32, _uniform),
 }

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import ConversionError, NothingToConvert, nearest
 from .kinds import Fans, kind_of
+from .filling import fill
 from .layers import Ranking, Slot, _Hold, is_masked, score_name, slots_of, swap, unswap
 from .learners import get_learner
 from .rest import GENERATED, Generated, Treatment, treatment
@@ -355,7 +356,7 @@ def _apply(core: nn.Module, planned: Plan) -> None:
         assert raw is not None
         score = torch.empty_like(raw, dtype=torch.float32, requires_grad=False)
         drawn = get_learner(planned.learner).initial_scores(weight.numel, weight.fan_in, planned.seed, weight.key)
-        scores.append(nn.Parameter(_fill(score, drawn)))
+        scores.append(nn.Parameter(fill(score, drawn)))
 
     shared = Ranking(planned.learner, kept_count(planned.weights, planned.masked[0].k))
     if planned.scope == "global":
@@ -397,9 +398,4 @@ def _apply(core: nn.Module, planned: Plan) -> None:
 def _draw(module: nn.Module, name: str, distribution: str, std: float, seed: int, purpose: str, stream: str) -> None:
     tensor = module._parameters[name]
     assert tensor is not None
-    _fill(tensor, draw(distribution, tensor.numel(), std, seed, purpose, stream))
-
-
-def _fill(tensor: Tensor, values) -> Tensor:
-    with torch.no_grad():
-        return tensor.copy_(torch.from_numpy(values).view(tensor.shape))
+    fill(tensor, draw(distribution, tensor.numel(), std, seed, purpose, stream))

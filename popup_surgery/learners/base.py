@@ -1,7 +1,7 @@
 """What a learner is, and the product of a weight and its mask that all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,8 +21,8 @@ class Learner(ABC):
     """
 
     @abstractmethod
-    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> NDArray[np.float32]:
-        """First scores of the weight with the stream name `name`: float32 [numel], row-major."""
+    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
+        """First scores of the weight with the stream name `name`, row-major, in pieces of float32."""
 
     @abstractmethod
     def select(self, scores: Sequence[Tensor], kept: int) -> Selection:
