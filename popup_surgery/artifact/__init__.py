@@ -1,0 +1,8 @@
+"""The popup artifact: a seed and one bit per weight in a safetensors file. Format: docs/artifact-format.md."""
+
+from .manifest import Manifest
+from .reader import inspect, load, verify
+from .verification import Verification
+from .writer import save
+
+__all__ = ["Manifest", "Verification", "inspect", "load", "save", "verify"]

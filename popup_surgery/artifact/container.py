@@ -1,0 +1,121 @@
+"""The safetensors file itself, read without trust: header first, and nothing allocated that the file does not hold."""
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import ArtifactError
+from .strict import parse
+
+HEADER_LIMIT = 16 << 20
+DIMENSIONS_LIMIT = 64  # as NumPy's and PyTorch's
+METADATA = "popup_surgery"
+
+# safetensors' names of dtypes
+DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+    "C64": torch.complex64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor of the file: dtype by safetensors' name, shape, and where its bytes lie in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Container:
+    """A checked header: the manifest's text, the tensors by name, and where the data begins."""
+
+    manifest: str
+    tensors: dict[str, Stored]
+    data_start: int
+
+
+def element_count(shape: Any, what: str) -> int:
+    """Product of a shape from a file, each of whose sizes must be a non-negative integer."""
+    if not isinstance(shape, list) or len(shape) > DIMENSIONS_LIMIT:
+        raise ArtifactError(f"{what}: the shape is no list of at most {DIMENSIONS_LIMIT} sizes")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise ArtifactError(f"{what}: the shape is {shape}; expected integers from 0")
+    return math.prod(shape)
+
+
+def read_header(file: BinaryIO) -> Container:
+    """Read and check the header alone, from the beginning of `file`.
+
+    Raises:
+        ArtifactError: this is no safetensors file, or not one that holds a popup artifact and nothing else.
+    """
+    size = os.fstat(file.fileno()).st_size
+    prefix = file.read(8)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        raise ArtifactError(f"the file ends before its header does ({size} bytes); it is truncated or no safetensors file")
+    if length > HEADER_LIMIT:
+        raise ArtifactError(f"the header has {length:,} bytes; expected at most {HEADER_LIMIT:,}")
+    header = parse(file.read(length), "the header")
+    if not isinstance(header, dict):
+        raise ArtifactError("the header is no JSON object; expected a safetensors file")
+    metadata = header.pop("__metadata__", None)
+    if not isinstance(metadata, dict) or list(metadata) != [METADATA] or not isinstance(metadata[METADATA], str):
+        raise ArtifactError(f"`__metadata__` does not hold {METADATA!r} alone; this is no popup artifact")
+    tensors = {name: _stored(name, entry) for name, entry in header.items()}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != end:
+            raise ArtifactError(f"tensor {name!r} begins at byte {tensor.start} of the data; expected {end}")
+        end = tensor.stop
+    if end != size - 8 - length:
+        raise ArtifactError(f"the data has {size - 8 - length} bytes, the tensors need {end}; the file is damaged")
+    return Container(metadata[METADATA], tensors, 8 + length)
+
+
+def _stored(name: str, entry: Any) -> Stored:
+    what = f"tensor {name!r}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ArtifactError(f"{what}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ArtifactError(f"{what}: the dtype is {str(dtype)[:40]!r}; expected one of {', '.join(DTYPES)}")
+    count = element_count(shape, what)
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(o) is int and o >= 0 for o in offsets):
+        raise ArtifactError(f"{what}: data_offsets are not two integers from 0")
+    start, stop = offsets
+    if stop - start != count * DTYPES[dtype].itemsize:
+        raise ArtifactError(f"{what}: {stop - start} bytes lie there; {dtype} {shape} needs {count * DTYPES[dtype].itemsize}")
+    return Stored(dtype, tuple(shape), start, stop)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """`path` opened to read bytes; an `ArtifactError` says why it cannot be."""
+    try:
+        if not Path(path).is_file():
+            raise ArtifactError("there is no such file" if not Path(path).exists() else "this is no file")
+        return open(path, "rb")
+    except OSError as error:
+        raise ArtifactError(f"cannot be read: {error.strerror or error}") from error

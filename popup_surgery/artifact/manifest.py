@@ -1,0 +1,300 @@
+"""The manifest: what each tensor of the network is, checked key by key (docs/artifact-format.md, section 2)."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..errors import ArtifactError
+from ..streams import DISTRIBUTIONS
+from ..zoo import Architecture
+from .container import DTYPES, element_count
+from .strict import canonical, parse
+
+FORMAT = "popup-surgery"
+VERSION = 1
+MANIFEST_LIMIT = 8 << 20
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
+
+    `kept` is the number of ones in its mask, None where the tensor is not masked. `note` informs: scheme, scaled, k, fan_in.
+    """
+
+    name: str
+    stream: str
+    shape: tuple[int, ...]
+    dtype: str
+    distribution: str
+    std: float
+    kept: int | None = None
+    note: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def text(self) -> dict[str, Any]:
+        """As the manifest has it."""
+        entry = {"name": self.name, "stream": self.stream, "shape": list(self.shape), "dtype": self.dtype}
+        entry |= {"distribution": self.distribution, "std": self.std, **self.note}
+        return entry if self.kept is None else entry | {"kept": self.kept, "encoding": "bitpack"}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A tensor all of whose elements are `value`."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    value: bool | int | float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The first values of the network's output for a drawn input, and their relative tolerance."""
+
+    shape: tuple[int, ...]
+    output: tuple[float, ...]
+    rtol: float
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a popup artifact says about its network. `text()` is the JSON object without its digest."""
+
+    architecture: Architecture
+    seed: int
+    masked: tuple[Drawn, ...]
+    generated: tuple[Drawn, ...]
+    constants: dict[str, Constant]
+    aliases: dict[str, str]
+    masks_sha256: str
+    weights_sha256: str
+    tensors_sha256: str
+    provenance: dict[str, Any]
+    probe: Probe | None = None
+
+    @property
+    def weights(self) -> int:
+        """How many weights are masked."""
+        return sum(entry.numel for entry in self.masked)
+
+    @property
+    def kept(self) -> int:
+        """How many of them take part."""
+        return sum(entry.kept or 0 for entry in self.masked)
+
+    def text(self) -> dict[str, Any]:
+        """The JSON object, `manifest_sha256` included."""
+        architecture = self.architecture
+        manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "requires": [],
+            "architecture": {
+                "library": architecture.library,
+                "version": architecture.version,
+                "name": architecture.name,
+                "kwargs": architecture.kwargs,
+            },
+            "seed": str(self.seed),
+            "masked": [entry.text() for entry in self.masked],
+            "generated": [entry.text() for entry in self.generated],
+            "constants": {
+                name: {"shape": list(c.shape), "dtype": c.dtype, "value": c.value} for name, c in self.constants.items()
+            },
+            "aliases": self.aliases,
+            "masks_sha256": self.masks_sha256,
+            "weights_sha256": self.weights_sha256,
+            "tensors_sha256": self.tensors_sha256,
+            "provenance": self.provenance,
+        }
+        if self.probe is not None:
+            probe = self.probe
+            manifest["probe"] = {"shape": list(probe.shape), "output": list(probe.output), "rtol": probe.rtol}
+        return manifest | {"manifest_sha256": hashlib.sha256(canonical(manifest).encode()).hexdigest()}
+
+
+def read_manifest(text: str) -> Manifest:
+    """The manifest of a file, every key checked.
+
+    Raises:
+        ArtifactError: names the key, its value and what was expected.
+    """
+    raw = text.encode(errors="surrogatepass")
+    if len(raw) > MANIFEST_LIMIT:
+        raise ArtifactError(f"the manifest has {len(raw):,} bytes; expected at most {MANIFEST_LIMIT:,}")
+    manifest = parse(raw, "the manifest")
+    if not isinstance(manifest, dict):
+        raise ArtifactError("the manifest is no JSON object")
+    if manifest.get("format") != FORMAT:
+        raise ArtifactError(f"format is {_short(manifest.get('format'))}; expected {FORMAT!r}")
+    version = _get(manifest, "format_version", "an integer", lambda v: type(v) is int)
+    if version != VERSION:
+        raise ArtifactError(f"format_version is {version}; this reader knows {VERSION}")
+    if requires := _get(manifest, "requires", "a list of strings", _strings):
+        raise ArtifactError(f"the file requires {', '.join(map(_short, requires[:3]))}, which this reader does not know")
+    if canonical(manifest) != text:
+        raise ArtifactError("the manifest is not in its canonical form")
+    digest = _get(manifest, "manifest_sha256", "a SHA-256", _sha256)
+    rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    if hashlib.sha256(canonical(rest).encode()).hexdigest() != digest:
+        raise ArtifactError("manifest_sha256 does not match: the manifest is damaged")
+
+    seed = _get(manifest, "seed", "a decimal string", lambda v: isinstance(v, str) and _SEED.fullmatch(v))
+    if int(seed) >= 2**64:
+        raise ArtifactError(f"seed is {seed}; expected at most 2**64 - 1")
+    architecture = _get(manifest, "architecture", "an object", lambda v: isinstance(v, dict))
+    for key in ("library", "version", "name"):
+        _get(architecture, key, "a string", lambda v: isinstance(v, str), "architecture.")
+    _get(architecture, "kwargs", "an object", lambda v: isinstance(v, dict), "architecture.")
+    if "base" in manifest:
+        raise ArtifactError("the weights come from a pretrained base, which this version does not read")
+    result = Manifest(
+        architecture=Architecture(
+            architecture["library"], architecture["name"], architecture["kwargs"], architecture["version"]
+        ),
+        seed=int(seed),
+        masked=tuple(_drawn(e, f"masked[{i}]", True) for i, e in enumerate(_list(manifest, "masked"))),
+        generated=tuple(_drawn(e, f"generated[{i}]", False) for i, e in enumerate(_list(manifest, "generated"))),
+        constants={name: _constant(name, entry) for name, entry in _object(manifest, "constants").items()},
+        aliases=_object(manifest, "aliases"),
+        masks_sha256=_get(manifest, "masks_sha256", "a SHA-256", _sha256),
+        weights_sha256=_get(manifest, "weights_sha256", "a SHA-256", _sha256),
+        tensors_sha256=_get(manifest, "tensors_sha256", "a SHA-256", _sha256),
+        provenance=_object(manifest, "provenance"),
+        probe=_probe(manifest["probe"]) if "probe" in manifest else None,
+    )
+    _check_names(result)
+    return result
+
+
+def exact(value: Any, dtype: str) -> bool:
+    """Whether a JSON value is exactly an element of `dtype`: of its type, finite, in range, unrounded, not −0.0."""
+    if dtype == "BOOL":
+        return type(value) is bool
+    torch_dtype = DTYPES[dtype]
+    if torch_dtype.is_complex:
+        return False
+    if not torch_dtype.is_floating_point:
+        limits = torch.iinfo(torch_dtype)
+        return type(value) is int and limits.min <= value <= limits.max
+    if type(value) is not float or math.copysign(1.0, value) < 0 and value == 0:
+        return False
+    return float(torch.tensor(value, dtype=torch.float64).to(torch_dtype)) == value
+
+
+_SEED = re.compile("0|[1-9][0-9]{0,19}")
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _sha256(value: Any) -> bool:
+    return isinstance(value, str) and bool(_SHA256.fullmatch(value))
+
+
+def _strings(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _get(holder: dict[str, Any], key: str, expected: str, holds: Callable[[Any], Any], where: str = "") -> Any:
+    if key not in holder:
+        raise ArtifactError(f"the manifest has no {where}{key}; expected {expected}")
+    if not holds(holder[key]):
+        raise ArtifactError(f"{where}{key} is {_short(holder[key])}; expected {expected}")
+    return holder[key]
+
+
+def _list(manifest: dict[str, Any], key: str) -> list[Any]:
+    return _get(manifest, key, "a list", lambda v: isinstance(v, list))
+
+
+def _object(manifest: dict[str, Any], key: str) -> dict[str, Any]:
+    return _get(manifest, key, "an object", lambda v: isinstance(v, dict))
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"{where} is {_short(entry)}; expected an object")
+
+    def get(key: str, expected: str, holds: Callable[[Any], Any]) -> Any:
+        return _get(entry, key, expected, holds, f"{where}.")
+
+    name = get("name", "a string", lambda v: isinstance(v, str))
+    numel = element_count(entry.get("shape"), f"{where} ({name!r})")
+    if numel == 0:
+        raise ArtifactError(f"{where} ({name!r}) has the shape {entry['shape']}; expected positive sizes")
+    dtype = get("dtype", "a dtype's name", lambda v: isinstance(v, str) and v in DTYPES)
+    if not DTYPES[dtype].is_floating_point:
+        raise ArtifactError(f"{where}.dtype is {dtype!r}; expected a floating one, for drawn values")
+    informing: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "scheme": ("a string", lambda v: isinstance(v, str)),
+        "scaled": ("true or false", lambda v: isinstance(v, bool)),
+        "k": ("a number", _number),
+        "fan_in": ("a number", _number),
+    }
+    if masked:
+        get("encoding", "'bitpack', the one encoding that this reader knows", lambda v: v == "bitpack")
+    return Drawn(
+        name=name,
+        stream=get("stream", "a string", lambda v: isinstance(v, str)),
+        shape=tuple(entry["shape"]),
+        dtype=dtype,
+        distribution=get("distribution", f"one of {', '.join(DISTRIBUTIONS)}", lambda v: _known(v, DISTRIBUTIONS)),
+        std=get("std", "a float above 0", lambda v: type(v) is float and v > 0),
+        kept=get("kept", f"an integer from 0 to {numel}", lambda v: type(v) is int and 0 <= v <= numel) if masked else None,
+        note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
+    )
+
+
+def _known(value: Any, names: Any) -> bool:
+    return isinstance(value, str) and value in names
+
+
+def _constant(name: str, entry: Any) -> Constant:
+    what = f"constants[{name!r}]"
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"{what} is {_short(entry)}; expected an object")
+    if element_count(entry.get("shape"), what) == 0:
+        raise ArtifactError(f"{what} has the shape {entry['shape']}; an empty tensor is no constant")
+    dtype = _get(entry, "dtype", "a dtype's name", lambda v: _known(v, DTYPES), f"{what}.")
+    value = _get(entry, "value", f"a finite value that is exact in {dtype}", lambda v: exact(v, dtype), f"{what}.")
+    return Constant(tuple(entry["shape"]), dtype, value)
+
+
+def _probe(entry: Any) -> Probe:
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"probe is {_short(entry)}; expected an object")
+    if element_count(entry.get("shape"), "probe") == 0:
+        raise ArtifactError(f"probe has the shape {entry['shape']}; expected positive sizes")
+    floats: Callable[[Any], bool] = lambda v: isinstance(v, list) and bool(v) and all(map(_number, v))  # noqa: E731
+    output = _get(entry, "output", "a list of numbers", floats, "probe.")
+    rtol = _get(entry, "rtol", "a number above 0", lambda v: _number(v) and v > 0, "probe.")
+    return Probe(tuple(entry["shape"]), tuple(map(float, output)), float(rtol))
+
+
+def _check_names(manifest: Manifest) -> None:
+    names = [entry.name for entry in (*manifest.masked, *manifest.generated)]
+    names += [*manifest.constants, *manifest.aliases]
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ArtifactError(f"{twice!r} stands in the manifest twice; each state_dict key belongs in one place")
+    for name, target in manifest.aliases.items():
+        if not isinstance(target, str) or target in manifest.aliases:
+            raise ArtifactError(f"aliases[{name!r}] is {_short(target)}; expected a key that is itself no alias")

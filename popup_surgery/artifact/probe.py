@@ -1,0 +1,39 @@
+"""The first values of a network's output for an input that the seed gives."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..filling import fill
+from ..streams import draw
+from ..surgery import bake
+from .manifest import Probe
+
+VALUES = 16
+RTOL = 1e-3  # float32 sums in another order, through a hundred layers, stay well within
+
+
+def take_probe(model: nn.Module, seed: int, shape: tuple[int, ...]) -> Probe | None:
+    """The probe of a converted network for an input of `shape`; None where the output is not finite or no tensor."""
+    output = _first_outputs(bake(model), seed, shape)
+    return Probe(shape, tuple(map(float, output)), RTOL) if output is not None else None
+
+
+def deviation(model: nn.Module, seed: int, probe: Probe) -> float:
+    """Largest difference of a plain network's outputs to the probe's, over the largest output's magnitude."""
+    output = _first_outputs(model, seed, probe.shape)
+    if output is None or len(output) != len(probe.output):
+        return float("inf")
+    expected = np.array(probe.output, np.float64)
+    return float(np.abs(output - expected).max() / (np.abs(expected).max() or 1.0))
+
+
+def _first_outputs(model: nn.Module, seed: int, shape: tuple[int, ...]) -> np.ndarray | None:
+    parameter = next(model.parameters())
+    x = fill(torch.empty(shape), draw("normal", int(np.prod(shape)), 1.0, seed, "other", "probe"))
+    with torch.no_grad():
+        output = model.eval()(x.to(parameter.device, parameter.dtype))
+    if not isinstance(output, torch.Tensor):
+        return None
+    first = output.float().cpu().reshape(-1)[:VALUES].double().numpy()
+    return first if len(first) and np.isfinite(first).all() else None

@@ -1,0 +1,251 @@
+"""Reading a file that somebody else made: everything is checked before anything of its sizes is made (section 3)."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArtifactError, ConversionError, PopupError
+from ..filling import fill
+from ..surgery import masked_weights, unwrap
+from ..zoo import KWARGS, LIBRARIES, Architecture, build_described, check_kwargs, names, on_meta
+from .container import DTYPE_NAMES, DTYPES, Container, Stored, open_file, read_header
+from .manifest import Manifest, read_manifest
+from .packing import ones, padding_is_zero
+from .probe import deviation
+from .rebuild import Packed, effective_pieces, generated_pieces, masks_digest, tensors_digest, weights_digest
+from .verification import Verification
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A file that has passed all checks that need no network: manifest, packed masks and stored tensors by name."""
+
+    manifest: Manifest
+    masks: dict[str, Packed]
+    stored: dict[str, tuple[Stored, memoryview]]
+
+
+def inspect(path: str | Path) -> Manifest:
+    """The manifest of a popup artifact, without reading its tensors.
+
+    Raises:
+        ArtifactError: the file is missing, or its header or manifest is not as the format says.
+    """
+    with _naming(path), open_file(path) as file:
+        container = read_header(file)
+        manifest = read_manifest(container.manifest)
+        _check_tensors(manifest, container)
+        return manifest
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
+
+    Args:
+        path: the file. It is treated as hostile: nothing in it is unpickled or run, and memory is at most twice the
+            file, plus the network, plus 256 MiB.
+        model: a plain network to fill, needed only where the file's architecture is `custom`; it is changed only
+            after all checks have passed.
+
+    Returns:
+        A network of ordinary layers, float tensors of the file's dtypes; `model` itself if it was given.
+
+    Raises:
+        ArtifactError: names the file, the tensor, and what was expected.
+    """
+    with _naming(path):
+        artifact = _read(path)
+        return _load(artifact, model)
+
+
+def verify(path: str | Path, model: nn.Module | None = None) -> Verification:
+    """Rebuild everything that a file describes and compare it with the file's digests and its probe.
+
+    Args:
+        path: the file.
+        model: as for `load`; without it a `custom` network's weights are verified, and its architecture is not.
+
+    Returns:
+        Each check with its outcome; true where all hold.
+
+    Raises:
+        ArtifactError: the file is damaged, or is no popup artifact.
+    """
+    with _naming(path):
+        artifact = _read(path)
+        manifest = artifact.manifest
+        checks = [("manifest, masks, stored tensors", True, "match their digests")]
+        entries = [(entry, artifact.masks[entry.name]) for entry in manifest.masked]
+        same = weights_digest(entries, manifest.seed) == manifest.weights_sha256
+        word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from seed {manifest.seed}"
+        checks.append(("masked weights", same, word if same else f"{word}, do not match weights_sha256"))
+        library, name = manifest.architecture.library, manifest.architecture.name
+        if model is None and library == "custom":
+            checks.append(("architecture", True, f"custom ({name}): not checked, no module was given"))
+            return Verification(tuple(checks))
+        try:
+            network = _load(artifact, model)
+        except ArtifactError as error:
+            return Verification((*checks, ("architecture", False, str(error))))
+        checks.append(("architecture", True, f"{library}/{name} takes every tensor"))
+        if (probe := manifest.probe) is not None:
+            off = deviation(network, manifest.seed, probe)
+            word = f"output differs by {off:.1e} of its largest value; allowed {probe.rtol:g}"
+            checks.append(("probe", off <= probe.rtol, word))
+        return Verification(tuple(checks))
+
+
+@contextmanager
+def _naming(path: str | Path) -> Iterator[None]:
+    """Put the file's name in front of an `ArtifactError`."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"{path}: {error}") from error.__cause__
+
+
+def _check_tensors(manifest: Manifest, container: Container) -> None:
+    described = {e.name for e in (*manifest.masked, *manifest.generated)} | {*manifest.constants, *manifest.aliases}
+    for entry in manifest.masked:
+        mask = container.tensors.get(f"{entry.name}.mask")
+        expected = -(-entry.numel // 8)
+        if mask is None:
+            raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
+        if mask.dtype != "U8" or mask.shape != (expected,):
+            found = f"{mask.dtype} {list(mask.shape)}"
+            raise ArtifactError(f"'{entry.name}.mask' is {found}; expected U8 [{expected}] for {list(entry.shape)}")
+    if both := described & container.tensors.keys():
+        raise ArtifactError(f"{min(both)!r} is stored, and stands in the manifest's lists too")
+    known = described | container.tensors.keys()
+    for name, target in manifest.aliases.items():
+        if target not in known:
+            raise ArtifactError(f"aliases[{name!r}] is {target!r}, which the file does not hold")
+
+
+def _read(path: str | Path) -> Artifact:
+    with open_file(path) as file:
+        container = read_header(file)
+        manifest = read_manifest(container.manifest)
+        _check_tensors(manifest, container)
+        file.seek(container.data_start)
+        data = memoryview(bytearray(file.read()))  # writable, as PyTorch wants it
+    if len(data) != max((tensor.stop for tensor in container.tensors.values()), default=0):
+        raise ArtifactError("the file changed while it was read")
+    masks: dict[str, Packed] = {}
+    stored = dict(container.tensors)
+    for entry in manifest.masked:
+        tensor = stored.pop(f"{entry.name}.mask")
+        packed = np.frombuffer(data[tensor.start : tensor.stop], np.uint8)
+        if not padding_is_zero(packed, entry.numel):
+            raise ArtifactError(f"'{entry.name}.mask' has padding bits that are not 0")
+        if ones(packed) != entry.kept:
+            raise ArtifactError(f"'{entry.name}.mask' keeps {ones(packed)} weights; expected {entry.kept}")
+        masks[entry.name] = packed
+    if masks_digest(list(masks.values())) != manifest.masks_sha256:
+        raise ArtifactError("masks_sha256 does not match: a mask is damaged")
+    found = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in stored.items()}
+    digested = {name: (tensor.dtype, tensor.shape, part) for name, (tensor, part) in found.items()}
+    if tensors_digest(digested) != manifest.tensors_sha256:
+        raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
+    return Artifact(manifest, masks, found)
+
+
+def _load(artifact: Artifact, model: nn.Module | None) -> nn.Module:
+    manifest = artifact.manifest
+    if model is None:
+        _check_architecture(manifest.architecture)
+        try:
+            with on_meta():
+                bare = build_described(manifest.architecture)
+        except NotImplementedError:
+            bare = None
+        except (ConversionError, RuntimeError) as error:
+            raise ArtifactError(f"the architecture cannot be built: {error}") from error
+        dtype = _common_dtype(artifact)
+        if bare is not None:
+            _compare(artifact, bare.to(dtype) if dtype else bare)
+        network = build_described(manifest.architecture)
+        core = network.to(dtype) if dtype else network
+    else:
+        network, core = model, unwrap(model)
+        if any(True for _ in masked_weights(core)):
+            raise ArtifactError("the model to fill is converted; expected a plain network")
+    _compare(artifact, core)
+    _fill(artifact, core)
+    return network.eval()
+
+
+def _check_architecture(architecture: Architecture) -> None:
+    library, name = architecture.library, architecture.name
+    if library == "custom":
+        raise ArtifactError(f"the architecture is custom ({name}); pass the network to fill as `model`")
+    if library not in LIBRARIES:
+        raise ArtifactError(f"architecture.library is {library!r}; expected one of {', '.join(LIBRARIES)}, custom")
+    if not re.fullmatch("[a-z0-9_]+", name) or name not in names(library):
+        raise ArtifactError(f"architecture.name is {name[:60]!r}, which {library} does not have")
+    if unknown := architecture.kwargs.keys() - KWARGS.keys():
+        raise ArtifactError(f"architecture.kwargs has {min(unknown)!r}; expected some of {', '.join(KWARGS)}")
+    try:
+        check_kwargs(architecture.kwargs)
+    except PopupError as error:
+        raise ArtifactError(f"architecture.kwargs: {error}") from error
+
+
+def _common_dtype(artifact: Artifact) -> torch.dtype | None:
+    """The floating dtype that the network was cast to, where the masked weights have one in common, not float32."""
+    dtypes = {entry.dtype for entry in artifact.manifest.masked}
+    return DTYPES[dtypes.pop()] if len(dtypes) == 1 and dtypes != {"F32"} else None
+
+
+def _compare(artifact: Artifact, core: nn.Module) -> None:
+    """Check that the file has each `state_dict` entry of the network, in its shape and dtype, and no other."""
+    manifest = artifact.manifest
+    file: dict[str, tuple[str, tuple[int, ...]]] = {
+        entry.name: (entry.dtype, entry.shape) for entry in (*manifest.masked, *manifest.generated)
+    }
+    file |= {name: (constant.dtype, constant.shape) for name, constant in manifest.constants.items()}
+    file |= {name: (tensor.dtype, tensor.shape) for name, (tensor, _) in artifact.stored.items()}
+    file |= {name: file[target] for name, target in manifest.aliases.items()}
+    entries = core.state_dict(keep_vars=True)
+    if missing := [name for name in entries if name not in file]:
+        raise ArtifactError(f"the network has {missing[0]!r} (and {len(missing) - 1} more) that the file does not hold")
+    if extra := [name for name in file if name not in entries]:
+        raise ArtifactError(f"the file holds {extra[0]!r} (and {len(extra) - 1} more) that the network does not have")
+    first: dict[int, str] = {}
+    for name, tensor in entries.items():
+        dtype, shape = file[name]
+        if shape != tuple(tensor.shape):
+            raise ArtifactError(f"{name!r}: the file's tensor is for {shape}, the network has {tuple(tensor.shape)}")
+        if dtype != DTYPE_NAMES.get(tensor.dtype):
+            raise ArtifactError(f"{name!r}: the file's tensor is {dtype}, the network's {tensor.dtype}")
+        tied = first.setdefault(id(tensor), name)
+        if manifest.aliases.get(name, name) != manifest.aliases.get(tied, tied):
+            raise ArtifactError(f"{name!r}: the network ties it to {tied!r}, the file does not")
+
+
+def _fill(artifact: Artifact, core: nn.Module) -> None:
+    manifest = artifact.manifest
+    entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
+    meta = [name for name, tensor in entries.items() if tensor.is_meta]
+    if meta:
+        raise ArtifactError(f"{meta[0]!r} of the network to fill is on the meta device and cannot hold values")
+    with torch.no_grad():
+        for entry in manifest.masked:
+            fill(entries[entry.name], effective_pieces(entry, manifest.seed, artifact.masks[entry.name]))
+        for entry in manifest.generated:
+            fill(entries[entry.name], generated_pieces(entry, manifest.seed))
+        for name, constant in manifest.constants.items():
+            entries[name].detach().fill_(constant.value)
+        for name, (stored, data) in artifact.stored.items():
+            if len(data):
+                flat = torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[stored.dtype])
+                entries[name].detach().copy_(flat.view(stored.shape))
+        for name, target in manifest.aliases.items():
+            if entries[name] is not entries[target]:
+                entries[name].detach().copy_(entries[target].detach())

@@ -1,0 +1,54 @@
+"""Weights from a seed and a mask, and the digests over them."""
+
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..streams import draw
+from .container import DTYPES
+from .manifest import Drawn
+from .packing import unpack
+
+Packed = NDArray[np.uint8]
+
+
+def generated_pieces(entry: Drawn, seed: int) -> Iterator[NDArray[np.float32]]:
+    """Values of an unmasked tensor, in pieces of float32."""
+    return draw(entry.distribution, entry.numel, entry.std, seed, "other", entry.stream)
+
+
+def effective_pieces(entry: Drawn, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
+    """Effective weights in pieces of float32: the weight where the mask's bit is 1, +0.0 elsewhere."""
+    weights = draw(entry.distribution, entry.numel, entry.std, seed, "weight", entry.stream)
+    for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
+        yield (piece.view(np.uint32) * bits).view(np.float32)  # an integer product, so that no −0.0 comes out
+
+
+def weights_digest(entries: list[tuple[Drawn, Packed]], seed: int) -> str:
+    """SHA-256 over the effective weights, rounded to their dtype and widened to float32."""
+    digest = hashlib.sha256()
+    for entry, mask in entries:
+        for piece in effective_pieces(entry, seed, mask):
+            rounded = torch.from_numpy(piece).to(DTYPES[entry.dtype]).to(torch.float32)
+            digest.update(rounded.numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def masks_digest(masks: list[Packed]) -> str:
+    """SHA-256 over the packed masks, one after another."""
+    digest = hashlib.sha256()
+    for mask in masks:
+        digest.update(mask.data)
+    return digest.hexdigest()
+
+
+def tensors_digest(tensors: dict[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
+    """SHA-256 over the dtype's name, shape and bytes of each stored tensor that is no mask, sorted by name."""
+    digest = hashlib.sha256()
+    for name, (dtype, shape, data) in sorted(tensors.items()):
+        digest.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
+        digest.update(data)
+    return digest.hexdigest()

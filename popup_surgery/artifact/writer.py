@@ -1,0 +1,187 @@
+"""Writing a subnetwork: every entry of the `state_dict` finds its one place in the file."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor, nn
+
+from ..errors import ArtifactError
+from ..files import write_atomically
+from ..filling import pieces_of
+from ..layers import Slot, score_name, slots_of
+from ..rest import GENERATED, Generated
+from ..streams import draw
+from ..surgery import unwrap
+from ..zoo import describe
+from .container import DTYPE_NAMES, METADATA
+from .manifest import MANIFEST_LIMIT, Constant, Drawn, Manifest, read_manifest
+from .packing import ones, pack
+from .probe import take_probe
+from .rebuild import Packed, masks_digest, tensors_digest, weights_digest
+from .strict import canonical
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    provenance: dict[str, Any] | None = None,
+    probe: tuple[int, ...] | None = None,
+) -> Manifest:
+    """Write a converted network as a popup artifact: a seed, one bit per masked weight, and what no seed gives back.
+
+    Args:
+        model: a network that `convert` returned, perhaps trained, perhaps wrapped.
+        path: the file; one that is there is replaced at once or stays as it is.
+        provenance: JSON to go with it: recipe, accuracies, versions. What is not finite becomes null.
+        probe: shape of an input, batch first, for which the first outputs are recorded, so that `verify` notices a
+            library whose code has changed under an unchanged name.
+
+    Returns:
+        The manifest as written.
+
+    Raises:
+        ArtifactError: the network is not converted, is on the meta device, has weights that are no longer the seed's,
+            or a `state_dict` entry that a file cannot hold; the message names it.
+        PopupError: the file cannot be written; what was there is as it was.
+    """
+    core = unwrap(model)
+    manifest, tensors = _describe(core, provenance or {}, probe)
+    text = canonical(manifest.text())
+    if len(text) > MANIFEST_LIMIT:
+        raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
+    read_manifest(text)  # whatever is written can be read
+    data = serialize(tensors, metadata={METADATA: text})
+    write_atomically(path, lambda file: file.write(data))
+    return manifest
+
+
+def _describe(
+    core: nn.Module, provenance: dict[str, Any], probe: tuple[int, ...] | None
+) -> tuple[Manifest, dict[str, Tensor]]:
+    slots, generated = _origins(core)
+    if not slots:
+        raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before it is saved")
+    seeds = {slot.seed for slot in slots.values() if slot is not None}
+    if len(seeds) > 1:
+        raise ArtifactError(f"the layers were drawn from the seeds {sorted(seeds)}; a file holds one")
+    (seed,) = seeds
+    entries = core.state_dict(keep_vars=True)
+    masked: list[tuple[Drawn, Packed]] = []
+    drawn: list[Drawn] = []
+    constants: dict[str, Constant] = {}
+    aliases: dict[str, str] = {}
+    stored: dict[str, Tensor] = {}
+    first: dict[int, str] = {}
+    for name, tensor in entries.items():
+        if not isinstance(tensor, Tensor):
+            raise ArtifactError(f"the state_dict entry {name!r} is a {type(tensor).__name__}; expected a tensor")
+        if id(tensor) in slots and slots[id(tensor)] is None:
+            continue  # a score
+        if tensor.is_meta:
+            raise ArtifactError(f"{name!r} is on the meta device and has no values to save")
+        if tensor.dtype not in DTYPE_NAMES:
+            raise ArtifactError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot hold")
+        if id(tensor) in first:
+            aliases[name] = first[id(tensor)]
+            continue
+        first[id(tensor)] = name
+        if slot := slots.get(id(tensor)):
+            if f"{name}.mask" in entries:
+                raise ArtifactError(f"{name}.mask is a state_dict entry of its own, where the mask of {name} must stand")
+            masked.append(_masked_entry(name, tensor, slot))
+        elif (origin := generated.get(id(tensor))) and (entry := _generated_entry(name, tensor, origin, seed)):
+            drawn.append(entry)
+        elif (constant := _constant(tensor)) is not None:
+            constants[name] = constant
+        else:
+            stored[name] = tensor.detach().cpu().contiguous()
+    masks = {f"{entry.name}.mask": packed for entry, packed in masked}
+    manifest = Manifest(
+        architecture=describe(core),
+        seed=seed,
+        masked=tuple(entry for entry, _ in masked),
+        generated=tuple(drawn),
+        constants=constants,
+        aliases=aliases,
+        masks_sha256=masks_digest(list(masks.values())),
+        weights_sha256=weights_digest(masked, seed),
+        tensors_sha256=tensors_digest({name: _bytes(tensor) for name, tensor in stored.items()}),
+        provenance=_finite(provenance),
+        probe=take_probe(core, seed, probe) if probe is not None else None,
+    )
+    return manifest, {name: torch.from_numpy(packed) for name, packed in masks.items()} | stored
+
+
+def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generated]]:
+    """By tensor identity: the slot of a masked weight, None for a score; and where a generated tensor came from."""
+    slots: dict[int, Slot | None] = {}
+    generated: dict[int, Generated] = {}
+    for module in core.modules():
+        for name, slot in slots_of(module).items():
+            slots[id(module._parameters[name])] = slot
+            slots[id(module._parameters[score_name(name)])] = None
+        for name, origin in module.__dict__.get(GENERATED, {}).items():
+            generated[id(module._parameters[name])] = origin
+    return slots, generated
+
+
+def _masked_entry(name: str, weight: Tensor, slot: Slot) -> tuple[Drawn, Packed]:
+    if not _equals(weight, draw(slot.distribution, weight.numel(), slot.std, slot.seed, "weight", slot.stream)):
+        raise ArtifactError(
+            f"the weights of {name!r} are not those of seed {slot.seed} any more, so that no file could rebuild them; "
+            "they were loaded or changed after conversion"
+        )
+    packed = pack(slot.ranking.mask(slot.index).cpu().numpy())
+    note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": float(slot.k), "fan_in": float(slot.fan_in)}
+    dtype = DTYPE_NAMES[weight.dtype]
+    shape = tuple(weight.shape)
+    return Drawn(name, slot.stream, shape, dtype, slot.distribution, slot.std, ones(packed), note), packed
+
+
+def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> Drawn | None:
+    """None where the tensor has been changed since, and must be stored."""
+    pieces = draw(origin.distribution, tensor.numel(), origin.std, origin.seed, "other", origin.stream)
+    if origin.seed != seed or not tensor.numel() or not _equals(tensor, pieces):
+        return None
+    return Drawn(
+        name, origin.stream, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], origin.distribution, origin.std
+    )
+
+
+def _equals(tensor: Tensor, pieces: Any) -> bool:
+    return all(
+        torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
+        for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
+    )
+
+
+def _constant(tensor: Tensor) -> Constant | None:
+    if not tensor.numel() or tensor.is_complex():
+        return None
+    value = tensor.detach().reshape(-1)[0].item()
+    if tensor.is_floating_point():
+        same = all(bool((piece.double() == value).all()) for piece in pieces_of(tensor))
+        negative_zero = value == 0 and any(bool(piece.double().signbit().any()) for piece in pieces_of(tensor))
+        if not same or negative_zero or not math.isfinite(value):
+            return None
+    elif not all(bool((piece == value).all()) for piece in pieces_of(tensor)):
+        return None
+    return Constant(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], value)
+
+
+def _bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], memoryview]:
+    data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
+    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data.data
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
