@@ -19,7 +19,8 @@ _HOMES = {
     "surgery": ("Plan", "bake", "convert", "masks", "plan"),
     "zoo": ("Architecture", "build"),
     "artifact": ("inspect", "load", "save", "verify"),
-    "training": ("Recipe", "Result", "evaluate", "train"),
+    "run": ("Evaluation", "Result", "evaluate", "train"),
+    "training": ("Recipe",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)  # noqa: PLE0604
@@ -39,7 +40,8 @@ if TYPE_CHECKING:
     )
     from .layers import Tracer
     from .surgery import Plan, bake, convert, masks, plan
-    from .training import Recipe, Result, evaluate, train
+    from .run import Evaluation, Result, evaluate, train
+    from .training import Recipe
     from .zoo import Architecture, build
 
 

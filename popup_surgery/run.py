@@ -1,0 +1,219 @@
+"""A run from recipe to artifact, and an artifact's accuracy: where training and artifacts meet."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as serialize
+from torch import nn
+
+from . import __version__
+from .artifact import inspect, load, save
+from .errors import DataError, PopupError, RunError
+from .files import write_atomically
+from .plots import draw_curve
+from .surgery import bake, convert
+from .training import Recipe
+from .training.data import Batches, Progress, ambient_seed, open_data
+from .training.loop import Epoch, accuracy_of, fit, start
+from .training.recipe import Data, to_yaml
+from .zoo import build, input_size
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        model: the plain network, with its effective weights, in eval mode.
+        accuracy: of the last epoch on the validation images, 0 … 1.
+        history: every epoch.
+        output: the run's folder.
+        file: the artifact in it, or a dense run's weights.
+        weights, kept: masked weights and how many take part; a dense run keeps all.
+    """
+
+    model: nn.Module
+    accuracy: float
+    history: tuple[Epoch, ...]
+    output: Path
+    file: Path
+    weights: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of an artifact, 0 … 1, over `images` images of the data set `data`."""
+
+    accuracy: float
+    images: int
+    data: str
+    images_per_second: float
+
+
+def quiet(total: int | None, what: str) -> Any:
+    """A `Progress` that shows nothing."""
+    return nullcontext(lambda: None)
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    output: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    progress: Progress = quiet,
+    after_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Result:
+    """Train a mask as a recipe says, and write recipe.yaml, metrics.jsonl, curve.png and the artifact.
+
+    Args:
+        recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
+        output: a folder that holds no run yet; `runs/<recipe>` if not given.
+        data_dir: the data set's folder, in place of the recipe's `data.root`.
+        progress, after_epoch: called while it runs, to show something.
+
+    Raises:
+        RecipeError, UnknownName: what is wrong with the recipe, all of it.
+        DataError: the data set is missing, or is not what the network expects.
+        RunError: `output` holds a run already, or the loss is not finite.
+        PopupError: the folder cannot be written.
+    """
+    name = str(Path(recipe).with_suffix("").name if Path(recipe).suffix else recipe) if isinstance(recipe, str | Path) else "run"
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe.parse(recipe)
+    if data_dir is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
+    folder = Path(output) if output is not None else Path("runs") / name
+    if (folder / "recipe.yaml").exists():
+        raise RunError(f"{folder} holds a run already; choose another folder with --output, or remove it")
+
+    accelerator = start(recipe.training)
+    seed = recipe.training.seed
+    with ambient_seed([seed]):
+        model = build(recipe.model.name, **recipe.model.kwargs)
+        size = _input_size(recipe.data, model)
+        data = open_data(recipe.data, size, seed, accelerator.device, progress)
+        _check_classes(model, data, size)
+        planned = convert(model, **recipe.surgery.model_dump()) if recipe.surgery != "none" else None
+        _start_folder(folder, recipe)
+        history = fit(model, data, recipe.training, accelerator, progress, _metrics(folder, after_epoch))
+    draw_curve(
+        folder / "curve.png", name, [epoch.train_accuracy for epoch in history], [epoch.accuracy for epoch in history]
+    )
+    stem = name.rsplit("/", 1)[-1]
+    model = accelerator.unwrap_model(model).cpu()
+    if planned is not None:
+        file = folder / f"{stem}.popup.safetensors"
+        manifest = save(model, file, provenance=_provenance(recipe, history, data), probe=(1, *size))
+        weights, kept = manifest.weights, manifest.kept
+    else:
+        file = folder / f"{stem}.safetensors"
+        tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        write_atomically(file, lambda f: f.write(serialize(tensors, metadata={"format": "pt"})))
+        weights = kept = sum(parameter.numel() for parameter in model.parameters())
+    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, file, weights, kept)
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    data: Data | None = None,
+    data_dir: str | Path | None = None,
+    progress: Progress = quiet,
+) -> Evaluation:
+    """Accuracy of the network in a popup artifact on the validation images of the data set it was trained on.
+
+    Args:
+        path: the file.
+        data: another data set; without it the one that the file's provenance names.
+        data_dir: the data set's folder.
+
+    Raises:
+        ArtifactError: the file is damaged, or its architecture is `custom`.
+        DataError: the file names no data set, or the data set is missing or is not what the network expects.
+    """
+    if data is None:
+        data = recorded_data(path)
+    if data_dir is not None:
+        data = data.model_copy(update={"root": str(data_dir)})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load(path).to(device)
+    size = _input_size(data, model)
+    batches = open_data(data, size, 0, device, progress, train=False)
+    _check_classes(model, batches, size)
+    began = time.perf_counter()
+    accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
+    return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
+
+
+def recorded_data(path: str | Path) -> Data:
+    """The data section of the recipe in a file's provenance; no folder and no download, which a stranger could name."""
+    recipe = inspect(path).provenance.get("recipe")
+    section = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(section, dict):
+        raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")
+    try:
+        return Data.model_validate(section | {"root": None, "download": False})
+    except ValueError as error:
+        raise DataError(f"{path} has a data section that this version does not read: {error}") from error
+
+
+def _input_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
+    size = data.input_size or input_size(model)
+    if size is None:
+        raise DataError("the network does not say what images it expects; set data.input_size: [channels, height, width]")
+    return tuple(size)  # type: ignore[return-value]
+
+
+def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) -> None:
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, *size, device=device))
+    except RuntimeError as error:
+        shape = " × ".join(map(str, size))
+        raise DataError(f"the network does not take images of {shape}: {error}") from error
+    if data.classes and tuple(output.shape) != (1, len(data.classes)):
+        raise DataError(f"the data set has {len(data.classes)} classes; the network has {tuple(output.shape[1:])} outputs")
+
+
+def _start_folder(folder: Path, recipe: Recipe) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").write_text("")
+    except OSError as error:
+        raise PopupError(f"{folder} cannot be written: {error.strerror}") from error
+    text = to_yaml(recipe.dump())
+    write_atomically(folder / "recipe.yaml", lambda file: file.write(text.encode()))
+
+
+def _metrics(folder: Path, after_epoch: Callable[[Epoch], None]) -> Callable[[Epoch], None]:
+    def write(epoch: Epoch) -> None:
+        with open(folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(epoch.line()) + "\n")
+        after_epoch(epoch)
+
+    return write
+
+
+def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str, Any]:
+    import numpy
+    import timm
+
+    values = recipe.dump()
+    values["data"]["root"] = None
+    software = {"popup_surgery": __version__, "torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__}
+    return {
+        "recipe": values,
+        "accuracy": history[-1].accuracy,
+        "epochs": len(history),
+        "classes": data.classes,
+        "software": software,
+    }

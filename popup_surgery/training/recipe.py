@@ -1,0 +1,249 @@
+"""Recipes: typed YAML, every unknown key and bad value an error, all of them at once."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..errors import PopupError, RecipeError, nearest, unknown
+from ..learners import get_learner
+from ..weights import get_scheme
+from ..zoo import check_kwargs, resolve
+
+SHIPPED = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
+    if folder.is_dir()
+)
+
+
+def _known(look_up: Any) -> Any:
+    def check(name: str) -> str:
+        try:
+            look_up(name)
+        except PopupError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+def _optimizer(name: str) -> None:
+    import timm.optim
+
+    if name not in timm.optim.list_optimizers():
+        raise unknown("optimizer", name, timm.optim.list_optimizers())
+
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Model(_Section):
+    """The network: a name that `build` knows, and its arguments."""
+
+    name: Annotated[str, _known(resolve)]
+    kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _recordable(self) -> "Model":
+        try:
+            check_kwargs(self.kwargs)
+        except PopupError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class Surgery(_Section):
+    """The arguments of `convert`. `scaled` has no default: a recipe states it."""
+
+    k: Share | dict[str, Share]
+    scheme: Annotated[str, _known(get_scheme)] = "signed_kaiming_constant"
+    scaled: bool
+    learner: Annotated[str, _known(get_learner)] = "edge_popup"
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    scope: Literal["layer", "global"] = "layer"
+    include: str | list[str] | None = None
+    exclude: str | list[str] | None = None
+
+
+class Data(_Section):
+    """A data set and how its images become batches.
+
+    Attributes:
+        name: `digits`, or a name of timm's: `torch/cifar10`, `folder`, `hfds/…`, `wds/…`, …
+        root: its folder; `digits` needs none.
+        download: let the data set's library fetch it.
+        input_size: channels, height, width; the network's own where null.
+        mean, std: of each channel, for images scaled to 0 … 1.
+        in_memory: hold the decoded images as uint8; null decides by their size and whether `scale`, `auto_augment` or
+            `re_prob` ask for work on single images.
+        pad, hflip: in memory: random crop after padding with so many zero pixels, and probability of a flip.
+        scale, ratio, hflip, color_jitter, auto_augment, re_prob, crop_pct, interpolation: else: timm's transforms.
+        workers: processes that decode.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    download: bool = False
+    train_split: str = "train"
+    val_split: str = "validation"
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    input_size: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    mean: list[float] | None = None
+    std: list[Positive] | None = None
+    in_memory: bool | None = None
+    pad: Annotated[int, Field(ge=0)] = 0
+    hflip: Fraction = 0.0
+    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    auto_augment: str | None = None
+    re_prob: Fraction = 0.0
+    crop_pct: Share = 0.875
+    interpolation: str = "bilinear"
+    workers: Annotated[int, Field(ge=0)] = 2
+
+
+class Training(_Section):
+    """Optimiser, schedule and length. The rate moves once an epoch, as in the paper.
+
+    Attributes:
+        optimizer: a name of timm's; `momentum` and `nesterov` reach those that have them.
+        schedule: `cosine` to 0 after `warmup_epochs`, or `constant`.
+        precision: of the forward pass; scores and their ranking are always float32.
+        seed: of the order of images, augmentation and dropout, and of a dense network's weights.
+    """
+
+    epochs: Annotated[int, Field(ge=1)]
+    optimizer: Annotated[str, _known(_optimizer)] = "sgd"
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+
+class Recipe(_Section):
+    """Everything that decides a run: network, surgery (`none` trains it densely), data and training."""
+
+    model: Model
+    surgery: Surgery | Literal["none"]
+    data: Data = Data()
+    training: Training
+
+    @classmethod
+    def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
+        """A recipe from plain values. `RecipeError` lists everything that is wrong with them."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            found = [_sentence(e) for e in error.errors() if e["loc"][-1] != "literal['none']"]
+            raise RecipeError(f"{name}: " + "\n".join([f"{len(found)} mistakes", *found]) if len(found) > 1 else
+                              f"{name}: {found[0]}") from None  # fmt: skip
+
+    @classmethod
+    def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """The recipe called `name`, shipped or a YAML file, with `key=value` overrides such as `training.epochs=3`.
+
+        Raises:
+            UnknownName: no such recipe.
+            RecipeError: it is no YAML, or has mistakes; all of them are listed.
+        """
+        values = read_yaml(find(name))
+        for override in overrides:
+            key, equals, value = override.partition("=")
+            if not equals:
+                raise RecipeError(f"--set {override!r} has no value; expected key=value, such as training.epochs=3")
+            *parents, leaf = key.strip().split(".")
+            section = values
+            for parent in parents:
+                if not isinstance(section.get(parent), dict):
+                    section[parent] = {}
+                section = section[parent]
+            section[leaf] = _yaml(value, f"--set {override}")
+        return cls.parse(values, str(name))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values of all keys."""
+        return self.model_dump()
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe: a path to a YAML file, or the name of a shipped one."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {path}")
+        return path
+    if str(name) not in shipped():
+        raise unknown("recipe", str(name), shipped())
+    return SHIPPED / f"{name}.yaml"
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} holds no mapping; expected model, surgery, data and training")
+    return values
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that `read_yaml` reads back to the same values."""
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-4 for a string; people mean a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$", re.I), list("-+0123456789."))
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{what} is no YAML: {' '.join(str(error).split())}") from None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {"model": Model, "surgery": Surgery, "data": Data, "training": Training}
+
+
+def _sentence(error: Any) -> str:
+    path = [str(part) for part in error["loc"] if part not in ("Surgery", "float", "dict[str,float]")]
+    path = [part for part in path if not part.startswith(("dict[", "function-", "constrained"))]
+    key = ".".join(path)
+    if error["type"] == "extra_forbidden":
+        known = _SECTIONS[path[0]].model_fields if len(path) > 1 else _SECTIONS
+        return f"{key} is no key of a recipe; nearest: {nearest(path[-1], known)}"
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    value = repr(error["input"])
+    return f"{key} is {value if len(value) < 60 else value[:57] + '...'}: {message}"
