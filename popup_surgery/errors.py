@@ -42,7 +42,7 @@ class RunError(PopupError, RuntimeError):
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """The `n` choices nearest to `name`, as text for an error message."""
-    choices = list(choices)
+    choices = list(dict.fromkeys(choices))
     near = difflib.get_close_matches(name, choices, n, cutoff=0.4) or sorted(choices)[:n]
     return ", ".join(near)
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from .surgery import bake, convert
 from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data
 from .training.loop import Epoch, accuracy_of, fit, start
-from .training.recipe import Data, to_yaml
+from .training.recipe import Data, parse_data, to_yaml
 from .zoo import build, input_size
 
 
@@ -65,6 +65,7 @@ def quiet(total: int | None, what: str) -> Any:
 def train(
     recipe: Recipe | str | Path | Mapping[str, Any],
     *,
+    overrides: Sequence[str] = (),
     output: str | Path | None = None,
     data_dir: str | Path | None = None,
     progress: Progress = quiet,
@@ -74,6 +75,7 @@ def train(
 
     Args:
         recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
+        overrides: `key=value` for a recipe that is named, such as `training.epochs=3`.
         output: a folder that holds no run yet; `runs/<recipe>` if not given.
         data_dir: the data set's folder, in place of the recipe's `data.root`.
         progress, after_epoch: called while it runs, to show something.
@@ -84,9 +86,12 @@ def train(
         RunError: `output` holds a run already, or the loss is not finite.
         PopupError: the folder cannot be written.
     """
-    name = str(Path(recipe).with_suffix("").name if Path(recipe).suffix else recipe) if isinstance(recipe, str | Path) else "run"
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe) if isinstance(recipe, str | Path) else Recipe.parse(recipe)
+    name = "run"
+    if isinstance(recipe, str | Path):
+        name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
+        recipe = Recipe.load(recipe, overrides)
+    elif not isinstance(recipe, Recipe):
+        recipe = Recipe.parse(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
@@ -114,8 +119,7 @@ def train(
         weights, kept = manifest.weights, manifest.kept
     else:
         file = folder / f"{stem}.safetensors"
-        tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-        write_atomically(file, lambda f: f.write(serialize(tensors, metadata={"format": "pt"})))
+        write_dense(model, file)
         weights = kept = sum(parameter.numel() for parameter in model.parameters())
     return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, file, weights, kept)
 
@@ -152,16 +156,24 @@ def evaluate(
     return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
 
 
-def recorded_data(path: str | Path) -> Data:
-    """The data section of the recipe in a file's provenance; no folder and no download, which a stranger could name."""
+def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
+    """The data section of the recipe in a file's provenance, with `data.key=value` overrides.
+
+    Neither a folder nor leave to download is taken from the file, which a stranger may have written.
+    """
     recipe = inspect(path).provenance.get("recipe")
     section = recipe.get("data") if isinstance(recipe, dict) else None
-    if not isinstance(section, dict):
+    if not isinstance(section, dict) and not overrides:
         raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")
-    try:
-        return Data.model_validate(section | {"root": None, "download": False})
-    except ValueError as error:
-        raise DataError(f"{path} has a data section that this version does not read: {error}") from error
+    section = section if isinstance(section, dict) else {}
+    return parse_data(section | {"root": None, "download": False}, overrides, str(path))
+
+
+def write_dense(model: nn.Module, path: Path) -> int:
+    """Write a plain network's `state_dict` as safetensors, tied tensors each in full. Returns the number of tensors."""
+    tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    write_atomically(path, lambda file: file.write(serialize(tensors, metadata={"format": "pt"})))
+    return len(tensors)
 
 
 def _input_size(data: Data, model: nn.Module) -> tuple[int, int, int]:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,6 +45,9 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_S = TypeVar("_S", bound=_Section)
 
 
 class Model(_Section):
@@ -147,12 +150,7 @@ class Recipe(_Section):
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
         """A recipe from plain values. `RecipeError` lists everything that is wrong with them."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            found = [_sentence(e) for e in error.errors() if e["loc"][-1] != "literal['none']"]
-            raise RecipeError(f"{name}: " + "\n".join([f"{len(found)} mistakes", *found]) if len(found) > 1 else
-                              f"{name}: {found[0]}") from None  # fmt: skip
+        return _validated(cls, values, name)
 
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
@@ -162,23 +160,44 @@ class Recipe(_Section):
             UnknownName: no such recipe.
             RecipeError: it is no YAML, or has mistakes; all of them are listed.
         """
-        values = read_yaml(find(name))
-        for override in overrides:
-            key, equals, value = override.partition("=")
-            if not equals:
-                raise RecipeError(f"--set {override!r} has no value; expected key=value, such as training.epochs=3")
-            *parents, leaf = key.strip().split(".")
-            section = values
-            for parent in parents:
-                if not isinstance(section.get(parent), dict):
-                    section[parent] = {}
-                section = section[parent]
-            section[leaf] = _yaml(value, f"--set {override}")
-        return cls.parse(values, str(name))
+        return cls.parse(_override(read_yaml(find(name)), overrides), str(name))
 
     def dump(self) -> dict[str, Any]:
         """Plain values of all keys."""
         return self.model_dump()
+
+
+def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:
+    """A data section from plain values, with `data.key=value` overrides. `RecipeError` lists all mistakes."""
+    return _validated(_DataOnly, _override({"data": section}, overrides), name).data
+
+
+class _DataOnly(_Section):
+    data: Data
+
+
+def _validated(cls: type[_S], values: Any, name: str) -> _S:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        found = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("literal['none']",)]
+        head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
+        raise RecipeError(head + "\n".join(found)) from None
+
+
+def _override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise RecipeError(f"--set {override!r} has no value; expected key=value, such as training.epochs=3")
+        *parents, leaf = key.strip().split(".")
+        section = values
+        for parent in parents:
+            if not isinstance(section.get(parent), dict):
+                section[parent] = {}
+            section = section[parent]
+        section[leaf] = _yaml(value, f"--set {override}")
+    return values
 
 
 def find(name: str | Path) -> Path:

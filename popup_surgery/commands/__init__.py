@@ -1,0 +1,53 @@
+"""The command line: one file for each subcommand. torch is imported when a command runs, not before."""
+
+import logging
+import sys
+
+import click
+import typer
+
+from .. import __version__
+from ..errors import PopupError
+from . import convert, evaluate, export, inspect, recipes, train, verify
+
+app = typer.Typer(
+    name="popup-surgery",
+    help="Turn any network into a hidden one: random frozen weights, a learnt mask, one small file to share.",
+    epilog="Example: popup-surgery convert resnet101 --dry-run",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+for command in (convert, train, evaluate, inspect, verify, export, recipes):
+    app.command(command.__name__.rsplit(".", 1)[-1])(command.run)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"popup-surgery {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> int:
+    """Run the command line. Returns 0; 1 where the answer is no; 2 for bad use, after one sentence on stderr."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    try:
+        return app(standalone_mode=False) or 0
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except PopupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (click.Abort, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,25 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import busy, progress, show
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="data.key=value, in place of the recorded.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+) -> None:
+    """Accuracy of an artifact's network on the data set that it was trained on, or another.
+
+    \b
+    $ popup-surgery evaluate digits.popup.safetensors
+    99.44 % of 359 validation images of digits
+    """
+    with busy("loading"):
+        from .. import run as runs
+
+        data = runs.recorded_data(artifact, set_ or [])
+    result = runs.evaluate(artifact, data=data, data_dir=data_dir, progress=progress)
+    show(f"{100 * result.accuracy:.2f} % of {result.images:,} validation images of {result.data}")

@@ -1,0 +1,27 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import busy, new_file, show, size
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The dense safetensors file.")],
+    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+) -> None:
+    """Write an artifact's network as an ordinary safetensors file, that timm.create_model(name, checkpoint_path=…) loads.
+
+    \b
+    $ popup-surgery export digits.popup.safetensors -o digits.safetensors
+    wrote digits.safetensors, 95 kB: 5 tensors of popup_surgery/conv2
+    """
+    new_file(output, force)
+    with busy("rebuilding"):
+        from ..artifact import inspect, load
+        from ..run import write_dense
+
+        architecture = inspect(artifact).architecture
+        count = write_dense(load(artifact), output)
+    show(f"wrote {output}, {size(output)}: {count} tensors of {architecture.library}/{architecture.name}")

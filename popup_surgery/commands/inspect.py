@@ -1,0 +1,48 @@
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .shared import show
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+) -> None:
+    """What an artifact says about itself, without building anything.
+
+    \b
+    $ popup-surgery inspect digits.popup.safetensors
+    popup_surgery/conv2(width=0.25, in_chans=1, img_size=8)
+    layer                shape            kept       of           share   weights from
+    features.0.weight    16 × 1 × 3 × 3   72         144          50.0%   signed_constant, std 0.4714
+    features.2.weight    16 × 16 × 3 × 3  1,152      2,304        50.0%   signed_constant, std 0.11785
+    classifier.1.weight  64 × 256         8,192      16,384       50.0%   signed_constant, std 0.088388
+    classifier.3.weight  64 × 64          2,048      4,096        50.0%   signed_constant, std 0.17678
+    classifier.5.weight  10 × 64          320        640          50.0%   signed_constant, std 0.17678
+    5 layers, 11,784 of 23,568 weights kept (50.0%), seed 0
+    """
+    from ..artifact import inspect
+
+    manifest = inspect(artifact)
+    if json_:
+        print(json.dumps(manifest.text(), indent=2, sort_keys=True))
+        return
+    architecture = manifest.architecture
+    kwargs = ", ".join(f"{key}={value!r}" for key, value in architecture.kwargs.items())
+    show(f"{architecture.library}/{architecture.name}({kwargs})")
+    table = Table("layer", "shape", "kept", "of", "share", "weights from", box=None, header_style="", padding=(0, 2, 0, 0))
+    for entry in manifest.masked:
+        kept = entry.kept or 0
+        shape = " × ".join(map(str, entry.shape))
+        source = f"{entry.distribution}, std {entry.std:.5g}"
+        table.add_row(entry.name, shape, f"{kept:,}", f"{entry.numel:,}", f"{kept / entry.numel:.1%}", source)
+    show(table)
+    share = manifest.kept / manifest.weights
+    seed = f"seed {manifest.seed}"
+    show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
+    if "accuracy" in manifest.provenance:
+        show(f"accuracy when it was saved: {manifest.provenance['accuracy']!s:.60}")

@@ -1,0 +1,35 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import new_file, show, size
+
+
+def run(
+    name: Annotated[str | None, typer.Argument(help="Show this recipe; without it all are listed.")] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy it to this file, to change it.")] = None,
+    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+) -> None:
+    """List the recipes, show one, or copy one.
+
+    \b
+    $ popup-surgery recipes digits -o mine.yaml
+    wrote mine.yaml, 707 bytes; popup-surgery train mine.yaml runs it
+    """
+    from ..errors import PopupError
+    from ..files import write_atomically
+    from ..training.recipe import find, shipped
+
+    if name is None:
+        if output is not None:
+            raise PopupError(f"-o {output} needs the name of a recipe to copy")
+        for each in shipped():
+            show(each)
+        return
+    text = find(name).read_bytes()
+    if output is None:
+        show(text.decode())
+        return
+    write_atomically(new_file(output, force), lambda file: file.write(text))
+    show(f"wrote {output}, {size(output)}; popup-surgery train {output} runs it")
