@@ -3,7 +3,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, console
+from .shared import busy, show
 
 
 def run(artifact: Annotated[Path, typer.Argument(help="A popup artifact.")]) -> int:
