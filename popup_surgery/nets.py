@@ -90,4 +90,20 @@ def fc(num_classes: int = 10, in_chans: int = 1, img_size: int | Sequence[int] =
     return ConvNet([], [300, 100], num_classes, in_chans, img_size, width)
 
 
-NETS = {net.__name__: net for net in (conv2, conv4, conv6, conv8, fc)}
+def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32) -> nn.Module:
+    """ResNet-18 for small images: torchvision's, with a 3 × 3 stem of stride 1 and no max-pool; 11,164,352 weights.
+
+    Args:
+        num_classes, in_chans: outputs and input channels.
+        img_size: H and W, or one number for both, to record; any size is taken.
+    """
+    from torchvision.models import resnet18
+
+    model = resnet18(num_classes=num_classes)
+    model.conv1 = nn.Conv2d(in_chans, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    model.input_size = (in_chans, *((img_size, img_size) if isinstance(img_size, int) else img_size))
+    return model
+
+
+NETS = {net.__name__: net for net in (conv2, conv4, conv6, conv8, fc, cifar_resnet18)}

@@ -1,0 +1,145 @@
+"""One training step: dense, with a sort-based mask, and ours, interleaved in one run.
+
+    python benchmarks/step.py [--pairs 15] [--only conv4] [--output benchmarks/results/step.json]
+
+The sort-based layer does what the paper's text says with PyTorch's own operators: sort all |scores| of a layer, write a
+mask of zeros and ones through the order, multiply, and let the gradient pass. On a GPU the batch is 256 and the forward
+pass runs in bfloat16.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import popup_surgery as ps
+
+K = 0.5
+
+
+class SortMask(torch.autograd.Function):
+    """A mask of the k largest scores, by a sort of them all; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx, score: Tensor) -> Tensor:
+        mask = torch.zeros_like(score).flatten()
+        order = score.flatten().sort().indices
+        mask[order[int((1 - K) * score.numel()) :]] = 1
+        return mask.view_as(score)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+class SortConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * SortMask.apply(self.score.abs())
+        return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+
+class SortLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight * SortMask.apply(self.score.abs()), self.bias)
+
+
+def with_sort(model: nn.Module) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.__class__ = SortConv if isinstance(module, nn.Conv2d) else SortLinear
+            module.score = nn.Parameter(torch.empty_like(module.weight).uniform_(-0.1, 0.1))
+    return model
+
+
+def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
+    """A function that takes one step and returns its seconds."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
+    gpu = x.is_cuda
+
+    def step() -> float:
+        if gpu:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+            loss = functional.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        if gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    return step
+
+
+def measure(name: str, batch: int, pairs: int, device: torch.device) -> dict[str, object]:
+    torch.manual_seed(0)
+    make = {
+        "dense": lambda: ps.build(name),
+        "dense_again": lambda: ps.build(name),
+        "sort": lambda: with_sort(ps.build(name)),
+        "ours": lambda: ps.convert(ps.build(name), K, scaled=False),
+    }
+    size, classes = ((224, 224), 1000) if "resnet" in name else ((32, 32), 10)
+    x, y = torch.randn(batch, 3, *size, device=device), torch.randint(classes, (batch,), device=device)
+    steps = {kind: stepper(build().to(device).train(), x, y) for kind, build in make.items()}
+    seconds: dict[str, list[float]] = {kind: [] for kind in steps}
+    for round_ in range(pairs + 2):
+        kinds = list(steps)
+        kinds = kinds[round_ % len(kinds) :] + kinds[: round_ % len(kinds)]  # no kind always follows the same one
+        for kind in kinds:
+            taken = steps[kind]()
+            if round_ >= 2:
+                seconds[kind].append(taken)
+    ratios = {
+        kind: statistics.median(a / b for a, b in zip(seconds[kind], seconds["dense"], strict=True))
+        for kind in ("dense_again", "sort", "ours")
+    }
+    result = {
+        "network": name,
+        "batch": batch,
+        "pairs": pairs,
+        "dense_ms": round(1e3 * statistics.median(seconds["dense"]), 2),
+        **{f"{kind}_over_dense": round(ratio, 3) for kind, ratio in ratios.items()},
+    }
+    print(
+        f"{name:22} batch {batch:3}  dense {result['dense_ms']:8.1f} ms  dense again × {ratios['dense_again']:.3f}  "
+        f"sort × {ratios['sort']:.3f}  ours × {ratios['ours']:.3f}",
+        flush=True,
+    )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=15, help="measured rounds for each network")
+    parser.add_argument("--only", help="measure the networks whose name has this in it")
+    parser.add_argument("--output", type=Path, default=Path("step.json"))
+    arguments = parser.parse_args()
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    nets = [("popup_surgery/conv2", 128), ("popup_surgery/conv4", 128), ("popup_surgery/conv8", 128), ("timm/resnet50", 8)]
+    results = [
+        measure(name, 256 if gpu else batch, arguments.pairs, device)
+        for name, batch in nets
+        if not arguments.only or arguments.only in name
+    ]
+    where = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(
+        json.dumps({"device": where, "torch": torch.__version__, "k": K, "steps": results}, indent=2) + "\n"
+    )
+
+
+if __name__ == "__main__":
+    main()
