@@ -23,7 +23,7 @@ _HOMES = {
     "training": ("Recipe",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-__all__ = sorted(_HOME)  # noqa: PLE0604
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .artifact import inspect, load, save, verify
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
         UnknownName,
     )
     from .layers import Tracer
-    from .surgery import Plan, bake, convert, masks, plan
     from .run import Evaluation, Result, evaluate, train
+    from .surgery import Plan, bake, convert, masks, plan
     from .training import Recipe
     from .zoo import Architecture, build
 

@@ -11,7 +11,7 @@ from .streams import PIECE
 
 
 def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
-    """Fill `tensor`, of any dtype, device and strides, with float32 values in row-major order, rounded to nearest even."""
+    """Fill `tensor`, of any dtype, device and strides, with float32 values in row-major order, rounded to nearest."""
     if tensor.is_meta:
         return tensor
     with torch.no_grad():

@@ -193,7 +193,7 @@ class Masked:
                 missing.remove(prefix + score_name(name))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, _, *state = super().__reduce_ex__(2)
+        state = super().__reduce_ex__(2)[2:]
         return (_new, (type(self)._popup_base, tuple(self.__dict__[SLOTS])), *state)  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
@@ -237,7 +237,7 @@ def swap(module: nn.Module, slots: dict[str, Slot], scores: dict[str, nn.Paramet
 def unswap(module: nn.Module) -> None:
     """Turn a masked layer back into its original class, in place, with its raw weights."""
     slots = module.__dict__.pop(SLOTS)
-    module.__class__ = type(module)._popup_base  # type: ignore[attr-defined, assignment]
+    module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
     for name in slots:
         del module._parameters[score_name(name)]
 

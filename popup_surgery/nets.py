@@ -1,6 +1,7 @@
-"""The networks of the paper's CIFAR-10 experiments (section 4.1, after Frankle and Carbin, 2019) and its fully connected one.
+"""The networks of the paper's CIFAR-10 experiments (section 4.1, after Frankle and Carbin, 2019), and a few more.
 
-No biases and no normalisation, ReLU between layers. Sizes for 10 classes of 3 × 32 × 32 images:
+Conv2 to Conv8 and fc have no biases and no normalisation, and ReLU between layers. Sizes for 10 classes of
+3 × 32 × 32 images:
 
 | net | convolutions (3 × 3, padding 1, each pair followed by a 2 × 2 max-pool) | fully connected | weights |
 | --- | --- | --- | --- |

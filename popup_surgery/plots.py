@@ -11,6 +11,7 @@ def draw_curve(path: Path, title: str, train: Sequence[float], validation: Seque
     """Accuracy by epoch on both splits, shares of 0 … 1, as a PNG at `path`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = FigureCanvasAgg(figure).figure.add_subplot()
@@ -19,7 +20,7 @@ def draw_curve(path: Path, title: str, train: Sequence[float], validation: Seque
     axes.plot(epochs, [100 * a for a in train], color="#999999", linestyle="--", marker=marker, label="training")
     axes.plot(epochs, [100 * a for a in validation], color="#0072b2", marker=marker, label="validation")
     axes.set(xlabel="epoch", ylabel="accuracy (%)", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     picture = io.BytesIO()

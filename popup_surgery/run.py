@@ -179,7 +179,9 @@ def write_dense(model: nn.Module, path: Path) -> int:
 def _input_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
     size = data.input_size or input_size(model)
     if size is None:
-        raise DataError("the network does not say what images it expects; set data.input_size: [channels, height, width]")
+        raise DataError(
+            "the network does not say what images it expects; set data.input_size: [channels, height, width]"
+        )
     return tuple(size)  # type: ignore[return-value]
 
 
@@ -193,7 +195,9 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
         shape = " × ".join(map(str, size))
         raise DataError(f"the network does not take images of {shape}: {error}") from error
     if data.classes and tuple(output.shape) != (1, len(data.classes)):
-        raise DataError(f"the data set has {len(data.classes)} classes; the network has {tuple(output.shape[1:])} outputs")
+        raise DataError(
+            f"the data set has {len(data.classes)} classes; the network has {tuple(output.shape[1:])} outputs"
+        )
 
 
 def _start_folder(folder: Path, recipe: Recipe) -> None:
@@ -221,7 +225,12 @@ def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str
 
     values = recipe.dump()
     values["data"]["root"] = None
-    software = {"popup_surgery": __version__, "torch": torch.__version__, "timm": timm.__version__, "numpy": numpy.__version__}
+    software = {
+        "popup_surgery": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "numpy": numpy.__version__,
+    }
     return {
         "recipe": values,
         "accuracy": history[-1].accuracy,

@@ -135,7 +135,7 @@ def _sweep(arrays: list[Bits], kept: int, low: np.int32, high: np.int32) -> tupl
     for piece in (piece for array in arrays for piece in _pieces(array)):
         bits, mask = piece & MAGNITUDE, flat[start : start + len(piece)]
         np.greater(bits, high, out=mask)
-        above += np.count_nonzero(mask)
+        above += int(np.count_nonzero(mask))
         index = np.flatnonzero((bits - low).view(np.uint32) <= np.uint32(high - low))
         near_bits.append(bits[index])
         near_index.append(index + start)
@@ -163,4 +163,6 @@ def _select_on_device(scores: Sequence[Tensor], kept: int, total: int) -> list[T
     above, ties = bits > threshold, bits == threshold
     flat = above | (ties & (ties.cumsum(0) <= kept - above.sum()))
     parts = flat.split([score.numel() for score in scores])
-    return [torch.empty_like(s, dtype=torch.bool).copy_(part.view(s.shape)) for s, part in zip(scores, parts, strict=True)]
+    return [
+        torch.empty_like(s, dtype=torch.bool).copy_(part.view(s.shape)) for s, part in zip(scores, parts, strict=True)
+    ]

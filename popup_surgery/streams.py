@@ -60,7 +60,7 @@ def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, nam
 
 
 def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Floats]:
-    """Initial scores, U(−1/√fan_in, 1/√fan_in), in pieces as `draw`'s (Kaiming uniform with a = √5, as the authors')."""
+    """Initial scores, U(−1/√fan_in, 1/√fan_in), in pieces as `draw`'s (Kaiming uniform, a = √5)."""
     return _pieces(numel, 32, _symmetric(1.0 / math.sqrt(fan_in)), words(seed, "score", name))
 
 

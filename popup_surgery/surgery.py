@@ -1,4 +1,4 @@
-"""Turn a network into a hidden one and back: `plan` looks, `convert` does what the plan says, `bake` ends in plain layers."""
+"""Turn a network into a hidden one and back: `plan` looks, `convert` does as planned, `bake` ends in plain layers."""
 
 import copy
 import fnmatch
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ConversionError, NothingToConvert, nearest
-from .kinds import Fans, kind_of
 from .filling import fill
+from .kinds import Fans, kind_of
 from .layers import Ranking, Slot, _Hold, is_masked, score_name, slots_of, swap, unswap
 from .learners import get_learner
 from .rest import GENERATED, Generated, Treatment, treatment
 from .selection import kept_count
 from .streams import check_seed, draw
 from .weights import get_scheme
-from .zoo import DESCRIPTION, Architecture, describe, resolve
+from .zoo import DESCRIPTION, Architecture, resolve
 
 DEFAULT_K = 0.3
 Patterns = str | Sequence[str] | None
@@ -266,7 +266,10 @@ def convert(
     if architecture is not None:
         core.__dict__[DESCRIPTION] = architecture
     log.log(
-        level, "the weights of %d layers were drawn anew from seed %d; what they were is gone", len(planned.masked), seed
+        level,
+        "the weights of %d layers were drawn anew from seed %d; what they were is gone",
+        len(planned.masked),
+        seed,
     )
     return model
 
@@ -327,7 +330,7 @@ def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
     kind = kind_of(module)
     if kind is None:
         return {}
-    if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values()):
+    if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
         raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
     found = kind.weights(module)
     return {p: f for p, f in found.items() if (t := module._parameters.get(p)) is not None and t.numel()}
@@ -343,7 +346,9 @@ def _any_match(name: str, patterns: str | Sequence[str], layers: Sequence[str], 
     patterns = [patterns] if isinstance(patterns, str) else patterns
     for pattern in patterns:
         if not any(_matches(layer, pattern) for layer in layers):
-            raise ConversionError(f"{what} has {pattern!r}, which matches no layer; nearest: {nearest(pattern, layers)}")
+            raise ConversionError(
+                f"{what} has {pattern!r}, which matches no layer; nearest: {nearest(pattern, layers)}"
+            )
     return any(_matches(name, pattern) for pattern in patterns)
 
 
@@ -375,9 +380,9 @@ def _apply(core: nn.Module, planned: Plan) -> None:
             ranking, len(ranking.members),
         )  # fmt: skip
         ranking.members.append((module, name))
-        for owner, parameter in weight.owners:
-            slots.setdefault(owner, {})[parameter] = replace(slot)
-            new_scores.setdefault(owner, {})[parameter] = score
+        for owner, held in weight.owners:
+            slots.setdefault(owner, {})[held] = replace(slot)
+            new_scores.setdefault(owner, {})[held] = score
     for module in slots:
         swap(module, slots[module], new_scores[module])
 

@@ -45,7 +45,7 @@ def _size(high: int) -> Callable[[Any], bool]:
 
 
 def _number(high: float, zero: bool) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and (0 <= value if zero else 0 < value) and value <= high
+    return lambda value: type(value) in (int, float) and (value >= 0 if zero else value > 0) and value <= high
 
 
 # the arguments that an artifact may hold: what is expected, and the check
@@ -89,7 +89,7 @@ def names(library: str) -> list[str]:
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Library and name of `timm/resnet50`, or of a bare `resnet50`: our own networks first, then timm, then torchvision.
+    """Library and name of `timm/resnet50`, or of a bare `resnet50`: ours first, then timm, then torchvision.
 
     Raises:
         UnknownName: no library has it; the message has the three nearest names.
@@ -100,7 +100,7 @@ def resolve(name: str) -> tuple[str, str]:
             raise unknown("library", candidate, LIBRARIES)
         if bare in names(candidate):
             return candidate, bare
-    raise unknown("architecture", bare, names(library) if slash else sum(map(names, LIBRARIES), []))
+    raise unknown("architecture", bare, names(library) if slash else [n for each in LIBRARIES for n in names(each)])
 
 
 def build(name: str, **kwargs: Any) -> nn.Module:

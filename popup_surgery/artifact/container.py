@@ -75,7 +75,9 @@ def read_header(file: BinaryIO) -> Container:
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
-        raise ArtifactError(f"the file ends before its header does ({size} bytes); it is truncated or no safetensors file")
+        raise ArtifactError(
+            f"the file ends before its header does ({size} bytes); it is truncated or no safetensors file"
+        )
     if length > HEADER_LIMIT:
         raise ArtifactError(f"the header has {length:,} bytes; expected at most {HEADER_LIMIT:,}")
     header = parse(file.read(length), "the header")
@@ -107,7 +109,9 @@ def _stored(name: str, entry: Any) -> Stored:
         raise ArtifactError(f"{what}: data_offsets are not two integers from 0")
     start, stop = offsets
     if stop - start != count * DTYPES[dtype].itemsize:
-        raise ArtifactError(f"{what}: {stop - start} bytes lie there; {dtype} {shape} needs {count * DTYPES[dtype].itemsize}")
+        raise ArtifactError(
+            f"{what}: {stop - start} bytes lie there; {dtype} {shape} needs {count * DTYPES[dtype].itemsize}"
+        )
     return Stored(dtype, tuple(shape), start, stop)
 
 

@@ -24,7 +24,8 @@ MANIFEST_LIMIT = 8 << 20
 class Drawn:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
-    `kept` is the number of ones in its mask, None where the tensor is not masked. `note` informs: scheme, scaled, k, fan_in.
+    `kept` is the number of ones in its mask, None where the tensor is not masked. `note` informs: scheme, scaled, k,
+    fan_in.
     """
 
     name: str
@@ -42,7 +43,12 @@ class Drawn:
 
     def text(self) -> dict[str, Any]:
         """As the manifest has it."""
-        entry = {"name": self.name, "stream": self.stream, "shape": list(self.shape), "dtype": self.dtype}
+        entry: dict[str, Any] = {
+            "name": self.name,
+            "stream": self.stream,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+        }
         entry |= {"distribution": self.distribution, "std": self.std, **self.note}
         return entry if self.kept is None else entry | {"kept": self.kept, "encoding": "bitpack"}
 
@@ -140,7 +146,9 @@ def read_manifest(text: str) -> Manifest:
     if version != VERSION:
         raise ArtifactError(f"format_version is {version}; this reader knows {VERSION}")
     if requires := _get(manifest, "requires", "a list of strings", _strings):
-        raise ArtifactError(f"the file requires {', '.join(map(_short, requires[:3]))}, which this reader does not know")
+        raise ArtifactError(
+            f"the file requires {', '.join(map(_short, requires[:3]))}, which this reader does not know"
+        )
     if canonical(manifest) != text:
         raise ArtifactError("the manifest is not in its canonical form")
     digest = _get(manifest, "manifest_sha256", "a SHA-256", _sha256)
@@ -186,7 +194,7 @@ def exact(value: Any, dtype: str) -> bool:
     if not torch_dtype.is_floating_point:
         limits = torch.iinfo(torch_dtype)
         return type(value) is int and limits.min <= value <= limits.max
-    if type(value) is not float or math.copysign(1.0, value) < 0 and value == 0:
+    if type(value) is not float or (math.copysign(1.0, value) < 0 and value == 0):
         return False
     return float(torch.tensor(value, dtype=torch.float64).to(torch_dtype)) == value
 
@@ -257,7 +265,9 @@ def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
         dtype=dtype,
         distribution=get("distribution", f"one of {', '.join(DISTRIBUTIONS)}", lambda v: _known(v, DISTRIBUTIONS)),
         std=get("std", "a float above 0", lambda v: type(v) is float and v > 0),
-        kept=get("kept", f"an integer from 0 to {numel}", lambda v: type(v) is int and 0 <= v <= numel) if masked else None,
+        kept=get("kept", f"an integer from 0 to {numel}", lambda v: type(v) is int and 0 <= v <= numel)
+        if masked
+        else None,
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
     )
 

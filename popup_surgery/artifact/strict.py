@@ -72,7 +72,9 @@ def _bound(structure: str, what: str) -> None:
     # 600 bytes is the most that a small object, its key and its place in a list were seen to take
     counts = structure.count("{") + structure.count("["), structure.count(",")
     if counts[0] > 250_000 or counts[1] > 1_000_000:
-        raise ArtifactError(f"{what} has {counts[0]:,} objects and lists and {counts[1]:,} commas, more than any network")
+        raise ArtifactError(
+            f"{what} has {counts[0]:,} objects and lists and {counts[1]:,} commas, more than any network"
+        )
     depth = 0
     for bracket in _BRACKETS.finditer(structure):
         depth += 1 if bracket[0] in "[{" else -1

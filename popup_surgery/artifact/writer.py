@@ -92,7 +92,9 @@ def _describe(
         first[id(tensor)] = name
         if slot := slots.get(id(tensor)):
             if f"{name}.mask" in entries:
-                raise ArtifactError(f"{name}.mask is a state_dict entry of its own, where the mask of {name} must stand")
+                raise ArtifactError(
+                    f"{name}.mask is a state_dict entry of its own, where the mask of {name} must stand"
+                )
             masked.append(_masked_entry(name, tensor, slot))
         elif (origin := generated.get(id(tensor))) and (entry := _generated_entry(name, tensor, origin, seed)):
             drawn.append(entry)
@@ -148,9 +150,7 @@ def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) ->
     pieces = draw(origin.distribution, tensor.numel(), origin.std, origin.seed, "other", origin.stream)
     if origin.seed != seed or not tensor.numel() or not _equals(tensor, pieces):
         return None
-    return Drawn(
-        name, origin.stream, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], origin.distribution, origin.std
-    )
+    return Drawn(name, origin.stream, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], origin.distribution, origin.std)
 
 
 def _equals(tensor: Tensor, pieces: Any) -> bool:

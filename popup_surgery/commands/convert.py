@@ -25,7 +25,9 @@ def run(
     num_classes: Annotated[int | None, typer.Option(help="Outputs of the network.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Channels of its images.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side of its images, for networks that ask for it.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="File; <arch>.popup.safetensors if not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="File; <arch>.popup.safetensors if not given.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the whole plan and write nothing.")] = False,
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
 ) -> None:

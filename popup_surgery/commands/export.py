@@ -11,7 +11,7 @@ def run(
     output: Annotated[Path, typer.Option("-o", "--output", help="The dense safetensors file.")],
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write an artifact's network as an ordinary safetensors file, that timm.create_model(name, checkpoint_path=…) loads.
+    """Write an artifact's network as a dense safetensors file, as timm.create_model(…, checkpoint_path=…) loads.
 
     \b
     $ popup-surgery export digits.popup.safetensors -o digits.safetensors

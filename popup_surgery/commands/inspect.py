@@ -34,7 +34,9 @@ def run(
     architecture = manifest.architecture
     kwargs = ", ".join(f"{key}={value!r}" for key, value in architecture.kwargs.items())
     show(f"{architecture.library}/{architecture.name}({kwargs})")
-    table = Table("layer", "shape", "kept", "of", "share", "weights from", box=None, header_style="", padding=(0, 2, 0, 0))
+    table = Table(
+        "layer", "shape", "kept", "of", "share", "weights from", box=None, header_style="", padding=(0, 2, 0, 0)
+    )
     for entry in manifest.masked:
         kept = entry.kept or 0
         shape = " × ".join(map(str, entry.shape))

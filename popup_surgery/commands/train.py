@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 def run(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (popup-surgery recipes lists them), or a YAML file.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of any recipe key; repeatable.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="New folder; runs/<recipe> if not given.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="New folder; runs/<recipe> if not given.")
+    ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="The data set's folder, in place of data.root.")] = None,
 ) -> None:
     """Learn a mask as a recipe says; write recipe.yaml, metrics.jsonl, curve.png and the artifact.
@@ -43,7 +45,9 @@ def run(
             f"accuracy {epoch.accuracy:.2%}  {epoch.images_per_second:,.0f} images/s".replace("%", " %")
         )
 
-    result = runs.train(recipe, overrides=set_ or (), output=output, data_dir=data_dir, progress=progress, after_epoch=line)
+    result = runs.train(
+        recipe, overrides=set_ or (), output=output, data_dir=data_dir, progress=progress, after_epoch=line
+    )
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
     table = Table.grid(padding=(0, 6, 0, 0))
     table.add_row("accuracy", f"{100 * result.accuracy:.2f} % of the validation images")

@@ -38,7 +38,7 @@ class _StraightThrough(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return masked(weight, mask)
 
     @staticmethod
@@ -48,7 +48,7 @@ class _StraightThrough(torch.autograd.Function):
         ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, score, mask = ctx.saved_tensors
         for_score = (grad * weight).to(score.dtype) * score.sign() if ctx.needs_input_grad[1] else None
         for_weight = torch.where(mask, grad, 0.0) if ctx.needs_input_grad[0] else None

@@ -43,7 +43,12 @@ class Batches(Protocol):
 
 
 def open_data(
-    config: Data, input_size: tuple[int, int, int], seed: int, device: torch.device, progress: Progress, train: bool = True
+    config: Data,
+    input_size: tuple[int, int, int],
+    seed: int,
+    device: torch.device,
+    progress: Progress,
+    train: bool = True,
 ) -> Batches:
     """The data set that `config` names, for images of `input_size`.
 
@@ -53,8 +58,10 @@ def open_data(
     Raises:
         DataError: it is missing, unreadable, or its two splits have other classes.
     """
-    if config.mean and len(config.mean) != input_size[0] or config.std and len(config.std) != input_size[0]:
-        raise DataError(f"data.mean and data.std have {len(config.mean or config.std or [])} values for {input_size[0]} channels")
+    if (config.mean and len(config.mean) != input_size[0]) or (config.std and len(config.std) != input_size[0]):
+        raise DataError(
+            f"data.mean and data.std have {len(config.mean or config.std or [])} values for {input_size[0]} channels"
+        )
     names = [config.train_split, config.val_split] if train else [config.val_split]
     if config.name == "digits":
         splits = {name: _digits(name) for name in names}
@@ -104,7 +111,9 @@ class InMemory:
         flips = generator.random(count) < self.config.hflip
         for start in range(0, count, self.config.batch_size):
             chosen = order[start : start + self.config.batch_size]
-            index, shift, flip = (torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips))
+            index, shift, flip = (
+                torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
+            )
             yield self._normalise(_crop(images[index], pad, shift, flip)), labels[index]
 
     def validation(self) -> Iterator[Batch]:
@@ -133,8 +142,17 @@ class Streamed:
         self.config, self.seed, self.device, self.classes = config, seed, device, classes
         self.datasets = datasets
         mean, std = _mean_std(config, input_size[0])
-        common = {"input_size": input_size, "mean": mean, "std": std, "interpolation": config.interpolation}
-        augment = {"hflip": config.hflip, "color_jitter": config.color_jitter or None, "re_prob": config.re_prob}
+        common: dict[str, Any] = {
+            "input_size": input_size,
+            "mean": mean,
+            "std": std,
+            "interpolation": config.interpolation,
+        }
+        augment: dict[str, Any] = {
+            "hflip": config.hflip,
+            "color_jitter": config.color_jitter or None,
+            "re_prob": config.re_prob,
+        }
         augment |= {"scale": config.scale, "ratio": config.ratio, "auto_augment": config.auto_augment}
         transforms = {
             config.val_split: create_transform(**common, crop_pct=config.crop_pct),
@@ -188,12 +206,12 @@ class _Seeded(Dataset):
 
 @contextmanager
 def ambient_seed(entropy: list[int]) -> Iterator[None]:
-    """Within it the default generators of Python, NumPy and PyTorch start from `entropy`; after it they are as before."""
+    """Within it the generators of Python, NumPy and PyTorch start from `entropy`; after it they are as before."""
     states = random.getstate(), np.random.get_state()
     first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
     with torch.random.fork_rng():
         random.seed(first)
-        np.random.seed(second)  # noqa: NPY002 (timm's transforms use it)
+        np.random.seed(second)
         torch.manual_seed(third)
         try:
             yield

@@ -63,7 +63,7 @@ def fit(
     from timm.optim import create_optimizer_v2
 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options = {"nesterov": training.nesterov} if training.optimizer in ("sgd", "momentum") else {}
+    options: dict[str, Any] = {"nesterov": training.nesterov} if training.optimizer in ("sgd", "momentum") else {}
     optimizer = create_optimizer_v2(
         parameters,
         training.optimizer,
@@ -80,7 +80,8 @@ def fit(
         began = time.perf_counter()
         lr = schedule.get_last_lr()[0]
         model.train()
-        seen, loss_sum, correct = 0, torch.zeros((), device=accelerator.device), torch.zeros((), device=accelerator.device)
+        seen = 0
+        loss_sum, correct = torch.zeros(2, device=accelerator.device)
         with progress(data.steps(), f"epoch {epoch + 1}/{training.epochs}") as step:
             for images, labels in data.train(epoch):
                 optimizer.zero_grad()
@@ -104,7 +105,7 @@ def fit(
 
 
 def rate(epoch: int, training: Training) -> float:
-    """Factor of the learning rate in `epoch`, from 0: (e + 1)/W in the warm-up, then 0.5·(1 + cos(π(e − W)/(E − W)))."""
+    """Factor of the rate in `epoch`, from 0: (e + 1)/W in the warm-up, then 0.5·(1 + cos(π(e − W)/(E − W)))."""
     warmup, epochs = training.warmup_epochs, training.epochs
     if epoch < warmup:
         return (epoch + 1) / warmup
@@ -113,9 +114,7 @@ def rate(epoch: int, training: Training) -> float:
     return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
-def accuracy_of(
-    model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]
-) -> tuple[float, int]:
+def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[float, int]:
     """Share of images that a plain network classifies rightly, in eval mode, and how many images there were."""
     model.eval()
     seen, correct = 0, None

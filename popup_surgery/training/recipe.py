@@ -34,8 +34,9 @@ def _known(look_up: Any) -> Any:
 def _optimizer(name: str) -> None:
     import timm.optim
 
-    if name not in timm.optim.list_optimizers():
-        raise unknown("optimizer", name, timm.optim.list_optimizers())
+    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
+    if name not in known:
+        raise unknown("optimizer", name, known)
 
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -240,7 +241,9 @@ class _Dumper(yaml.SafeDumper):
 
 _FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
 for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$", re.I), list("-+0123456789."))
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$", re.I), list("-+0123456789.")
+    )
 
 
 def _yaml(text: str, what: str) -> Any:
