@@ -95,7 +95,7 @@ def train(
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
-    if (folder / "recipe.yaml").exists():
+    if any((folder / file).exists() for file in ("recipe.yaml", "metrics.jsonl")):
         raise RunError(f"{folder} holds a run already; choose another folder with --output, or remove it")
 
     accelerator = start(recipe.training)
@@ -166,6 +166,11 @@ def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
     if not isinstance(section, dict) and not overrides:
         raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")
     section = section if isinstance(section, dict) else {}
+    name = str(section.get("name"))
+    if name.partition("/")[0] in ("hfds", "hfids", "tfds", "wds") and not any("data.name" in o for o in overrides):
+        raise DataError(
+            f"{path} names the remote data set {name}; fetch it with --set data.name={name} if you trust it"
+        )
     return parse_data(section | {"root": None, "download": False}, overrides, str(path))
 
 
@@ -212,8 +217,11 @@ def _start_folder(folder: Path, recipe: Recipe) -> None:
 
 def _metrics(folder: Path, after_epoch: Callable[[Epoch], None]) -> Callable[[Epoch], None]:
     def write(epoch: Epoch) -> None:
-        with open(folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(epoch.line()) + "\n")
+        try:
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(epoch.line()) + "\n")
+        except OSError as error:
+            raise PopupError(f"{folder}/metrics.jsonl cannot be written: {error.strerror}") from error
         after_epoch(epoch)
 
     return write

@@ -172,12 +172,12 @@ def plan(
     if not fans:
         raise NothingToConvert(f"{type(core).__name__} has no Conv or Linear layer whose weight could be masked")
     layers = [name for name, _ in fans]
-    chosen = [
+    chosen = {
         name
         for name in layers
         if (include is None or _any_match(name, include, layers, "include"))
         and not (exclude is not None and _any_match(name, exclude, layers, "exclude"))
-    ]
+    }
     if not chosen:
         raise NothingToConvert(f"include={include!r} and exclude={exclude!r} leave none of {len(layers)} layers")
     for pattern in shares.keys() - {"*"}:

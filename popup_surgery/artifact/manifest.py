@@ -18,6 +18,7 @@ from .strict import canonical, parse
 FORMAT = "popup-surgery"
 VERSION = 1
 MANIFEST_LIMIT = 8 << 20
+PROBE_LIMIT = 4 << 20  # elements of the input, as of one image of 1,024 pixels a side
 
 
 @dataclass(frozen=True)
@@ -290,10 +291,13 @@ def _constant(name: str, entry: Any) -> Constant:
 def _probe(entry: Any) -> Probe:
     if not isinstance(entry, dict):
         raise ArtifactError(f"probe is {_short(entry)}; expected an object")
-    if element_count(entry.get("shape"), "probe") == 0:
-        raise ArtifactError(f"probe has the shape {entry['shape']}; expected positive sizes")
-    floats: Callable[[Any], bool] = lambda v: isinstance(v, list) and bool(v) and all(map(_number, v))  # noqa: E731
-    output = _get(entry, "output", "a list of numbers", floats, "probe.")
+    if not 0 < element_count(entry.get("shape"), "probe") <= PROBE_LIMIT:
+        raise ArtifactError(f"probe has the shape {_short(entry['shape'])}; expected 1 to {PROBE_LIMIT:,} elements")
+
+    def numbers(value: Any) -> bool:
+        return isinstance(value, list) and 0 < len(value) <= PROBE_LIMIT and all(map(_number, value))
+
+    output = _get(entry, "output", "a list of numbers", numbers, "probe.")
     rtol = _get(entry, "rtol", "a number above 0", lambda v: _number(v) and v > 0, "probe.")
     return Probe(tuple(entry["shape"]), tuple(map(float, output)), float(rtol))
 

@@ -15,25 +15,29 @@ RTOL = 1e-3  # float32 sums in another order, through a hundred layers, stay wel
 
 def take_probe(model: nn.Module, seed: int, shape: tuple[int, ...]) -> Probe | None:
     """The probe of a converted network for an input of `shape`; None where the output is not finite or no tensor."""
-    output = _first_outputs(bake(model), seed, shape)
+    output = _first_outputs(bake(model), seed, shape, VALUES)
     return Probe(shape, tuple(map(float, output)), RTOL) if output is not None else None
 
 
-def deviation(model: nn.Module, seed: int, probe: Probe) -> float:
-    """Largest difference of a plain network's outputs to the probe's, over the largest output's magnitude."""
-    output = _first_outputs(model, seed, probe.shape)
+def check_probe(model: nn.Module, seed: int, probe: Probe) -> tuple[bool, str]:
+    """Whether a plain network's outputs are the probe's, and a word on it."""
+    try:
+        output = _first_outputs(model, seed, probe.shape, len(probe.output))
+    except Exception as error:  # whatever a network says to an input that is not for it
+        return False, f"the network does not take the probe's input {probe.shape}: {error}"
     if output is None or len(output) != len(probe.output):
-        return float("inf")
+        return False, f"the network does not give {len(probe.output)} finite outputs"
     expected = np.array(probe.output, np.float64)
-    return float(np.abs(output - expected).max() / (np.abs(expected).max() or 1.0))
+    off = float(np.abs(output - expected).max() / (np.abs(expected).max() or 1.0))
+    return off <= probe.rtol, f"output differs by {off:.1e} of its largest value; allowed {probe.rtol:g}"
 
 
-def _first_outputs(model: nn.Module, seed: int, shape: tuple[int, ...]) -> np.ndarray | None:
+def _first_outputs(model: nn.Module, seed: int, shape: tuple[int, ...], count: int) -> np.ndarray | None:
     parameter = next(model.parameters())
     x = fill(torch.empty(shape), draw("normal", int(np.prod(shape)), 1.0, seed, "other", "probe"))
     with torch.no_grad():
         output = model.eval()(x.to(parameter.device, parameter.dtype))
     if not isinstance(output, torch.Tensor):
         return None
-    first = output.float().cpu().reshape(-1)[:VALUES].double().numpy()
+    first = output.float().cpu().reshape(-1)[:count].double().numpy()
     return first if len(first) and np.isfinite(first).all() else None

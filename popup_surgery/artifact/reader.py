@@ -17,7 +17,7 @@ from ..zoo import KWARGS, LIBRARIES, Architecture, build_described, check_kwargs
 from .container import DTYPE_NAMES, DTYPES, Container, Stored, open_file, read_header
 from .manifest import Manifest, read_manifest
 from .packing import ones, padding_is_zero
-from .probe import deviation
+from .probe import check_probe
 from .rebuild import Packed, effective_pieces, generated_pieces, masks_digest, tensors_digest, weights_digest
 from .verification import Verification
 
@@ -95,9 +95,7 @@ def verify(path: str | Path, model: nn.Module | None = None) -> Verification:
             return Verification((*checks, ("architecture", False, str(error))))
         checks.append(("architecture", True, f"{library}/{name} takes every tensor"))
         if (probe := manifest.probe) is not None:
-            off = deviation(network, manifest.seed, probe)
-            word = f"output differs by {off:.1e} of its largest value; allowed {probe.rtol:g}"
-            checks.append(("probe", off <= probe.rtol, word))
+            checks.append(("probe", *check_probe(network, manifest.seed, probe)))
         return Verification(tuple(checks))
 
 
@@ -133,10 +131,11 @@ def _read(path: str | Path) -> Artifact:
         container = read_header(file)
         manifest = read_manifest(container.manifest)
         _check_tensors(manifest, container)
+        buffer = bytearray(max((tensor.stop for tensor in container.tensors.values()), default=0))
         file.seek(container.data_start)
-        data = memoryview(bytearray(file.read()))  # writable, as PyTorch wants it
-    if len(data) != max((tensor.stop for tensor in container.tensors.values()), default=0):
-        raise ArtifactError("the file changed while it was read")
+        if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+            raise ArtifactError("the file changed while it was read")
+    data = memoryview(buffer)
     masks: dict[str, Packed] = {}
     stored = dict(container.tensors)
     for entry in manifest.masked:

@@ -20,7 +20,8 @@ def show(*things: object) -> None:
     console = Console(file=io.StringIO(), width=wide, force_terminal=False, color_system=None)
     console.print(*things, sep="\n", markup=False, highlight=False, soft_wrap=all(isinstance(t, str) for t in things))
     for line in console.file.getvalue().splitlines():  # type: ignore[attr-defined]
-        print(line.rstrip(), flush=True)
+        # names in a stranger's file must not steer the terminal
+        print("".join(c if c.isprintable() else "\ufffd" for c in line.rstrip()), flush=True)
 
 
 @contextmanager

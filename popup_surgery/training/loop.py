@@ -39,7 +39,12 @@ class Epoch:
 def start(training: Training) -> Accelerator:
     """The accelerator of a run: device, precision and processes."""
     AcceleratorState._reset_state()  # a run earlier in this process may have had another precision
-    accelerator = Accelerator(mixed_precision=_PRECISIONS[training.precision])
+    try:
+        accelerator = Accelerator(mixed_precision=_PRECISIONS[training.precision])
+    except ValueError as error:
+        raise RunError(
+            f"training.precision is {training.precision!r}, which this device does not have: {error}"
+        ) from error
     if accelerator.num_processes > 1:
         raise RunError(f"the run was started on {accelerator.num_processes} processes; this version trains on one")
     return accelerator

@@ -100,12 +100,12 @@ class Data(_Section):
     download: bool = False
     train_split: str = "train"
     val_split: str = "validation"
-    batch_size: Annotated[int, Field(ge=1)] = 128
-    input_size: Annotated[list[Annotated[int, Field(ge=1)]], Field(min_length=3, max_length=3)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
+    input_size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None = None
     mean: list[float] | None = None
     std: list[Positive] | None = None
     in_memory: bool | None = None
-    pad: Annotated[int, Field(ge=0)] = 0
+    pad: Annotated[int, Field(ge=0, le=1024)] = 0
     hflip: Fraction = 0.0
     scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
     ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
@@ -114,7 +114,7 @@ class Data(_Section):
     re_prob: Fraction = 0.0
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
 
 
 class Training(_Section):
