@@ -128,7 +128,12 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    nets = [("popup_surgery/conv2", 128), ("popup_surgery/conv4", 128), ("popup_surgery/conv8", 128), ("timm/resnet50", 8)]
+    nets = [
+        ("popup_surgery/conv2", 128),
+        ("popup_surgery/conv4", 128),
+        ("popup_surgery/conv8", 128),
+        ("timm/resnet50", 8),
+    ]
     results = [
         measure(name, 256 if gpu else batch, arguments.pairs, device)
         for name, batch in nets

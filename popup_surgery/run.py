@@ -112,7 +112,7 @@ def train(
         folder / "curve.png", name, [epoch.train_accuracy for epoch in history], [epoch.accuracy for epoch in history]
     )
     stem = name.rsplit("/", 1)[-1]
-    model = accelerator.unwrap_model(model).cpu()
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     if planned is not None:
         file = folder / f"{stem}.popup.safetensors"
         manifest = save(model, file, provenance=_provenance(recipe, history, data), probe=(1, *size))

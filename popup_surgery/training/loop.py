@@ -83,7 +83,7 @@ def fit(
     history = []
     for epoch in range(training.epochs):
         began = time.perf_counter()
-        lr = schedule.get_last_lr()[0]
+        lr = float(schedule.get_last_lr()[0])
         model.train()
         seen = 0
         loss_sum, correct = torch.zeros(2, device=accelerator.device)
