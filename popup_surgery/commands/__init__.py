@@ -13,7 +13,11 @@ from . import convert, evaluate, export, inspect, recipes, train, verify
 app = typer.Typer(
     name="popup-surgery",
     help="Turn any network into a hidden one: random frozen weights, a learnt mask, one small file to share.",
-    epilog="Example: popup-surgery convert resnet101 --dry-run",
+    epilog="\b\n$ popup-surgery convert fc --in-chans 1 --k 0.1 --no-scaled -o fc.popup.safetensors\n"
+    "3 layers masked, 266,200 weights, 26,620 kept (10.0%)\n"
+    "0 tensors not masked, 0 parameters; 100.00% of all parameters are masked\n"
+    "signed_kaiming_constant, seed 0, edge_popup, ranked layer by layer\n"
+    "wrote fc.popup.safetensors, 35 kB",
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
