@@ -37,27 +37,27 @@ class Ranking:
         self.kept = kept
         self.members: list[tuple[nn.Module, str]] = []
         self._selection: Selection | None = None
-        self._held = False
+        self._held: list[Tensor] | None = None  # the scores, while a forward of the root runs
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_selection": None, "_held": False}
+        return self.__dict__ | {"_selection": None, "_held": None}
 
     def scores(self) -> list[Tensor]:
         return [_parameter(module, score_name(name)) for module, name in self.members]
 
     def mask(self, index: int) -> Tensor:
         """The mask of member `index`: bool, of its weight's shape."""
-        if self._held and self._selection is not None:
-            return self._selection.masks[index]
         scores, learner = self.scores(), get_learner(self.learner)
         if _under_transform(scores):
             return learner.trace([score.detach() for score in scores], self.kept)[index]
-        if self._selection is None or not self._selection.holds(scores):
-            self._selection = learner.select(scores, self.kept)
+        held = self._held is not None and all(a is b for a, b in zip(self._held, scores, strict=True))
+        if self._selection is None or not self._selection.holds(scores, index if held else None):
+            with torch.inference_mode(False):  # a mask must outlive the mode
+                self._selection = learner.select(scores, self.kept)
         return self._selection.masks[index]
 
     def hold_during_forward(self, root: nn.Module) -> None:
-        """Check once at the start of each forward of `root` instead of at each layer, of which each would check all."""
+        """Check all scores once at the start of each forward of `root`; in it each read checks its own alone."""
         root.register_forward_pre_hook(_Hold(self, True))
         root.register_forward_hook(_Hold(self, False), always_call=True)
 
@@ -72,10 +72,18 @@ class _Hold:
         ranking = self.ranking
         if torch.compiler.is_compiling():
             return
-        ranking._held = False
-        if self.start and not _under_transform(ranking.scores()):
+        ranking._held = None
+        if self.start:
             ranking.mask(0)
-            ranking._held = True
+            ranking._held = ranking.scores()
+
+
+def drop_hooks(module: nn.Module) -> None:
+    """Take the hooks of a ranking off `module`."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for handle in [handle for handle, hook in hooks.items() if isinstance(hook, _Hold)]:
+            del hooks[handle]
+            module._forward_hooks_always_called.pop(handle, None)
 
 
 @dataclass
@@ -189,6 +197,9 @@ class Masked:
         finally:
             del self.__dict__[LOADING]
         for name in self.__dict__[SLOTS]:
+            score = self._parameters[score_name(name)]  # type: ignore[attr-defined]
+            if score.dtype != torch.float32:  # assigned from a checkpoint of another dtype
+                score.data = score.data.float()
             if prefix + name in state_dict and prefix + score_name(name) in missing:
                 missing.remove(prefix + score_name(name))
 

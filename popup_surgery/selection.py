@@ -40,15 +40,23 @@ class Selection:
     threshold: int
     last: int
 
-    def holds(self, scores: Sequence[Tensor]) -> bool:
-        """Whether `select(scores)` would give these masks again, exactly; about a quarter of a selection's work.
+    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
+        """True only where `select(scores)` would give these masks again; about a quarter of a selection's work.
 
-        A group off the CPU is never said to hold: the answer would make the host wait for the device.
+        It compares with the known threshold, and so may say no where all magnitudes have moved together. A group off
+        the CPU is never said to hold: the answer would make the host wait for the device.
+
+        Args:
+            scores: the group, as for `select`.
+            only: look at this member alone.
         """
         if len(scores) != len(self.masks):
             return False
         start = 0
-        for score, mask in zip(scores, self.masks, strict=True):
+        for i, (score, mask) in enumerate(zip(scores, self.masks, strict=True)):
+            if only not in (None, i):
+                start += mask.numel()
+                continue
             if score.device.type != "cpu" or mask.device.type != "cpu" or score.shape != mask.shape:
                 return False
             bits, kept = _bits(score), mask.contiguous().view(-1).numpy()

@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from .errors import ConversionError, NothingToConvert, nearest
 from .filling import fill
 from .kinds import Fans, kind_of
-from .layers import Ranking, Slot, _Hold, is_masked, score_name, slots_of, swap, unswap
+from .layers import Ranking, Slot, drop_hooks, is_masked, score_name, slots_of, swap, unswap
 from .learners import get_learner
 from .rest import GENERATED, Generated, Treatment, treatment
 from .selection import kept_count
@@ -113,16 +114,26 @@ class Plan:
 
     def __str__(self) -> str:
         from rich.console import Console
-        from rich.table import Table
+        from rich.table import Column, Table
 
-        table = Table("layer", "class", "shape", "weights", "kept", "fan_in", "std", box=None, header_style="")
+        table = Table(
+            Column("layer", overflow="fold"),
+            "class",
+            "shape",
+            "weights",
+            "kept",
+            "fan_in",
+            "std",
+            box=None,
+            header_style="",
+        )
         for weight in self.masked:
             shape = " × ".join(map(str, weight.shape))
             numbers = f"{weight.numel:,}", f"{weight.kept:,}", f"{weight.fan_in:g}", f"{weight.std:.5g}"
             table.add_row(weight.key, weight.layer, shape, *numbers)
         for column in table.columns[3:]:
             column.justify = "right"
-        left = Table("not masked", "shape", "becomes", "because", box=None, header_style="")
+        left = Table(Column("not masked", overflow="fold"), "shape", "becomes", "because", box=None, header_style="")
         for other in self.rest:
             action, value = other.treatment.action, other.treatment.value
             becomes = {"constant": f"{value:g}", "generated": f"normal, std {value:g}", "left": "stays, frozen"}[action]
@@ -155,9 +166,11 @@ def plan(
     weight_scheme, seed = get_scheme(scheme), check_seed(seed)
     if scope not in ("layer", "global"):
         raise ConversionError(f"scope is {scope!r}; expected 'layer' or 'global'")
-    shares = {"*": DEFAULT_K, **k} if isinstance(k, Mapping) else {"*": k}
+    shares = {"*": k} if not isinstance(k, Mapping) else dict(k) if "*" in k else {"*": DEFAULT_K, **k}
     for pattern, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        if not isinstance(pattern, str):
+            raise ConversionError(f"k has the key {pattern!r}; expected a glob pattern on layer names")
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
             where = f" for {pattern!r}" if isinstance(k, Mapping) else ""
             raise ConversionError(f"k{where} is {share!r}; expected a number above 0 and up to 1, the share kept")
     if scope == "global" and len(set(shares.values())) > 1:
@@ -199,7 +212,7 @@ def plan(
             how = treatment(module, parameter, tensor, swapped=name in chosen)
             rest.append(PlannedRest(key, tuple(tensor.shape), (module, parameter), how))
             continue
-        share = [share for pattern, share in shares.items() if _matches(layer[0], pattern)][-1]
+        share = [float(share) for pattern, share in shares.items() if _matches(layer[0], pattern)][-1]
         kept = kept_count(tensor.numel(), share)
         if kept == 0 and scope == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
@@ -255,6 +268,10 @@ def convert(
         NothingToConvert: there is no layer to mask, or the patterns leave none.
         UnknownName: no such scheme, learner or architecture.
     """
+    if architecture is not None and not isinstance(architecture, str | Architecture):
+        raise ConversionError(f"architecture is {architecture!r}; expected a name such as 'timm/resnet50'")
+    if torch.is_inference_mode_enabled():
+        raise ConversionError("convert was called under torch.inference_mode, where its scores could never learn")
     settings = {"scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope}
     planned = plan(model, k, include=include, exclude=exclude, **settings)  # type: ignore[arg-type]
     core = unwrap(model)
@@ -292,9 +309,7 @@ def bake(model: nn.Module) -> nn.Module:
         if is_masked(module):
             unswap(module)
         module.__dict__.pop(GENERATED, None)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for handle in [handle for handle, hook in hooks.items() if isinstance(hook, _Hold)]:
-                del hooks[handle]
+        drop_hooks(module)
     for parameter in baked.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return baked
@@ -344,6 +359,8 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _any_match(name: str, patterns: str | Sequence[str], layers: Sequence[str], what: str) -> bool:
     patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConversionError(f"{what} is {patterns!r}; expected glob patterns on module names")
     for pattern in patterns:
         if not any(_matches(layer, pattern) for layer in layers):
             raise ConversionError(

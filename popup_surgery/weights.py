@@ -39,7 +39,7 @@ def register_scheme(name: str, scheme: Scheme) -> None:
 
 def get_scheme(name: str) -> Scheme:
     """The scheme called `name`; `UnknownName` lists the nearest."""
-    if name not in SCHEMES:
+    if not isinstance(name, str) or name not in SCHEMES:
         raise unknown("scheme", name, SCHEMES)
     return SCHEMES[name]
 

@@ -18,7 +18,7 @@ def register_learner(name: str, learner: Learner) -> None:
 
 def get_learner(name: str) -> Learner:
     """The learner called `name`; `UnknownName` lists the nearest."""
-    if name not in LEARNERS:
+    if not isinstance(name, str) or name not in LEARNERS:
         raise unknown("learner", name, LEARNERS)
     return LEARNERS[name]
 
