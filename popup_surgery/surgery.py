@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from . import zoo
 from .errors import ConversionError, NothingToConvert, nearest
 from .filling import fill
 from .kinds import Fans, kind_of
@@ -22,7 +23,7 @@ from .rest import GENERATED, Generated, Treatment, treatment
 from .selection import kept_count
 from .streams import check_seed, draw
 from .weights import get_scheme
-from .zoo import DESCRIPTION, Architecture, resolve
+from .zoo import DESCRIPTION, Architecture
 
 DEFAULT_K = 0.3
 Patterns = str | Sequence[str] | None
@@ -114,10 +115,10 @@ class Plan:
 
     def __str__(self) -> str:
         from rich.console import Console
-        from rich.table import Column, Table
+        from rich.table import Table
 
         table = Table(
-            Column("layer", overflow="fold"),
+            "layer",
             "class",
             "shape",
             "weights",
@@ -133,12 +134,13 @@ class Plan:
             table.add_row(weight.key, weight.layer, shape, *numbers)
         for column in table.columns[3:]:
             column.justify = "right"
-        left = Table(Column("not masked", overflow="fold"), "shape", "becomes", "because", box=None, header_style="")
+        left = Table("not masked", "shape", "becomes", "because", box=None, header_style="")
         for other in self.rest:
             action, value = other.treatment.action, other.treatment.value
             becomes = {"constant": f"{value:g}", "generated": f"normal, std {value:g}", "left": "stays, frozen"}[action]
             left.add_row(other.key, " × ".join(map(str, other.shape)), becomes, other.treatment.why)
-        console = Console(file=io.StringIO(), width=160, color_system=None)
+        longest = max(len(key) for key in [*(w.key for w in self.masked), *(r.key for r in self.rest)])
+        console = Console(file=io.StringIO(), width=longest + 120, color_system=None)
         console.print(table, *([left] if self.rest else []), self.totals(), sep="\n", highlight=False)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
@@ -276,7 +278,7 @@ def convert(
     planned = plan(model, k, include=include, exclude=exclude, **settings)  # type: ignore[arg-type]
     core = unwrap(model)
     if isinstance(architecture, str):
-        architecture = Architecture(*resolve(architecture))
+        architecture = zoo.architecture(architecture)
     # whoever let `build` make the network knows that its weights were random
     level = logging.INFO if DESCRIPTION in core.__dict__ else logging.WARNING
     _apply(core, planned)

@@ -114,10 +114,15 @@ def build(name: str, **kwargs: Any) -> nn.Module:
         UnknownName: no such network.
         ConversionError: an argument that an artifact cannot record, or that the network does not take.
     """
+    return build_described(architecture(name, **kwargs))
+
+
+def architecture(name: str, **kwargs: Any) -> Architecture:
+    """The description of what `build` with the same arguments builds, with the same errors."""
     library, bare = resolve(name)
     check_kwargs(kwargs)
     kwargs = {key: list(value) if isinstance(value, tuple) else value for key, value in kwargs.items()}
-    return build_described(Architecture(library, bare, kwargs, import_module(library).__version__))
+    return Architecture(library, bare, kwargs, import_module(library).__version__)
 
 
 def build_described(architecture: Architecture) -> nn.Module:
@@ -151,11 +156,18 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
     return kwargs.get("in_chans", size[0]), height, width
 
 
-@contextmanager
-def on_meta() -> Any:
-    """Within it networks are built without memory."""
-    with torch.device("meta"):
-        yield
+def build_bare(architecture: Architecture) -> nn.Module:
+    """As `build_described`, without memory: parameters on the meta device."""
+    try:
+        with torch.device("meta"):
+            return build_described(architecture)
+    except ConversionError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # torchvision's regnets read values while they are built; only parameters are left out
+        return build_described(architecture)
 
 
 @contextmanager

@@ -80,7 +80,12 @@ def read_header(file: BinaryIO) -> Container:
         )
     if length > HEADER_LIMIT:
         raise ArtifactError(f"the header has {length:,} bytes; expected at most {HEADER_LIMIT:,}")
-    header = parse(file.read(length), "the header")
+    try:
+        text = file.read(length).decode()
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"the header is not UTF-8 (byte {error.start})") from None
+    header = parse(text, "the header")
+    del text
     if not isinstance(header, dict):
         raise ArtifactError("the header is no JSON object; expected a safetensors file")
     metadata = header.pop("__metadata__", None)

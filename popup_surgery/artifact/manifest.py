@@ -18,6 +18,7 @@ from .strict import canonical, parse
 FORMAT = "popup-surgery"
 VERSION = 1
 MANIFEST_LIMIT = 8 << 20
+FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input, as of one image of 1,024 pixels a side
 
 
@@ -135,10 +136,9 @@ def read_manifest(text: str) -> Manifest:
     Raises:
         ArtifactError: names the key, its value and what was expected.
     """
-    raw = text.encode(errors="surrogatepass")
-    if len(raw) > MANIFEST_LIMIT:
-        raise ArtifactError(f"the manifest has {len(raw):,} bytes; expected at most {MANIFEST_LIMIT:,}")
-    manifest = parse(raw, "the manifest")
+    if len(text) > MANIFEST_LIMIT:
+        raise ArtifactError(f"the manifest has {len(text):,} characters; expected at most {MANIFEST_LIMIT:,}")
+    manifest = parse(text, "the manifest")
     if not isinstance(manifest, dict):
         raise ArtifactError("the manifest is no JSON object")
     if manifest.get("format") != FORMAT:
@@ -265,11 +265,18 @@ def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
         shape=tuple(entry["shape"]),
         dtype=dtype,
         distribution=get("distribution", f"one of {', '.join(DISTRIBUTIONS)}", lambda v: _known(v, DISTRIBUTIONS)),
-        std=get("std", "a float above 0", lambda v: type(v) is float and v > 0),
+        std=get("std", "a float above 0 that float32 can hold", _standard_deviation),
         kept=get("kept", f"an integer from 0 to {numel}", lambda v: type(v) is int and 0 <= v <= numel)
         if masked
         else None,
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
+    )
+
+
+def _standard_deviation(value: Any) -> bool:
+    # the widest that is made of it is the bound of a uniform distribution
+    return (
+        type(value) is float and float(torch.tensor(value, dtype=torch.float32)) > 0 and value * 3**0.5 <= FLOAT32_MAX
     )
 
 

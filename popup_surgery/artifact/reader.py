@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, ConversionError, PopupError
 from ..filling import fill
 from ..surgery import masked_weights, unwrap
-from ..zoo import KWARGS, LIBRARIES, Architecture, build_described, check_kwargs, names, on_meta
+from ..zoo import KWARGS, LIBRARIES, Architecture, build_bare, build_described, check_kwargs, names
 from .container import DTYPE_NAMES, DTYPES, Container, Stored, open_file, read_header
 from .manifest import Manifest, read_manifest
 from .packing import ones, padding_is_zero
@@ -120,7 +120,7 @@ def _check_tensors(manifest: Manifest, container: Container) -> None:
             raise ArtifactError(f"'{entry.name}.mask' is {found}; expected U8 [{expected}] for {list(entry.shape)}")
     if both := described & container.tensors.keys():
         raise ArtifactError(f"{min(both)!r} is stored, and stands in the manifest's lists too")
-    known = described | container.tensors.keys()
+    known = described | (container.tensors.keys() - {f"{entry.name}.mask" for entry in manifest.masked})
     for name, target in manifest.aliases.items():
         if target not in known:
             raise ArtifactError(f"aliases[{name!r}] is {target!r}, which the file does not hold")
@@ -148,6 +148,9 @@ def _read(path: str | Path) -> Artifact:
         masks[entry.name] = packed
     if masks_digest(list(masks.values())) != manifest.masks_sha256:
         raise ArtifactError("masks_sha256 does not match: a mask is damaged")
+    for name, tensor in stored.items():
+        if tensor.dtype == "BOOL" and np.frombuffer(data[tensor.start : tensor.stop], np.uint8).max(initial=0) > 1:
+            raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
     found = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in stored.items()}
     digested = {name: (tensor.dtype, tensor.shape, part) for name, (tensor, part) in found.items()}
     if tensors_digest(digested) != manifest.tensors_sha256:
@@ -161,12 +164,10 @@ def _load(artifact: Artifact, model: nn.Module | None) -> nn.Module:
         _check_architecture(manifest.architecture)
         dtype = _common_dtype(artifact)
         try:
-            with on_meta():
-                bare = build_described(manifest.architecture)
-            _compare(artifact, bare.to(dtype) if dtype else bare)
+            bare = build_bare(manifest.architecture)
         except ConversionError as error:
-            if not isinstance(error.__cause__, NotImplementedError):  # a few networks read values while they are built
-                raise ArtifactError(f"the architecture cannot be built: {error}") from error
+            raise ArtifactError(f"the architecture cannot be built: {error}") from error
+        _compare(artifact, bare.to(dtype) if dtype else bare)
         network = build_described(manifest.architecture)
         core = network.to(dtype) if dtype else network
     else:
@@ -215,8 +216,11 @@ def _compare(artifact: Artifact, core: nn.Module) -> None:
     if extra := [name for name in file if name not in entries]:
         raise ArtifactError(f"the file holds {extra[0]!r} (and {len(extra) - 1} more) that the network does not have")
     first: dict[int, str] = {}
+    place = {name: i for i, name in enumerate(entries)}
     for name, tensor in entries.items():
         dtype, shape = file[name]
+        if place[name] < place[manifest.aliases.get(name, name)]:
+            raise ArtifactError(f"aliases[{name!r}] is {manifest.aliases[name]!r}; expected an earlier key")
         if shape != tuple(tensor.shape):
             raise ArtifactError(f"{name!r}: the file's tensor is for {shape}, the network has {tuple(tensor.shape)}")
         if dtype != DTYPE_NAMES.get(tensor.dtype):

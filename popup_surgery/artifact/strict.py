@@ -9,22 +9,20 @@ from ..errors import ArtifactError
 
 DEPTH = 32
 DIGITS = 32
-_STRINGS = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
-_BRACKETS = re.compile(r"[\[\]{}]")
+# what a text may have, so that its values stay within some 150 MiB; no network comes near
+LIMITS = {"objects and lists": 250_000, "commas": 500_000, "strings": 1_000_000}
+# possessive, so that no input makes it look twice; a string without an end is one to the end of the text
+_TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
-def parse(raw: bytes, what: str) -> Any:
+def parse(text: str, what: str) -> Any:
     """The value of a JSON text that `what` names in messages.
 
     Raises:
-        ArtifactError: no UTF-8 or JSON; a duplicate key, a lone surrogate, a NaN or infinity, a number over 32
-            characters, more than 32 levels, or so many values that it could only mean harm.
+        ArtifactError: no JSON; a duplicate key, a lone surrogate, a NaN or infinity, a number over 32 characters, more
+            than 32 levels, or so many values that it could only mean harm.
     """
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        raise ArtifactError(f"{what} is not UTF-8 (byte {error.start})") from None
-    _bound(_STRINGS.sub('""', text), what)
+    _bound(text, what)
 
     def number(kind: type) -> Any:
         def convert(digits: str) -> Any:
@@ -43,9 +41,11 @@ def parse(raw: bytes, what: str) -> Any:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(items)
         if len(result) < len(items):
-            keys = [key for key, _ in items]
-            twice = next(key for key in result if keys.count(key) > 1)
-            raise ArtifactError(f"{what} has the key {twice!r} twice")
+            seen: set[str] = set()
+            for key, _ in items:
+                if key in seen:
+                    raise ArtifactError(f"{what} has the key {key!r} twice")
+                seen.add(key)
         return result
 
     try:
@@ -54,11 +54,8 @@ def parse(raw: bytes, what: str) -> Any:
         )
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{what} is not JSON: {error.msg} at character {error.pos}") from None
-    if "\\u" in text:
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ArtifactError(f"{what} has half a surrogate pair; expected whole characters") from None
+    if "\\u" in text or not text.isascii():
+        _check_characters(value, what)
     return value
 
 
@@ -67,16 +64,36 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _bound(structure: str, what: str) -> None:
-    """Check depth and counts on the text without its strings, before anything is made of it."""
-    # 600 bytes is the most that a small object, its key and its place in a list were seen to take
-    counts = structure.count("{") + structure.count("["), structure.count(",")
-    if counts[0] > 250_000 or counts[1] > 1_000_000:
-        raise ArtifactError(
-            f"{what} has {counts[0]:,} objects and lists and {counts[1]:,} commas, more than any network"
-        )
+def _bound(text: str, what: str) -> None:
+    """Check depth and counts before anything is made of the text."""
     depth = 0
-    for bracket in _BRACKETS.finditer(structure):
-        depth += 1 if bracket[0] in "[{" else -1
-        if depth > DEPTH:
-            raise ArtifactError(f"{what} is nested deeper than {DEPTH} levels")
+    counts = dict.fromkeys(LIMITS, 0)
+    for token in _TOKENS.finditer(text):
+        first = text[token.start()]
+        if first in "]}":
+            depth -= 1
+            continue
+        kind = "strings" if first == '"' else "commas" if first == "," else "objects and lists"
+        if kind == "objects and lists":
+            depth += 1
+            if depth > DEPTH:
+                raise ArtifactError(f"{what} is nested deeper than {DEPTH} levels")
+        counts[kind] += 1
+        if counts[kind] > LIMITS[kind]:
+            raise ArtifactError(f"{what} has more than {LIMITS[kind]:,} {kind}, more than any network needs")
+
+
+def _check_characters(value: Any, what: str) -> None:
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.keys()
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str) and not item.isascii():
+            try:
+                item.encode()
+            except UnicodeEncodeError:
+                raise ArtifactError(f"{what} has half a surrogate pair; expected whole characters") from None

@@ -51,7 +51,10 @@ def save(
     """
     core = unwrap(model)
     manifest, tensors = _describe(core, provenance or {}, probe)
-    text = canonical(manifest.text())
+    try:
+        text = canonical(manifest.text())
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"{path}: the provenance is no JSON: {error}") from error
     if len(text) > MANIFEST_LIMIT:
         raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # whatever is written can be read

@@ -52,8 +52,7 @@ def run(
         settings: dict[str, Any] = {"scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner}
         settings |= {"scope": scope.value, "include": include or None, "exclude": exclude or None}
         if dry_run:
-            with zoo.on_meta():
-                model = zoo.build(arch, **kwargs)
+            model = zoo.build_bare(zoo.architecture(arch, **kwargs))
             planned = surgery.plan(model, k, **settings)
         else:
             model = zoo.build(arch, **kwargs)
