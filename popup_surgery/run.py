@@ -21,7 +21,7 @@ from .surgery import bake, convert
 from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data
 from .training.loop import Epoch, accuracy_of, fit, start
-from .training.recipe import Data, parse_data, to_yaml
+from .training.recipe import Data, override, parse_data, to_yaml
 from .zoo import build, input_size
 
 
@@ -75,7 +75,7 @@ def train(
 
     Args:
         recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
-        overrides: `key=value` for a recipe that is named, such as `training.epochs=3`.
+        overrides: `key=value` of any recipe key, such as `training.epochs=3`.
         output: a folder that holds no run yet; `runs/<recipe>` if not given.
         data_dir: the data set's folder, in place of the recipe's `data.root`.
         progress, after_epoch: called while it runs, to show something.
@@ -90,12 +90,15 @@ def train(
     if isinstance(recipe, str | Path):
         name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
         recipe = Recipe.load(recipe, overrides)
-    elif not isinstance(recipe, Recipe):
-        recipe = Recipe.parse(recipe)
+    else:
+        values = recipe.dump() if isinstance(recipe, Recipe) else recipe
+        recipe = Recipe.parse(override(values, overrides))
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
-    if any((folder / file).exists() for file in ("recipe.yaml", "metrics.jsonl")):
+    stem = name.rsplit("/", 1)[-1]
+    written = "recipe.yaml", "metrics.jsonl", "curve.png", f"{stem}.popup.safetensors", f"{stem}.safetensors"
+    if any((folder / file).exists() for file in written):
         raise RunError(f"{folder} holds a run already; choose another folder with --output, or remove it")
 
     accelerator = start(recipe.training)
@@ -111,7 +114,6 @@ def train(
     draw_curve(
         folder / "curve.png", name, [epoch.train_accuracy for epoch in history], [epoch.accuracy for epoch in history]
     )
-    stem = name.rsplit("/", 1)[-1]
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
     if planned is not None:
         file = folder / f"{stem}.popup.safetensors"

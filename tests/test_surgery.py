@@ -17,7 +17,6 @@ from popup_surgery.layers import is_masked
 from popup_surgery.streams import draw, draw_scores
 from popup_surgery.surgery import unwrap
 from popup_surgery.weights import SCHEMES, register_scheme
-from popup_surgery.zoo import on_meta
 
 OPTIONS = [
     {},
@@ -127,7 +126,7 @@ def test_plan_of_a_long_name_loses_nothing():
     ],
 )
 def test_totals_of_the_papers_networks_on_meta(name, kwargs, layers, weights):
-    with on_meta():
+    with torch.device("meta"):
         model = build(name, **kwargs)
     planned = plan(model, 0.3)
     assert len(planned.masked) == layers

@@ -2,13 +2,15 @@
 
 import logging
 import sys
+from inspect import cleandoc
 
-import click
 import typer
 
 from .. import __version__
 from ..errors import PopupError
 from . import convert, evaluate, export, inspect, recipes, train, verify
+
+UsageError = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
 app = typer.Typer(
     name="popup-surgery",
@@ -25,7 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 for command in (convert, train, evaluate, inspect, verify, export, recipes):
-    app.command(command.__name__.rsplit(".", 1)[-1])(command.run)
+    text, _, example = (command.run.__doc__ or "").partition("\b")
+    app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b" + cleandoc(example))(command.run)
 
 
 def _version(asked: bool) -> None:
@@ -46,12 +49,12 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return app(standalone_mode=False) or 0
-    except click.ClickException as error:
+    except UsageError as error:
         error.show()
         return 2
     except PopupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (click.Abort, KeyboardInterrupt):
+    except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130

@@ -29,7 +29,7 @@ def run(
         return
     text = find(name).read_bytes()
     if output is None:
-        show(text.decode())
+        print(text.decode(), end="")
         return
     write_atomically(new_file(output, force), lambda file: file.write(text))
     show(f"wrote {output}, {size(output)}; popup-surgery train {output} runs it")

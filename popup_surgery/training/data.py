@@ -12,9 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..errors import DataError
+from ..errors import DataError, unknown
 from .recipe import Data
 
+TRAIN, VALIDATION = "train", "validation"  # what a split is for, whatever it is called
+LIBRARIES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's prefixes of data set names
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being asked
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -62,17 +64,23 @@ def open_data(
         raise DataError(
             f"data.mean and data.std have {len(config.mean or config.std or [])} values for {input_size[0]} channels"
         )
-    names = [config.train_split, config.val_split] if train else [config.val_split]
+    names = {TRAIN: config.train_split, VALIDATION: config.val_split}
+    if not train:
+        del names[TRAIN]
     if config.name == "digits":
-        splits = {name: _digits(name) for name in names}
+        splits = {role: _digits(name) for role, name in names.items()}
         return InMemory(config, input_size, seed, device, splits, [str(i) for i in range(10)])
-    datasets = {name: _open(config, name, name == config.train_split, input_size) for name in names}
-    classes = [_classes(dataset, config.name) for dataset in datasets.values()]
+    if config.name != "folder" and config.name.partition("/")[0] not in LIBRARIES:
+        raise unknown("data set", config.name, ["digits", "folder", *(f"{library}/…" for library in LIBRARIES)])
+    datasets = {role: _open(config, name, role == TRAIN, input_size) for role, name in names.items()}
+    classes = [_classes(dataset) for dataset in datasets.values()]
     if train and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1])) or ["the order"]
-        raise DataError(f"data set {config.name}: {names[0]} and {names[1]} have other classes, such as {odd[0]!r}")
+        raise DataError(
+            f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have other classes, such as {odd[0]!r}"
+        )
     if _in_memory(config, input_size, list(datasets.values())):
-        held = {name: _decode(dataset, config, input_size, progress, name) for name, dataset in datasets.items()}
+        held = {name: _decode(dataset, config, input_size, progress, role) for role, dataset in datasets.items()}
         return InMemory(config, input_size, seed, device, held, classes[0])
     return Streamed(config, input_size, seed, device, datasets, classes[0])
 
@@ -100,10 +108,10 @@ class InMemory:
         self.std = (torch.tensor(std, device=device) * 255).view(-1, 1, 1)
 
     def steps(self) -> int:
-        return -(-len(self.splits[self.config.train_split][1]) // self.config.batch_size)
+        return -(-len(self.splits[TRAIN][1]) // self.config.batch_size)
 
     def train(self, epoch: int) -> Iterator[Batch]:
-        images, labels = self.splits[self.config.train_split]
+        images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)
         order = generator.permutation(count)
@@ -117,7 +125,7 @@ class InMemory:
             yield self._normalise(_crop(images[index], pad, shift, flip)), labels[index]
 
     def validation(self) -> Iterator[Batch]:
-        images, labels = self.splits[self.config.val_split]
+        images, labels = self.splits[VALIDATION]
         for part, label in zip(images.split(self.config.batch_size), labels.split(self.config.batch_size), strict=True):
             yield self._normalise(part), label
 
@@ -154,19 +162,25 @@ class Streamed:
             "re_prob": config.re_prob,
         }
         augment |= {"scale": config.scale, "ratio": config.ratio, "auto_augment": config.auto_augment}
-        transforms = {
-            config.val_split: create_transform(**common, crop_pct=config.crop_pct),
-            config.train_split: create_transform(**common, **augment, is_training=True),
-        }
-        for name, dataset in datasets.items():
-            dataset.transform = _Compose(_mode(input_size), transforms[name])
+        try:
+            transforms = {
+                VALIDATION: create_transform(**common, crop_pct=config.crop_pct),
+                TRAIN: create_transform(**common, **augment, is_training=True),
+            }
+        except Exception as error:
+            raise DataError(
+                f"timm makes no transforms of data.interpolation={config.interpolation!r}, "
+                f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
+            ) from error
+        for role, dataset in datasets.items():
+            dataset.transform = _Compose(_mode(input_size), transforms[role])
 
     def steps(self) -> int | None:
-        dataset = self.datasets[self.config.train_split]
+        dataset = self.datasets[TRAIN]
         return -(-len(dataset) // self.config.batch_size) if hasattr(dataset, "__len__") else None
 
     def train(self, epoch: int) -> Iterator[Batch]:
-        dataset = self.datasets[self.config.train_split]
+        dataset = self.datasets[TRAIN]
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
@@ -175,7 +189,7 @@ class Streamed:
         return self._batches(_Seeded(dataset, self.seed, epoch), order)
 
     def validation(self) -> Iterator[Batch]:
-        return self._batches(self.datasets[self.config.val_split], None)
+        return self._batches(self.datasets[VALIDATION], None)
 
     def _batches(self, dataset: Any, order: list[int] | None) -> Iterator[Batch]:
         loader = DataLoader(
@@ -186,7 +200,7 @@ class Streamed:
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.seed),
         )
-        for images, labels in loader:
+        for images, labels in _reading(loader, self.config):
             yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
@@ -218,6 +232,15 @@ def ambient_seed(entropy: list[int]) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _reading(loader: DataLoader, config: Data) -> Iterator[Batch]:
+    """The loader's batches; what it cannot read is a `DataError`."""
+    try:
+        yield from loader
+    except Exception as error:
+        message = " ".join(str(error).split())[-300:]
+        raise DataError(f"an image of data set {config.name} in {config.root} cannot be read: {message}") from error
 
 
 class _Compose:
@@ -274,8 +297,10 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; every fifth is for validation."""
     from sklearn.datasets import load_digits
 
+    if split not in (TRAIN, VALIDATION):
+        raise DataError(f"digits has no split {split!r}; expected {TRAIN!r} or {VALIDATION!r}")
     digits = load_digits()
-    chosen = (np.arange(len(digits.target)) % 5 == 4) == (split == "validation")
+    chosen = (np.arange(len(digits.target)) % 5 == 4) == (split == VALIDATION)
     images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
     return torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[chosen].astype(np.int64))
 
@@ -304,11 +329,12 @@ def _open(config: Data, split: str, training: bool, input_size: tuple[int, int, 
     return dataset
 
 
-def _classes(dataset: Any, name: str) -> list[str]:
-    mapping = getattr(getattr(dataset, "reader", None), "class_to_idx", None) or getattr(dataset, "class_to_idx", None)
-    if mapping:
-        return [str(label) for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
-    return []
+def _classes(dataset: Any) -> list[str]:
+    """Names of the classes in the order of their labels; none where the data set does not say."""
+    reader = getattr(dataset, "reader", None)
+    places = (reader, "class_to_idx"), (reader, "class_name_to_idx"), (dataset, "class_to_idx")
+    mapping = next((found for place, name in places if (found := getattr(place, name, None))), {})
+    return [str(label) for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
 
 
 def _in_memory(config: Data, input_size: tuple[int, int, int], datasets: list[Any]) -> bool:
@@ -322,14 +348,14 @@ def _in_memory(config: Data, input_size: tuple[int, int, int], datasets: list[An
 
 
 def _decode(
-    dataset: Any, config: Data, input_size: tuple[int, int, int], progress: Progress, split: str
+    dataset: Any, config: Data, input_size: tuple[int, int, int], progress: Progress, role: str
 ) -> tuple[Tensor, Tensor]:
     dataset.transform = _Compose(_mode(input_size), _ToBytes(config, input_size))
     images = torch.empty((len(dataset), *input_size), dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.int64)
     start = 0
-    with progress(-(-len(dataset) // 500), f"reading {split} images") as step:
-        for part, label in DataLoader(dataset, 500, num_workers=config.workers):
+    with progress(-(-len(dataset) // 500), f"reading {role} images") as step:
+        for part, label in _reading(DataLoader(dataset, 500, num_workers=config.workers), config):
             images[start : start + len(label)] = part
             labels[start : start + len(label)] = label
             start += len(label)

@@ -1,6 +1,7 @@
 """The one training loop, on Accelerate."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -45,8 +46,9 @@ def start(training: Training) -> Accelerator:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
         ) from error
-    if accelerator.num_processes > 1:
-        raise RunError(f"the run was started on {accelerator.num_processes} processes; this version trains on one")
+    processes = max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
+    if processes > 1:
+        raise RunError(f"the run was started on {processes} processes; this version trains on one")
     return accelerator
 
 

@@ -1,12 +1,22 @@
 """Recipes: typed YAML, every unknown key and bad value an error, all of them at once."""
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
@@ -39,7 +49,18 @@ def _optimizer(name: str) -> None:
         raise unknown("optimizer", name, known)
 
 
+def _shares(k: Any) -> Any:
+    shares = k.values() if isinstance(k, dict) else [k]
+    keys = list(k) if isinstance(k, dict) else []
+    if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
+        isinstance(key, str) for key in keys
+    ):
+        raise ValueError("expected a number above 0 and up to 1, or such numbers by pattern on layer names")
+    return k
+
+
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -69,7 +90,7 @@ class Model(_Section):
 class Surgery(_Section):
     """The arguments of `convert`. `scaled` has no default: a recipe states it."""
 
-    k: Share | dict[str, Share]
+    k: Annotated[float | dict[str, float], PlainValidator(_shares)]
     scheme: Annotated[str, _known(get_scheme)] = "signed_kaiming_constant"
     scaled: bool
     learner: Annotated[str, _known(get_learner)] = "edge_popup"
@@ -102,7 +123,7 @@ class Data(_Section):
     val_split: str = "validation"
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
     input_size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None = None
-    mean: list[float] | None = None
+    mean: list[Finite] | None = None
     std: list[Positive] | None = None
     in_memory: bool | None = None
     pad: Annotated[int, Field(ge=0, le=1024)] = 0
@@ -148,6 +169,13 @@ class Recipe(_Section):
     data: Data = Data()
     training: Training
 
+    @field_validator("surgery", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "none":
+            raise ValueError("expected the word none, or k, scaled and the other arguments of convert")
+        return value
+
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
         """A recipe from plain values. `RecipeError` lists everything that is wrong with them."""
@@ -161,7 +189,7 @@ class Recipe(_Section):
             UnknownName: no such recipe.
             RecipeError: it is no YAML, or has mistakes; all of them are listed.
         """
-        return cls.parse(_override(read_yaml(find(name)), overrides), str(name))
+        return cls.parse(override(read_yaml(find(name)), overrides), str(name))
 
     def dump(self) -> dict[str, Any]:
         """Plain values of all keys."""
@@ -170,7 +198,7 @@ class Recipe(_Section):
 
 def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:
     """A data section from plain values, with `data.key=value` overrides. `RecipeError` lists all mistakes."""
-    return _validated(_DataOnly, _override({"data": section}, overrides), name).data
+    return _validated(_DataOnly, override({"data": section}, overrides), name).data
 
 
 class _DataOnly(_Section):
@@ -186,18 +214,22 @@ def _validated(cls: type[_S], values: Any, name: str) -> _S:
         raise RecipeError(head + "\n".join(found)) from None
 
 
-def _override(values: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, value = override.partition("=")
+def override(values: Any, overrides: Iterable[str]) -> Any:
+    """Plain values of a recipe with `key=value` overrides; what was given stays as it is."""
+    values = copy.deepcopy(values)
+    for setting in overrides:
+        key, equals, value = setting.partition("=")
         if not equals:
-            raise RecipeError(f"--set {override!r} has no value; expected key=value, such as training.epochs=3")
+            raise RecipeError(f"--set {setting!r} has no value; expected key=value, such as training.epochs=3")
         *parents, leaf = key.strip().split(".")
+        if not leaf:
+            raise RecipeError(f"--set {setting!r} names no key; expected key=value, such as training.epochs=3")
         section = values
         for parent in parents:
             if not isinstance(section.get(parent), dict):
                 section[parent] = {}
             section = section[parent]
-        section[leaf] = _yaml(value, f"--set {override}")
+        section[leaf] = _yaml(value, f"--set {setting}")
     return values
 
 
@@ -220,7 +252,11 @@ def shipped() -> list[str]:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
-    values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+    values = _yaml(text, str(path))
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no mapping; expected model, surgery, data and training")
     return values
@@ -228,11 +264,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def to_yaml(values: Mapping[str, Any]) -> str:
     """YAML that `read_yaml` reads back to the same values."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for a string; people mean a number."""
+    """YAML 1.1 takes 1e-4 for a string, where people mean a number, and the last of two equal keys."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        if twice := {str(key) for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {min(twice)!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -249,7 +291,7 @@ for _class in (_Loader, _Dumper):
 def _yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{what} is no YAML: {' '.join(str(error).split())}") from None
 
 
@@ -259,7 +301,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {"model": Model, "surgery": Surgery, "da
 def _sentence(error: Any) -> str:
     path = [str(part) for part in error["loc"] if part not in ("Surgery", "float", "dict[str,float]")]
     path = [part for part in path if not part.startswith(("dict[", "function-", "constrained"))]
-    key = ".".join(path)
+    key = ".".join(path) or "the recipe"
     if error["type"] == "extra_forbidden":
         known = _SECTIONS[path[0]].model_fields if len(path) > 1 else _SECTIONS
         return f"{key} is no key of a recipe; nearest: {nearest(path[-1], known)}"
