@@ -345,7 +345,7 @@ recipes = st.fixed_dictionaries(
                 "name": text,
                 "root": st.none() | text,
                 "train_split": text,
-                "batch_size": st.integers(1, 2**40),
+                "batch_size": st.integers(1, 1 << 20),
                 "input_size": st.none() | st.lists(st.integers(1, 999), min_size=3, max_size=3),
                 "std": st.none() | st.lists(positive, max_size=4),
                 "in_memory": st.none() | st.booleans(),

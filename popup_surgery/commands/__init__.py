@@ -3,6 +3,7 @@
 import logging
 import sys
 from inspect import cleandoc
+from typing import Any
 
 import typer
 
@@ -10,7 +11,7 @@ from .. import __version__
 from ..errors import PopupError
 from . import convert, evaluate, export, inspect, recipes, train, verify
 
-UsageError = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
+UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
 app = typer.Typer(
     name="popup-surgery",
@@ -28,7 +29,7 @@ app = typer.Typer(
 )
 for command in (convert, train, evaluate, inspect, verify, export, recipes):
     text, _, example = (command.run.__doc__ or "").partition("\b")
-    app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b" + cleandoc(example))(command.run)
+    app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b\n" + cleandoc(example))(command.run)
 
 
 def _version(asked: bool) -> None:

@@ -80,7 +80,7 @@ def open_data(
             f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have other classes, such as {odd[0]!r}"
         )
     if _in_memory(config, input_size, list(datasets.values())):
-        held = {name: _decode(dataset, config, input_size, progress, role) for role, dataset in datasets.items()}
+        held = {role: _decode(dataset, config, input_size, progress, role) for role, dataset in datasets.items()}
         return InMemory(config, input_size, seed, device, held, classes[0])
     return Streamed(config, input_size, seed, device, datasets, classes[0])
 
@@ -333,7 +333,7 @@ def _classes(dataset: Any) -> list[str]:
     """Names of the classes in the order of their labels; none where the data set does not say."""
     reader = getattr(dataset, "reader", None)
     places = (reader, "class_to_idx"), (reader, "class_name_to_idx"), (dataset, "class_to_idx")
-    mapping = next((found for place, name in places if (found := getattr(place, name, None))), {})
+    mapping: dict[str, int] = next((found for place, name in places if (found := getattr(place, name, None))), {})
     return [str(label) for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
 
 
