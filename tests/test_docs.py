@@ -33,7 +33,7 @@ def test_the_numpy_reader_rebuilds_a_trained_network(digits_run, tmp_path):
 def test_the_numpy_reader_needs_numpy_alone_and_40_lines():
     (code,) = blocks("docs/artifact-format.md", "python")
     imported = set(re.findall(r"^(?:import|from) (.*)", code, re.MULTILINE))
-    assert imported == {"hashlib, json, math, statistics, sys", "numpy as np"}
+    assert imported == {"hashlib, json, math, statistics", "numpy as np"}
     lines = [
         line for line in code.split("if __name__")[0].splitlines() if line and not line.startswith(("import", "def"))
     ]

@@ -182,7 +182,10 @@ def _load(artifact: Artifact, model: nn.Module | None) -> nn.Module:
 def _check_architecture(architecture: Architecture) -> None:
     library, name = architecture.library, architecture.name
     if library == "custom":
-        raise ArtifactError(f"the architecture is custom ({name}); pass the network to fill as `model`")
+        raise ArtifactError(
+            f"the architecture is custom ({name}); pass the network to fill as `model` "
+            "(a network from popup_surgery.build would have been named in the file)"
+        )
     if library not in LIBRARIES:
         raise ArtifactError(f"architecture.library is {library!r}; expected one of {', '.join(LIBRARIES)}, custom")
     if not re.fullmatch("[a-z0-9_]+", name) or name not in names(library):

@@ -15,7 +15,7 @@ def run(
 
     \b
     $ popup-surgery recipes digits -o mine.yaml
-    wrote mine.yaml, 707 bytes; popup-surgery train mine.yaml runs it
+    wrote mine.yaml, 601 bytes; popup-surgery train mine.yaml runs it
     """
     from ..errors import PopupError
     from ..files import write_atomically

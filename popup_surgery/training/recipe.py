@@ -198,6 +198,9 @@ class Recipe(_Section):
 
 def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:
     """A data section from plain values, with `data.key=value` overrides. `RecipeError` lists all mistakes."""
+    overrides = list(overrides)
+    if other := [setting for setting in overrides if not setting.startswith("data.")]:
+        raise RecipeError(f"--set {other[0]!r} is no key of the data section; expected data.key=value")
     return _validated(_DataOnly, override({"data": section}, overrides), name).data
 
 
