@@ -104,7 +104,8 @@ class Data(_Section):
     """A data set and how its images become batches.
 
     Attributes:
-        name: `digits`, or a name of timm's: `torch/cifar10`, `folder`, `hfds/…`, `wds/…`, …
+        name: `digits`, or a name of timm's: `torch/cifar10`, `folder` (of folders, or of tar files named by the two
+            splits, such as `train.tar`), `hfds/…`, `wds/…`, …
         root: its folder; `digits` needs none.
         download: let the data set's library fetch it.
         input_size: channels, height, width; the network's own where null.
