@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import MaskedWeightError
+from .kinds import kind_of
 from .learners import get_learner
 from .selection import Selection
 
@@ -132,17 +133,30 @@ class Slot:
                 f"made anew from its scores at each read; change {score_name(name)}, or bake(model) first"
             )
         effective = learner.effective(weight, score, self.ranking.mask(self.index))
-        self._watch = _watch(effective)
-        return effective
+        if effective.is_inference() or _under_transform([effective]):
+            return effective
+        # a tensor without memory that shares the version counter
+        witness = effective.detach()
+        witness.data = torch.empty(0, dtype=effective.dtype, device=effective.device)
+        self._watch = witness, witness._version
+        return effective.as_subclass(MaskedWeight)  # type: ignore[arg-type]
 
 
-def _watch(tensor: Tensor) -> tuple[Tensor, int] | None:
-    """A tensor without memory that shares `tensor`'s version counter, and the counter now."""
-    if tensor.is_inference() or _under_transform([tensor]):
-        return None
-    witness = tensor.detach()
-    witness.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return witness, witness._version
+class MaskedWeight(Tensor):
+    """What a masked weight reads as: a plain tensor to every function, whose `.data` hides no write."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        return self.detach()  # shares the version counter, which `data` of a plain tensor does not
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise MaskedWeightError(
+            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is made "
+            "anew from its scores at each read; change the scores, or bake(model) first"
+        )
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
@@ -221,7 +235,9 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     if key not in _CLASSES:
         # A tracer that takes the original class as a leaf by its module takes this one too.
         namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base}
-        _CLASSES[key] = type(f"Masked{base.__name__}", (Masked, base), namespace | {n: _property(n) for n in names})
+        kind = kind_of(base)
+        bases = (Masked, kind.mixin, base) if kind is not None and kind.mixin is not None else (Masked, base)
+        _CLASSES[key] = type(f"Masked{base.__name__}", bases, namespace | {n: _property(n) for n in names})
     return _CLASSES[key]
 
 
@@ -251,6 +267,8 @@ def unswap(module: nn.Module) -> None:
     module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
     for name in slots:
         del module._parameters[score_name(name)]
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
 
 
 def is_masked(module: nn.Module) -> bool:

@@ -303,7 +303,7 @@ def bake(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for _, module, name, slot in masked_weights(core):
             raw, effective = module._parameters[name], slot.read(module, name)
-            memo[id(raw)] = nn.Parameter(effective, requires_grad=False)
+            memo[id(raw)] = nn.Parameter(effective.detach(), requires_grad=False)
             memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
             memo[id(slot.ranking)] = Ranking(slot.ranking.learner, 0)
     baked = copy.deepcopy(core, memo)
