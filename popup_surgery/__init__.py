@@ -16,7 +16,8 @@ _HOMES = {
         "RecipeError", "RunError", "UnknownName",
     ),
     "layers": ("Tracer",),
-    "surgery": ("Plan", "bake", "convert", "masks", "plan"),
+    "planning": ("Coverage", "Plan", "plan"),
+    "surgery": ("bake", "convert", "masks"),
     "zoo": ("Architecture", "build"),
     "artifact": ("inspect", "load", "save", "verify"),
     "run": ("Evaluation", "Result", "evaluate", "train"),
@@ -39,8 +40,9 @@ if TYPE_CHECKING:
         UnknownName,
     )
     from .layers import Tracer
+    from .planning import Coverage, Plan, plan
     from .run import Evaluation, Result, evaluate, train
-    from .surgery import Plan, bake, convert, masks, plan
+    from .surgery import bake, convert, masks
     from .training import Recipe
     from .zoo import Architecture, build
 

@@ -79,9 +79,9 @@ def _conv_transpose(module: Any) -> dict[str, Fans]:
     return {"weight": Fans(per_group * volume / stride, module.out_channels * volume / stride)}
 
 
-def _conv1d_of_transformers(module: nn.Module) -> dict[str, Fans]:
-    fan_in, fan_out = module.weight.shape  # type: ignore[union-attr]
-    return {"weight": Fans(float(fan_in), float(fan_out))}
+def _conv1d_of_transformers(module: Any) -> dict[str, Fans]:
+    fan_in, fan_out = map(float, module.weight.shape)
+    return {"weight": Fans(fan_in, fan_out)}
 
 
 def _packed(module: nn.Module, names: tuple[str, ...]) -> dict[str, Fans]:

@@ -139,16 +139,16 @@ class Slot:
         witness = effective.detach()
         witness.data = torch.empty(0, dtype=effective.dtype, device=effective.device)
         self._watch = witness, witness._version
-        return effective.as_subclass(MaskedWeight)  # type: ignore[arg-type]
+        return effective.as_subclass(MaskedWeight)
 
 
 class MaskedWeight(Tensor):
     """What a masked weight reads as: a plain tensor to every function, whose `.data` hides no write."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         return self.detach()  # shares the version counter, which `data` of a plain tensor does not
 
     @data.setter

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from .kinds import kind_of
 
@@ -36,14 +36,20 @@ class Generated:
 
 
 _POSITIONS = re.compile(
-    r"(^|_)(pos_?(ition(al)?)?_?(emb(ed(ding)?s?)?|enc(oding)?)|pos_bias)(_|$)|"
-    r"(^|_)(cls|class|dist|reg|register|mask|storage|prompt)_?(token|embedding)s?(_|$)|"
-    r"relative_position_bias_table|rel_pos(_[hw])?$|^latents?$|_latent$"
+    r"(^|_)pos_?(ition(al)?)?_?(emb(ed(ding)?s?)?|enc(oding)?)\d*(_|$)|"
+    r"(^|_)(cls|class|dist|reg|register|mask|storage|prompt)_?(token|embedding)s?\d*(_|$)|"
+    r"^(patch|pixel|spatial|temporal|class)_pos$|^latents?$|_latent$|"
+    r"relative_position_bias_table|^attention_biases$|rel_pos(_[hwt])?$|^(height|width)_rel$|^pos_bias$"
 )
-_SCALES = re.compile(r"^(gamma(_?\d)?|ls\d?|layer_?scale(_?\d)?|skipinit_gain|gain)$")
+_SCALES = re.compile(r"^(gamma(_?\d|_\w+)?|ls\d?|layer_?scale(_?\d)?|skipinit_gain|gain)$")
 
 
-def treatment(module: nn.Module, name: str, parameter: Tensor, swapped: bool) -> Treatment:
+def is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation layer, of whatever library."""
+    return "norm" in type(module).__name__.lower()
+
+
+def treatment(module: nn.Module, name: str, swapped: bool) -> Treatment:
     """What to do with the unmasked parameter `name` of `module`, whose weights are masked if it is `swapped`."""
     kind = kind_of(module)
     if kind is not None:
@@ -51,9 +57,9 @@ def treatment(module: nn.Module, name: str, parameter: Tensor, swapped: bool) ->
             return Treatment("constant", "bias of a masked layer")
         if not swapped:
             return Treatment("left", "layer is not to be converted")
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return Treatment("generated", "embedding", 1.0)
-    if "norm" in type(module).__name__.lower():
+    if is_norm(module):
         if name == "weight":
             return Treatment("constant", "scale of a norm", 1.0)
         if name == "bias":

@@ -26,11 +26,13 @@ class Scheme:
 
 
 SCHEMES: dict[str, Scheme] = {}
+PRETRAINED = "pretrained"  # the scheme of weights that stay as they are (Piggyback, ECCV 2018) …
+BASE = "base"  # … and what a file says in place of their distribution
 
 
 def register_scheme(name: str, scheme: Scheme) -> None:
     """Make `scheme` known as `name`; a name or a distribution that clashes fails at once."""
-    if name in SCHEMES:
+    if name in SCHEMES or name == PRETRAINED:
         raise ValueError(f"the scheme {name!r} is registered already")
     if scheme.distribution not in DISTRIBUTIONS:
         raise unknown("distribution", scheme.distribution, DISTRIBUTIONS)
@@ -40,7 +42,7 @@ def register_scheme(name: str, scheme: Scheme) -> None:
 def get_scheme(name: str) -> Scheme:
     """The scheme called `name`; `UnknownName` lists the nearest."""
     if not isinstance(name, str) or name not in SCHEMES:
-        raise unknown("scheme", name, SCHEMES)
+        raise unknown("scheme", name, [*SCHEMES, PRETRAINED])
     return SCHEMES[name]
 
 

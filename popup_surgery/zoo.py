@@ -7,15 +7,21 @@ from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from .blank import Blank
 from .errors import ConversionError, nearest, unknown
+from .kinds import kind_of
 
+_WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 LIBRARIES = ("popup_surgery", "timm", "torchvision")
 DESCRIPTION = "_popup_architecture"
+PRETRAINED_BASE = "_popup_base_weights"
+FRESH = "_popup_fresh"
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,23 @@ class Architecture:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
     version: str = ""
+
+
+@dataclass(frozen=True)
+class Base:
+    """Pretrained weights: what an artifact's `base` says of them.
+
+    Attributes:
+        library, version, name: the network's, as in `Architecture`.
+        tag: which of the network's pretrained weights; empty where they came from a file or from the user's own hands.
+        sha256: over the values of all weights that came from there and are masked, in the artifact.
+    """
+
+    library: str
+    version: str
+    name: str
+    tag: str
+    sha256: str = ""
 
 
 def _integer(low: int, high: int) -> Callable[[Any], bool]:
@@ -103,18 +126,32 @@ def resolve(name: str) -> tuple[str, str]:
     raise unknown("architecture", bare, names(library) if slash else [n for each in LIBRARIES for n in names(each)])
 
 
-def build(name: str, **kwargs: Any) -> nn.Module:
-    """A network without pretrained weights that knows its own description, so that `save` can record it.
+def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) -> nn.Module:
+    """A network that knows its own description, so that `save` can record it.
 
     Args:
         name: `timm/…`, `torchvision/…`, `popup_surgery/conv4`, or the bare name of one of them.
+        pretrained: False for the network's own random initialisation; True for the library's default weights; one of
+            its tags, such as `a1_in1k`; or a file of weights, safetensors or a checkpoint that unpickles no code. A
+            classifier of another size than theirs stays random, and conversion draws it from the seed.
         kwargs: arguments of the network, of those that an artifact can record: `KWARGS`.
 
     Raises:
-        UnknownName: no such network.
-        ConversionError: an argument that an artifact cannot record, or that the network does not take.
+        UnknownName: no such network or tag.
+        ConversionError: an argument that an artifact cannot record, or that the network does not take; weights that
+            cannot be had, or that are not for this network.
     """
-    return build_described(architecture(name, **kwargs))
+    described = architecture(name, **kwargs)
+    if pretrained is False:
+        return build_described(described)
+    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and Path(pretrained).suffix in _WEIGHT_FILES):
+        model, tag = build_described(described), ""
+        _fill_from(model, read_weights(Path(pretrained)), str(pretrained))
+    else:
+        tag = check_tag(described, None if pretrained is True else pretrained)
+        model = build_described(described, tag)
+    model.__dict__[PRETRAINED_BASE] = Base(described.library, described.version, described.name, tag)
+    return model
 
 
 def architecture(name: str, **kwargs: Any) -> Architecture:
@@ -125,19 +162,75 @@ def architecture(name: str, **kwargs: Any) -> Architecture:
     return Architecture(library, bare, kwargs, import_module(library).__version__)
 
 
-def build_described(architecture: Architecture) -> nn.Module:
-    """The network that `architecture` describes, of checked names and arguments."""
+def build_described(architecture: Architecture, tag: str | None = None) -> nn.Module:
+    """The network that `architecture` describes, of checked names and arguments, with the pretrained weights `tag`."""
     library, name = architecture.library, architecture.name
     try:
         with _quiet():
-            model = _BUILDERS[library](name, **architecture.kwargs)
+            model = _BUILDERS[library](name, tag, **architecture.kwargs)
     except ConversionError:
         raise
     except Exception as error:
         given = ", ".join(f"{key}={value!r}" for key, value in architecture.kwargs.items()) or "its defaults"
-        raise ConversionError(f"{library}/{name} cannot be built with {given}: {error}") from error
+        weights = f" and the weights {tag}" if tag else ""
+        raise ConversionError(f"{library}/{name} cannot be built with {given}{weights}: {error}") from error
     model.__dict__[DESCRIPTION] = architecture
     return model
+
+
+def tags(architecture: Architecture) -> list[str]:
+    """The names of a network's pretrained weights, the default first."""
+    if architecture.library == "timm":
+        import timm
+
+        found = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture.name}.*")]
+        default = timm.get_pretrained_cfg(architecture.name)
+        return sorted(found, key=lambda tag: tag != (default.tag if default is not None else ""))
+    if architecture.library == "torchvision":
+        import torchvision
+
+        weights = torchvision.models.get_model_weights(architecture.name)
+        return sorted(weights.__members__, key=lambda tag: tag != weights.DEFAULT.name if len(weights) else "")
+    return []
+
+
+def check_tag(architecture: Architecture, tag: str | None) -> str:
+    """`tag` if the network has such pretrained weights, or its default one for None; else `UnknownName`."""
+    known = tags(architecture)
+    if not known:
+        raise ConversionError(f"{architecture.library}/{architecture.name} has no pretrained weights")
+    if tag is not None and tag not in known:
+        raise unknown(f"weights of {architecture.library}/{architecture.name}", tag, known)
+    return tag or known[0]
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """The `state_dict` in a file: safetensors, or a checkpoint, of which nothing is run."""
+    from timm.models import load_state_dict
+
+    if not path.is_file():
+        raise ConversionError(f"there is no file of weights {path}")
+    try:
+        return load_state_dict(str(path))
+    except Exception as error:
+        raise ConversionError(f"{path} holds no weights that can be read safely: {error}") from error
+
+
+def _fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
+    """A `state_dict`, which `what` names, into a network; layers that it has in another size are noted as fresh."""
+    own = model.state_dict()
+    if missing := [name for name in own if name not in state]:
+        raise ConversionError(f"{what} lacks {missing[0]!r} and {len(missing) - 1} more tensors of the network")
+    if extra := [name for name in state if name not in own]:
+        raise ConversionError(f"{what} has {extra[0]!r} and {len(extra) - 1} more tensors that the network does not")
+    other = [name for name, tensor in own.items() if tuple(state[name].shape) != tuple(tensor.shape)]
+    fresh = {name.rpartition(".")[0] for name in other}
+    for name in other:
+        if kind_of(model.get_submodule(name.rpartition(".")[0])) is None:
+            shapes = f"{tuple(state[name].shape)}; the network's is {tuple(own[name].shape)}"
+            raise ConversionError(f"{name!r} of {what} is {shapes}, and only a layer may have another size")
+    model.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
+    model.__dict__[FRESH] = tuple(fresh)
 
 
 def describe(model: nn.Module) -> Architecture:
@@ -170,6 +263,12 @@ def build_bare(architecture: Architecture) -> nn.Module:
         return build_described(architecture)
 
 
+def build_blank(architecture: Architecture) -> tuple[nn.Module, Blank]:
+    """As `build_described`, without its random initialisation; the second value tells what is not initialised."""
+    with Blank() as blank:
+        return build_described(architecture), blank
+
+
 @contextmanager
 def _quiet() -> Any:
     with warnings.catch_warnings():
@@ -177,22 +276,31 @@ def _quiet() -> Any:
         yield
 
 
-def _build_timm(name: str, **kwargs: Any) -> nn.Module:
+def _build_timm(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     import timm
 
-    return timm.create_model(name, pretrained=False, **kwargs)
+    model = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=bool(tag), **kwargs)
+    config: Any = model.pretrained_cfg
+    if tag and model.num_classes != config["num_classes"]:
+        heads = config["classifier"]
+        model.__dict__[FRESH] = (heads,) if isinstance(heads, str) else tuple(heads)
+    return model
 
 
-def _build_torchvision(name: str, **kwargs: Any) -> nn.Module:
+def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)
     if "weights_backbone" in inspect.signature(builder).parameters:
         kwargs = {"weights_backbone": None, **kwargs}
-    return builder(weights=None, **kwargs)
+    model = builder(weights=None, **kwargs)
+    if tag:
+        weights = torchvision.models.get_model_weights(name)[tag]
+        _fill_from(model, weights.get_state_dict(check_hash=True), f"{name} {tag}")
+    return model
 
 
-def _build_own(name: str, **kwargs: Any) -> nn.Module:
+def _build_own(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     from .nets import NETS
 
     return NETS[name](**kwargs)

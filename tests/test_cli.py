@@ -498,8 +498,9 @@ def test_a_folder_of_other_classes(cli: Cli, tmp_path: Path, make_images: Callab
 LEVELS = (
     ("errors", "files"),
     ("streams",),
-    ("weights", "selection", "filling", "learners", "kinds"),
+    ("weights", "selection", "filling", "learners", "kinds", "blank"),
     ("layers", "nets", "zoo", "rest"),
+    ("planning",),
     ("surgery",),
     ("artifact", "training", "plots"),
     ("run",),

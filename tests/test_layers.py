@@ -509,13 +509,19 @@ def test_a_write_in_place_is_found_at_the_next_read(how, grad):
 
 
 @every_layer
-def test_data_writes_to_the_masked_weight_do_no_harm(kind):
+def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind):
     layer, x = make(kind)
     before, mask, weights = layer(x), masks(layer)["weight"], raw(layer).clone()
     layer.weight.data.zero_()
-    layer.weight.detach().numpy()[...] = 5
+    with pytest.raises(MaskedWeightError, match=r"'weight' was written to in place.*weight_score"):
+        layer(x)
     held = layer.weight
     held.data.fill_(float("nan"))
+    with pytest.raises(MaskedWeightError, match="was written to in place"):
+        masks(layer), layer.weight
+    with pytest.raises(MaskedWeightError, match=r"the data of a masked weight of shape .* was assigned"):
+        layer.weight.data = torch.zeros_like(weights)
+    layer.weight.detach().numpy()[...] = 5
     with torch.inference_mode():
         layer.weight.zero_()
     assert torch.equal(layer(x), before)
@@ -698,13 +704,14 @@ def test_an_embedding_tied_to_a_linear_layer_meets_the_mask():
 def test_multihead_attention_meets_the_mask_of_its_projection(training):
     net, x = convert(nn.MultiheadAttention(8, 2, batch_first=True), K).train(training), torch.randn(2, 3, 8)
     assert is_masked(net.out_proj)
-    nn.init.normal_(net.in_proj_weight, generator=torch.Generator().manual_seed(0))
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
             torch.testing.assert_close(net(x, x, x)[0], bake(net)(x, x, x)[0])
     assert not torch.equal(net.out_proj.weight, raw(net.out_proj))
+    assert not torch.equal(net.in_proj_weight, net._parameters["in_proj_weight"])
     net(x, x, x)[0].square().sum().backward()
     assert net.out_proj.weight_score.grad.any()
+    assert net.in_proj_weight_score.grad.any()
 
 
 def test_transformer_encoder_layer_meets_the_masks_on_its_fast_path():

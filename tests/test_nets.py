@@ -206,7 +206,7 @@ def test_unknown_names_list_the_nearest(name, message):
     ("kwargs", "message"),
     [
         ({"num_clases": 3}, r"cannot record the argument 'num_clases'.*num_classes"),
-        ({"pretrained": True}, r"cannot record the argument 'pretrained'"),
+        ({"pretrained": True}, r"conv4 has no pretrained weights"),
         ({"num_classes": -1}, r"num_classes is -1; expected an integer from 0"),
         ({"num_classes": True}, r"num_classes is True; expected an integer"),
         ({"num_classes": 2.0}, r"num_classes is 2\.0; expected an integer"),

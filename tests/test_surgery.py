@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from popup_surgery import ConversionError, NothingToConvert, UnknownName, bake, build, convert, masks, plan
 from popup_surgery.layers import is_masked
+from popup_surgery.planning import unwrap
 from popup_surgery.streams import draw, draw_scores
-from popup_surgery.surgery import unwrap
 from popup_surgery.weights import SCHEMES, register_scheme
 
 OPTIONS = [
@@ -510,7 +510,6 @@ REFUSED = [
     ({"k": math.inf}, ConversionError, r"k is inf; expected"),
     ({"k": True}, ConversionError, r"k is True; expected a number"),
     ({"k": "0.3"}, ConversionError, r"k is '0\.3'; expected a number"),
-    ({"k": None}, ConversionError, r"k is None; expected a number"),
     ({"k": {"0": 1.2}}, ConversionError, r"k for '0' is 1\.2; expected a number above 0 and up to 1"),
     ({"k": {"0": math.nan}}, ConversionError, r"k for '0' is nan; expected"),
     ({"k": {"0": True}}, ConversionError, r"k for '0' is True; expected"),
@@ -573,17 +572,16 @@ def test_nothing_to_swap(model):
 
 
 def test_converting_twice():
-    model = convert(small())
+    model = convert(small(), k=0.5, seed=3)
     before = digest(model)
-    with pytest.raises(ConversionError, match=r"converted already: 0 and 3 more layers are masked; bake it first"):
+    assert convert(model) is model  # nothing came into it since
+    assert convert(model, k=0.5, seed=3) is model
+    with pytest.raises(ConversionError, match=r"converted with seed=3, which 4 cannot change; bake it"):
         convert(model, seed=4)
+    with pytest.raises(ConversionError, match=r"converted with k=0\.5, which 0\.3 cannot change"):
+        plan(model, k=0.3)
     assert digest(model) == before
-    with pytest.raises(ConversionError, match=r"converted already: the root"):
-        convert(convert(nn.Linear(2, 2)))
-    with pytest.raises(ConversionError, match="converted already"):
-        convert(nn.Sequential(model, nn.Linear(5, 2)))
-    with pytest.raises(ConversionError, match="converted already"):
-        plan(model)
+    assert plan(model).masked == ()
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")

@@ -4,14 +4,15 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
 from ..errors import ArtifactError
 from ..streams import DISTRIBUTIONS
-from ..zoo import Architecture
+from ..weights import BASE
+from ..zoo import Architecture, Base
 from .container import DTYPES, element_count
 from .strict import canonical, parse
 
@@ -26,8 +27,8 @@ PROBE_LIMIT = 4 << 20  # elements of the input, as of one image of 1,024 pixels 
 class Drawn:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
-    `kept` is the number of ones in its mask, None where the tensor is not masked. `note` informs: scheme, scaled, k,
-    fan_in.
+    `kept` is the number of ones in its mask, None where the tensor is not masked. A masked tensor of the distribution
+    `base` is no drawn one: its values are the base's, and its `std` is 0. `note` informs: scheme, scaled, k, fan_in.
     """
 
     name: str
@@ -51,7 +52,9 @@ class Drawn:
             "shape": list(self.shape),
             "dtype": self.dtype,
         }
-        entry |= {"distribution": self.distribution, "std": self.std, **self.note}
+        entry |= {"distribution": self.distribution, **self.note}
+        if self.distribution != BASE:
+            entry["std"] = self.std
         return entry if self.kept is None else entry | {"kept": self.kept, "encoding": "bitpack"}
 
 
@@ -88,6 +91,7 @@ class Manifest:
     tensors_sha256: str
     provenance: dict[str, Any]
     probe: Probe | None = None
+    base: Base | None = None
 
     @property
     def weights(self) -> int:
@@ -127,6 +131,8 @@ class Manifest:
         if self.probe is not None:
             probe = self.probe
             manifest["probe"] = {"shape": list(probe.shape), "output": list(probe.output), "rtol": probe.rtol}
+        if self.base is not None:
+            manifest["base"] = asdict(self.base)
         return manifest | {"manifest_sha256": hashlib.sha256(canonical(manifest).encode()).hexdigest()}
 
 
@@ -162,10 +168,8 @@ def read_manifest(text: str) -> Manifest:
         raise ArtifactError(f"seed is {seed}; expected at most 2**64 - 1")
     architecture = _get(manifest, "architecture", "an object", lambda v: isinstance(v, dict))
     for key in ("library", "version", "name"):
-        _get(architecture, key, "a string", lambda v: isinstance(v, str), "architecture.")
+        _get(architecture, key, "a string", _string, "architecture.")
     _get(architecture, "kwargs", "an object", lambda v: isinstance(v, dict), "architecture.")
-    if "base" in manifest:
-        raise ArtifactError("the weights come from a pretrained base, which this version does not read")
     result = Manifest(
         architecture=Architecture(
             architecture["library"], architecture["name"], architecture["kwargs"], architecture["version"]
@@ -180,6 +184,7 @@ def read_manifest(text: str) -> Manifest:
         tensors_sha256=_get(manifest, "tensors_sha256", "a SHA-256", _sha256),
         provenance=_object(manifest, "provenance"),
         probe=_probe(manifest["probe"]) if "probe" in manifest else None,
+        base=_base(manifest["base"]) if "base" in manifest else None,
     )
     _check_names(result)
     return result
@@ -213,6 +218,10 @@ def _sha256(value: Any) -> bool:
     return isinstance(value, str) and bool(_SHA256.fullmatch(value))
 
 
+def _string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
@@ -244,7 +253,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
     def get(key: str, expected: str, holds: Callable[[Any], Any]) -> Any:
         return _get(entry, key, expected, holds, f"{where}.")
 
-    name = get("name", "a string", lambda v: isinstance(v, str))
+    name = get("name", "a string", _string)
     numel = element_count(entry.get("shape"), f"{where} ({name!r})")
     if numel == 0:
         raise ArtifactError(f"{where} ({name!r}) has the shape {entry['shape']}; expected positive sizes")
@@ -252,20 +261,25 @@ def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
     if not DTYPES[dtype].is_floating_point:
         raise ArtifactError(f"{where}.dtype is {dtype!r}; expected a floating one, for drawn values")
     informing: dict[str, tuple[str, Callable[[Any], Any]]] = {
-        "scheme": ("a string", lambda v: isinstance(v, str)),
+        "scheme": ("a string", _string),
         "scaled": ("true or false", lambda v: isinstance(v, bool)),
         "k": ("a number", _number),
         "fan_in": ("a number", _number),
     }
     if masked:
         get("encoding", "'bitpack', the one encoding that this reader knows", lambda v: v == "bitpack")
+    distributions = [*DISTRIBUTIONS, BASE] if masked else [*DISTRIBUTIONS]
+    distribution = get("distribution", f"one of {', '.join(distributions)}", lambda v: _known(v, distributions))
+    if distribution == BASE and "std" in entry:
+        raise ArtifactError(f"{where}.std is {_short(entry['std'])}; expected none, as the distribution is {BASE!r}")
+    std = 0.0 if distribution == BASE else get("std", "a float above 0 that float32 can hold", _standard_deviation)
     return Drawn(
         name=name,
-        stream=get("stream", "a string", lambda v: isinstance(v, str)),
+        stream=get("stream", "a string", _string),
         shape=tuple(entry["shape"]),
         dtype=dtype,
-        distribution=get("distribution", f"one of {', '.join(DISTRIBUTIONS)}", lambda v: _known(v, DISTRIBUTIONS)),
-        std=get("std", "a float above 0 that float32 can hold", _standard_deviation),
+        distribution=distribution,
+        std=std,
         kept=get("kept", f"an integer from 0 to {numel}", lambda v: type(v) is int and 0 <= v <= numel)
         if masked
         else None,
@@ -309,7 +323,19 @@ def _probe(entry: Any) -> Probe:
     return Probe(tuple(entry["shape"]), tuple(map(float, output)), float(rtol))
 
 
+def _base(entry: Any) -> Base:
+    if not isinstance(entry, dict):
+        raise ArtifactError(f"base is {_short(entry)}; expected an object")
+    words = {key: _get(entry, key, "a string", _string, "base.") for key in ("library", "version", "name", "tag")}
+    return Base(**words, sha256=_get(entry, "sha256", "a SHA-256", _sha256, "base."))
+
+
 def _check_names(manifest: Manifest) -> None:
+    based = [entry.name for entry in manifest.masked if entry.distribution == BASE]
+    if based and manifest.base is None:
+        raise ArtifactError(f"{based[0]!r} has the distribution {BASE!r}, and the manifest has no base")
+    if manifest.base is not None and not based:
+        raise ArtifactError("the manifest has a base, and no masked tensor is of it")
     names = [entry.name for entry in (*manifest.masked, *manifest.generated)]
     names += [*manifest.constants, *manifest.aliases]
     if len(set(names)) < len(names):

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -12,13 +13,34 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConversionError, PopupError
 from ..filling import fill
-from ..surgery import masked_weights, unwrap
-from ..zoo import KWARGS, LIBRARIES, Architecture, build_bare, build_described, check_kwargs, names
+from ..planning import masked_weights, unwrap
+from ..weights import BASE
+from ..zoo import (
+    KWARGS,
+    LIBRARIES,
+    Architecture,
+    Base,
+    build_bare,
+    build_blank,
+    build_described,
+    check_kwargs,
+    check_tag,
+    names,
+    read_weights,
+)
 from .container import DTYPE_NAMES, DTYPES, Container, Stored, open_file, read_header
 from .manifest import Manifest, read_manifest
 from .packing import ones, padding_is_zero
 from .probe import check_probe
-from .rebuild import Packed, effective_pieces, generated_pieces, masks_digest, tensors_digest, weights_digest
+from .rebuild import (
+    Packed,
+    effective_pieces,
+    generated_pieces,
+    masks_digest,
+    tensors_digest,
+    values_digest,
+    weights_digest,
+)
 from .verification import Verification
 
 
@@ -44,7 +66,7 @@ def inspect(path: str | Path) -> Manifest:
         return manifest
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
+def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None) -> nn.Module:
     """The plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
 
     Args:
@@ -52,6 +74,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
             file, plus the network, plus 256 MiB.
         model: a plain network to fill, needed only where the file's architecture is `custom`; it is changed only
             after all checks have passed.
+        base: for a mask on pretrained weights the network that has them, or a file of weights; without it they are
+            `model`'s own, or the library's by the tag that the file names. Other weights are refused.
 
     Returns:
         A network of ordinary layers, float tensors of the file's dtypes; `model` itself if it was given.
@@ -60,16 +84,18 @@ def load(path: str | Path, model: nn.Module | None = None) -> nn.Module:
         ArtifactError: names the file, the tensor, and what was expected.
     """
     with _naming(path):
-        artifact = _read(path)
-        return _load(artifact, model)
+        return _load(_read(path), model, base)
 
 
-def verify(path: str | Path, model: nn.Module | None = None) -> Verification:
+def verify(
+    path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None
+) -> Verification:
     """Rebuild everything that a file describes and compare it with the file's digests and its probe.
 
     Args:
         path: the file.
         model: as for `load`; without it a `custom` network's weights are verified, and its architecture is not.
+        base: as for `load`.
 
     Returns:
         Each check with its outcome; true where all hold.
@@ -82,21 +108,30 @@ def verify(path: str | Path, model: nn.Module | None = None) -> Verification:
         manifest = artifact.manifest
         checks = [("manifest, masks, stored tensors", True, "match their digests")]
         entries = [(entry, artifact.masks[entry.name]) for entry in manifest.masked]
-        same = weights_digest(entries, manifest.seed) == manifest.weights_sha256
-        word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from seed {manifest.seed}"
-        checks.append(("masked weights", same, word if same else f"{word}, do not match weights_sha256"))
+        word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
+        if manifest.base is None:
+            same = weights_digest(entries, manifest.seed, {}) == manifest.weights_sha256
+            checks.append(_weights_check(same, f"{word}seed {manifest.seed}"))
         library, name = manifest.architecture.library, manifest.architecture.name
         if model is None and library == "custom":
             checks.append(("architecture", True, f"custom ({name}): not checked, no module was given"))
             return Verification(tuple(checks))
         try:
-            network = _load(artifact, model)
+            network = _load(artifact, model, base)
         except ArtifactError as error:
             return Verification((*checks, ("architecture", False, str(error))))
+        if manifest.base is not None:
+            tensors = unwrap(network).state_dict()
+            same = values_digest(tensors[entry.name] for entry in manifest.masked) == manifest.weights_sha256
+            checks.append(_weights_check(same, f"{word}the base {manifest.base.name} {manifest.base.tag}".rstrip()))
         checks.append(("architecture", True, f"{library}/{name} takes every tensor"))
         if (probe := manifest.probe) is not None:
             checks.append(("probe", *check_probe(network, manifest.seed, probe)))
         return Verification(tuple(checks))
+
+
+def _weights_check(same: bool, word: str) -> tuple[str, bool, str]:
+    return "masked weights", same, word if same else f"{word}, do not match weights_sha256"
 
 
 @contextmanager
@@ -158,25 +193,67 @@ def _read(path: str | Path) -> Artifact:
     return Artifact(manifest, masks, found)
 
 
-def _load(artifact: Artifact, model: nn.Module | None) -> nn.Module:
+def _load(artifact: Artifact, model: nn.Module | None, base: nn.Module | str | Path | None) -> nn.Module:
     manifest = artifact.manifest
+    if base is not None and manifest.base is None:
+        raise ArtifactError("a base was given, and the file's weights are those of its seed")
     if model is None:
         _check_architecture(manifest.architecture)
+        tag = _library_tag(manifest) if manifest.base is not None and base is None else None
         dtype = _common_dtype(artifact)
         try:
             bare = build_bare(manifest.architecture)
+            _compare(artifact, bare.to(dtype) if dtype else bare)
+            network = build_described(manifest.architecture, tag) if tag else build_blank(manifest.architecture)[0]
         except ConversionError as error:
             raise ArtifactError(f"the architecture cannot be built: {error}") from error
-        _compare(artifact, bare.to(dtype) if dtype else bare)
-        network = build_described(manifest.architecture)
         core = network.to(dtype) if dtype else network
     else:
         network, core = model, unwrap(model)
         if any(True for _ in masked_weights(core)):
             raise ArtifactError("the model to fill is converted; expected a plain network")
     _compare(artifact, core)
-    _fill(artifact, core)
+    _fill(artifact, core, _base_weights(manifest, core, base))
     return network.eval()
+
+
+def _library_tag(manifest: Manifest) -> str:
+    """The tag of the library's weights that the masks are for."""
+    architecture, base = manifest.architecture, cast(Base, manifest.base)
+    if not base.tag or (base.library, base.name) != (architecture.library, architecture.name):
+        raise ArtifactError(
+            f"the masks are for weights of {base.library[:60]}/{base.name[:60]} that no library has; pass the network "
+            "or the file that holds them as `base`"
+        )
+    try:
+        return check_tag(architecture, base.tag)
+    except PopupError as error:
+        raise ArtifactError(f"base.tag: {error}") from error
+
+
+def _base_weights(manifest: Manifest, core: nn.Module, base: nn.Module | str | Path | None) -> dict[str, Tensor]:
+    """The weights under the masks that are not the seed's, by name, after their digest was checked."""
+    if manifest.base is None:
+        return {}
+    if isinstance(base, str | Path):
+        source = read_weights(Path(base))
+    else:
+        source = (core if base is None else unwrap(base)).state_dict(keep_vars=True)
+    found = {}
+    for entry in manifest.masked:
+        if entry.distribution == BASE:
+            tensor = source.get(entry.name)
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape or tensor.is_meta:
+                has = f"{tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "nothing"
+                raise ArtifactError(f"the base has {has} for {entry.name!r}; expected {entry.shape}")
+            found[entry.name] = tensor.detach().to(DTYPES[entry.dtype])
+    if (digest := values_digest(found.values())) != manifest.base.sha256:
+        of = f"{manifest.base.library}/{manifest.base.name} {manifest.base.tag}".rstrip()
+        raise ArtifactError(
+            f"the masks are for other weights: those of {of} with the SHA-256 {manifest.base.sha256[:12]}…, and the "
+            f"base at hand has {digest[:12]}…"
+        )
+    return found
 
 
 def _check_architecture(architecture: Architecture) -> None:
@@ -233,7 +310,7 @@ def _compare(artifact: Artifact, core: nn.Module) -> None:
             raise ArtifactError(f"{name!r}: the network ties it to {tied!r}, the file does not")
 
 
-def _fill(artifact: Artifact, core: nn.Module) -> None:
+def _fill(artifact: Artifact, core: nn.Module, base: dict[str, Tensor]) -> None:
     manifest = artifact.manifest
     entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
     meta = [name for name, tensor in entries.items() if tensor.is_meta]
@@ -241,7 +318,8 @@ def _fill(artifact: Artifact, core: nn.Module) -> None:
         raise ArtifactError(f"{meta[0]!r} of the network to fill is on the meta device and cannot hold values")
     with torch.no_grad():
         for entry in manifest.masked:
-            fill(entries[entry.name], effective_pieces(entry, manifest.seed, artifact.masks[entry.name]))
+            pieces = effective_pieces(entry, manifest.seed, artifact.masks[entry.name], base.get(entry.name))
+            fill(entries[entry.name], pieces)
         for entry in manifest.generated:
             fill(entries[entry.name], generated_pieces(entry, manifest.seed))
         for name, constant in manifest.constants.items():

@@ -1,12 +1,14 @@
 """Weights from a seed and a mask, and the digests over them."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from ..filling import pieces_of
 from ..streams import draw
 from .container import DTYPES
 from .manifest import Drawn
@@ -20,20 +22,35 @@ def generated_pieces(entry: Drawn, seed: int) -> Iterator[NDArray[np.float32]]:
     return draw(entry.distribution, entry.numel, entry.std, seed, "other", entry.stream)
 
 
-def effective_pieces(entry: Drawn, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
-    """Effective weights in pieces of float32: the weight where the mask's bit is 1, +0.0 elsewhere."""
-    weights = draw(entry.distribution, entry.numel, entry.std, seed, "weight", entry.stream)
+def effective_pieces(
+    entry: Drawn, seed: int, mask: Packed, base: Tensor | None = None
+) -> Iterator[NDArray[np.float32]]:
+    """Effective weights in pieces of float32: the weight, drawn or `base`'s, where the bit is 1, +0.0 elsewhere."""
+    weights = (
+        draw(entry.distribution, entry.numel, entry.std, seed, "weight", entry.stream)
+        if base is None
+        else (piece.float().numpy() for piece in pieces_of(base))
+    )
     for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
         yield (piece.view(np.uint32) * bits).view(np.float32)  # an integer product, so that no −0.0 comes out
 
 
-def weights_digest(entries: list[tuple[Drawn, Packed]], seed: int) -> str:
-    """SHA-256 over the effective weights, rounded to their dtype and widened to float32."""
+def weights_digest(entries: list[tuple[Drawn, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the effective weights, rounded to their dtype and widened to float32; `base` by name."""
     digest = hashlib.sha256()
     for entry, mask in entries:
-        for piece in effective_pieces(entry, seed, mask):
+        for piece in effective_pieces(entry, seed, mask, base.get(entry.name)):
             rounded = torch.from_numpy(piece).to(DTYPES[entry.dtype]).to(torch.float32)
             digest.update(rounded.numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def values_digest(tensors: Iterable[Tensor]) -> str:
+    """SHA-256 over the values of floating tensors, widened to float32."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        for piece in pieces_of(tensor):
+            digest.update(piece.float().numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Writing a subnetwork: every entry of the `state_dict` finds its one place in the file."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from ..errors import ArtifactError
 from ..files import write_atomically
 from ..filling import pieces_of
 from ..layers import Slot, score_name, slots_of
+from ..planning import unconverted, unwrap
 from ..rest import GENERATED, Generated
 from ..streams import draw
-from ..surgery import unwrap
-from ..zoo import describe
+from ..weights import BASE
+from ..zoo import PRETRAINED_BASE, Base, describe
 from .container import DTYPE_NAMES, METADATA
 from .manifest import MANIFEST_LIMIT, Constant, Drawn, Manifest, read_manifest
 from .packing import ones, pack
 from .probe import take_probe
-from .rebuild import Packed, masks_digest, tensors_digest, weights_digest
+from .rebuild import Packed, masks_digest, tensors_digest, values_digest, weights_digest
 from .strict import canonical
 
 
@@ -45,8 +47,9 @@ def save(
         The manifest as written.
 
     Raises:
-        ArtifactError: the network is not converted, is on the meta device, has weights that are no longer the seed's,
-            or a `state_dict` entry that a file cannot hold; the message names it.
+        ArtifactError: the network is not converted, or not all of it since its head was replaced; it is on the meta
+            device, has weights that are no longer the seed's, or a `state_dict` entry that a file cannot hold; the
+            message names it.
         PopupError: the file cannot be written; what was there is as it was.
     """
     core = unwrap(model)
@@ -73,6 +76,11 @@ def _describe(
     if len(seeds) > 1:
         raise ArtifactError(f"the layers were drawn from the seeds {sorted(seeds)}; a file holds one")
     (seed,) = seeds
+    if new := unconverted(core):
+        raise ArtifactError(
+            f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion and "
+            "cannot be rebuilt from a mask; call convert(model) again to complete it, and train it on"
+        )
     entries = core.state_dict(keep_vars=True)
     masked: list[tuple[Drawn, Packed]] = []
     drawn: list[Drawn] = []
@@ -106,6 +114,7 @@ def _describe(
         else:
             stored[name] = tensor.detach().cpu().contiguous()
     masks = {f"{entry.name}.mask": packed for entry, packed in masked}
+    base = {entry.name: entries[entry.name] for entry, _ in masked if entry.distribution == BASE}
     manifest = Manifest(
         architecture=describe(core),
         seed=seed,
@@ -114,12 +123,19 @@ def _describe(
         constants=constants,
         aliases=aliases,
         masks_sha256=masks_digest(list(masks.values())),
-        weights_sha256=weights_digest(masked, seed),
+        weights_sha256=weights_digest(masked, seed, base),
         tensors_sha256=tensors_digest({name: _bytes(tensor) for name, tensor in stored.items()}),
         provenance=_finite(provenance),
         probe=take_probe(core, seed, probe) if probe is not None else None,
+        base=replace(_base(core), sha256=values_digest(base.values())) if base else None,
     )
     return manifest, {name: torch.from_numpy(packed) for name, packed in masks.items()} | stored
+
+
+def _base(core: nn.Module) -> Base:
+    """Where the pretrained weights of a network came from, as far as it knows."""
+    described = describe(core)
+    return core.__dict__.get(PRETRAINED_BASE) or Base(described.library, described.version, described.name, "")
 
 
 def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generated]]:
@@ -136,7 +152,9 @@ def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generat
 
 
 def _masked_entry(name: str, weight: Tensor, slot: Slot) -> tuple[Drawn, Packed]:
-    if not _equals(weight, draw(slot.distribution, weight.numel(), slot.std, slot.seed, "weight", slot.stream)):
+    if slot.distribution != BASE and not _equals(
+        weight, draw(slot.distribution, weight.numel(), slot.std, slot.seed, "weight", slot.stream)
+    ):
         raise ArtifactError(
             f"the weights of {name!r} are not those of seed {slot.seed} any more, so that no file could rebuild them; "
             "they were loaded or changed after conversion"
