@@ -22,7 +22,7 @@ from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data
 from .training.loop import Epoch, accuracy_of, fit, start
 from .training.recipe import Data, override, parse_data, to_yaml
-from .zoo import build, input_size
+from .zoo import architecture, build, input_size
 
 
 @dataclass(frozen=True)
@@ -104,18 +104,17 @@ def train(
     accelerator = start(recipe.training)
     seed = recipe.training.seed
     with ambient_seed([seed]):
-        model = build(recipe.model.name, **recipe.model.kwargs)
+        model = _network(recipe)
         size = _input_size(recipe.data, model)
         data = open_data(recipe.data, size, seed, accelerator.device, progress)
         _check_classes(model, data, size)
-        planned = convert(model, **recipe.surgery.model_dump()) if recipe.surgery != "none" else None
         _start_folder(folder, recipe)
         history = fit(model, data, recipe.training, accelerator, progress, _metrics(folder, after_epoch))
     draw_curve(
         folder / "curve.png", name, [epoch.train_accuracy for epoch in history], [epoch.accuracy for epoch in history]
     )
     model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
-    if planned is not None:
+    if recipe.surgery != "none":
         file = folder / f"{stem}.popup.safetensors"
         manifest = save(model, file, provenance=_provenance(recipe, history, data), probe=(1, *size))
         weights, kept = manifest.weights, manifest.kept
@@ -131,6 +130,7 @@ def evaluate(
     *,
     data: Data | None = None,
     data_dir: str | Path | None = None,
+    base: str | Path | nn.Module | None = None,
     progress: Progress = quiet,
 ) -> Evaluation:
     """Accuracy of the network in a popup artifact on the validation images of the data set it was trained on.
@@ -139,6 +139,7 @@ def evaluate(
         path: the file.
         data: another data set; without it the one that the file's provenance names.
         data_dir: the data set's folder.
+        base: the weights under the mask, as for `load`.
 
     Raises:
         ArtifactError: the file is damaged, or its architecture is `custom`.
@@ -149,7 +150,7 @@ def evaluate(
     if data_dir is not None:
         data = data.model_copy(update={"root": str(data_dir)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(path).to(device)
+    model = load(path, base=base).to(device)
     size = _input_size(data, model)
     batches = open_data(data, size, 0, device, progress, train=False)
     _check_classes(model, batches, size)
@@ -181,6 +182,15 @@ def write_dense(model: nn.Module, path: Path) -> int:
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
     write_atomically(path, lambda file: file.write(serialize(tensors, metadata={"format": "pt"})))
     return len(tensors)
+
+
+def _network(recipe: Recipe) -> nn.Module:
+    """The network of a recipe: converted, or for `surgery: none` plain."""
+    described = recipe.model
+    if recipe.surgery == "none" or described.pretrained:
+        model = build(described.name, pretrained=described.pretrained, **described.kwargs)
+        return convert(model, **recipe.surgery.model_dump()) if recipe.surgery != "none" else model
+    return convert(architecture(described.name, **described.kwargs), **recipe.surgery.model_dump())
 
 
 def _input_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
@@ -235,6 +245,8 @@ def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str
 
     values = recipe.dump()
     values["data"]["root"] = None
+    if isinstance(weights := values["model"]["pretrained"], str):
+        values["model"]["pretrained"] = Path(weights).name
     software = {
         "popup_surgery": __version__,
         "torch": torch.__version__,

@@ -502,7 +502,7 @@ LEVELS = (
     ("layers", "nets", "zoo", "rest"),
     ("planning",),
     ("surgery",),
-    ("artifact", "training", "plots"),
+    ("artifact", "training", "plots", "survey"),
     ("run",),
     ("commands",),
     ("__main__",),

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import PopupError
-from . import convert, evaluate, export, inspect, recipes, train, verify
+from . import convert, evaluate, export, inspect, recipes, train, verify, zoo
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
@@ -27,7 +27,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (convert, train, evaluate, inspect, verify, export, recipes):
+for command in (convert, train, evaluate, inspect, verify, export, recipes, zoo):
     text, _, example = (command.run.__doc__ or "").partition("\b")
     app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b\n" + cleandoc(example))(command.run)
 

@@ -12,14 +12,24 @@ class Scope(StrEnum):
     global_ = "global"
 
 
+class Rest(StrEnum):
+    frozen = "frozen"
+    train = "train"
+
+
 def run(
     arch: Annotated[str, typer.Argument(help="A network: resnet101, timm/vit_tiny_patch16_224, torchvision/…, conv4.")],
     k: Annotated[float, typer.Option(help="Share of each layer's weights that is kept, in (0, 1].")] = 0.3,
-    scheme: Annotated[str, typer.Option(help="Weight scheme.")] = "signed_kaiming_constant",
+    scheme: Annotated[
+        str, typer.Option(help="Weight scheme; pretrained keeps the library's weights.")
+    ] = "signed_kaiming_constant",
+    weights: Annotated[str | None, typer.Option(help="For pretrained: a tag of the library's, or a file.")] = None,
     scaled: Annotated[bool, typer.Option(help="Widen the weights by √(1/k).")] = True,
     seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = 0,
     learner: Annotated[str, typer.Option(help="How the mask is learnt.")] = "edge_popup",
     scope: Annotated[Scope, typer.Option(help="Rank each layer by itself, or all together.")] = Scope.layer,
+    others: Annotated[Rest, typer.Option(help="What becomes of all that is not masked.")] = Rest.frozen,
+    norm: Annotated[Rest, typer.Option(help="What becomes of the scales and biases of norms.")] = Rest.frozen,
     include: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to leave; repeatable.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Outputs of the network.")] = None,
@@ -44,20 +54,25 @@ def run(
     if not dry_run:
         new_file(file, force)
     with busy(f"converting {arch}"):
-        from .. import surgery, zoo
+        from .. import zoo
         from ..artifact import save
+        from ..errors import ConversionError
+        from ..planning import plan
+        from ..surgery import convert
+        from ..weights import PRETRAINED
 
         given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
         kwargs = {key: value for key, value in given.items() if value is not None}
         settings: dict[str, Any] = {"scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner}
         settings |= {"scope": scope.value, "include": include or None, "exclude": exclude or None}
-        if dry_run:
-            model = zoo.build_bare(zoo.architecture(arch, **kwargs))
-            planned = surgery.plan(model, k, **settings)
-        else:
-            model = zoo.build(arch, **kwargs)
-            planned = surgery.plan(model, k, **settings)
-            save(surgery.convert(model, k, **settings), file)
+        settings |= {"others": others.value, "norm": norm.value}
+        if weights is not None and scheme != PRETRAINED:
+            raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
+        architecture = zoo.architecture(arch, **kwargs)
+        planned = plan(zoo.build_bare(architecture), k, **settings)
+        if not dry_run:
+            model = zoo.build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else architecture
+            save(convert(model, k, **settings), file)
     if dry_run:
         show(str(planned))
     else:

@@ -10,6 +10,7 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="data.key=value, in place of the recorded.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> None:
     """Accuracy of an artifact's network on the data set that it was trained on, or another.
 
@@ -21,5 +22,5 @@ def run(
         from .. import run as runs
 
         data = runs.recorded_data(artifact, set_ or [])
-    result = runs.evaluate(artifact, data=data, data_dir=data_dir, progress=progress)
+    result = runs.evaluate(artifact, data=data, data_dir=data_dir, base=base, progress=progress)
     show(f"{100 * result.accuracy:.2f} % of {result.images:,} validation images of {result.data}")

@@ -9,6 +9,7 @@ from .shared import busy, new_file, show, size
 def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="The dense safetensors file.")],
+    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
 ) -> None:
     """Write an artifact's network as a dense safetensors file, as timm.create_model(…, checkpoint_path=…) loads.
@@ -23,5 +24,5 @@ def run(
         from ..run import write_dense
 
         architecture = inspect(artifact).architecture
-        count = write_dense(load(artifact), output)
+        count = write_dense(load(artifact, base=base), output)
     show(f"wrote {output}, {size(output)}: {count} tensors of {architecture.library}/{architecture.name}")

@@ -41,12 +41,14 @@ def run(
     for entry in manifest.masked:
         kept = entry.kept or 0
         shape = " × ".join(map(str, entry.shape))
-        source = f"{entry.distribution}, std {entry.std:.5g}"
+        source = f"{entry.distribution}, std {entry.std:.5g}" if entry.std else entry.distribution
         table.add_row(entry.name, shape, f"{kept:,}", f"{entry.numel:,}", f"{kept / entry.numel:.1%}", source)
     show(table)
     share = manifest.kept / manifest.weights
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
+    if (base := manifest.base) is not None:
+        show(f"base: {base.library}/{base.name} {base.tag or 'from a file'}, SHA-256 {base.sha256}")
     accuracy = manifest.provenance.get("accuracy")
     if isinstance(accuracy, float):
         show(f"accuracy when it was saved: {accuracy:.2%}; its weights are checked by popup-surgery verify")

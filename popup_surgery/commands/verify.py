@@ -6,7 +6,10 @@ import typer
 from .shared import busy, show
 
 
-def run(artifact: Annotated[Path, typer.Argument(help="A popup artifact.")]) -> int:
+def run(
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+) -> int:
     """Rebuild everything in an artifact and compare it with its digests. Exit status 1 where something differs.
 
     \b
@@ -23,7 +26,7 @@ def run(artifact: Annotated[Path, typer.Argument(help="A popup artifact.")]) -> 
         if not artifact.is_file():
             raise PopupError(f"{artifact}: there is no such file")
         try:
-            result = verify(artifact)
+            result = verify(artifact, base=base)
         except ArtifactError as error:
             show(f"FAIL  {error}")
             return 1

@@ -20,7 +20,7 @@ from pydantic import (
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
-from ..weights import get_scheme
+from ..weights import PRETRAINED, get_scheme
 from ..zoo import check_kwargs, resolve
 
 SHIPPED = next(
@@ -39,6 +39,13 @@ def _known(look_up: Any) -> Any:
         return name
 
     return AfterValidator(check)
+
+
+def _schemes(scheme: str | dict[str, str]) -> str | dict[str, str]:
+    for name in scheme.values() if isinstance(scheme, dict) else [scheme]:
+        if name != PRETRAINED:
+            _known(get_scheme).func(name)
+    return scheme
 
 
 def _optimizer(name: str) -> None:
@@ -73,9 +80,10 @@ _S = TypeVar("_S", bound=_Section)
 
 
 class Model(_Section):
-    """The network: a name that `build` knows, and its arguments."""
+    """The network: a name that `build` knows, its arguments, and its weights: `pretrained` as for `build`."""
 
     name: Annotated[str, _known(resolve)]
+    pretrained: bool | str = False
     kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -91,13 +99,15 @@ class Surgery(_Section):
     """The arguments of `convert`. `scaled` has no default: a recipe states it."""
 
     k: Annotated[float | dict[str, float], PlainValidator(_shares)]
-    scheme: Annotated[str, _known(get_scheme)] = "signed_kaiming_constant"
+    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes)] = "signed_kaiming_constant"
     scaled: bool
     learner: Annotated[str, _known(get_learner)] = "edge_popup"
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     scope: Literal["layer", "global"] = "layer"
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
+    others: Literal["frozen", "train"] = "frozen"
+    norm: Literal["frozen", "train"] = "frozen"
 
 
 class Data(_Section):
@@ -176,6 +186,17 @@ class Recipe(_Section):
         if isinstance(value, str) and value != "none":
             raise ValueError("expected the word none, or k, scaled and the other arguments of convert")
         return value
+
+    @model_validator(mode="after")
+    def _weights(self) -> "Recipe":
+        if self.surgery != "none":
+            scheme = self.surgery.scheme
+            wanted = PRETRAINED in (scheme.values() if isinstance(scheme, dict) else [scheme])
+            if wanted and not self.model.pretrained:
+                raise ValueError("surgery.scheme pretrained needs model.pretrained: true, a tag, or a file of weights")
+            if self.model.pretrained and not wanted:
+                raise ValueError(f"surgery.scheme {scheme} would overwrite the weights of model.pretrained")
+        return self
 
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
