@@ -363,7 +363,8 @@ def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
         return {}
     if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
         raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
-    found = kind.weights(module)
+    scores = {score_name(p) for p in slots_of(module)}
+    found = {p: fan for p, fan in kind.weights(module).items() if p not in scores}
     return {p: f for p, f in found.items() if (t := module._parameters.get(p)) is not None and t.numel()}
 
 

@@ -88,8 +88,8 @@ def as_markdown(rows: Sequence[Row], libraries: Sequence[str]) -> str:
         f"{weights / max(sum(row.parameters for row in rows), 1):.2%} are masked.",
         "",
         "A *weight* is whatever a layer kind claims, and whatever else is not masked, generated or constant and has "
-        "two dimensions or more above 1. Shares are of all parameters; *left* ones keep the value that the network gives "
-        "them, are frozen, and stored in the file.",
+        "two dimensions or more above 1. Shares are of all parameters; *left* ones keep the value that the network "
+        "gives them, are frozen, and stored in the file.",
         "",
     ]
     lines += [f"- {row.name} is refused: {row.refused}" for row in refused]
