@@ -121,6 +121,11 @@ class Slot:
         if torch.compiler.is_compiling():
             mask = learner.trace([s.detach() for s in self.ranking.scores()], self.ranking.kept)[self.index]
             return learner.effective(weight, score, mask)
+        if torch.jit.is_tracing():
+            raise MaskedWeightError(
+                f"{name} of {type(module).__name__} was read by torch.jit.trace, which would freeze its mask; trace "
+                "bake(model)"
+            )
         if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
             raise MaskedWeightError(
                 f"{name} of {type(module).__name__} was read by a torch.fx tracer, which would freeze its mask; trace "

@@ -41,7 +41,7 @@ _POSITIONS = re.compile(
     r"^(patch|pixel|spatial|temporal|class)_pos$|^latents?$|_latent$|"
     r"relative_position_bias_table|^attention_biases$|rel_pos(_[hwt])?$|^(height|width)_rel$|^pos_bias$"
 )
-_SCALES = re.compile(r"^(gamma(_?\d|_\w+)?|ls\d?|layer_?scale(_?\d)?|skipinit_gain|gain)$")
+_SCALES = re.compile(r"^(gamma(_?\d|_\w+)?|ls\d?|lambda_?\d|layer_?scale(_?\d|_parameter)?|skipinit_gain|gain)$")
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -64,7 +64,7 @@ def treatment(module: nn.Module, name: str, swapped: bool) -> Treatment:
             return Treatment("constant", "scale of a norm", 1.0)
         if name == "bias":
             return Treatment("constant", "bias of a norm")
-    if _SCALES.search(name) or type(module).__name__ == "LayerScale":
+    if _SCALES.search(name) or type(module).__name__.endswith("LayerScale"):
         return Treatment("constant", "scale of a branch, which would be dead at its first value", 1.0)
     if _POSITIONS.search(name):
         return Treatment("generated", "position embedding or token", 0.02)

@@ -8,6 +8,7 @@ collects what lies within, and only those few are partitioned (Floyd and Rivest,
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -100,6 +101,18 @@ def select_op(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
 @select_op.register_fake
 def _(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for score in scores]
+
+
+@select_op.register_vmap
+def _(info: Any, in_dims: Any, scores: Sequence[Tensor], kept: int) -> tuple[list[Tensor], list[int]]:
+    """Scores stacked along a dimension, as of an ensemble, are ranked each for itself."""
+    dims = in_dims[0]
+    rows = [score if dim is None else score.movedim(dim, 0) for score, dim in zip(scores, dims, strict=True)]
+    each = [
+        select_op([row if dim is None else row[i] for row, dim in zip(rows, dims, strict=True)], kept)
+        for i in range(info.batch_size)
+    ]
+    return [torch.stack(masks) for masks in zip(*each, strict=True)], [0] * len(scores)
 
 
 def _bits(score: Tensor) -> Bits:

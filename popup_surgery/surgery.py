@@ -81,6 +81,7 @@ def convert(
     # whoever let `build` make the network knows that its weights were random
     level = logging.INFO if DESCRIPTION in core.__dict__ else logging.WARNING
     _apply(core, planned)
+    _synchronise(model)
     if architecture is not None:
         core.__dict__[DESCRIPTION] = architecture
     if drawn := sum(weight.distribution != BASE for weight in planned.masked):
@@ -176,6 +177,17 @@ def _apply(core: nn.Module, planned: Plan) -> None:
             module.reset_running_stats()
         module.__dict__[CONVERTED] = True
     core.__dict__[SETTINGS] = settings
+
+
+def _synchronise(model: nn.Module) -> None:
+    """Let DistributedDataParallel around a network that was wrapped first know what is trained now."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            group = module.process_group
+            module._remove_autograd_hooks()
+            # as after unpickling, which makes a new reducer for the parameters that require a gradient
+            module.__setstate__(module.__dict__ | {"process_group": group, "reducer": None, "logger": None})
+            module.process_group = group
 
 
 def _initial_scores(weight: PlannedWeight, settings: dict[str, Any]) -> nn.Parameter:
