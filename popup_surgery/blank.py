@@ -16,7 +16,7 @@ _SET = {nn.init.constant_, Tensor.copy_, Tensor.fill_, Tensor.zero_}
 class Blank(TorchFunctionMode):
     """While it is entered, parameters are not filled at random: their memory is reserved and never touched.
 
-    All else is built as ever: buffers, also those that no `state_dict` holds, constants, and random tensors that are
+    On the meta device nothing is filled. All else is built as ever: buffers, also those that no `state_dict` holds, constants, and random tensors that are
     no parameters' own memory. `is_blank` tells afterwards what has no value.
     """
 
@@ -32,7 +32,9 @@ class Blank(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")
-        if isinstance(tensor, Tensor) and not tensor.is_meta and (address := tensor.untyped_storage().data_ptr()):
+        if isinstance(tensor, Tensor) and tensor.is_meta and func in _RANDOM | _ADJUST | _SET:
+            return tensor  # there is nothing to write to, and finding that out takes its time
+        if isinstance(tensor, Tensor) and (address := tensor.untyped_storage().data_ptr()):
             if isinstance(tensor, nn.Parameter):
                 self._parameters.setdefault(address, tensor)
             if address in self._parameters:

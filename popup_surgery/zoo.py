@@ -252,7 +252,7 @@ def input_size(model: nn.Module) -> tuple[int, int, int] | None:
 def build_bare(architecture: Architecture) -> nn.Module:
     """As `build_described`, without memory: parameters on the meta device."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Blank():
             return build_described(architecture)
     except ConversionError as error:
         if not isinstance(error.__cause__, NotImplementedError):

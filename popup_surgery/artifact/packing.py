@@ -5,7 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..streams import PIECE
+from ..streams import BITS, PIECE
+
+_ALL = np.where(BITS, np.uint32(0xFFFFFFFF), np.uint32(0))
 
 
 def pack(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
@@ -13,11 +15,11 @@ def pack(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
     return np.packbits(mask.reshape(-1), bitorder="little")
 
 
-def unpack(packed: NDArray[np.uint8], n: int) -> Iterator[NDArray[np.uint8]]:
-    """The `n` bits of a packed mask as 0 and 1, in pieces of uint8 [at most PIECE]."""
+def unpack(packed: NDArray[np.uint8], n: int) -> Iterator[NDArray[np.uint32]]:
+    """The `n` bits of a packed mask, all 32 bits of an element 1 or 0, in pieces of uint32 [at most PIECE]."""
     for start in range(0, n, PIECE):
         count = min(PIECE, n - start)
-        yield np.unpackbits(packed[start // 8 : -(-(start + count) // 8)], count=count, bitorder="little")
+        yield _ALL[packed[start // 8 : -(-(start + count) // 8)]].reshape(-1)[:count]
 
 
 def ones(packed: NDArray[np.uint8]) -> int:

@@ -32,7 +32,7 @@ def effective_pieces(
         else (piece.float().numpy() for piece in pieces_of(base))
     )
     for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
-        yield (piece.view(np.uint32) * bits).view(np.float32)  # an integer product, so that no −0.0 comes out
+        yield (piece.view(np.uint32) & bits).view(np.float32)  # bit by bit, so that no −0.0 comes out
 
 
 def weights_digest(entries: list[tuple[Drawn, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:
