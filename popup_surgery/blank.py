@@ -10,7 +10,7 @@ _RANDOM = {
     Tensor.geometric_, Tensor.log_normal_, Tensor.normal_, Tensor.random_, Tensor.uniform_,
 }  # fmt: skip
 _ADJUST = {Tensor.add_, Tensor.clamp_, Tensor.div_, Tensor.erfinv_, Tensor.mul_, Tensor.sub_}
-_SET = {nn.init.constant_, Tensor.copy_, Tensor.fill_, Tensor.zero_}
+_SET = {nn.init.constant_, Tensor.fill_, Tensor.zero_}
 
 
 class Blank(TorchFunctionMode):

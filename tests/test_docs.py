@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
+from safetensors.torch import save_file
 
 import popup_surgery as ps
 
@@ -58,5 +60,7 @@ def test_the_numpy_reader_knows_every_distribution(scheme, tmp_path):
 
 def test_the_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    save_file(timm.create_model("resnet18").state_dict(), "weights.safetensors")
+    space: dict = {}
     for code in blocks("README.md", "python"):
-        exec(code, {})
+        exec(code.replace("pretrained=True", 'pretrained="weights.safetensors"'), space)

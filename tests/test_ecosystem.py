@@ -816,7 +816,7 @@ def test_an_ensemble_by_vmap_ranks_each_members_scores(scope):
     torch.testing.assert_close(outputs, torch.stack([member(x) for member in members]))
 
 
-@pytest.mark.filterwarnings(r"ignore:.torch\.jit\.trace. is deprecated")
+@pytest.mark.filterwarnings(r"ignore:.torch\.jit\.trace:FutureWarning")
 def test_a_trace_that_would_freeze_the_mask_is_refused():
     with pytest.raises(MaskedWeightError, match=r"read by torch\.jit\.trace, which would freeze its mask; trace bake"):
         torch.jit.trace(convert(nn.Linear(3, 2)), torch.ones(1, 3))
