@@ -16,8 +16,8 @@ _SET = {nn.init.constant_, Tensor.fill_, Tensor.zero_}
 class Blank(TorchFunctionMode):
     """While it is entered, parameters are not filled at random: their memory is reserved and never touched.
 
-    On the meta device nothing is filled. All else is built as ever: buffers, also those that no `state_dict` holds, constants, and random tensors that are
-    no parameters' own memory. `is_blank` tells afterwards what has no value.
+    All else is built as ever: buffers, also those that no `state_dict` holds, constants, and random tensors that are
+    no parameters' own memory. `is_blank` tells afterwards what has no value. On the meta device nothing is filled.
     """
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from .learners import get_learner
 from .planning import CONVERTED, SETTINGS, Plan, PlannedWeight, Settings, Shares, masked_weights, plan, unwrap
 from .rest import GENERATED, Generated
 from .selection import kept_count
-from .streams import draw
+from .streams import check_seed, draw
 from .weights import BASE, PRETRAINED
 from .zoo import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture
 
@@ -103,6 +103,11 @@ def bake(model: nn.Module) -> nn.Module:
             memo[id(raw)] = nn.Parameter(effective.detach(), requires_grad=False)
             memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
             memo[id(slot.ranking)] = Ranking(slot.ranking.learner, 0)
+        for module in core.modules():  # a network may keep results of its last pass, which no copy can be made of
+            for value in module.__dict__.values():
+                for kept in value if isinstance(value, list | tuple) else [value]:
+                    if isinstance(kept, Tensor) and not kept.is_leaf:
+                        memo[id(kept)] = kept.detach().clone()
     baked = copy.deepcopy(core, memo)
     for module in baked.modules():
         if is_masked(module):
@@ -126,13 +131,14 @@ def _build(described: str | Architecture, k: Shares | None, settings: Settings) 
     scheme = settings.get("scheme")
     if PRETRAINED in (scheme.values() if isinstance(scheme, Mapping) else [scheme]):
         return zoo.build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
-    model, blank = zoo.build_blank(architecture)
-    rest = plan(model, k, **settings).rest
-    owned = [other.owner for other in rest if other.treatment.action == "left"]
-    if not any(blank.is_blank(cast(Tensor, module._parameters[name])) for module, name in owned):
-        return model
+    seed = check_seed(settings.get("seed", 0))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.get("seed", 0))
+        torch.manual_seed(seed)
+        model, blank = zoo.build_blank(architecture)
+        left = [other.owner for other in plan(model, k, **settings).rest if other.treatment.action == "left"]
+        if not any(blank.is_blank(cast(Tensor, module._parameters[name])) for module, name in left):
+            return model
+        torch.manual_seed(seed)
         return zoo.build_described(architecture)
 
 

@@ -477,3 +477,14 @@ def test_coverage_names_a_weight_that_no_kind_claims():
     assert coverage.missed == {"matrix": 16}
     assert coverage.of_weights == 0.5
     assert "left 44.44% of 36 parameters" in str(plan(Own()))
+
+
+def test_a_network_that_keeps_results_of_its_last_pass_is_baked():
+    class Keeping(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.last = [super().forward(x)]
+            return self.last[0]
+
+    model = convert(Keeping(3, 2))
+    result = model(noise(4, 3))
+    assert torch.equal(bake(model).last[0], result)
