@@ -86,7 +86,7 @@ def _symmetric(bound: float) -> Values:
 
 def _signed_constant(std: float) -> Values:
     eight = np.where(BITS, np.float32(std), np.float32(-std))  # a byte's elements at once
-    return lambda raw, count: eight[raw[: -(-count // 8)]].reshape(-1)[:count]
+    return lambda raw, count: np.take(eight, raw[: -(-count // 8)], axis=0).reshape(-1)[:count]
 
 
 def _unsigned_constant(std: float) -> Values:

@@ -19,7 +19,7 @@ def unpack(packed: NDArray[np.uint8], n: int) -> Iterator[NDArray[np.uint32]]:
     """The `n` bits of a packed mask, all 32 bits of an element 1 or 0, in pieces of uint32 [at most PIECE]."""
     for start in range(0, n, PIECE):
         count = min(PIECE, n - start)
-        yield _ALL[packed[start // 8 : -(-(start + count) // 8)]].reshape(-1)[:count]
+        yield np.take(_ALL, packed[start // 8 : -(-(start + count) // 8)], axis=0).reshape(-1)[:count]
 
 
 def ones(packed: NDArray[np.uint8]) -> int:
