@@ -40,6 +40,10 @@ class RunError(PopupError, RuntimeError):
     """A training run cannot start or go on."""
 
 
+class Stopped(RunError):
+    """A run was told to stop; it has kept a checkpoint, and `resume` goes on with it."""
+
+
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """The `n` choices nearest to `name`, as text for an error message."""
     choices = list(dict.fromkeys(choices))

@@ -1,6 +1,5 @@
 """A run from recipe to artifact, and an artifact's accuracy: where training and artifacts meet."""
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -9,19 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import save as serialize
 from torch import nn
 
 from . import __version__
 from .artifact import inspect, load, save
-from .errors import DataError, PopupError, RunError
+from .errors import DataError
 from .files import write_atomically
 from .plots import draw_curve
-from .surgery import bake, convert
+from .surgery import bake, convert, masks
 from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data
-from .training.loop import Epoch, accuracy_of, fit, start
-from .training.recipe import Data, override, parse_data, to_yaml
+from .training.folder import RunFolder, asked_to_stop
+from .training.loop import Epoch, Fit, accuracy_of, start
+from .training.recipe import Data, override, parse_data
 from .zoo import architecture, build, input_size
 
 
@@ -68,6 +69,7 @@ def train(
     overrides: Sequence[str] = (),
     output: str | Path | None = None,
     data_dir: str | Path | None = None,
+    resume: bool = False,
     progress: Progress = quiet,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Result:
@@ -78,12 +80,15 @@ def train(
         overrides: `key=value` of any recipe key, such as `training.epochs=3`.
         output: a folder that holds no run yet; `runs/<recipe>` if not given.
         data_dir: the data set's folder, in place of the recipe's `data.root`.
+        resume: go on with the run in `output` from its newest whole checkpoint; start one where there is none.
         progress, after_epoch: called while it runs, to show something.
 
     Raises:
         RecipeError, UnknownName: what is wrong with the recipe, all of it.
         DataError: the data set is missing, or is not what the network expects.
-        RunError: `output` holds a run already, or the loss is not finite.
+        RunError: `output` holds a run already, or one of another recipe; another process runs in it; the loss is not
+            finite.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint is kept.
         PopupError: the folder cannot be written.
     """
     name = "run"
@@ -97,32 +102,39 @@ def train(
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
     stem = name.rsplit("/", 1)[-1]
-    written = "recipe.yaml", "metrics.jsonl", "curve.png", f"{stem}.popup.safetensors", f"{stem}.safetensors"
-    if any((folder / file).exists() for file in written):
-        raise RunError(f"{folder} holds a run already; choose another folder with --output, or remove it")
+    hidden = recipe.surgery != "none"
+    file = f"{stem}.popup.safetensors" if hidden else f"{stem}.safetensors"
+    run = RunFolder(folder, recipe, ("curve.png", file))
+    if resume and run.finished:
+        return _finished(run, recipe)
 
     accelerator = start(recipe.training)
+    main = accelerator.is_main_process
     seed = recipe.training.seed
-    with ambient_seed([seed]):
+    with run.held(resume) if main else nullcontext(), ambient_seed([seed]), asked_to_stop() as stop:
+        shown = progress if main else quiet
         model = _network(recipe)
         size = _input_size(recipe.data, model)
-        data = open_data(recipe.data, size, seed, accelerator.device, progress)
+        data = open_data(recipe.data, size, seed, accelerator.device, shown)
         _check_classes(model, data, size)
-        _start_folder(folder, recipe)
-        history = fit(model, data, recipe.training, accelerator, progress, _metrics(folder, after_epoch))
-    draw_curve(
-        folder / "curve.png", name, [epoch.train_accuracy for epoch in history], [epoch.accuracy for epoch in history]
-    )
-    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False).cpu()
-    if recipe.surgery != "none":
-        file = folder / f"{stem}.popup.safetensors"
-        manifest = save(model, file, provenance=_provenance(recipe, history, data), probe=(1, *size))
-        weights, kept = manifest.weights, manifest.kept
-    else:
-        file = folder / f"{stem}.safetensors"
-        write_dense(model, file)
-        weights = kept = sum(parameter.numel() for parameter in model.parameters())
-    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, file, weights, kept)
+        fit = Fit(model, data, recipe.training, accelerator, shown)
+        (checkpoint,) = broadcast_object_list([run.begin() if main else None])
+        if checkpoint is not None:
+            fit.restore(checkpoint)
+
+        def ended(epoch: Epoch) -> None:
+            if main:
+                run.add(epoch)
+                after_epoch(epoch)
+
+        history = fit.run(ended, run.keep, stop)
+        model = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False).cpu()
+        if main:
+            _write_results(run, recipe, model, history, data, size)
+            run.finish()
+        accelerator.wait_for_everyone()
+    weights, kept = _counts(model)
+    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, weights, kept)
 
 
 def evaluate(
@@ -217,26 +229,40 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
         )
 
 
-def _start_folder(folder: Path, recipe: Recipe) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").write_text("")
-    except OSError as error:
-        raise PopupError(f"{folder} cannot be written: {error.strerror}") from error
-    text = to_yaml(recipe.dump())
-    write_atomically(folder / "recipe.yaml", lambda file: file.write(text.encode()))
+def _write_results(
+    run: RunFolder, recipe: Recipe, model: nn.Module, history: list[Epoch], data: Batches, size: tuple[int, int, int]
+) -> None:
+    *_, curve, file = run.results
+    name = file.partition(".")[0]
+    draw_curve(run.path / curve, name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
+    if recipe.surgery != "none":
+        save(model, run.path / file, provenance=_provenance(recipe, history, data), probe=(1, *size))
+    else:
+        write_dense(model, run.path / file)
 
 
-def _metrics(folder: Path, after_epoch: Callable[[Epoch], None]) -> Callable[[Epoch], None]:
-    def write(epoch: Epoch) -> None:
-        try:
-            with open(folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(epoch.line()) + "\n")
-        except OSError as error:
-            raise PopupError(f"{folder}/metrics.jsonl cannot be written: {error.strerror}") from error
-        after_epoch(epoch)
+def _counts(model: nn.Module) -> tuple[int, int]:
+    """Masked weights and how many take part; of a dense network all."""
+    found = masks(model)
+    if not found:
+        return (count := sum(parameter.numel() for parameter in model.parameters())), count
+    return sum(mask.numel() for mask in found.values()), sum(int(mask.sum()) for mask in found.values())
 
-    return write
+
+def _finished(run: RunFolder, recipe: Recipe) -> Result:
+    """The result of a run that has ended, from its folder."""
+    run.check_recipe()
+    file = run.path / run.results[-1]
+    history = tuple(Epoch(**line) for line in run.history())
+    described = recipe.model
+    if recipe.surgery == "none":
+        model = build(described.name, pretrained=file, **described.kwargs)
+        weights = kept = sum(parameter.numel() for parameter in model.parameters())
+    else:
+        manifest = inspect(file)
+        base = described.pretrained if isinstance(described.pretrained, str) and manifest.base is not None else None
+        model, weights, kept = load(file, base=base), manifest.weights, manifest.kept
+    return Result(model.eval(), history[-1].accuracy, history, run.path, file, weights, kept)
 
 
 def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from typing import Any
 import typer
 
 from .. import __version__
-from ..errors import PopupError
+from ..errors import PopupError, Stopped
 from . import convert, evaluate, export, inspect, recipes, train, verify, zoo
+
+RESUME = 75  # "try again later", as sysexits.h has it: a run has stopped and can go on
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
@@ -46,13 +48,19 @@ def _root(
 
 
 def main() -> int:
-    """Run the command line. Returns 0; 1 where the answer is no; 2 for bad use, after one sentence on stderr."""
+    """Run the command line.
+
+    Returns 0; 1 where the answer is no; 2 for bad use, after one sentence on stderr; 75 where a run can go on.
+    """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return app(standalone_mode=False) or 0
     except UsageError as error:
         error.show()
         return 2
+    except Stopped as error:
+        print(f"{error}; go on with --resume", file=sys.stderr)
+        return RESUME
     except PopupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

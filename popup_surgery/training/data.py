@@ -3,11 +3,14 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -21,6 +24,7 @@ MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being as
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Batch = tuple[Tensor, Tensor]
+TrainBatch = tuple[Tensor, Tensor, float]
 
 
 class Progress(Protocol):
@@ -29,16 +33,48 @@ class Progress(Protocol):
     def __call__(self, total: int | None, what: str) -> Any: ...
 
 
+@dataclass(frozen=True)
+class Part:
+    """The part of each batch that falls to one of several processes, in so many pieces one after another."""
+
+    rank: int = 0
+    processes: int = 1
+    accumulate: int = 1
+
+    @property
+    def pieces(self) -> int:
+        """Into how many pieces a whole batch is cut."""
+        return self.processes * self.accumulate
+
+    def batches(self, order: NDArray[np.int64], size: int, first: int) -> Iterator[tuple[NDArray[np.int64], float]]:
+        """Indices of this part's pieces from the batch `first` on, and the share of the whole batch that each is.
+
+        A batch too small to give every piece an image repeats its first one, with the share 0, because all processes
+        must take part in every step.
+        """
+        for start in range(first * size, len(order), size):
+            batch = order[start : start + size]
+            mine = slice(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
+            for piece in np.array_split(batch, self.pieces)[mine]:
+                yield (piece, len(piece) / len(batch)) if len(piece) else (batch[:1], 0.0)
+
+
+WHOLE = Part()
+
+
 class Batches(Protocol):
     """A data set ready for training. Images are float32 [batch, channels, height, width], labels int64 [batch]."""
 
     classes: list[str]
 
-    def train(self, epoch: int) -> Iterator[Batch]:
-        """All training images once, in the epoch's order, augmented."""
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+        """`part` of the training images from the batch `first` on, in the epoch's order, augmented.
 
-    def validation(self) -> Iterator[Batch]:
-        """All validation images once, in their own order."""
+        The third value is the share of its whole batch that a piece is.
+        """
+
+    def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+        """The validation images that fall to a process of `part`, each of them once."""
 
     def steps(self) -> int | None:
         """Batches in an epoch, where known."""
@@ -110,24 +146,23 @@ class InMemory:
     def steps(self) -> int:
         return -(-len(self.splits[TRAIN][1]) // self.config.batch_size)
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)
         order = generator.permutation(count)
         shifts = generator.integers(0, 2 * pad + 1, (count, 2))
         flips = generator.random(count) < self.config.hflip
-        for start in range(0, count, self.config.batch_size):
-            chosen = order[start : start + self.config.batch_size]
+        for chosen, weight in part.batches(order, self.config.batch_size, first):
             index, shift, flip = (
                 torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
             )
-            yield self._normalise(_crop(images[index], pad, shift, flip)), labels[index]
+            yield self._normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
 
-    def validation(self) -> Iterator[Batch]:
-        images, labels = self.splits[VALIDATION]
-        for part, label in zip(images.split(self.config.batch_size), labels.split(self.config.batch_size), strict=True):
-            yield self._normalise(part), label
+    def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+        images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
+        for some, label in zip(images.split(self.config.batch_size), labels.split(self.config.batch_size), strict=True):
+            yield self._normalise(some), label
 
     def _normalise(self, images: Tensor) -> Tensor:
         return images.float().sub_(self.mean).div_(self.std)
@@ -179,23 +214,33 @@ class Streamed:
         dataset = self.datasets[TRAIN]
         return -(-len(dataset) // self.config.batch_size) if hasattr(dataset, "__len__") else None
 
-    def train(self, epoch: int) -> Iterator[Batch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         dataset = self.datasets[TRAIN]
         if isinstance(dataset, IterableDataset):
             if hasattr(dataset, "set_epoch"):
                 dataset.set_epoch(epoch)
-            return self._batches(dataset, None)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(dataset)).tolist()
-        return self._batches(_Seeded(dataset, self.seed, epoch), order)
+            weight = 1 / part.pieces
+            size = max(1, self.config.batch_size // part.pieces)
+            skipped = islice(self._batches(dataset, batch_size=size), first * part.accumulate, None)
+            yield from ((images, labels, weight) for images, labels in skipped)
+            return
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(dataset))
+        plan = list(part.batches(order, self.config.batch_size, first))
+        batches = self._batches(_Seeded(dataset, self.seed, epoch), batch_sampler=[c.tolist() for c, _ in plan])
+        for (images, labels), (_, weight) in zip(batches, plan, strict=True):
+            yield images, labels, weight
 
-    def validation(self) -> Iterator[Batch]:
-        return self._batches(self.datasets[VALIDATION], None)
+    def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+        dataset = self.datasets[VALIDATION]
+        if isinstance(dataset, IterableDataset):
+            return self._batches(dataset, batch_size=self.config.batch_size)
+        mine = range(part.rank, len(dataset), part.processes)
+        return self._batches(dataset, batch_size=self.config.batch_size, sampler=mine)
 
-    def _batches(self, dataset: Any, order: list[int] | None) -> Iterator[Batch]:
+    def _batches(self, dataset: Any, **how: Any) -> Iterator[Batch]:
         loader = DataLoader(
             dataset,
-            self.config.batch_size,
-            sampler=order,
+            **how,
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator().manual_seed(self.seed),

@@ -1,20 +1,26 @@
-"""The one training loop, on Accelerate."""
+"""The one training loop, on Accelerate: one process or many, to be stopped and gone on with at any step."""
 
+import hashlib
 import math
 import os
+import random
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from torch import Tensor, nn
 
-from ..errors import RunError
-from ..surgery import bake
-from .data import Batch, Batches, Progress
+from ..errors import RunError, Stopped
+from ..surgery import bake, masks
+from .checkpoint import Checkpoint
+from .data import Batch, Batches, Part, Progress
 from .recipe import Training
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
@@ -22,13 +28,17 @@ _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of metrics.jsonl. Accuracies are shares of 0 … 1; `accuracy` is on the validation images."""
+    """One line of metrics.jsonl. Shares are 0 … 1; `accuracy` is on the validation images.
+
+    `changed` is the share of mask bits that are other than an epoch before, 0 where nothing is masked.
+    """
 
     epoch: int
     lr: float
     train_loss: float
     train_accuracy: float
     accuracy: float
+    changed: float
     seconds: float
     images_per_second: float
 
@@ -40,75 +50,253 @@ class Epoch:
 def start(training: Training) -> Accelerator:
     """The accelerator of a run: device, precision and processes."""
     AcceleratorState._reset_state()  # a run earlier in this process may have had another precision
+    # statistics of batch norms are each process's own until they are evaluated or saved
+    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     try:
-        accelerator = Accelerator(mixed_precision=_PRECISIONS[training.precision])
+        accelerator = Accelerator(mixed_precision=_PRECISIONS[training.precision], kwargs_handlers=[ddp])
     except ValueError as error:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
         ) from error
-    processes = max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1")))
-    if processes > 1:
-        raise RunError(f"the run was started on {processes} processes; this version trains on one")
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise RunError(f"the run was started with {kind}; expected one process, or data-parallel ones on CPUs or GPUs")
+    if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise RunError(
+            f"{os.environ['WORLD_SIZE']} processes were started, and Accelerate joins none of them on this device; "
+            "set ACCELERATE_USE_CPU=true"
+        )
     return accelerator
 
 
-def fit(
-    model: nn.Module,
-    data: Batches,
-    training: Training,
-    accelerator: Accelerator,
-    progress: Progress,
-    after_epoch: Callable[[Epoch], None],
-) -> list[Epoch]:
-    """Train whatever of `model` requires a gradient: a converted network's scores, or a plain one's weights.
+class Fit:
+    """Training of whatever of a model requires a gradient: a converted network's scores, or a plain one's weights.
 
-    The last epoch's accuracy is the run's: nothing is selected on the validation images.
-
-    Raises:
-        RunError: the loss is not finite.
+    Everything random in a step is a function of (seed, epoch, step, process), so that no generator's state is kept.
     """
-    from timm.optim import create_optimizer_v2
 
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    options: dict[str, Any] = {"nesterov": training.nesterov} if training.optimizer in ("sgd", "momentum") else {}
-    optimizer = create_optimizer_v2(
-        parameters,
-        training.optimizer,
-        training.lr,
-        training.weight_decay,
-        training.momentum,
-        **options,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: rate(epoch, training))
-    criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
-    model, optimizer = accelerator.prepare(model, optimizer)
-    history = []
-    for epoch in range(training.epochs):
-        began = time.perf_counter()
-        lr = float(schedule.get_last_lr()[0])
-        model.train()
-        seen = 0
-        loss_sum, correct = torch.zeros(2, device=accelerator.device)
-        with progress(data.steps(), f"epoch {epoch + 1}/{training.epochs}") as step:
-            for images, labels in data.train(epoch):
-                optimizer.zero_grad()
+    def __init__(
+        self, model: nn.Module, data: Batches, training: Training, accelerator: Accelerator, progress: Progress
+    ) -> None:
+        from timm.optim import create_optimizer_v2
+
+        self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
+        self.progress = progress
+        self.part = Part(accelerator.process_index, accelerator.num_processes, training.accumulate)
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        options: dict[str, Any] = {"nesterov": training.nesterov} if training.optimizer in ("sgd", "momentum") else {}
+        optimizer = create_optimizer_v2(
+            self.parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
+        )
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.history: list[Epoch] = []
+        self.batch = 0  # of the epoch that is running, the next one
+        self.step = 0  # of the whole run
+        self.seconds = 0.0  # spent on the epoch before the run was gone on with
+        self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)  # loss, right answers, images
+        self.wrong = torch.tensor(-1, device=accelerator.device)  # the first step whose loss was not finite
+        self.before = masks(model)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is running, from 0."""
+        return len(self.history)
+
+    def run(
+        self,
+        after_epoch: Callable[[Epoch], None],
+        keep: Callable[[int, Checkpoint], None] = lambda step, checkpoint: None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[Epoch]:
+        """Train to the end. The last epoch's accuracy is the run's: nothing is selected on the validation images.
+
+        Args:
+            after_epoch: called with each epoch's numbers.
+            keep: called with each checkpoint, in the first process alone.
+            stop: asked after each step; once it is true in any process, a checkpoint is kept and `Stopped` raised.
+
+        Raises:
+            RunError: the loss is not finite; a process has other masks than the first.
+            Stopped: `stop` was true.
+        """
+        while self.epoch < self.training.epochs:
+            self._train_epoch(keep, stop)
+            self._end_epoch(after_epoch)
+            self._keep(keep)
+        return self.history
+
+    def _train_epoch(self, keep: Callable[[int, Checkpoint], None], stop: Callable[[], bool]) -> None:
+        training, steps = self.training, self.data.steps()
+        lr = training.lr * rate(self.epoch, training)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        began = kept = time.monotonic()
+        spent = self.seconds
+        pieces = self.data.train(self.epoch, self.part, self.batch)
+        with self.progress(steps, f"epoch {self.epoch + 1}/{training.epochs}") as advance:
+            for _ in range(self.batch):
+                advance()
+            while self._one_step(pieces):
+                advance()
+                self.seconds = spent + time.monotonic() - began
+                late = training.checkpoint_minutes and time.monotonic() - kept > 60 * training.checkpoint_minutes
+                wish = self._highest(2 if stop() else 1 if late else 0)
+                if wish:
+                    self._keep(keep)
+                    kept = time.monotonic()
+                if wish == 2:
+                    raise Stopped(f"stopped after step {self.step:,}, in epoch {self.epoch + 1}")
+        self.seconds = spent + time.monotonic() - began
+
+    def _one_step(self, pieces: Iterator[tuple[Tensor, Tensor, float]]) -> bool:
+        """One step of the optimiser; False where the epoch has no more batches."""
+        accelerator, training = self.accelerator, self.training
+        _seed([training.seed, self.epoch, self.batch, self.part.rank])
+        for piece in range(self.part.accumulate):
+            images, labels, weight = next(pieces, (None, None, 0.0))
+            if images is None or labels is None:
+                return False
+            last = piece == self.part.accumulate - 1
+            if piece == 0:
+                self.optimizer.zero_grad()
+            with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
-                    logits = model(images)
-                    loss = criterion(logits.float(), labels)
-                accelerator.backward(loss)
-                optimizer.step()
-                seen += len(labels)
-                loss_sum += loss.detach() * len(labels)
-                correct += (logits.detach().argmax(1) == labels).sum()
-                step()
-        seconds = time.perf_counter() - began
-        if not math.isfinite(mean_loss := float(loss_sum) / seen):
-            raise RunError(f"the loss of epoch {epoch + 1} is {mean_loss} at the rate {lr:g}; expected a finite one")
-        accuracy, _ = accuracy_of(bake(accelerator.unwrap_model(model)), data.validation(), accelerator.autocast)
-        history.append(Epoch(epoch + 1, lr, mean_loss, float(correct) / seen, accuracy, seconds, seen / seconds))
-        after_epoch(history[-1])
-        schedule.step()
-    return history
+                    logits = self.model(images)
+                    loss = self.criterion(logits.float(), labels)
+                # processes average their gradients; the weights sum to 1 over all pieces
+                accelerator.backward(loss * (weight * self.part.processes))
+            count = len(labels) if weight else 0
+            right = (logits.detach().argmax(1) == labels).sum()
+            self.sums += torch.stack([loss.detach() * count, right * bool(count), torch.full_like(right, count)])
+            self.wrong = torch.where((self.wrong < 0) & ~loss.detach().isfinite(), self.step, self.wrong)
+        if training.clip_norm is not None:
+            accelerator.clip_grad_norm_(self.parameters, training.clip_norm)
+        self.optimizer.step()
+        self.batch += 1
+        self.step += 1
+        return True
+
+    def _end_epoch(self, after_epoch: Callable[[Epoch], None]) -> None:
+        self._check_loss()
+        loss, right, seen = self.accelerator.reduce(self.sums, "sum").tolist()
+        self._share_statistics()
+        baked = bake(self.core)
+        batches = self.data.validation(self.part)
+        correct, images = _right_answers(baked, batches, self.accelerator.autocast)
+        counts = self.accelerator.reduce(torch.tensor([correct, images], device=self.accelerator.device), "sum")
+        if not counts[1]:
+            raise RunError("the data set has no validation images")
+        found = masks(self.core)
+        total = sum(mask.numel() for mask in found.values())
+        changed = sum(int((mask != self.before[key]).sum()) for key, mask in found.items()) / max(total, 1)
+        epoch = Epoch(
+            self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen,
+            int(counts[0]) / int(counts[1]), changed, self.seconds, seen / self.seconds,
+        )  # fmt: skip
+        self.history.append(epoch)
+        self.batch, self.seconds, self.before = 0, 0.0, found
+        self.sums.zero_()
+        after_epoch(epoch)
+
+    def _keep(self, keep: Callable[[int, Checkpoint], None]) -> None:
+        self._check_loss()
+        self._check_masks()
+        self._share_statistics()
+        sums = self.accelerator.reduce(self.sums, "sum")
+        if self.accelerator.is_main_process:
+            keep(self.step, self._checkpoint(sums.tolist()))
+        self.accelerator.wait_for_everyone()
+
+    def _check_loss(self) -> None:
+        wrong = int(self._highest(int(self.wrong) + 1)) - 1
+        if wrong >= 0:
+            lr = self.optimizer.param_groups[0]["lr"]
+            raise RunError(
+                f"the loss of step {wrong + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate {lr:g}"
+            )
+
+    def _check_masks(self) -> None:
+        if self.part.processes == 1:
+            return
+        digest = hashlib.sha256()
+        for mask in masks(self.core).values():
+            digest.update(mask.cpu().numpy().tobytes())
+        digests = gather_object([digest.hexdigest()])
+        for rank, other in enumerate(digests):
+            if other != digests[0]:
+                raise RunError(f"process {rank} has other masks than process 0 after step {self.step:,}")
+
+    def _share_statistics(self) -> None:
+        """The first process's running statistics, to all of them."""
+        if self.part.processes > 1:
+            for buffer in self.core.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def _highest(self, wish: int) -> int:
+        """The highest of all processes' `wish`."""
+        if self.part.processes == 1:
+            return wish
+        wishes = torch.tensor(wish, device=self.accelerator.device)
+        torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
+        return int(wishes)
+
+    def _checkpoint(self, sums: list[float]) -> Checkpoint:
+        state = self.optimizer.state_dict()
+        tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in self._learnt().items()}
+        numbers: dict[str, dict[str, Any]] = {}
+        for index, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{index}.{name}"] = value.cpu().contiguous()
+                else:
+                    numbers.setdefault(str(index), {})[name] = value
+        tensors |= {f"before.{key}": _packed(mask) for key, mask in self.before.items()}
+        scaler = self.accelerator.scaler
+        return Checkpoint(
+            tensors,
+            {
+                "step": self.step,
+                "batch": self.batch,
+                "seconds": self.seconds,
+                "sums": sums,
+                "history": [asdict(epoch) for epoch in self.history],
+                "groups": state["param_groups"],
+                "numbers": numbers,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "processes": self.part.processes,
+            },
+        )
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go on where `checkpoint` was taken."""
+        state = checkpoint.state
+        with torch.no_grad():
+            for key, tensor in self._learnt().items():
+                tensor.copy_(checkpoint.tensors[f"model.{key}"])
+        values: dict[int, dict[str, Any]] = {int(i): dict(found) for i, found in state["numbers"].items()}
+        for name, tensor in checkpoint.tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                index, _, what = rest.partition(".")
+                values.setdefault(int(index), {})[what] = tensor
+        self.optimizer.load_state_dict({"state": values, "param_groups": state["groups"]})
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.step, self.batch, self.seconds = state["step"], state["batch"], state["seconds"]
+        if self.accelerator.is_main_process:  # the others' part of the sums is in it
+            self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        for key, mask in self.before.items():
+            bits = np.unpackbits(checkpoint.tensors[f"before.{key}"].numpy(), count=mask.numel())
+            mask.copy_(torch.from_numpy(bits.astype(bool)).view(mask.shape))
+
+    def _learnt(self) -> dict[str, Tensor]:
+        """What training changes: parameters that require a gradient, and persistent buffers."""
+        frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
+        entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
+        return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
 
 
 def rate(epoch: int, training: Training) -> float:
@@ -123,6 +311,13 @@ def rate(epoch: int, training: Training) -> float:
 
 def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[float, int]:
     """Share of images that a plain network classifies rightly, in eval mode, and how many images there were."""
+    correct, seen = _right_answers(model, batches, autocast)
+    if not seen:
+        raise RunError("the data set has no validation images")
+    return correct / seen, seen
+
+
+def _right_answers(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[int, int]:
     model.eval()
     seen, correct = 0, None
     with torch.inference_mode(), autocast():
@@ -130,6 +325,15 @@ def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[
             right: Tensor = (model(images).argmax(1) == labels).sum()
             correct = right if correct is None else correct + right
             seen += len(labels)
-    if correct is None:
-        raise RunError("the data set has no validation images")
-    return int(correct) / seen, seen
+    return int(correct or 0), seen
+
+
+def _packed(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+
+
+def _seed(entropy: list[int]) -> None:
+    first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.manual_seed(third)

@@ -154,6 +154,10 @@ class Training(_Section):
 
     Attributes:
         optimizer: a name of timm's; `momentum` and `nesterov` reach those that have them.
+        accumulate: pieces into which each process cuts its part of a batch, to save memory; `data.batch_size` is the
+            whole batch's, over all processes and pieces.
+        clip_norm: the largest norm of all gradients together; null for none.
+        checkpoint_minutes: a checkpoint is kept after each epoch, and within one so often; 0 for never.
         schedule: `cosine` to 0 after `warmup_epochs`, or `constant`.
         precision: of the forward pass; scores and their ranking are always float32.
         seed: of the order of images, augmentation and dropout, and of a dense network's weights.
@@ -168,6 +172,9 @@ class Training(_Section):
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
+    clip_norm: Positive | None = None
+    checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 

@@ -1,0 +1,82 @@
+"""Checkpoints: tensors as safetensors, all else as JSON, and whole or not there.
+
+A checkpoint is two files, `<step>.safetensors` and `<step>.json`. The JSON is written last and holds the digest of
+both, so that a checkpoint without it, or one that does not match it, is none.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ..errors import RunError
+from ..files import write_atomically
+
+FORMAT = 1
+KEPT = 2
+_NAME = re.compile(r"(\d{10})\.json")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run needs to go on: tensors by name, and a JSON object."""
+
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint of `step` and remove all but the newest two.
+
+    Raises:
+        PopupError: it cannot be written; the ones before it stay.
+    """
+    folder.mkdir(exist_ok=True)
+    data = save(checkpoint.tensors)
+    body = {"format": FORMAT, "tensors_sha256": hashlib.sha256(data).hexdigest(), **checkpoint.state}
+    text = json.dumps(body | {"sha256": _digest(body)}, sort_keys=True, allow_nan=False)
+    write_atomically(folder / f"{step:010}.safetensors", lambda file: file.write(data))
+    write_atomically(folder / f"{step:010}.json", lambda file: file.write(text.encode()))
+    kept = {number for number, _ in _found(folder)[:KEPT]}
+    for path in sorted(folder.iterdir()):  # .json before .safetensors
+        if path.stem.isdigit() and int(path.stem) not in kept:
+            path.unlink()
+
+
+def read(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, a JSON file.
+
+    Raises:
+        RunError: it is damaged; the message says how.
+    """
+    try:
+        state = json.loads(path.read_bytes())
+        digest, expected = state.pop("sha256"), state["tensors_sha256"]
+        data = path.with_suffix(".safetensors").read_bytes()
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RunError(f"{path} is damaged: {error!r}") from error
+    if digest != _digest(state) or hashlib.sha256(data).hexdigest() != expected:
+        raise RunError(f"{path} is damaged: its digest does not match")
+    if state["format"] != FORMAT:
+        raise RunError(f"{path} has the format {state['format']}; this version reads {FORMAT}")
+    return Checkpoint(load(data), state)
+
+
+def newest_first(folder: Path) -> Iterator[Path]:
+    """The checkpoints in `folder`, damaged ones too."""
+    return (path for _, path in _found(folder))
+
+
+def _found(folder: Path) -> list[tuple[int, Path]]:
+    matches = ((_NAME.fullmatch(path.name), path) for path in folder.glob("*.json"))
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,166 @@
+"""A run's folder: whose it is, what is in it, and where it goes on."""
+
+import fcntl
+import json
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import PopupError, RunError
+from ..files import write_atomically
+from . import checkpoint
+from .checkpoint import Checkpoint
+from .loop import Epoch
+from .recipe import Recipe, read_yaml, to_yaml
+
+log = logging.getLogger("popup_surgery")
+
+# what may be other when a run goes on, since no result depends on it
+_FREE = {"data.root", "data.workers", "data.download", "training.checkpoint_minutes"}
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder.
+        recipe: what is to run in it.
+        results: names of the files that a run ends with, the last of which says that it is finished.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, results: Sequence[str]) -> None:
+        self.path, self.recipe, self.results = path, recipe, results
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run ended here."""
+        return (self.path / self.results[-1]).exists()
+
+    @contextmanager
+    def held(self, resume: bool) -> Iterator[None]:
+        """Hold the folder for this process; the hold ends with the process, however that ends.
+
+        Raises:
+            RunError: another process holds it; there is a run and `resume` is not given, or one of another recipe.
+            PopupError: the folder cannot be written.
+        """
+        there = [name for name in ("recipe.yaml", "metrics.jsonl", *self.results) if (self.path / name).exists()]
+        if there and not resume:
+            raise RunError(
+                f"{self.path} holds a run already; go on with it by --resume, choose another folder with --output, or "
+                "remove it"
+            )
+        if "recipe.yaml" in there:
+            self.check_recipe()
+        elif there:
+            raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
+        lock = self.path / "lock"
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(lock, "w")  # noqa: SIM115
+        except OSError as error:
+            raise PopupError(f"{self.path} cannot be written: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunError(f"another process runs in {self.path}; wait for it, or choose another folder") from None
+            try:
+                yield
+            finally:
+                lock.unlink(missing_ok=True)
+
+    def begin(self) -> Checkpoint | None:
+        """The newest whole checkpoint; without one a new run's recipe is written.
+
+        Raises:
+            RunError: there are checkpoints, and none of them is whole.
+        """
+        for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        found = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
+        for path in found:
+            try:
+                whole = checkpoint.read(path)
+            except RunError as error:
+                log.warning("%s; trying the one before", error)
+                continue
+            self._write_metrics([Epoch(**line) for line in whole.state["history"]])
+            return whole
+        if found:
+            raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
+        text = to_yaml(self.recipe.dump())
+        write_atomically(self.path / "recipe.yaml", lambda file: file.write(text.encode()))
+        self._write_metrics([])
+        return None
+
+    def keep(self, step: int, taken: Checkpoint) -> None:
+        """Write a checkpoint."""
+        checkpoint.write(self.checkpoints, step, taken)
+
+    def add(self, epoch: Epoch) -> None:
+        """Write an epoch's line of metrics."""
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(epoch.line()) + "\n")
+        except OSError as error:
+            raise PopupError(f"{self.path}/metrics.jsonl cannot be written: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """Remove what only a run that goes on needs."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def _write_metrics(self, epochs: Sequence[Epoch]) -> None:
+        text = "".join(json.dumps(epoch.line()) + "\n" for epoch in epochs)
+        write_atomically(self.path / "metrics.jsonl", lambda file: file.write(text.encode()))
+
+    def check_recipe(self) -> None:
+        """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""
+        before = _flat(Recipe.parse(read_yaml(self.path / "recipe.yaml"), str(self.path / "recipe.yaml")).dump())
+        now = _flat(self.recipe.dump())
+        differ = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
+        if differ:
+            key = differ[0]
+            more = f", and {', '.join(differ[1:])}" if differ[1:] else ""
+            raise RunError(
+                f"the run in {self.path} is of another recipe: {key} is {before.get(key)!r} there and "
+                f"{now.get(key)!r} here{more}"
+            )
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM, SIGINT and SIGUSR1 are noted, for a run to end after its step; a second SIGINT interrupts."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
