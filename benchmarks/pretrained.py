@@ -48,7 +48,7 @@ def weights_of_features(network: str, dense: Path, folder: Path) -> Path:
 
 
 def probe(values: dict[str, Any], weights: Path) -> float:
-    """Accuracy of a new head on frozen features, whose running statistics stay too."""
+    """Accuracy of a new head on frozen features, whose running statistics follow the new images."""
     parsed = ps.Recipe.parse(values)
     accelerator = Accelerator()
     with ambient_seed([0]):
@@ -57,9 +57,6 @@ def probe(values: dict[str, Any], weights: Path) -> float:
             parameter.requires_grad_(False)
         for parameter in model.get_classifier().parameters():
             parameter.requires_grad_(True)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 0.0
         data = open_data(parsed.data, tuple(SIZE), 0, accelerator.device, quiet)
         return fit(model, data, parsed.training, accelerator, quiet, lambda epoch: None)[-1].accuracy
 

@@ -10,6 +10,7 @@ import typer
 from .. import __version__
 from ..errors import PopupError
 from . import convert, evaluate, export, inspect, recipes, train, verify, zoo
+from .shared import printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
@@ -54,7 +55,7 @@ def main() -> int:
         error.show()
         return 2
     except PopupError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
