@@ -80,7 +80,7 @@ def _conv_transpose(module: Any) -> dict[str, Fans]:
 
 
 def _conv1d_of_transformers(module: Any) -> dict[str, Fans]:
-    fan_in, fan_out = map(float, module.weight.shape)
+    fan_in, fan_out = map(float, module._parameters["weight"].shape)
     return {"weight": Fans(fan_in, fan_out)}
 
 

@@ -152,6 +152,14 @@ class MaskedWeight(Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        if self.requires_grad:
+            raise RuntimeError("a masked weight that has a gradient cannot be copied; detach it first")
+        return self.detach().clone()
+
     @property
     def data(self) -> Tensor:
         return self.detach()  # shares the version counter, which `data` of a plain tensor does not
@@ -183,14 +191,16 @@ class Masked:
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self.__dict__.get(SLOTS, ()) and LOADING not in self.__dict__:
             raise MaskedWeightError(
-                f"{name} of {self!r} is masked and cannot be assigned; change {score_name(name)}, load_state_dict, or "
-                "bake(model) first"
+                f"{name} of {type(self).__name__} is masked and cannot be assigned; change {score_name(name)}, "
+                "load_state_dict, or bake(model) first"
             )
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
         if name in self.__dict__.get(SLOTS, ()):
-            raise MaskedWeightError(f"{name} of {self!r} is masked and cannot be deleted; bake(model) first")
+            raise MaskedWeightError(
+                f"{name} of {type(self).__name__} is masked and cannot be deleted; bake(model) first"
+            )
         super().__delattr__(name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -263,6 +273,8 @@ def swap(module: nn.Module, slots: dict[str, Slot], scores: dict[str, nn.Paramet
     for name, score in scores.items():
         module.register_parameter(score_name(name), score)
     module.__dict__[SLOTS] = slots
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)  # or it would hold the weights beside those that are loaded later
     module.__class__ = masked_class(type(module), tuple(slots))
 
 

@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypedDict, Unpack, cast
 
 from torch import Tensor, nn
@@ -181,13 +182,15 @@ class Plan:
         settings, coverage = self.settings, self.coverage
         scheme = settings["scheme"]
         schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
+        if settings["scaled"] and any(weight.distribution != BASE for weight in self.masked):
+            schemes += ", scaled"
         before = f", {len(self.before)} masked before" if self.before else ""
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {self.kept:,} kept "
             f"({self.kept / max(self.weights, 1):.1%}){before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
-            f"{schemes}{', scaled' if settings['scaled'] else ''}, seed {settings['seed']}, {settings['learner']}, "
+            f"{schemes}, seed {settings['seed']}, {settings['learner']}, "
             f"ranked {'over all layers' if settings['scope'] == 'global' else 'layer by layer'}"
         )
 
@@ -224,6 +227,8 @@ def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]
     Raises:
         ConversionError, NothingToConvert, UnknownName: as `convert`.
     """
+    if not isinstance(model, nn.Module):
+        raise ConversionError(f"model is {model!r}; expected a torch.nn.Module, or for convert also a network's name")
     core = unwrap(model)
     given = {**settings, **({} if k is None else {"k": k})}
     if unknown := given.keys() - DEFAULTS.keys():
@@ -231,7 +236,7 @@ def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]
     before = core.__dict__.get(SETTINGS)
     if before is None:
         return _plan(core, _checked(DEFAULTS | given), first=True)
-    for name, value in given.items():
+    for name, value in ((name, _own(value)) for name, value in given.items()):
         if value != before[name]:
             raise ConversionError(
                 f"the network was converted with {name}={before[name]!r}, which {value!r} cannot change; "
@@ -275,13 +280,13 @@ def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]
 
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     """All settings, each of its type; a k or a scheme without a pattern for the rest has the default there."""
-    k, scheme = settings["k"], settings["scheme"]
+    k = settings["k"]
     get_learner(settings["learner"])
     for name, words in _WORDS.items():
         if settings[name] not in words:
             raise ConversionError(f"{name} is {settings[name]!r}; expected {' or '.join(map(repr, words))}")
     for pattern, share in _by_pattern(settings, "k").items():
-        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
             where = f" for {pattern!r}" if isinstance(k, Mapping) else ""
             raise ConversionError(f"k{where} is {share!r}; expected a number above 0 and up to 1, the share kept")
     for name in _by_pattern(settings, "scheme").values():
@@ -289,9 +294,19 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
             get_scheme(name)
     if settings["scope"] == "global" and len(set(_by_pattern(settings, "k").values())) > 1:
         raise ConversionError("scope='global' ranks all layers together and takes one k, not one for each pattern")
-    k = dict(k) if isinstance(k, Mapping) else k
-    scheme = dict(scheme) if isinstance(scheme, Mapping) else scheme
-    return settings | {"k": k, "scheme": scheme, "seed": check_seed(settings["seed"])}
+    if settings["scope"] == "global":
+        k = next(iter(_by_pattern(settings, "k").values()))
+    return {name: _own(value) for name, value in settings.items()} | {
+        "k": _own(k),
+        "seed": check_seed(settings["seed"]),
+    }
+
+
+def _own(value: Any) -> Any:
+    """A copy that no caller can change later, equal for equal patterns."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
 
 
 def _by_pattern(settings: dict[str, Any], name: str) -> dict[str, Any]:
@@ -365,7 +380,18 @@ def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
         raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
     scores = {score_name(p) for p in slots_of(module)}
     found = {p: fan for p, fan in kind.weights(module).items() if p not in scores}
-    return {p: f for p, f in found.items() if (t := module._parameters.get(p)) is not None and t.numel()}
+    return {p: fan for p, fan in found.items() if _is_weight(f"{name}.{p}", module._parameters.get(p))}
+
+
+def _is_weight(key: str, tensor: Tensor | None) -> bool:
+    """Whether there is such a weight, of floating values; `ConversionError` if its values could not be replaced."""
+    if tensor is None or not tensor.numel() or not tensor.is_floating_point():
+        return False
+    if tensor.is_inference():
+        raise ConversionError(f"{key} was made under torch.inference_mode; build the network outside it")
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ConversionError(f"{key} is an expanded tensor, whose elements share memory; make it contiguous first")
+    return True
 
 
 def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
@@ -380,11 +406,16 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
     if before and first and settings["scope"] == "global":
         raise ConversionError(f"scope='global' ranks all layers together, and {len(before)} are masked already")
 
+    masked = {
+        id(module._parameters[held])
+        for module in core.modules()
+        for weight in slots_of(module)
+        for held in (weight, score_name(weight))
+    }
     owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
     for name, module in core.named_modules():
-        masked = {held for weight in slots_of(module) for held in (weight, score_name(weight))}
         for parameter, tensor in module._parameters.items():
-            if tensor is not None and parameter not in masked:
+            if tensor is not None and id(tensor) not in masked:
                 owners.setdefault(id(tensor), []).append((name, module, parameter))
     weights, rest = [], []
     for held in owners.values():
@@ -393,13 +424,14 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
         key = f"{name}.{parameter}" if name else parameter
         layer = next(((n, p) for n, _, p in held if (n, p) in chosen), None)
         if layer is None:
-            swapped = name in layers
+            drawn = any(n in layers and _scheme(n, schemes, fresh) != PRETRAINED for n, _, _ in held)
             if CONVERTED in module.__dict__:
                 how = Treatment("left", "converted before")
-            elif PRETRAINED in schemes.values() and not (swapped and _scheme(name, schemes, fresh) != PRETRAINED):
+            elif PRETRAINED in schemes.values() and not drawn:
                 how = Treatment("left", "pretrained")
-            else:
-                how = treatment(module, parameter, swapped)
+            else:  # a bias may belong to several modules, of which one is masked
+                owner = next(((m, p) for n, m, p in held if n in layers), (module, parameter))
+                how = treatment(*owner, swapped=any(n in layers for n, _, _ in held))
             of_norm = is_norm(module) and parameter in ("weight", "bias")
             train = settings["others"] == "train" or (settings["norm"] == "train" and of_norm)
             train = train and tensor.is_floating_point()
@@ -412,9 +444,9 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
         scheme = _scheme(layer[0], schemes, fresh)
         distribution, std, fan = BASE, 0.0, chosen[layer]
         if scheme != PRETRAINED:
-            drawn = get_scheme(scheme)
-            distribution = drawn.distribution
-            std = drawn.std(fan.fan_in, fan.fan_out, share, settings["scaled"])
+            source = get_scheme(scheme)
+            distribution = source.distribution
+            std = source.std(fan.fan_in, fan.fan_out, share, settings["scaled"])
         cls, shape, held_by = type(module).__name__, tuple(tensor.shape), tuple((m, p) for _, m, p in held)
         weights.append(PlannedWeight(key, cls, shape, share, kept, scheme, distribution, std, fan.fan_in, held_by))
     total = sum(weight.numel for weight in weights) + sum(before.values())
@@ -424,6 +456,7 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
 
 
 def _scheme(layer: str, schemes: dict[str, str], fresh: Sequence[str]) -> str:
-    """The scheme of a layer; one that no pretrained weights came for is drawn."""
-    scheme = _last_match(layer, schemes)
-    return DEFAULTS["scheme"] if scheme == PRETRAINED and layer in fresh else scheme
+    """The scheme of a layer; one that pretrained weights lacked is drawn, unless a pattern of its own says else."""
+    pattern = [pattern for pattern in schemes if _matches(layer, pattern)][-1]
+    new = layer in fresh and pattern == "*" and schemes[pattern] == PRETRAINED
+    return DEFAULTS["scheme"] if new else schemes[pattern]

@@ -37,16 +37,22 @@ class Generated:
 
 _POSITIONS = re.compile(
     r"(^|_)pos_?(ition(al)?)?_?(emb(ed(ding)?s?)?|enc(oding)?)\d*(_|$)|"
-    r"(^|_)(cls|class|dist|reg|register|mask|storage|prompt)_?(token|embedding)s?\d*(_|$)|"
+    r"(^|_)(cls|class|dist|distillation|reg|register|mask|storage|prompt)_?(token|embedding)s?\d*(_|$)|"
     r"^(patch|pixel|spatial|temporal|class)_pos$|^latents?$|_latent$|"
     r"relative_position_bias_table|^attention_biases$|rel_pos(_[hwt])?$|^(height|width)_rel$|^pos_bias$"
 )
 _SCALES = re.compile(r"^(gamma(_?\d|_\w+)?|ls\d?|lambda_?\d|layer_?scale(_?\d|_parameter)?|skipinit_gain|gain)$")
 
 
+_BIASES = re.compile(r"^([qkv]|qkv|mlp)_bias$")  # of masked layers, kept by the module around them
+_CENTRED = re.compile(r"(T5)?Gemma[23]?RMSNorm|Qwen3NextRMSNorm")  # their scale is one more than their weight
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether `module` is a normalisation layer, of whatever library."""
-    return "norm" in type(module).__name__.lower()
+    own = [tensor for tensor in module._parameters.values() if tensor is not None]
+    named = re.search("norm|grn$", type(module).__name__.lower())
+    return bool(named) and all(sum(size > 1 for size in t.shape) <= 1 for t in own)
 
 
 def treatment(module: nn.Module, name: str, swapped: bool) -> Treatment:
@@ -61,11 +67,14 @@ def treatment(module: nn.Module, name: str, swapped: bool) -> Treatment:
         return Treatment("generated", "embedding", 1.0)
     if is_norm(module):
         if name == "weight":
-            return Treatment("constant", "scale of a norm", 1.0)
+            centred = _CENTRED.fullmatch(type(module).__name__)
+            return Treatment("constant", "scale of a norm", 0.0 if centred else 1.0)
         if name == "bias":
             return Treatment("constant", "bias of a norm")
     if _SCALES.search(name) or type(module).__name__.endswith("LayerScale"):
         return Treatment("constant", "scale of a branch, which would be dead at its first value", 1.0)
+    if _BIASES.search(name):
+        return Treatment("constant", "bias of a masked layer")
     if _POSITIONS.search(name):
         return Treatment("generated", "position embedding or token", 0.02)
     return Treatment("left", "belongs to no layer that can be masked")

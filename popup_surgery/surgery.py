@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Mapping
 from typing import Any, Unpack, cast
 
 import torch
@@ -11,13 +10,13 @@ from torch import Tensor, nn
 from . import zoo
 from .errors import ConversionError
 from .filling import fill
-from .layers import Ranking, Slot, drop_hooks, is_masked, score_name, slots_of, swap, unswap
+from .layers import Ranking, Slot, drop_hooks, is_masked, masked_class, score_name, slots_of, swap, unswap
 from .learners import get_learner
 from .planning import CONVERTED, SETTINGS, Plan, PlannedWeight, Settings, Shares, masked_weights, plan, unwrap
 from .rest import GENERATED, Generated
 from .selection import kept_count
 from .streams import check_seed, draw
-from .weights import BASE, PRETRAINED
+from .weights import BASE, is_pretrained
 from .zoo import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture
 
 log = logging.getLogger("popup_surgery")
@@ -86,7 +85,13 @@ def convert(
         core.__dict__[DESCRIPTION] = architecture
     if drawn := sum(weight.distribution != BASE for weight in planned.masked):
         seed = planned.settings["seed"]
+        if drawn < len(planned.masked):
+            level = logging.WARNING  # a head that was trained, perhaps
         log.log(level, "the weights of %d layers were drawn anew from seed %d; what they were is gone", drawn, seed)
+    if (coverage := planned.coverage).of_weights < 0.99:
+        log.warning(
+            "%.0f %% of the weights are not masked: %s", 100 * (1 - coverage.of_weights), ", ".join(coverage.missed)
+        )
     return model
 
 
@@ -128,11 +133,10 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 def _build(described: str | Architecture, k: Shares | None, settings: Settings) -> nn.Module:
     """The network of that name for conversion with these settings: whatever conversion will not fill is initialised."""
     architecture = zoo.architecture(described) if isinstance(described, str) else described
-    scheme = settings.get("scheme")
-    if PRETRAINED in (scheme.values() if isinstance(scheme, Mapping) else [scheme]):
+    if is_pretrained(settings.get("scheme", "")):
         return zoo.build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
     seed = check_seed(settings.get("seed", 0))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng():
         torch.manual_seed(seed)
         model, blank = zoo.build_blank(architecture)
         left = [other.owner for other in plan(model, k, **settings).rest if other.treatment.action == "left"]
@@ -144,8 +148,14 @@ def _build(described: str | Architecture, k: Shares | None, settings: Settings) 
 
 def _apply(core: nn.Module, planned: Plan) -> None:
     settings = planned.settings
-    # all that could run out of memory comes before the first change
+    # all that could fail comes before the first change
     scores = [_initial_scores(weight, settings) for weight in planned.masked]
+    names: dict[nn.Module, list[str]] = {}
+    for weight in planned.masked:
+        for owner, held in weight.owners:
+            names.setdefault(owner, []).append(held)
+    for owner, held_names in names.items():
+        masked_class(type(owner), tuple(held_names))
 
     slots: dict[nn.Module, dict[str, Slot]] = {}
     new_scores: dict[nn.Module, dict[str, nn.Parameter]] = {}

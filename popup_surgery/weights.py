@@ -1,6 +1,7 @@
 """Weight schemes: which distribution a layer's weights come from, and how wide it is (paper, section 4)."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import unknown
@@ -28,6 +29,11 @@ class Scheme:
 SCHEMES: dict[str, Scheme] = {}
 PRETRAINED = "pretrained"  # the scheme of weights that stay as they are (Piggyback, ECCV 2018) …
 BASE = "base"  # … and what a file says in place of their distribution
+
+
+def is_pretrained(scheme: str | Mapping[str, str]) -> bool:
+    """Whether a scheme, or one of schemes by pattern, keeps pretrained weights."""
+    return PRETRAINED in (scheme.values() if isinstance(scheme, Mapping) else [scheme])
 
 
 def register_scheme(name: str, scheme: Scheme) -> None:

@@ -3,12 +3,13 @@
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -142,7 +143,7 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
             cannot be had, or that are not for this network.
     """
     described = architecture(name, **kwargs)
-    if pretrained is False:
+    if pretrained is False or pretrained is None:
         return build_described(described)
     if isinstance(pretrained, Path) or (isinstance(pretrained, str) and Path(pretrained).suffix in _WEIGHT_FILES):
         model, tag = build_described(described), ""
@@ -190,7 +191,7 @@ def tags(architecture: Architecture) -> list[str]:
         import torchvision
 
         weights = torchvision.models.get_model_weights(architecture.name)
-        return sorted(weights.__members__, key=lambda tag: tag != weights.DEFAULT.name if len(weights) else "")
+        return sorted((w.name for w in weights), key=lambda tag: tag != weights.DEFAULT.name)
     return []
 
 
@@ -219,11 +220,13 @@ def read_weights(path: Path) -> dict[str, Any]:
 def _fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
     """A `state_dict`, which `what` names, into a network; layers that it has in another size are noted as fresh."""
     own = model.state_dict()
-    if missing := [name for name in own if name not in state]:
+    if missing := [name for name in own if name not in state and not name.endswith("num_batches_tracked")]:
         raise ConversionError(f"{what} lacks {missing[0]!r} and {len(missing) - 1} more tensors of the network")
     if extra := [name for name in state if name not in own]:
         raise ConversionError(f"{what} has {extra[0]!r} and {len(extra) - 1} more tensors that the network does not")
-    other = [name for name, tensor in own.items() if tuple(state[name].shape) != tuple(tensor.shape)]
+    if bare := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise ConversionError(f"{bare[0]!r} of {what} is {type(state[bare[0]]).__name__}; expected a tensor")
+    other = [name for name, tensor in state.items() if tuple(own[name].shape) != tuple(tensor.shape)]
     fresh = {name.rpartition(".")[0] for name in other}
     for name in other:
         if kind_of(model.get_submodule(name.rpartition(".")[0])) is None:
@@ -279,12 +282,28 @@ def _quiet() -> Any:
 def _build_timm(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     import timm
 
-    model = timm.create_model(f"{name}.{tag}" if tag else name, pretrained=bool(tag), **kwargs)
-    config: Any = model.pretrained_cfg
-    if tag and model.num_classes != config["num_classes"]:
-        heads = config["classifier"]
-        model.__dict__[FRESH] = (heads,) if isinstance(heads, str) else tuple(heads)
+    if not tag:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    with _missing_keys() as missing:
+        model = timm.create_model(f"{name}.{tag}", pretrained=True, **kwargs)
+    # with another number of classes timm loads what it can
+    model.__dict__[FRESH] = tuple({key.rpartition(".")[0] for key in missing})
     return model
+
+
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """The keys that weights loaded within it lacked."""
+    missing: list[str] = []
+    load = nn.Module.load_state_dict
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        missing.extend(result.missing_keys)
+        return result
+
+    with patch.object(nn.Module, "load_state_dict", watched):
+        yield missing
 
 
 def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
@@ -293,10 +312,15 @@ def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     builder = torchvision.models.get_model_builder(name)
     if "weights_backbone" in inspect.signature(builder).parameters:
         kwargs = {"weights_backbone": None, **kwargs}
-    model = builder(weights=None, **kwargs)
-    if tag:
-        weights = torchvision.models.get_model_weights(name)[tag]
-        _fill_from(model, weights.get_state_dict(check_hash=True), f"{name} {tag}")
+    if not tag:
+        return builder(weights=None, **kwargs)
+    classes = kwargs.pop("num_classes", None)
+    model = builder(weights=torchvision.models.get_model_weights(name)[tag], **kwargs)
+    if getattr(model, "transform_input", False):
+        raise ConversionError(f"torchvision/{name} transforms its input for {tag}, which no file records; try timm's")
+    if classes is not None:
+        state, model = model.state_dict(), builder(weights=None, num_classes=classes, **kwargs)
+        _fill_from(model, state, f"{name} {tag}")
     return model
 
 

@@ -488,3 +488,102 @@ def test_a_network_that_keeps_results_of_its_last_pass_is_baked():
     model = convert(Keeping(3, 2))
     result = model(noise(4, 3))
     assert torch.equal(bake(model).last[0], result)
+
+
+# what a stricter look found
+
+
+@pytest.mark.parametrize("change", [lambda m: m.reset_classifier(5), lambda m: m.set_input_size(img_size=64)])
+def test_a_network_that_was_changed_is_not_saved_under_its_old_description(change, tmp_path):
+    model = convert(build("timm/test_vit", num_classes=10), 0.5)
+    change(model)
+    convert(model)
+    manifest = save(model, tmp_path / "v.popup.safetensors")
+    if model.num_classes == 5:
+        assert manifest.architecture.kwargs == {"num_classes": 5}
+        loaded = load(tmp_path / "v.popup.safetensors")
+    else:
+        assert manifest.architecture.library == "custom"
+        plain = timm.create_model("test_vit", num_classes=10)
+        change(plain)
+        loaded = load(tmp_path / "v.popup.safetensors", plain)
+    assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in bake(model).state_dict().items())
+
+
+def test_a_global_ranking_takes_one_k_by_pattern_too():
+    model = convert(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3)), {"*": 0.5}, scope="global")
+    assert sum(int(mask.sum()) for mask in masks(model).values()) == kept_count(44, 0.5)
+
+
+def test_a_weight_that_is_masked_is_not_drawn_over_through_another_owner(tmp_path):
+    model = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 20))
+    model[1].weight = model[0].weight
+    convert(model[1])
+    (before,) = masks(model).values()
+    convert(model)
+    (after,) = masks(model).values()
+    assert torch.equal(before, after)
+    save(model, tmp_path / "tied.popup.safetensors")  # refused if the weights were not the seed's any more
+
+
+def test_a_layer_whose_class_cannot_be_subclassed_leaves_the_network_as_it_was():
+    class Strict(nn.Linear):
+        def __init_subclass__(cls, *, needed):
+            pass
+
+    model = nn.Sequential(nn.Linear(3, 3), Strict(3, 3))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(TypeError, match="needed"):
+        convert(model)
+    assert type(model[0]) is nn.Linear
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_weights_that_cannot_hold_values_of_their_own_are_refused():
+    model = nn.Sequential(nn.Linear(4, 2), nn.Linear(4, 2))
+    model[1].weight = nn.Parameter(torch.ones(1, 4).expand(2, 4))
+    with pytest.raises(ConversionError, match=r"1\.weight is an expanded tensor"):
+        convert(model)
+    assert not is_masked(model[0])
+    with torch.inference_mode():
+        made = nn.Linear(2, 2)
+    with pytest.raises(ConversionError, match=r"weight was made under torch\.inference_mode"):
+        convert(made)
+    with pytest.raises(ConversionError, match=r"model is None; expected a torch\.nn\.Module"):
+        convert(None)
+
+
+def test_a_matrix_is_no_scale_of_a_norm():
+    class NormedLinear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+            self.fc = nn.Linear(4, 4)
+
+    assert plan(NormedLinear()).coverage.missed == {"weight": 16}
+
+
+def test_what_is_missed_is_said(caplog):
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.Parameter(torch.randn(3, 4, 4))
+            self.fc = nn.Linear(4, 4)
+
+    caplog.set_level(logging.WARNING, "popup_surgery")
+    convert(Experts())
+    assert "75 % of the weights are not masked: experts" in caplog.text
+
+
+def test_a_recurrent_layer_keeps_one_copy_of_its_weights():
+    layer = convert(nn.LSTM(6, 5))
+    assert "_flat_weights" not in layer.__dict__
+    assert len(bake(layer)._flat_weights) == 4
+
+
+def test_a_masked_weight_is_copied_and_stored_as_a_plain_tensor(tmp_path):
+    layer = convert(nn.Linear(3, 2))
+    torch.save(layer.weight, tmp_path / "w.pt")
+    assert torch.equal(torch.load(tmp_path / "w.pt", weights_only=True), layer.weight)
+    with torch.no_grad():
+        assert type(copy.deepcopy(layer.weight)) is Tensor

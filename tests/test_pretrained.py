@@ -149,7 +149,7 @@ def test_what_a_reader_lacks_is_said(weights, tmp_path):
         load(tmp_path / FILE)
     with pytest.raises(ArtifactError, match=r"the base has nothing for 'conv1\.0\.weight'|the base has nothing for"):
         load(tmp_path / FILE, base=nn.Linear(2, 2))
-    with pytest.raises(ConversionError, match="there is no file of weights"):
+    with pytest.raises(ArtifactError, match="there is no file of weights"):
         load(tmp_path / FILE, base=tmp_path / "none.safetensors")
     convert(random := build(NAME))
     save(random, tmp_path / "random.popup.safetensors")
@@ -333,3 +333,50 @@ def test_recipes_that_contradict_themselves(weights):
         Recipe.parse(recipe(None, scheme="pretrained"))
     with pytest.raises(RecipeError, match=r"surgery\.scheme kaiming_normal would overwrite the weights"):
         Recipe.parse(recipe(weights, scheme="kaiming_normal"))
+
+
+def test_a_head_that_was_trained_stays_if_it_is_named(weights, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "popup_surgery")
+    model = build(NAME, pretrained=weights, num_classes=4)
+    before = model.fc.weight.detach().clone()
+    kept = convert(model, 0.5, scheme={"*": "pretrained", "fc": "pretrained"})
+    assert torch.equal(kept.fc._parameters["weight"], before)
+    assert not caplog.text
+    convert(build(NAME, pretrained=weights, num_classes=4), scheme="pretrained")
+    assert "the weights of 1 layers were drawn anew from seed 0" in caplog.text
+
+
+def test_a_custom_network_is_verified_on_the_base_that_is_given(weights, tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    save(convert(model, scheme="pretrained"), tmp_path / FILE)
+    assert "not checked, no base was given" in str(verify(tmp_path / FILE))
+    assert verify(tmp_path / FILE, base=tmp_path / "base.safetensors")
+    with pytest.raises(ArtifactError, match="the base has nothing for"):
+        verify(tmp_path / FILE, base=weights)
+    with pytest.raises(ArtifactError, match="there is no file of weights"):
+        verify(tmp_path / FILE, base=tmp_path / "none.safetensors")
+
+
+def test_weights_of_double_precision_are_refused(tmp_path):
+    model = convert(nn.Linear(4, 3).double(), scheme="pretrained")
+    with pytest.raises(ArtifactError, match="'weight' is a pretrained weight of float64; cast the network to float32"):
+        save(model, tmp_path / FILE)
+
+
+def test_checkpoints_from_before_batch_norms_counted(tmp_path):
+    state = {key: value for key, value in trained().state_dict().items() if not key.endswith("num_batches_tracked")}
+    save_file(state, tmp_path / "old.safetensors")
+    assert torch.equal(build(NAME, pretrained=tmp_path / "old.safetensors").fc.weight, state["fc.weight"])
+
+
+def test_torchvision_networks_that_transform_their_input_are_refused(tmp_path, monkeypatch):
+    import torchvision
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    weights = torchvision.models.GoogLeNet_Weights.DEFAULT
+    (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
+    plain = torchvision.models.googlenet(init_weights=False)
+    torch.save(plain.state_dict(), tmp_path / "hub" / "checkpoints" / Path(weights.url).name)
+    with pytest.raises(ConversionError, match="torchvision/googlenet transforms its input for IMAGENET1K_V1"):
+        build("torchvision/googlenet", pretrained=True)

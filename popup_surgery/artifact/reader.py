@@ -114,6 +114,12 @@ def verify(
             checks.append(_weights_check(same, f"{word}seed {manifest.seed}"))
         library, name = manifest.architecture.library, manifest.architecture.name
         if model is None and library == "custom":
+            if manifest.base is not None and base is None:
+                checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
+            elif manifest.base is not None:
+                weights = _base_weights(manifest, None, base)
+                same = weights_digest(entries, manifest.seed, weights) == manifest.weights_sha256
+                checks.append(_weights_check(same, f"{word}the base"))
             checks.append(("architecture", True, f"custom ({name}): not checked, no module was given"))
             return Verification(tuple(checks))
         try:
@@ -140,7 +146,8 @@ def _naming(path: str | Path) -> Iterator[None]:
     try:
         yield
     except ArtifactError as error:
-        raise ArtifactError(f"{path}: {error}") from error.__cause__
+        text = str(error)  # which may quote a stranger's file
+        raise ArtifactError(f"{path}: {text[:1000]}{'…' if len(text) > 1000 else ''}") from error.__cause__
 
 
 def _check_tensors(manifest: Manifest, container: Container) -> None:
@@ -231,14 +238,20 @@ def _library_tag(manifest: Manifest) -> str:
         raise ArtifactError(f"base.tag: {error}") from error
 
 
-def _base_weights(manifest: Manifest, core: nn.Module, base: nn.Module | str | Path | None) -> dict[str, Tensor]:
+def _base_weights(manifest: Manifest, core: nn.Module | None, base: nn.Module | str | Path | None) -> dict[str, Tensor]:
     """The weights under the masks that are not the seed's, by name, after their digest was checked."""
     if manifest.base is None:
         return {}
     if isinstance(base, str | Path):
-        source = read_weights(Path(base))
+        try:
+            source = read_weights(Path(base))
+        except ConversionError as error:
+            raise ArtifactError(f"base: {error}") from error
     else:
-        source = (core if base is None else unwrap(base)).state_dict(keep_vars=True)
+        holder = core if base is None else base
+        if not isinstance(holder, nn.Module):
+            raise ArtifactError(f"base is a {type(holder).__name__}; expected a network, or a file of weights")
+        source = unwrap(holder).state_dict(keep_vars=True)
     found = {}
     for entry in manifest.masked:
         if entry.distribution == BASE:

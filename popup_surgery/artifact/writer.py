@@ -1,5 +1,6 @@
 """Writing a subnetwork: every entry of the `state_dict` finds its one place in the file."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from ..errors import ArtifactError
+from ..errors import ArtifactError, ConversionError
 from ..files import write_atomically
 from ..filling import pieces_of
 from ..layers import Slot, score_name, slots_of
@@ -18,13 +19,15 @@ from ..planning import unconverted, unwrap
 from ..rest import GENERATED, Generated
 from ..streams import draw
 from ..weights import BASE
-from ..zoo import PRETRAINED_BASE, Base, describe
+from ..zoo import FRESH, PRETRAINED_BASE, Architecture, Base, build_bare, check_kwargs, describe
 from .container import DTYPE_NAMES, METADATA
 from .manifest import MANIFEST_LIMIT, Constant, Drawn, Manifest, read_manifest
 from .packing import ones, pack
 from .probe import take_probe
 from .rebuild import Packed, masks_digest, tensors_digest, values_digest, weights_digest
 from .strict import canonical
+
+log = logging.getLogger("popup_surgery")
 
 
 def save(
@@ -116,7 +119,9 @@ def _describe(
     masks = {f"{entry.name}.mask": packed for entry, packed in masked}
     base = {entry.name: entries[entry.name] for entry, _ in masked if entry.distribution == BASE}
     manifest = Manifest(
-        architecture=describe(core),
+        architecture=_architecture(
+            core, {name: t.shape for name, t in entries.items() if slots.get(id(t), t) is not None}
+        ),
         seed=seed,
         masked=tuple(entry for entry, _ in masked),
         generated=tuple(drawn),
@@ -132,10 +137,35 @@ def _describe(
     return manifest, {name: torch.from_numpy(packed) for name, packed in masks.items()} | stored
 
 
+def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architecture:
+    """What builds this network: what did build it, with another number of classes perhaps, or else nothing that can."""
+    described = describe(core)
+    if described.library == "custom":
+        return described
+    classes = getattr(core, "num_classes", None)
+    for kwargs in (described.kwargs, described.kwargs | {"num_classes": classes}):
+        found = replace(described, kwargs=kwargs)
+        try:
+            check_kwargs(kwargs)
+            built = build_bare(found).state_dict()
+        except ConversionError:
+            continue
+        if {name: tensor.shape for name, tensor in built.items()} == shapes:
+            return found
+    log.warning(
+        "the network is no longer the %s/%s that was built; load will need it as `model`",
+        described.library,
+        described.name,
+    )
+    return Architecture("custom", type(core).__name__)
+
+
 def _base(core: nn.Module) -> Base:
     """Where the pretrained weights of a network came from, as far as it knows."""
     described = describe(core)
-    return core.__dict__.get(PRETRAINED_BASE) or Base(described.library, described.version, described.name, "")
+    base = core.__dict__.get(PRETRAINED_BASE) or Base(described.library, described.version, described.name, "")
+    kept = {name for name, module in core.named_modules() for s in slots_of(module).values() if s.distribution == BASE}
+    return replace(base, tag="") if kept & set(core.__dict__.get(FRESH, ())) else base
 
 
 def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generated]]:
@@ -152,6 +182,10 @@ def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generat
 
 
 def _masked_entry(name: str, weight: Tensor, slot: Slot) -> tuple[Drawn, Packed]:
+    if slot.distribution == BASE and weight.dtype == torch.float64:
+        raise ArtifactError(
+            f"{name!r} is a pretrained weight of float64; cast the network to float32 before it is saved"
+        )
     if slot.distribution != BASE and not _equals(
         weight, draw(slot.distribution, weight.numel(), slot.std, slot.seed, "weight", slot.stream)
     ):

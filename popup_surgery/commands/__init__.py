@@ -10,6 +10,7 @@ import typer
 from .. import __version__
 from ..errors import PopupError, Stopped
 from . import convert, evaluate, export, inspect, recipes, train, verify, zoo
+from .shared import printable
 
 RESUME = 75  # "try again later", as sysexits.h has it: a run has stopped and can go on
 
@@ -62,7 +63,7 @@ def main() -> int:
         print(f"{error}; go on with --resume", file=sys.stderr)
         return RESUME
     except PopupError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

@@ -20,8 +20,12 @@ def show(*things: object) -> None:
     console = Console(file=io.StringIO(), width=wide, force_terminal=False, color_system=None)
     console.print(*things, sep="\n", markup=False, highlight=False, soft_wrap=all(isinstance(t, str) for t in things))
     for line in console.file.getvalue().splitlines():  # type: ignore[attr-defined]
-        # names in a stranger's file must not steer the terminal
-        print("".join(c if c.isprintable() else "\ufffd" for c in line.rstrip()), flush=True)
+        print(printable(line.rstrip()), flush=True)
+
+
+def printable(text: str) -> str:
+    """`text` without what could steer the terminal, which names in a stranger's file may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 @contextmanager

@@ -24,11 +24,13 @@ def run(
     """
     files = [new_file(output / name, force) for name in ("zoo.json", "zoo.md")]
     from .. import zoo
-    from ..errors import unknown
+    from ..errors import PopupError, unknown
     from ..files import write_atomically
     from ..survey import all_names, as_json, as_markdown, survey
 
-    libraries = libraries or list(zoo.LIBRARIES)
+    if not output.is_dir():
+        raise PopupError(f"{output} is no folder; expected one for zoo.json and zoo.md")
+    libraries = list(dict.fromkeys(libraries or zoo.LIBRARIES))
     for library in libraries:
         if library not in zoo.LIBRARIES:
             raise unknown("library", library, zoo.LIBRARIES)

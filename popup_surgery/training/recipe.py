@@ -20,7 +20,7 @@ from pydantic import (
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
-from ..weights import PRETRAINED, get_scheme
+from ..weights import PRETRAINED, get_scheme, is_pretrained
 from ..zoo import check_kwargs, resolve
 
 SHIPPED = next(
@@ -198,7 +198,7 @@ class Recipe(_Section):
     def _weights(self) -> "Recipe":
         if self.surgery != "none":
             scheme = self.surgery.scheme
-            wanted = PRETRAINED in (scheme.values() if isinstance(scheme, dict) else [scheme])
+            wanted = is_pretrained(scheme)
             if wanted and not self.model.pretrained:
                 raise ValueError("surgery.scheme pretrained needs model.pretrained: true, a tag, or a file of weights")
             if self.model.pretrained and not wanted:
