@@ -32,7 +32,7 @@ def opened(size: tuple[int, int, int] = RGB, seed: int = 0, train: bool = True, 
 
 
 def joined(batches: Any) -> tuple[Tensor, Tensor]:
-    images, labels = zip(*batches)
+    images, labels, *_ = zip(*batches)
     return torch.cat(images), torch.cat(labels)
 
 
@@ -73,7 +73,7 @@ def test_digits_are_split_into_every_fifth_and_the_rest() -> None:
 def test_digits_batches_are_normalised_and_of_the_size_asked_for() -> None:
     data = opened(GREY, name="digits", batch_size=100, mean=[0.25], std=[0.5])
     plain = opened(GREY, name="digits", batch_size=100, mean=[0.0], std=[1.0])
-    sizes = [len(labels) for _, labels in data.train(3)]
+    sizes = [len(labels) for _, labels, _ in data.train(3)]
     assert sizes == [100] * 14 + [38]
     assert data.steps() == len(sizes)
     assert [len(labels) for _, labels in data.validation()] == [100] * 3 + [59]

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import random
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -291,13 +289,13 @@ def test_training_changes_the_scores_and_nothing_else(first: Result) -> None:
 def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
     from popup_surgery.run import quiet
     from popup_surgery.training.data import open_data
-    from popup_surgery.training.loop import fit, start
+    from popup_surgery.training.loop import Fit, start
 
     recipe = Recipe.load("digits", ["training.epochs=1"])
     model = convert(build("conv2", width=0.25, in_chans=1, img_size=8), 0.5, scaled=False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     data = open_data(recipe.data, (1, 8, 8), 0, torch.device("cpu"), quiet)
-    fit(model, data, recipe.training, start(recipe.training), quiet, lambda epoch: None)
+    Fit(model, data, recipe.training, start(recipe.training), quiet).run(lambda epoch: None)
     after = dict(model.named_parameters())
     assert [name for name in before if not torch.equal(before[name], after[name])] == [
         name for name in before if name.endswith("_score")
@@ -357,7 +355,7 @@ def test_other_optimisers_of_timm(tmp_path: Path, optimizer: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"loss of epoch 1 .*(nan|inf)"):
+    with pytest.raises(RunError, match=r"the loss of step \d+, in epoch 1, is not finite at the rate 1e\+30"):
         short(tmp_path / "run", "surgery=none", "training.lr=1e30")
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
@@ -457,34 +455,6 @@ def test_evaluate_what_is_no_artifact(tmp_path: Path) -> None:
         evaluate(tmp_path / "file")
     with pytest.raises(PopupError, match="nowhere"):
         evaluate(tmp_path / "nowhere")
-
-
-# several processes
-
-
-TORCHRUN = "torch.distributed.run --nproc_per_node 2 --master_port 29541"
-ACCELERATE = (
-    "accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-)
-
-
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_several_processes_are_refused_in_a_sentence(tmp_path: Path, launcher: str) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(
-        "from popup_surgery.training.loop import start\n"
-        "from popup_surgery.training.recipe import Training\n"
-        "try:\n    start(Training(epochs=1, lr=0.1))\n    print('STARTED')\n"
-        "except Exception as error:\n    print(f'{type(error).__name__}: {error}')\n"
-    )
-    command = [sys.executable, "-m", *launcher.split(), str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
-    refusals = done.stdout.count("RunError: the run was started on 2 processes; this version trains on one")
-    started = done.stdout.count("STARTED")
-    if launcher == ACCELERATE and refusals == 0:
-        assert started == 1, "without MPI accelerate starts one process; two would write into one folder"
-    else:
-        assert (started, refusals) == (0, 2), done.stdout + done.stderr
 
 
 def test_a_call_within_a_folder_without_rights_to_write(tmp_path: Path, make_images: Callable[..., None]) -> None:

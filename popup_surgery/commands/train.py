@@ -51,7 +51,10 @@ def run(
         loaded = Recipe.load(recipe, set_ or [])
     epochs = loaded.training.epochs
 
+    ran = []
+
     def line(epoch: "Epoch") -> None:
+        ran.append(epoch)
         show(
             f"epoch {epoch.epoch}/{epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
             f"accuracy {epoch.accuracy:.2%}  {epoch.images_per_second:,.0f} images/s".replace("%", " %")
@@ -69,6 +72,8 @@ def run(
     if not first:
         return 0
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
+    if resume and not ran:
+        show(f"the run in {result.output} is finished already")
     table = Table.grid(padding=(0, 6, 0, 0))
     table.add_row("accuracy", f"{100 * result.accuracy:.2f} % of the validation images")
     table.add_row("kept", f"{result.kept:,} of {result.weights:,} weights ({100 * result.kept / result.weights:.1f} %)")

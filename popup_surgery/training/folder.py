@@ -62,6 +62,7 @@ class RunFolder:
         elif there:
             raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
         lock = self.path / "lock"
+        new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(lock, "w")  # noqa: SIM115
@@ -76,6 +77,8 @@ class RunFolder:
                 yield
             finally:
                 lock.unlink(missing_ok=True)
+                if new and not any(self.path.iterdir()):
+                    self.path.rmdir()
 
     def begin(self) -> Checkpoint | None:
         """The newest whole checkpoint; without one a new run's recipe is written.

@@ -1,10 +1,12 @@
 """The one training loop, on Accelerate: one process or many, to be stopped and gone on with at any step."""
 
 import hashlib
+import logging
 import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -22,6 +24,8 @@ from ..surgery import bake, masks
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, Part, Progress
 from .recipe import Training
+
+log = logging.getLogger("popup_surgery")
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -52,8 +56,10 @@ def start(training: Training) -> Accelerator:
     AcceleratorState._reset_state()  # a run earlier in this process may have had another precision
     # statistics of batch norms are each process's own until they are evaluated or saved
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+    # without being told, Accelerate joins processes on GPUs alone
+    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     try:
-        accelerator = Accelerator(mixed_precision=_PRECISIONS[training.precision], kwargs_handlers=[ddp])
+        accelerator = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[training.precision], kwargs_handlers=[ddp])
     except ValueError as error:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
@@ -61,11 +67,6 @@ def start(training: Training) -> Accelerator:
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise RunError(f"the run was started with {kind}; expected one process, or data-parallel ones on CPUs or GPUs")
-    if accelerator.num_processes == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise RunError(
-            f"{os.environ['WORLD_SIZE']} processes were started, and Accelerate joins none of them on this device; "
-            "set ACCELERATE_USE_CPU=true"
-        )
     return accelerator
 
 
@@ -89,7 +90,9 @@ class Fit:
             self.parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
         )
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than 2.11
+            self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.history: list[Epoch] = []
         self.batch = 0  # of the epoch that is running, the next one
         self.step = 0  # of the whole run
@@ -272,6 +275,13 @@ class Fit:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on where `checkpoint` was taken."""
         state = checkpoint.state
+        if state["processes"] != self.part.processes and self.accelerator.is_main_process:
+            log.warning(
+                "the checkpoint was taken by %d processes and goes on with %d: what is random in a network, and the "
+                "statistics of batch norms, differ from here",
+                state["processes"],
+                self.part.processes,
+            )
         with torch.no_grad():
             for key, tensor in self._learnt().items():
                 tensor.copy_(checkpoint.tensors[f"model.{key}"])

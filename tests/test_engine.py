@@ -1,0 +1,256 @@
+"""Runs that are stopped, killed, damaged and shared: real processes, and the same file at the end."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from popup_surgery import PopupError, RunError, evaluate, train
+from popup_surgery.training import checkpoint
+
+SHORT = ["training.epochs=3", "training.checkpoint_minutes=0.0001"]
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    sets = [word for setting in SHORT for word in ("--set", setting)]
+    return [sys.executable, "-m", "popup_surgery", "train", "digits", "-o", str(folder), *sets, *more]
+
+
+def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=180)
+
+
+def begun(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A run that has kept its first checkpoint."""
+    process = subprocess.Popen(command(folder, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    until = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("*.json")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return process
+
+
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The file of a run that nothing disturbed."""
+    return train("digits", overrides=SHORT, output=tmp_path_factory.mktemp("through") / "run").file.read_bytes()
+
+
+def artifact(folder: Path) -> bytes:
+    return (folder / "digits.popup.safetensors").read_bytes()
+
+
+# stopped and killed
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through: bytes, tmp_path: Path) -> None:
+    process = begun(tmp_path / "run")
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert re.fullmatch(r"stopped after step \d+, in epoch \d; go on with --resume\n", said)
+    done = run(tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert artifact(tmp_path / "run") == through
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "curve.png", "digits.popup.safetensors", "metrics.jsonl", "recipe.yaml",
+    ]  # fmt: skip
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_kills_at_random_moments_change_nothing(through: bytes, tmp_path: Path) -> None:
+    pause = random.Random(0)
+    kills = 0
+    while kills < 4:
+        process = begun(tmp_path / "run", "--resume")
+        time.sleep(pause.uniform(0, 0.4))
+        process.kill()
+        process.communicate()
+        kills += 1
+        if (tmp_path / "run" / "digits.popup.safetensors").exists():
+            break
+    done = run(tmp_path / "run", "--resume")
+    assert done.returncode == 0, done.stderr
+    assert artifact(tmp_path / "run") == through
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(through: bytes, tmp_path: Path) -> None:
+    first = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
+    assert artifact(tmp_path / "run") == through
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+    again = run(tmp_path / "run", "--resume")
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
+    result = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
+    assert (result.accuracy, result.kept, result.history) == (first.accuracy, first.kept, first.history)
+
+
+# damaged and contested
+
+
+@pytest.fixture
+def stopped(tmp_path: Path) -> Path:
+    """The folder of a run that was killed with two checkpoints in it."""
+    process = begun(tmp_path / "run")
+    while len(list((tmp_path / "run" / "checkpoints").glob("*.json"))) < 2:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    process.kill()
+    process.communicate()
+    return tmp_path / "run"
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "truncated": lambda path: path.with_suffix(".safetensors").write_bytes(b"\0" * 9),
+    "empty": lambda path: path.write_bytes(b""),
+    "gone": lambda path: path.with_suffix(".safetensors").unlink(),
+    "flipped tensor": lambda path: flip(path.with_suffix(".safetensors")),
+    "flipped state": flip,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, stopped: Path, through: bytes) -> None:
+    newest = next(checkpoint.newest_first(stopped / "checkpoints"))
+    DAMAGES[damage](newest)
+    done = run(stopped, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert f"{newest} is damaged" in done.stderr
+    assert "trying the one before" in done.stderr
+    assert artifact(stopped) == through
+
+
+def test_no_whole_checkpoint_is_an_error_and_loses_nothing(stopped: Path) -> None:
+    for path in (stopped / "checkpoints").glob("*.json"):
+        flip(path)
+    before = sorted(path.name for path in stopped.rglob("*"))
+    with pytest.raises(RunError, match=r"no checkpoint in .* is whole; remove .* to start anew"):
+        train("digits", overrides=SHORT, output=stopped, resume=True)
+    assert sorted(path.name for path in stopped.rglob("*") if path.name != "lock") == [
+        name for name in before if name != "lock"
+    ]
+
+
+def test_another_recipe_is_refused_by_the_keys_that_differ(stopped: Path) -> None:
+    more = ["training.lr=0.5", "surgery.k=0.4"]
+    with pytest.raises(RunError, match=r"another recipe: surgery\.k is 0\.5 there and 0\.4 here, and training\.lr$"):
+        train("digits", overrides=SHORT + more, output=stopped, resume=True)
+    train("digits", overrides=[*SHORT, "training.checkpoint_minutes=5"], output=stopped, resume=True)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    process = begun(tmp_path / "run")
+    with pytest.raises(RunError, match="another process runs in"):
+        train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / "run" / "lock").exists()  # and holds nobody up
+    train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    script = (
+        "import resource, signal; from popup_surgery import train, PopupError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        f"try: train('digits', overrides=['training.epochs=1'], output={str(tmp_path / 'run')!r})\n"
+        "except PopupError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert re.search(r"checkpoints/\d+\.safetensors cannot be written: File too large", done.stdout), done.stderr
+    assert not list((tmp_path / "run").rglob("*.part"))
+
+
+def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
+    for step in (5, 20, 100):
+        checkpoint.write(tmp_path / "c", step, checkpoint.Checkpoint({"x": torch.tensor([step])}, {"step": step}))
+    assert [path.stem for path in checkpoint.newest_first(tmp_path / "c")] == ["0000000100", "0000000020"]
+    assert len(list((tmp_path / "c").iterdir())) == 4
+    found = checkpoint.read(tmp_path / "c" / "0000000020.json")
+    assert found.tensors["x"].item() == found.state["step"] == 20
+
+
+# several processes
+
+STEP = """
+import sys, torch
+from popup_surgery import Recipe
+from popup_surgery.run import _network, quiet
+from popup_surgery.training.data import open_data
+from popup_surgery.training.loop import Fit, start
+recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={sys.argv[2]}"])
+accelerator = start(recipe.training)
+model = _network(recipe)
+fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet), recipe.training, accelerator, quiet)
+fit._one_step(fit.data.train(0, fit.part))
+if accelerator.is_main_process:
+    torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, sys.argv[1])
+"""
+
+
+def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Path) -> None:
+    script = tmp_path / "step.py"
+    script.write_text(STEP)
+    results = []
+    for processes, accumulate in ((1, 1), (1, 3), (2, 1), (2, 2)):
+        file = tmp_path / f"{processes}-{accumulate}.pt"
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        words = [sys.executable, *(launch if processes > 1 else []), str(script), str(file), str(accumulate)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment)
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(file, weights_only=True))
+    for other in results[1:]:
+        for name, score in results[0].items():
+            assert (other[name] - score).abs().max() <= 1e-6 * score.abs().max(), name
+
+
+def test_two_processes_train_one_network(tmp_path: Path) -> None:
+    done = run(tmp_path / "run", "--num-processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 1/3") == 1  # one of them speaks
+    file = tmp_path / "run" / "digits.popup.safetensors"
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    result = evaluate(file)
+    assert result.images == 359  # which two processes do not divide
+    assert result.accuracy == last["accuracy"] > 0.9
+
+
+def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    process = begun(tmp_path / "run", "--num-processes", "2", "--set", "training.epochs=2000")
+    family = psutil.Process(process.pid).children(recursive=True)
+    victim = next(child for child in family if child.environ().get("RANK") == "1")
+    victim.kill()
+    began = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    assert re.search(r"rank\s*:? *1|local_rank: 1", said), said[-2000:]
+
+
+def test_a_run_goes_on_with_other_processes_and_says_what_that_changes(stopped: Path) -> None:
+    done = run(stopped, "--resume", "--num-processes", "2")
+    assert done.returncode == 0, done.stderr
+    assert "taken by 1 processes and goes on with 2" in done.stderr
+    with pytest.raises(PopupError):
+        train("digits", overrides=SHORT, output=stopped)
