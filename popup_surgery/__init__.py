@@ -20,7 +20,7 @@ _HOMES = {
     "surgery": ("bake", "convert", "masks"),
     "zoo": ("Architecture", "build"),
     "artifact": ("inspect", "load", "save", "verify"),
-    "run": ("Evaluation", "Result", "evaluate", "train"),
+    "run": ("Evaluation", "Result", "evaluate", "predict", "train"),
     "training": ("Recipe",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     )
     from .layers import Tracer
     from .planning import Coverage, Plan, plan
-    from .run import Evaluation, Result, evaluate, train
+    from .run import Evaluation, Result, evaluate, predict, train
     from .surgery import bake, convert, masks
     from .training import Recipe
     from .zoo import Architecture, build

@@ -19,7 +19,7 @@ from .files import write_atomically
 from .plots import draw_curve
 from .surgery import bake, convert, masks
 from .training import Recipe
-from .training.data import Batches, Progress, ambient_seed, open_data
+from .training.data import Batches, Progress, ambient_seed, open_data, open_image
 from .training.folder import RunFolder, asked_to_stop
 from .training.loop import Epoch, Fit, accuracy_of, start
 from .training.recipe import Data, override, parse_data
@@ -169,6 +169,33 @@ def evaluate(
     began = time.perf_counter()
     accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
     return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
+
+
+def predict(
+    path: str | Path, images: Sequence[str | Path], *, base: str | Path | nn.Module | None = None, top: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The `top` most probable classes of each image, by name where the file has names, with probabilities of 0 … 1.
+
+    Args:
+        path: an artifact that `train` wrote, which knows how images are prepared for its network.
+        images: files that Pillow reads.
+        base: the weights under the mask, as for `load`.
+
+    Raises:
+        ArtifactError: as `load`.
+        DataError: an image cannot be read, or the file does not say how images are prepared.
+    """
+    data, model = recorded_data(path), load(path, base=base)
+    size = _input_size(data, model)
+    batch = torch.stack([open_image(Path(image), data, size) for image in images])
+    with torch.inference_mode():
+        probabilities = model(batch).float().softmax(1)
+    classes = inspect(path).provenance.get("classes") or [str(i) for i in range(probabilities.shape[1])]
+    values, indices = probabilities.topk(min(top, len(classes)))
+    return [
+        [(str(classes[i]), float(value)) for i, value in zip(row, found, strict=True)]
+        for row, found in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
 
 
 def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 from PIL import Image
+from sklearn.datasets import load_digits
 
 import popup_surgery
 
@@ -36,10 +37,11 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> popup_surgery.Result
 
 @pytest.fixture
 def artifact(digits_run: popup_surgery.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`digits.popup.safetensors` of the full run, alone in a new working directory."""
+    """`digits.popup.safetensors` of the full run in a new working directory, and `digit.png`, a 4 to validate on."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
+    write_digit(work / "digit.png", 4)
     return Path(shutil.copy(digits_run.file, work / "digits.popup.safetensors"))
 
 
@@ -55,6 +57,13 @@ def write_images(
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             pixels[:, :, 0] = 60 * place
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+def write_digit(path: Path, label: int) -> None:
+    """The first of scikit-learn's digits that is a `label` and for validation, as an image file."""
+    digits = load_digits()
+    place = next(i for i in range(0, len(digits.target), 5) if digits.target[i] == label)
+    Image.fromarray((digits.images[place] * 255 / 16).astype(np.uint8)).save(path)
 
 
 @pytest.fixture

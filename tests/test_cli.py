@@ -20,7 +20,7 @@ import popup_surgery
 from popup_surgery import build, convert, load, save
 from popup_surgery.training.recipe import find, shipped
 
-COMMANDS = ("convert", "train", "evaluate", "inspect", "verify", "export", "recipes")
+COMMANDS = ("convert", "train", "evaluate", "predict", "inspect", "verify", "export", "recipes", "zoo")
 PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
 Cli = Callable[..., Any]
@@ -118,7 +118,7 @@ def test_the_package_is_light_to_import() -> None:
 
 def test_everything_that_the_package_imports_is_declared() -> None:
     declared = {Requirement(line).name.lower() for line in requires("popup-surgery") or [] if "extra ==" not in line}
-    names = {"yaml": "pyyaml", "sklearn": "scikit-learn"}
+    names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
     used = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

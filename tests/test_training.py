@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from popup_surgery import (
     evaluate,
     inspect,
     load,
+    predict,
     save,
     train,
     verify,
@@ -460,3 +462,29 @@ def test_evaluate_what_is_no_artifact(tmp_path: Path) -> None:
 def test_a_call_within_a_folder_without_rights_to_write(tmp_path: Path, make_images: Callable[..., None]) -> None:
     with pytest.raises(PopupError, match="cannot be written"):
         short(Path("/proc/self/runs"))
+
+
+def test_predict_names_the_classes_of_images(digits_run: Result, images: Path, tmp_path: Path) -> None:
+    from conftest import write_digit
+
+    for label in (3, 7):
+        write_digit(tmp_path / f"{label}.png", label)
+    found = predict(digits_run.file, [tmp_path / "3.png", tmp_path / "7.png"])
+    assert [classes[0][0] for classes in found] == ["3", "7"]
+    assert all(len(classes) == 5 for classes in found)
+    assert all(a[1] >= b[1] > 0 for classes in found for a, b in pairwise(classes))
+    (tmp_path / "no.png").write_text("none")
+    with pytest.raises(DataError, match=r"no\.png is no image that can be read"):
+        predict(digits_run.file, [tmp_path / "no.png"])
+    result = train(
+        {
+            "model": {"name": "conv2", "kwargs": {"img_size": 16, "num_classes": 3, "width": 0.1}},
+            "surgery": {"k": 0.5, "scaled": True},
+            "data": {"name": "folder", "root": str(images)},
+            "training": {"epochs": 1, "lr": 0.1},
+        },
+        output=tmp_path / "run",
+    )
+    classes = predict(result.file, [next((images / "validation" / "dog").iterdir())])[0]
+    assert {name for name, _ in classes} == {"cat", "dog", "eel"}
+    assert sum(share for _, share in classes) == pytest.approx(1)

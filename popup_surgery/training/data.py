@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -119,6 +120,17 @@ def open_data(
         held = {role: _decode(dataset, config, input_size, progress, role) for role, dataset in datasets.items()}
         return InMemory(config, input_size, seed, device, held, classes[0])
     return Streamed(config, input_size, seed, device, datasets, classes[0])
+
+
+def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Tensor:
+    """One image as validation sees it: float32 of `input_size`. `DataError` if it cannot be read."""
+    try:
+        with Image.open(path) as image:
+            pixels = _Compose(_mode(input_size), _ToBytes(config, input_size))(image)
+    except OSError as error:
+        raise DataError(f"{path} is no image that can be read: {error}") from error
+    mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in _mean_std(config, input_size[0]))
+    return (pixels.float() - mean) / std
 
 
 class InMemory:

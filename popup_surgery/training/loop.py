@@ -96,6 +96,7 @@ class Fit:
         self.history: list[Epoch] = []
         self.batch = 0  # of the epoch that is running, the next one
         self.step = 0  # of the whole run
+        self.kept = 0  # the step of the last checkpoint
         self.seconds = 0.0  # spent on the epoch before the run was gone on with
         self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)  # loss, right answers, images
         self.wrong = torch.tensor(-1, device=accelerator.device)  # the first step whose loss was not finite
@@ -210,14 +211,16 @@ class Fit:
         sums = self.accelerator.reduce(self.sums, "sum")
         if self.accelerator.is_main_process:
             keep(self.step, self._checkpoint(sums.tolist()))
+        self.kept = self.step
         self.accelerator.wait_for_everyone()
 
     def _check_loss(self) -> None:
         wrong = int(self._highest(int(self.wrong) + 1)) - 1
         if wrong >= 0:
             lr = self.optimizer.param_groups[0]["lr"]
+            last = f"the last good checkpoint is of step {self.kept:,}" if self.kept else "there is no checkpoint yet"
             raise RunError(
-                f"the loss of step {wrong + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate {lr:g}"
+                f"the loss of step {wrong + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate {lr:g}; {last}"
             )
 
     def _check_masks(self) -> None:
@@ -295,6 +298,7 @@ class Fit:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]
+        self.kept = state["step"]
         self.step, self.batch, self.seconds = state["step"], state["batch"], state["seconds"]
         if self.accelerator.is_main_process:  # the others' part of the sums is in it
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))

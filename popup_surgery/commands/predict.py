@@ -1,0 +1,36 @@
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from .shared import busy, show
+
+
+def run(
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact that training wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+) -> None:
+    """The five most probable classes of images, as the network in an artifact sees them.
+
+    \b
+    $ popup-surgery predict digits.popup.safetensors digit.png
+    digit.png  4   98.9 %
+               9    0.6 %
+               7    0.2 %
+               1    0.1 %
+               6    0.1 %
+    """
+    with busy("loading"):
+        from .. import run as runs
+
+        found = runs.predict(artifact, images, base=base)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column()
+    table.add_column()
+    table.add_column(justify="right")
+    for path, classes in zip(images, found, strict=True):
+        for place, (name, probability) in enumerate(classes):
+            table.add_row("" if place else str(path), name, f"{100 * probability:.1f} %")
+    show(table)
