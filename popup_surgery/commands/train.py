@@ -13,8 +13,6 @@ from rich.table import Table
 from ..errors import RunError
 from .shared import busy, progress, show, size
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
 if TYPE_CHECKING:
     from ..training.loop import Epoch
 
@@ -90,6 +88,8 @@ def run(
 def launch(processes: int, arguments: list[str]) -> int:
     """Run the same command line in so many processes, by Accelerate's launcher. Returns the status of them all."""
     import torch
+
+    from ..training.folder import SIGNALS
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:

@@ -1,6 +1,5 @@
 """A run's folder: whose it is, what is in it, and where it goes on."""
 
-import fcntl
 import json
 import logging
 import shutil
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import PopupError, RunError
 from ..files import write_atomically
@@ -22,7 +23,7 @@ log = logging.getLogger("popup_surgery")
 
 # what may be other when a run goes on, since no result depends on it
 _FREE = {"data.root", "data.workers", "data.download", "training.checkpoint_minutes"}
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
 
 
 class RunFolder:
@@ -61,24 +62,22 @@ class RunFolder:
             self.check_recipe()
         elif there:
             raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
-        lock = self.path / "lock"
         new = not self.path.exists()
+        lock = FileLock(self.path / "lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(lock, "w")  # noqa: SIM115
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"another process runs in {self.path}; wait for it, or choose another folder") from None
         except OSError as error:
             raise PopupError(f"{self.path} cannot be written: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise RunError(f"another process runs in {self.path}; wait for it, or choose another folder") from None
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-                if new and not any(self.path.iterdir()):
-                    self.path.rmdir()
+        try:
+            yield
+        finally:
+            lock.release()
+            (self.path / "lock").unlink(missing_ok=True)
+            if new and not any(self.path.iterdir()):
+                self.path.rmdir()
 
     def begin(self) -> Checkpoint | None:
         """The newest whole checkpoint; without one a new run's recipe is written.
@@ -155,7 +154,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         seen.append(number)
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    before = {number: signal.signal(number, note) for number in SIGNALS}
     try:
         yield lambda: bool(seen)
     finally:
