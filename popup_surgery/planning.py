@@ -18,7 +18,7 @@ from .rest import Treatment, is_norm, treatment
 from .selection import kept_count
 from .streams import check_seed
 from .weights import BASE, PRETRAINED, get_scheme
-from .zoo import FRESH
+from .zoo import FRESH, KWARGS
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float]
@@ -89,13 +89,21 @@ class PlannedWeight:
 
 @dataclass(frozen=True)
 class PlannedRest:
-    """One parameter that will not be masked: its `state_dict` key, shape, owner, what becomes of it, is it trained."""
+    """One parameter that will not be masked.
+
+    Attributes:
+        key, shape, owner: its `state_dict` key, its shape, and the (module, parameter name) that holds it.
+        treatment: what becomes of it, or became of it where it is `done`.
+        train: whether it is trained.
+        done: an earlier conversion saw its module.
+    """
 
     key: str
     shape: tuple[int, ...]
     owner: tuple[nn.Module, str]
     treatment: Treatment
     train: bool
+    done: bool
 
     @property
     def numel(self) -> int:
@@ -182,7 +190,7 @@ class Plan:
         settings, coverage = self.settings, self.coverage
         scheme = settings["scheme"]
         schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
-        if settings["scaled"] and any(weight.distribution != BASE for weight in self.masked):
+        if settings["scaled"] and (not self.masked or any(weight.distribution != BASE for weight in self.masked)):
             schemes += ", scaled"
         before = f", {len(self.before)} masked before" if self.before else ""
         return (
@@ -232,7 +240,8 @@ def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]
     core = unwrap(model)
     given = {**settings, **({} if k is None else {"k": k})}
     if unknown := given.keys() - DEFAULTS.keys():
-        raise TypeError(f"convert has no argument {min(unknown)!r}; the nearest: {nearest(min(unknown), DEFAULTS)}")
+        hint = "build takes it" if min(unknown) in KWARGS else f"the nearest: {nearest(min(unknown), DEFAULTS)}"
+        raise TypeError(f"convert has no argument {min(unknown)!r}; {hint}")
     before = core.__dict__.get(SETTINGS)
     if before is None:
         return _plan(core, _checked(DEFAULTS | given), first=True)
@@ -397,7 +406,9 @@ def _is_weight(key: str, tensor: Tensor | None) -> bool:
 def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
     fans = _fans(core)
     if not fans and first:
-        raise NothingToConvert(f"{type(core).__name__} has no Conv or Linear layer whose weight could be masked")
+        raise NothingToConvert(
+            f"{type(core).__name__} has no layer whose weight could be masked (Conv, Linear, attention, recurrent)"
+        )
     chosen = _chosen(fans, settings, check=first)
     layers = {name for name, _ in chosen}
     shares, schemes = _by_pattern(settings, "k"), _by_pattern(settings, "scheme")
@@ -425,8 +436,9 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
         layer = next(((n, p) for n, _, p in held if (n, p) in chosen), None)
         if layer is None:
             drawn = any(n in layers and _scheme(n, schemes, fresh) != PRETRAINED for n, _, _ in held)
-            if CONVERTED in module.__dict__:
-                how = Treatment("left", "converted before")
+            done = module.__dict__.get(CONVERTED)
+            if done is not None:
+                how = done.get(parameter, Treatment("left", "came into the module after its conversion"))
             elif PRETRAINED in schemes.values() and not drawn:
                 how = Treatment("left", "pretrained")
             else:  # a bias may belong to several modules, of which one is masked
@@ -435,7 +447,7 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
             of_norm = is_norm(module) and parameter in ("weight", "bias")
             train = settings["others"] == "train" or (settings["norm"] == "train" and of_norm)
             train = train and tensor.is_floating_point()
-            rest.append(PlannedRest(key, tuple(tensor.shape), (module, parameter), how, train))
+            rest.append(PlannedRest(key, tuple(tensor.shape), (module, parameter), how, train, done is not None))
             continue
         share = float(_last_match(layer[0], shares))
         kept = kept_count(tensor.numel(), share)

@@ -181,6 +181,8 @@ def _apply(core: nn.Module, planned: Plan) -> None:
         module, name = other.owner
         parameter, value = cast(Tensor, module._parameters[name]), other.treatment.value
         parameter.requires_grad_(other.train)
+        if other.done:
+            continue
         if other.treatment.action == "constant":
             with torch.no_grad():
                 parameter.fill_(value)
@@ -191,7 +193,10 @@ def _apply(core: nn.Module, planned: Plan) -> None:
     for module in core.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and CONVERTED not in module.__dict__ and not pretrained:
             module.reset_running_stats()
-        module.__dict__[CONVERTED] = True
+        module.__dict__.setdefault(CONVERTED, {})
+    for other in planned.rest:
+        module, name = other.owner
+        module.__dict__[CONVERTED][name] = other.treatment
     core.__dict__[SETTINGS] = settings
 
 

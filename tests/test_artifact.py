@@ -467,7 +467,7 @@ def test_extra_state_that_is_no_tensor(tmp_path):
 
 def test_custom_network_without_a_module(tmp_path):
     save(convert(small()), tmp_path / "net")
-    with pytest.raises(ArtifactError, match=r"custom \(Sequential\); pass the network"):
+    with pytest.raises(ArtifactError, match=r"custom \(Sequential\), which no library builds; pass the network"):
         load(tmp_path / "net")
 
 

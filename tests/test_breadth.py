@@ -331,12 +331,15 @@ def test_converting_again_completes_the_surgery_and_leaves_the_rest(change, expe
     change(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     if expected:
-        with pytest.raises(ArtifactError, match=rf"^{expected[0]} came into the network after its conversion"):
+        with pytest.raises(
+            ArtifactError, match=rf"^{expected[0]} came into the network after its conversion and would"
+        ):
             save(model, tmp_path / "half.popup.safetensors")
         assert not (tmp_path / "half.popup.safetensors").exists()
     assert [weight.key for weight in plan(model).masked] == expected
     convert(model)
     assert plan(model).masked == ()
+    assert plan(model).coverage.share("generated") > 0  # what the first conversion did is known
     new = {"head.weight", "head.bias"} if change is changed_head else set(expected)
     for key, value in model.state_dict().items():
         if not key.startswith(tuple(name.rpartition(".")[0] for name in new)):
@@ -587,3 +590,18 @@ def test_a_masked_weight_is_copied_and_stored_as_a_plain_tensor(tmp_path):
     assert torch.equal(torch.load(tmp_path / "w.pt", weights_only=True), layer.weight)
     with torch.no_grad():
         assert type(copy.deepcopy(layer.weight)) is Tensor
+
+
+def test_what_was_converted_is_known_and_not_done_again():
+    model = convert(vit())
+    first = plan(vit()).coverage
+    assert plan(model).coverage == first
+    with torch.no_grad():
+        model.pos_embed.add_(1)
+    moved = model.pos_embed.clone()
+    model.reset_classifier(3)
+    convert(model)
+    assert torch.equal(model.pos_embed, moved)
+    assert plan(model).coverage.generated == first.generated
+    with pytest.raises(TypeError, match="convert has no argument 'num_classes'; build takes it"):
+        convert(vit(), num_classes=3)

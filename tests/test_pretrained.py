@@ -380,3 +380,22 @@ def test_torchvision_networks_that_transform_their_input_are_refused(tmp_path, m
     torch.save(plain.state_dict(), tmp_path / "hub" / "checkpoints" / Path(weights.url).name)
     with pytest.raises(ConversionError, match="torchvision/googlenet transforms its input for IMAGENET1K_V1"):
         build("torchvision/googlenet", pretrained=True)
+
+
+def test_the_command_line_plans_what_it_writes(cli, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    call = ("convert", "test_resnet", "--scheme", "pretrained", "--weights", weights, "--num-classes", 10)
+    planned = cli(*call, "--dry-run")
+    assert planned.status == 0, planned.err
+    assert next(line for line in planned.out.splitlines() if line.strip().startswith("fc.weight")).split()[-1] != (
+        "pretrained"
+    )
+    assert "pretrained, scaled" in planned.out
+    assert cli(*call, "-o", FILE).status == 0
+    assert "signed_constant" in cli("inspect", FILE).out
+    assert cli("verify", FILE, "--base", weights).status == 0
+    assert "not checked, no base was given" in cli("verify", FILE).out
+    missing = cli("verify", FILE, "--base", "nothing.safetensors")
+    assert (missing.status, missing.err) == (2, "error: --base nothing.safetensors: there is no such file\n")
+    with pytest.raises(ArtifactError, match=r"model is 3; expected a plain torch\.nn\.Module"):
+        load(FILE, 3)

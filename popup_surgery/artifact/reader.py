@@ -122,6 +122,9 @@ def verify(
                 checks.append(_weights_check(same, f"{word}the base"))
             checks.append(("architecture", True, f"custom ({name}): not checked, no module was given"))
             return Verification(tuple(checks))
+        if model is None and base is None and manifest.base is not None and not manifest.base.tag:
+            checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
+            return Verification(tuple(checks))
         try:
             network = _load(artifact, model, base)
         except ArtifactError as error:
@@ -215,6 +218,8 @@ def _load(artifact: Artifact, model: nn.Module | None, base: nn.Module | str | P
         except ConversionError as error:
             raise ArtifactError(f"the architecture cannot be built: {error}") from error
         core = network.to(dtype) if dtype else network
+    elif not isinstance(model, nn.Module):
+        raise ArtifactError(f"model is {model!r}; expected a plain torch.nn.Module to fill")
     else:
         network, core = model, unwrap(model)
         if any(True for _ in masked_weights(core)):
@@ -230,7 +235,7 @@ def _library_tag(manifest: Manifest) -> str:
     if not base.tag or (base.library, base.name) != (architecture.library, architecture.name):
         raise ArtifactError(
             f"the masks are for weights of {base.library[:60]}/{base.name[:60]} that no library has; pass the network "
-            "or the file that holds them as `base`"
+            "or the file that holds them as `base` (--base)"
         )
     try:
         return check_tag(architecture, base.tag)
@@ -273,8 +278,8 @@ def _check_architecture(architecture: Architecture) -> None:
     library, name = architecture.library, architecture.name
     if library == "custom":
         raise ArtifactError(
-            f"the architecture is custom ({name}); pass the network to fill as `model` "
-            "(a network from popup_surgery.build would have been named in the file)"
+            f"the architecture is custom ({name}), which no library builds; pass the network to fill to "
+            "popup_surgery.load as `model`"
         )
     if library not in LIBRARIES:
         raise ArtifactError(f"architecture.library is {library!r}; expected one of {', '.join(LIBRARIES)}, custom")

@@ -81,8 +81,8 @@ def _describe(
     (seed,) = seeds
     if new := unconverted(core):
         raise ArtifactError(
-            f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion, "
-            "by a new head or by fusing, and has no mask; call convert(model) again to complete it, or save before"
+            f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion and "
+            "would have no mask; mask new layers with convert(model) again, and save before layers are fused"
         )
     entries = core.state_dict(keep_vars=True)
     masked: list[tuple[Drawn, Packed]] = []

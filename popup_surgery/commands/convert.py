@@ -69,10 +69,10 @@ def run(
         if weights is not None and scheme != PRETRAINED:
             raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
         architecture = zoo.architecture(arch, **kwargs)
-        planned = plan(zoo.build_bare(architecture), k, **settings)
+        model = zoo.build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+        planned = plan(model or zoo.build_bare(architecture), k, **settings)
         if not dry_run:
-            model = zoo.build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else architecture
-            save(convert(model, k, **settings), file)
+            save(convert(model or architecture, k, **settings), file)
     if dry_run:
         show(str(planned))
     else:

@@ -48,7 +48,7 @@ def run(
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
     if (base := manifest.base) is not None:
-        show(f"base: {base.library}/{base.name} {base.tag or 'from a file'}, SHA-256 {base.sha256}")
+        show(f"base: {base.library}/{base.name} {base.tag or '(no tag)'}, SHA-256 {base.sha256}")
     accuracy = manifest.provenance.get("accuracy")
     if isinstance(accuracy, float):
         show(f"accuracy when it was saved: {accuracy:.2%}; its weights are checked by popup-surgery verify")

@@ -25,6 +25,8 @@ def run(
 
         if not artifact.is_file():
             raise PopupError(f"{artifact}: there is no such file")
+        if base is not None and not base.is_file():
+            raise PopupError(f"--base {base}: there is no such file")
         try:
             result = verify(artifact, base=base)
         except ArtifactError as error:
