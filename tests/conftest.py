@@ -37,11 +37,10 @@ def digits_run(tmp_path_factory: pytest.TempPathFactory) -> popup_surgery.Result
 
 @pytest.fixture
 def artifact(digits_run: popup_surgery.Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """`digits.popup.safetensors` of the full run in a new working directory, and `digit.png`, a 4 to validate on."""
+    """`digits.popup.safetensors` of the full run, alone in a new working directory."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    write_digit(work / "digit.png", 4)
     return Path(shutil.copy(digits_run.file, work / "digits.popup.safetensors"))
 
 
