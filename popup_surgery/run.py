@@ -279,6 +279,7 @@ def _counts(model: nn.Module) -> tuple[int, int]:
 def _finished(run: RunFolder, recipe: Recipe) -> Result:
     """The result of a run that has ended, from its folder."""
     run.check_recipe()
+    run.finish()  # a run that was killed after its last file has left its checkpoints
     file = run.path / run.results[-1]
     history = tuple(Epoch(**line) for line in run.history())
     described = recipe.model
