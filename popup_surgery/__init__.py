@@ -19,7 +19,7 @@ _HOMES = {
     "planning": ("Coverage", "Plan", "plan"),
     "surgery": ("bake", "convert", "masks"),
     "zoo": ("Architecture", "build"),
-    "artifact": ("inspect", "load", "save", "verify"),
+    "artifact": ("inspect", "load", "save", "start_from", "verify"),
     "run": ("Evaluation", "Result", "evaluate", "predict", "train"),
     "training": ("Recipe",),
 }  # fmt: skip
@@ -27,7 +27,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .artifact import inspect, load, save, verify
+    from .artifact import inspect, load, save, start_from, verify
     from .errors import (
         ArtifactError,
         ConversionError,

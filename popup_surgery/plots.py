@@ -3,18 +3,16 @@
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .files import write_atomically
 
 
 def draw_curve(path: Path, title: str, train: Sequence[float], validation: Sequence[float]) -> None:
     """Accuracy by epoch on both splits, shares of 0 … 1, as a PNG at `path`."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = FigureCanvasAgg(figure).figure.add_subplot()
+    figure, axes = _figure(6, 3.6)
     epochs = range(1, len(train) + 1)
     marker = "o" if len(train) < 10 else None
     axes.plot(epochs, [100 * a for a in train], color="#999999", linestyle="--", marker=marker, label="training")
@@ -23,6 +21,34 @@ def draw_curve(path: Path, title: str, train: Sequence[float], validation: Seque
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    _write(figure, path)
+
+
+def draw_masks(
+    path: Path, title: str, names: Sequence[str], density: Sequence[float], overlap: Sequence[float]
+) -> None:
+    """Share of each layer's weights that is kept, and of those the share that was kept at the start, as a PNG."""
+    figure, axes = _figure(max(6.0, min(16.0, 0.22 * len(names))), 4.2)
+    places = range(len(names))
+    axes.plot(places, [100 * share for share in density], "s", color="#999999", label="weights kept")
+    axes.plot(places, [100 * share for share in overlap], "o", color="#0072b2", label="of them, kept at the start too")
+    step = -(-len(names) // 60)
+    axes.set_xticks(places[::step], names[::step], rotation=60, ha="right", fontsize=7)
+    axes.set(ylabel="share (%)", ylim=(0, 105), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    _write(figure, path)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, FigureCanvasAgg(figure).figure.add_subplot()
+
+
+def _write(figure: Any, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
     write_atomically(path, lambda file: file.write(picture.getvalue()))

@@ -10,19 +10,21 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save as serialize
-from torch import nn
+from torch import Tensor, nn
 
 from . import __version__
-from .artifact import inspect, load, save
-from .errors import DataError
+from .artifact import inspect, load, save, start_from, stored_masks
+from .errors import DataError, RecipeError
 from .files import write_atomically
-from .plots import draw_curve
+from .plots import draw_curve, draw_masks
 from .surgery import bake, convert, masks
 from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data, open_image
-from .training.folder import RunFolder, asked_to_stop
-from .training.loop import Epoch, Fit, accuracy_of, start
+from .training.folder import RunFolder, asked_to_stop, flat
+from .training.loop import Epoch, Fit, accuracy_of
+from .training.processes import numerics, start
 from .training.recipe import Data, override, parse_data
+from .training.trackers import add, add_table, tracked
 from .zoo import architecture, build, input_size
 
 
@@ -73,7 +75,7 @@ def train(
     progress: Progress = quiet,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> Result:
-    """Train a mask as a recipe says, and write recipe.yaml, metrics.jsonl, curve.png and the artifact.
+    """Train a mask as a recipe says, and write recipe.yaml, metrics.jsonl, the pictures and the artifact.
 
     Args:
         recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
@@ -96,28 +98,37 @@ def train(
         name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
         recipe = Recipe.load(recipe, overrides)
     else:
-        values = recipe.dump() if isinstance(recipe, Recipe) else recipe
+        values = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe
         recipe = Recipe.parse(override(values, overrides))
+    recipe = _with_seed(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
     stem = name.rsplit("/", 1)[-1]
     hidden = recipe.surgery != "none"
     file = f"{stem}.popup.safetensors" if hidden else f"{stem}.safetensors"
-    run = RunFolder(folder, recipe, ("curve.png", file))
+    run = RunFolder(folder, recipe, ("curve.png", *(["masks.png"] if hidden else []), file))
     if resume and run.finished:
         return _finished(run, recipe)
 
-    accelerator = start(recipe.training)
+    accelerator = start(recipe.training, folder)
     main = accelerator.is_main_process
     seed = recipe.training.seed
-    with run.held(resume) if main else nullcontext(), ambient_seed([seed]), asked_to_stop() as stop:
+    with (
+        run.held(resume) if main else nullcontext(),
+        tracked(accelerator, folder, flat(recipe.dump())) if main else nullcontext(),
+        numerics(recipe.training),
+        ambient_seed([seed]),
+        asked_to_stop() as stop,
+    ):
         shown = progress if main else quiet
         model = _network(recipe)
         size = _input_size(recipe.data, model)
         data = open_data(recipe.data, size, seed, accelerator.device, shown)
         _check_classes(model, data, size)
-        fit = Fit(model, data, recipe.training, accelerator, shown)
+        start_file = recipe.model.init_from
+        kept = stored_masks(start_file) if start_file is not None and not hidden else {}
+        fit = Fit(model, data, recipe.training, accelerator, shown, kept)
         (checkpoint,) = broadcast_object_list([run.begin() if main else None])
         if checkpoint is not None:
             fit.restore(checkpoint)
@@ -125,16 +136,21 @@ def train(
         def ended(epoch: Epoch) -> None:
             if main:
                 run.add(epoch)
+                if accelerator.trackers:
+                    add(accelerator, epoch, fit.layers())
                 after_epoch(epoch)
 
         history = fit.run(ended, run.keep, stop)
         model = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False).cpu()
         if main:
-            _write_results(run, recipe, model, history, data, size)
+            _write_results(run, recipe, model, fit, data, size)
+            weights, share = _counts(model, kept)
+            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": share, "file": file}
+            add_table(accelerator, result)
             run.finish()
         accelerator.wait_for_everyone()
-    weights, kept = _counts(model)
-    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, weights, kept)
+    counts = _counts(model, kept)
+    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *counts)
 
 
 def evaluate(
@@ -223,8 +239,30 @@ def write_dense(model: nn.Module, path: Path) -> int:
     return len(tensors)
 
 
+def _with_seed(recipe: Recipe) -> Recipe:
+    """The recipe, with the seed of the file that it goes on from."""
+    file, surgery = recipe.model.init_from, recipe.surgery
+    if file is None or surgery == "none":
+        return recipe
+    seed = inspect(file).seed
+    if "seed" in surgery.model_fields_set and surgery.seed != seed:
+        raise RecipeError(f"surgery.seed is {surgery.seed}; the subnetwork of model.init_from {file} is of seed {seed}")
+    return recipe.model_copy(update={"surgery": surgery.model_copy(update={"seed": seed})})
+
+
 def _network(recipe: Recipe) -> nn.Module:
-    """The network of a recipe: converted, or for `surgery: none` plain."""
+    """The network of a recipe: converted, or for `surgery: none` plain; with the mask of the file it goes on from."""
+    model, file = _fresh_network(recipe), recipe.model.init_from
+    if file is not None:
+        base = recipe.model.pretrained if isinstance(recipe.model.pretrained, str) else None
+        if recipe.surgery == "none":
+            load(file, model, base=base)
+        else:
+            start_from(model, file, base=base)
+    return model
+
+
+def _fresh_network(recipe: Recipe) -> nn.Module:
     described = recipe.model
     if recipe.surgery == "none" or described.pretrained:
         model = build(described.name, pretrained=described.pretrained, **described.kwargs)
@@ -257,20 +295,28 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
 
 
 def _write_results(
-    run: RunFolder, recipe: Recipe, model: nn.Module, history: list[Epoch], data: Batches, size: tuple[int, int, int]
+    run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, data: Batches, size: tuple[int, int, int]
 ) -> None:
-    *_, curve, file = run.results
+    file, history = run.results[-1], fit.history
     name = file.partition(".")[0]
-    draw_curve(run.path / curve, name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
+    draw_curve(run.path / "curve.png", name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
     if recipe.surgery != "none":
+        layers = fit.layers()
+        draw_masks(
+            run.path / "masks.png",
+            name,
+            [layer.name.removesuffix(".weight") for layer in layers],
+            [layer.density for layer in layers],
+            [layer.overlap for layer in layers],
+        )
         save(model, run.path / file, provenance=_provenance(recipe, history, data), probe=(1, *size))
     else:
         write_dense(model, run.path / file)
 
 
-def _counts(model: nn.Module) -> tuple[int, int]:
-    """Masked weights and how many take part; of a dense network all."""
-    found = masks(model)
+def _counts(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Masked weights and how many take part; of a dense network all, but for those outside the masks `kept`."""
+    found = masks(model) or kept
     if not found:
         return (count := sum(parameter.numel() for parameter in model.parameters())), count
     return sum(mask.numel() for mask in found.values()), sum(int(mask.sum()) for mask in found.values())
@@ -285,7 +331,7 @@ def _finished(run: RunFolder, recipe: Recipe) -> Result:
     described = recipe.model
     if recipe.surgery == "none":
         model = build(described.name, pretrained=file, **described.kwargs)
-        weights = kept = sum(parameter.numel() for parameter in model.parameters())
+        weights, kept = _counts(model, stored_masks(described.init_from) if described.init_from else {})
     else:
         manifest = inspect(file)
         base = described.pretrained if isinstance(described.pretrained, str) and manifest.base is not None else None
@@ -301,6 +347,8 @@ def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str
     values["data"]["root"] = None
     if isinstance(weights := values["model"]["pretrained"], str):
         values["model"]["pretrained"] = Path(weights).name
+    if file := values["model"]["init_from"]:
+        values["model"]["init_from"] = Path(file).name
     software = {
         "popup_surgery": __version__,
         "torch": torch.__version__,

@@ -64,7 +64,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
     assert done.returncode == 0, done.stderr
     assert artifact(tmp_path / "run") == through
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        "curve.png", "digits.popup.safetensors", "metrics.jsonl", "recipe.yaml",
+        "curve.png", "digits.popup.safetensors", "masks.png", "metrics.jsonl", "recipe.yaml",
     ]  # fmt: skip
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
@@ -197,7 +197,8 @@ import sys, torch
 from popup_surgery import Recipe
 from popup_surgery.run import _network, quiet
 from popup_surgery.training.data import open_data
-from popup_surgery.training.loop import Fit, start
+from popup_surgery.training.loop import Fit
+from popup_surgery.training.processes import start
 recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={sys.argv[2]}"])
 accelerator = start(recipe.training)
 model = _network(recipe)

@@ -35,8 +35,8 @@ from popup_surgery import (
     train,
     verify,
 )
-from popup_surgery.training.loop import rate
 from popup_surgery.training.recipe import Data, Training
+from popup_surgery.training.schedule import rates
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -77,7 +77,7 @@ def test_digits_reach_97_percent_in_a_file_of_a_few_kilobytes(digits_run: Result
 
 def test_a_run_writes_recipe_metrics_curve_and_artifact_and_nothing_else(digits_run: Result) -> None:
     names = {path.name for path in digits_run.output.iterdir()}
-    assert names == {"recipe.yaml", "metrics.jsonl", "curve.png", digits_run.file.name}
+    assert names == {"recipe.yaml", "metrics.jsonl", "curve.png", "masks.png", digits_run.file.name}
 
 
 def test_metrics_have_a_line_of_json_for_each_epoch(digits_run: Result) -> None:
@@ -88,16 +88,17 @@ def test_metrics_have_a_line_of_json_for_each_epoch(digits_run: Result) -> None:
     assert lines[0]["train_loss"] > 5 * lines[-1]["train_loss"]
     assert all(0 <= line["train_accuracy"] <= 1 and line["seconds"] > 0 for line in lines)
     training = Recipe.load("digits").training
-    assert [line["lr"] for line in lines] == pytest.approx([0.1 * rate(e, training) for e in range(40)])
+    assert [line["lr"] for line in lines] == pytest.approx([rates(training)(e, 1.0) for e in range(40)])
 
 
-def test_the_curve_is_a_picture_with_something_in_it(digits_run: Result) -> None:
-    with Image.open(digits_run.output / "curve.png") as picture:
+@pytest.mark.parametrize("name", ["curve.png", "masks.png"])
+def test_the_pictures_have_something_in_them(name: str, digits_run: Result) -> None:
+    with Image.open(digits_run.output / name) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 300
         pixels = np.array(picture.convert("RGB")).reshape(-1, 3)
     assert (pixels != 255).any(1).mean() > 0.01
-    assert (np.abs(pixels.astype(int) - (0x00, 0x72, 0xB2)).max(1) < 10).sum() > 100, "the validation curve"
+    assert (np.abs(pixels.astype(int) - (0x00, 0x72, 0xB2)).max(1) < 10).sum() > 100, "the curve, and the dots"
 
 
 def test_the_result_is_what_the_file_gives(digits_run: Result) -> None:
@@ -291,7 +292,8 @@ def test_training_changes_the_scores_and_nothing_else(first: Result) -> None:
 def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
     from popup_surgery.run import quiet
     from popup_surgery.training.data import open_data
-    from popup_surgery.training.loop import Fit, start
+    from popup_surgery.training.loop import Fit
+    from popup_surgery.training.processes import start
 
     recipe = Recipe.load("digits", ["training.epochs=1"])
     model = convert(build("conv2", width=0.25, in_chans=1, img_size=8), 0.5, scaled=False)
@@ -318,7 +320,7 @@ def test_the_learning_rate_follows_the_papers_formula(epochs: int, warmup: int, 
             wanted = 1.0
         else:
             wanted = 0.5 * (1 + math.cos(math.pi * (e - warmup) / (epochs - warmup)))
-        assert rate(e, training) == pytest.approx(wanted, abs=1e-12), e
+        assert rates(training)(e, 1.0) == pytest.approx(0.1 * wanted, abs=1e-12), e
 
 
 def test_the_optimiser_runs_at_that_rate(tmp_path: Path) -> None:
@@ -332,11 +334,6 @@ def test_more_warm_up_than_epochs_is_refused_or_warms_up(tmp_path: Path) -> None
     except RecipeError:
         return
     assert [epoch.lr for epoch in result.history] == pytest.approx([0.025, 0.05])
-
-
-def test_a_rate_of_one_part_in_two_moves_nothing_but_the_lr() -> None:
-    full, half = Training(epochs=7, lr=0.1), Training(epochs=7, lr=0.05)
-    assert [rate(e, full) for e in range(7)] == [rate(e, half) for e in range(7)]
 
 
 def test_bfloat16_runs_and_the_precision_may_change_between_runs(first: Result, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def inspect(path: str | Path) -> Manifest:
     Raises:
         ArtifactError: the file is missing, or its header or manifest is not as the format says.
     """
-    with _naming(path), open_file(path) as file:
+    with naming(path), open_file(path) as file:
         container = read_header(file)
         manifest = read_manifest(container.manifest)
         _check_tensors(manifest, container)
@@ -83,8 +83,8 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
     Raises:
         ArtifactError: names the file, the tensor, and what was expected.
     """
-    with _naming(path):
-        return _load(_read(path), model, base)
+    with naming(path):
+        return fill_network(read(path), model, base)
 
 
 def verify(
@@ -103,8 +103,8 @@ def verify(
     Raises:
         ArtifactError: the file is damaged, or is no popup artifact.
     """
-    with _naming(path):
-        artifact = _read(path)
+    with naming(path):
+        artifact = read(path)
         manifest = artifact.manifest
         checks = [("manifest, masks, stored tensors", True, "match their digests")]
         entries = [(entry, artifact.masks[entry.name]) for entry in manifest.masked]
@@ -126,7 +126,7 @@ def verify(
             checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
             return Verification(tuple(checks))
         try:
-            network = _load(artifact, model, base)
+            network = fill_network(artifact, model, base)
         except ArtifactError as error:
             return Verification((*checks, ("architecture", False, str(error))))
         if manifest.base is not None:
@@ -144,7 +144,7 @@ def _weights_check(same: bool, word: str) -> tuple[str, bool, str]:
 
 
 @contextmanager
-def _naming(path: str | Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Put the file's name in front of an `ArtifactError`."""
     try:
         yield
@@ -171,7 +171,8 @@ def _check_tensors(manifest: Manifest, container: Container) -> None:
             raise ArtifactError(f"aliases[{name!r}] is {target!r}, which the file does not hold")
 
 
-def _read(path: str | Path) -> Artifact:
+def read(path: str | Path) -> Artifact:
+    """The file, after all checks that need no network."""
     with open_file(path) as file:
         container = read_header(file)
         manifest = read_manifest(container.manifest)
@@ -203,7 +204,8 @@ def _read(path: str | Path) -> Artifact:
     return Artifact(manifest, masks, found)
 
 
-def _load(artifact: Artifact, model: nn.Module | None, base: nn.Module | str | Path | None) -> nn.Module:
+def fill_network(artifact: Artifact, model: nn.Module | None, base: nn.Module | str | Path | None) -> nn.Module:
+    """The network that `artifact` describes, in `model` if it is given."""
     manifest = artifact.manifest
     if base is not None and manifest.base is None:
         raise ArtifactError("a base was given, and the file's weights are those of its seed")

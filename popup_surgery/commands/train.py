@@ -27,7 +27,7 @@ def run(
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or start one.")] = False,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
 ) -> int:
-    """Learn a mask as a recipe says; write recipe.yaml, metrics.jsonl, curve.png and the artifact.
+    """Learn a mask as a recipe says; write recipe.yaml, metrics.jsonl, the pictures and the artifact.
 
     \b
     $ popup-surgery train digits --set training.epochs=2
@@ -41,12 +41,14 @@ def run(
     """
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch(num_processes, sys.argv[1:])
-    first = os.environ.get("RANK", "0") == "0"
     began = time.perf_counter()
     with busy("starting"):
         from .. import run as runs
         from ..training import Recipe
+        from ..training.processes import join_slurm
 
+        join_slurm()
+        first = os.environ.get("RANK", "0") == "0"
         loaded = Recipe.load(recipe, set_ or [])
     epochs = loaded.training.epochs
 

@@ -36,6 +36,26 @@ class Learner(ABC):
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """The weight that the network computes with, differentiable in `score`: shape and dtype of `weight`."""
 
+    def favour(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """The same scores in other places, so that the weights in `masks` come before all others.
+
+        Args:
+            scores: ranked together, float32 of any shape.
+            masks: bool, of the scores' shapes.
+        """
+        flat = torch.cat([score.detach().reshape(-1) for score in scores])
+        chosen = torch.cat([mask.reshape(-1) for mask in masks])
+        size = flat.abs()
+        ranked = size.sort(descending=True).values
+        kept = int(chosen.sum())
+        for part, values in ((chosen, ranked[:kept]), (~chosen, ranked[kept:])):
+            places = part.nonzero().view(-1)
+            size[places[size[places].argsort(descending=True, stable=True)]] = values
+        if 0 < kept < len(ranked):  # of equal scores the lower index would be kept
+            size[chosen & (size == ranked[kept])] = torch.nextafter(ranked[kept], ranked.new_tensor(torch.inf))
+        moved = size.copysign(flat).split([score.numel() for score in scores])
+        return [part.view(score.shape) for part, score in zip(moved, scores, strict=True)]
+
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """`weight` where `mask` is True and +0.0 elsewhere, never −0.0.

@@ -22,7 +22,7 @@ from .recipe import Recipe, read_yaml, to_yaml
 log = logging.getLogger("popup_surgery")
 
 # what may be other when a run goes on, since no result depends on it
-_FREE = {"data.root", "data.workers", "data.download", "training.checkpoint_minutes"}
+_FREE = {"data.root", "data.workers", "data.download", "training.checkpoint_minutes", "training.trackers"}
 SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
 
 
@@ -129,8 +129,8 @@ class RunFolder:
 
     def check_recipe(self) -> None:
         """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""
-        before = _flat(Recipe.parse(read_yaml(self.path / "recipe.yaml"), str(self.path / "recipe.yaml")).dump())
-        now = _flat(self.recipe.dump())
+        before = flat(Recipe.parse(read_yaml(self.path / "recipe.yaml"), str(self.path / "recipe.yaml")).dump())
+        now = flat(self.recipe.dump())
         differ = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
         if differ:
             key = differ[0]
@@ -162,7 +162,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by keys such as `training.lr`."""
     if not isinstance(values, dict):
         return {prefix.removesuffix("."): values}
-    return {key: value for name, inner in values.items() for key, value in _flat(inner, f"{prefix}{name}.").items()}
+    return {key: value for name, inner in values.items() for key, value in flat(inner, f"{prefix}{name}.").items()}

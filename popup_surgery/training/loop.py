@@ -3,31 +3,32 @@
 import hashlib
 import logging
 import math
-import os
 import random
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.nn import functional
 
 from ..errors import RunError, Stopped
 from ..surgery import bake, masks
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, Part, Progress
 from .recipe import Training
+from .schedule import rates
 
 log = logging.getLogger("popup_surgery")
 
-_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+Packed = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -51,48 +52,66 @@ class Epoch:
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
-def start(training: Training) -> Accelerator:
-    """The accelerator of a run: device, precision and processes."""
-    AcceleratorState._reset_state()  # a run earlier in this process may have had another precision
-    # statistics of batch norms are each process's own until they are evaluated or saved
-    ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    # without being told, Accelerate joins processes on GPUs alone
-    cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
-    try:
-        accelerator = Accelerator(cpu=cpu, mixed_precision=_PRECISIONS[training.precision], kwargs_handlers=[ddp])
-    except ValueError as error:
-        raise RunError(
-            f"training.precision is {training.precision!r}, which this device does not have: {error}"
-        ) from error
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise RunError(f"the run was started with {kind}; expected one process, or data-parallel ones on CPUs or GPUs")
-    return accelerator
+@dataclass(frozen=True)
+class LayerMask:
+    """One weight's mask: the share that is kept, the share of bits other than an epoch before, and of the kept weights
+    the share that the initial mask keeps too; all 0 … 1."""
+
+    name: str
+    density: float
+    changed: float
+    overlap: float
 
 
 class Fit:
     """Training of whatever of a model requires a gradient: a converted network's scores, or a plain one's weights.
 
     Everything random in a step is a function of (seed, epoch, step, process), so that no generator's state is kept.
+
+    Args:
+        kept: masks of parameters by name, bool: outside them a plain network's weights stay 0.
     """
 
     def __init__(
-        self, model: nn.Module, data: Batches, training: Training, accelerator: Accelerator, progress: Progress
+        self,
+        model: nn.Module,
+        data: Batches,
+        training: Training,
+        accelerator: Accelerator,
+        progress: Progress,
+        kept: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
+        from timm.layers import convert_sync_batchnorm
         from timm.optim import create_optimizer_v2
 
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
         self.part = Part(accelerator.process_index, accelerator.num_processes, training.accumulate)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        options: dict[str, Any] = {"nesterov": training.nesterov} if training.optimizer in ("sgd", "momentum") else {}
-        optimizer = create_optimizer_v2(
-            self.parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
-        )
+        options = training.optimizer_kwargs.copy()
+        if training.optimizer in ("sgd", "momentum"):
+            options["nesterov"] = training.nesterov
+        try:
+            optimizer = create_optimizer_v2(
+                self.parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
+            )
+        except (TypeError, ValueError) as error:
+            raise RunError(
+                f"training.optimizer {training.optimizer} does not take {training.optimizer_kwargs}: {error}"
+            ) from error
+        self.rate = rates(training)
+        self.mixup = self._mixup()
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+        if training.sync_batchnorm and self.part.processes > 1:
+            model = convert_sync_batchnorm(model)
+        if training.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than 2.11
             self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self._hold_zeros(kept)
+        if training.compile:
+            self.model.compile(mode=None if training.compile is True else training.compile)
         self.history: list[Epoch] = []
         self.batch = 0  # of the epoch that is running, the next one
         self.step = 0  # of the whole run
@@ -100,7 +119,8 @@ class Fit:
         self.seconds = 0.0  # spent on the epoch before the run was gone on with
         self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)  # loss, right answers, images
         self.wrong = torch.tensor(-1, device=accelerator.device)  # the first step whose loss was not finite
-        self.before = masks(model)
+        self.numel = {key: mask.numel() for key, mask in masks(model).items()}
+        self.initial = self.before = self.found = _packed(model)  # masks at the start, an epoch ago, and now
 
     @property
     def epoch(self) -> int:
@@ -132,9 +152,6 @@ class Fit:
 
     def _train_epoch(self, keep: Callable[[int, Checkpoint], None], stop: Callable[[], bool]) -> None:
         training, steps = self.training, self.data.steps()
-        lr = training.lr * rate(self.epoch, training)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
         self.model.train()
         began = kept = time.monotonic()
         spent = self.seconds
@@ -158,17 +175,23 @@ class Fit:
         """One step of the optimiser; False where the epoch has no more batches."""
         accelerator, training = self.accelerator, self.training
         _seed([training.seed, self.epoch, self.batch, self.part.rank])
+        self._set_rate()
         for piece in range(self.part.accumulate):
             images, labels, weight = next(pieces, (None, None, 0.0))
             if images is None or labels is None:
                 return False
+            targets = labels
+            if self.mixup is not None:
+                images, targets = self._mixed(images, labels)
+            if training.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
             last = piece == self.part.accumulate - 1
             if piece == 0:
                 self.optimizer.zero_grad()
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
                     logits = self.model(images)
-                    loss = self.criterion(logits.float(), labels)
+                    loss = self.criterion(logits.float(), targets)
                 # processes average their gradients; the weights sum to 1 over all pieces
                 accelerator.backward(loss * (weight * self.part.processes))
             count = len(labels) if weight else 0
@@ -182,6 +205,61 @@ class Fit:
         self.step += 1
         return True
 
+    def _hold_zeros(self, kept: Mapping[str, Tensor]) -> None:
+        held = [(self.core.get_parameter(name), mask.to(self.accelerator.device)) for name, mask in kept.items()]
+
+        def zero(*_: Any) -> None:
+            with torch.no_grad():
+                for parameter, mask in held:
+                    parameter.mul_(mask)
+
+        for parameter, mask in held:
+            parameter.register_hook(mask.mul)  # keeps them out of the gradients' norm
+        if held:  # whatever an optimiser does with a gradient of 0
+            self.optimizer.optimizer.register_step_post_hook(zero)
+
+    def _set_rate(self) -> None:
+        position, stride = float(self.epoch), 1.0
+        if self.training.schedule_per == "step":
+            steps = self.data.steps()
+            if not steps:
+                raise RunError("training.schedule_per is step; the data set does not say how many steps an epoch has")
+            position, stride = self.epoch + self.batch / steps, 1 / steps
+        lr = self.rate(position, stride)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    def _mixup(self) -> Any:
+        from timm.data import Mixup
+
+        training, classes = self.training, len(self.data.classes)
+        if not training.mixup and not training.cutmix:
+            return None
+        if not classes:
+            raise RunError("training.mixup and cutmix need the number of classes, which the data set does not say")
+        return Mixup(
+            training.mixup, training.cutmix, None, training.mixup_prob, training.mixup_switch_prob,
+            training.mixup_mode, label_smoothing=0.0, num_classes=classes,
+        )  # fmt: skip
+
+    def _mixed(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Images mixed in pairs, and the probabilities of their classes; the last of an odd number stays as it is."""
+        targets = functional.one_hot(labels, self.mixup.num_classes).float()
+        even = len(images) // 2 * 2
+        if even:
+            images[:even], targets[:even] = self.mixup(images[:even], labels[:even])
+        return images, targets
+
+    def layers(self) -> list[LayerMask]:
+        """The mask of each weight at the end of the last epoch."""
+        return [
+            LayerMask(
+                key, _ones(mask) / self.numel[key], _ones(mask ^ self.before[key]) / self.numel[key],
+                _ones(mask & self.initial[key]) / max(_ones(mask), 1),
+            )
+            for key, mask in self.found.items()
+        ]  # fmt: skip
+
     def _end_epoch(self, after_epoch: Callable[[Epoch], None]) -> None:
         self._check_loss()
         loss, right, seen = self.accelerator.reduce(self.sums, "sum").tolist()
@@ -192,15 +270,15 @@ class Fit:
         counts = self.accelerator.reduce(torch.tensor([correct, images], device=self.accelerator.device), "sum")
         if not counts[1]:
             raise RunError("the data set has no validation images")
-        found = masks(self.core)
-        total = sum(mask.numel() for mask in found.values())
-        changed = sum(int((mask != self.before[key]).sum()) for key, mask in found.items()) / max(total, 1)
+        self.before, self.found = self.found, _packed(self.core)
+        changed = sum(_ones(mask ^ self.before[key]) for key, mask in self.found.items())
         epoch = Epoch(
             self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen,
-            int(counts[0]) / int(counts[1]), changed, self.seconds, seen / self.seconds,
+            int(counts[0]) / int(counts[1]), changed / max(sum(self.numel.values()), 1), self.seconds,
+            seen / self.seconds,
         )  # fmt: skip
         self.history.append(epoch)
-        self.batch, self.seconds, self.before = 0, 0.0, found
+        self.batch, self.seconds = 0, 0.0
         self.sums.zero_()
         after_epoch(epoch)
 
@@ -227,8 +305,8 @@ class Fit:
         if self.part.processes == 1:
             return
         digest = hashlib.sha256()
-        for mask in masks(self.core).values():
-            digest.update(mask.cpu().numpy().tobytes())
+        for mask in _packed(self.core).values():
+            digest.update(mask.tobytes())
         digests = gather_object([digest.hexdigest()])
         for rank, other in enumerate(digests):
             if other != digests[0]:
@@ -258,7 +336,7 @@ class Fit:
                     tensors[f"optimizer.{index}.{name}"] = value.cpu().contiguous()
                 else:
                     numbers.setdefault(str(index), {})[name] = value
-        tensors |= {f"before.{key}": _packed(mask) for key, mask in self.before.items()}
+        tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in self.found.items()}
         scaler = self.accelerator.scaler
         return Checkpoint(
             tensors,
@@ -302,25 +380,13 @@ class Fit:
         self.step, self.batch, self.seconds = state["step"], state["batch"], state["seconds"]
         if self.accelerator.is_main_process:  # the others' part of the sums is in it
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        for key, mask in self.before.items():
-            bits = np.unpackbits(checkpoint.tensors[f"before.{key}"].numpy(), count=mask.numel())
-            mask.copy_(torch.from_numpy(bits.astype(bool)).view(mask.shape))
+        self.found = {key: checkpoint.tensors[f"before.{key}"].numpy() for key in self.found}
 
     def _learnt(self) -> dict[str, Tensor]:
         """What training changes: parameters that require a gradient, and persistent buffers."""
         frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
         entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
-
-
-def rate(epoch: int, training: Training) -> float:
-    """Factor of the rate in `epoch`, from 0: (e + 1)/W in the warm-up, then 0.5·(1 + cos(π(e − W)/(E − W)))."""
-    warmup, epochs = training.warmup_epochs, training.epochs
-    if epoch < warmup:
-        return (epoch + 1) / warmup
-    if training.schedule == "constant" or epoch >= epochs:
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup)))
 
 
 def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[float, int]:
@@ -342,8 +408,13 @@ def _right_answers(model: nn.Module, batches: Iterator[Batch], autocast: Callabl
     return int(correct or 0), seen
 
 
-def _packed(mask: Tensor) -> Tensor:
-    return torch.from_numpy(np.packbits(mask.cpu().numpy()))
+def _packed(model: nn.Module) -> dict[str, Packed]:
+    """The masks of a converted network, one bit a weight."""
+    return {key: np.packbits(mask.cpu().numpy()) for key, mask in masks(model).items()}
+
+
+def _ones(bits: Packed) -> int:
+    return int(np.bitwise_count(bits).sum())
 
 
 def _seed(entropy: list[int]) -> None:

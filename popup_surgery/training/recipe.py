@@ -22,6 +22,7 @@ from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from ..zoo import check_kwargs, resolve
+from .schedule import rates
 
 SHIPPED = next(
     folder
@@ -80,10 +81,17 @@ _S = TypeVar("_S", bound=_Section)
 
 
 class Model(_Section):
-    """The network: a name that `build` knows, its arguments, and its weights: `pretrained` as for `build`."""
+    """The network: a name that `build` knows, its arguments, and its weights.
+
+    Attributes:
+        pretrained: as for `build`.
+        init_from: a popup artifact to go on from: its seed, and scores that begin with its mask; with `surgery: none`
+            its weights, of which those that take part are trained.
+    """
 
     name: Annotated[str, _known(resolve)]
     pretrained: bool | str = False
+    init_from: str | None = None
     kwargs: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -150,33 +158,64 @@ class Data(_Section):
 
 
 class Training(_Section):
-    """Optimiser, schedule and length. The rate moves once an epoch, as in the paper.
+    """Optimiser, schedule and length.
 
     Attributes:
-        optimizer: a name of timm's; `momentum` and `nesterov` reach those that have them.
+        optimizer, optimizer_kwargs: a name of timm's and its further arguments; `momentum` and `nesterov` reach those
+            that have them.
+        schedule, schedule_kwargs: `constant`, or a name of timm's with further arguments of `create_scheduler_v2`,
+            over the epochs after `warmup_epochs`.
+        schedule_per: the rate moves once an `epoch`, as in the paper, or at each `step`.
+        mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode: timm's `Mixup`, with alphas of 0 for none; images are
+            mixed with others of their process's piece of the batch.
         accumulate: pieces into which each process cuts its part of a batch, to save memory; `data.batch_size` is the
             whole batch's, over all processes and pieces.
         clip_norm: the largest norm of all gradients together; null for none.
         checkpoint_minutes: a checkpoint is kept after each epoch, and within one so often; 0 for never.
-        schedule: `cosine` to 0 after `warmup_epochs`, or `constant`.
         precision: of the forward pass; scores and their ranking are always float32.
+        compile: `torch.compile`; true, or the name of a mode of it.
+        channels_last: keep images and convolutions' weights channels last.
+        sync_batchnorm: batch statistics over all processes, on GPUs.
+        deterministic: only algorithms that give the same result each time; on the CPU all do.
+        trackers: of Accelerate, by name: `tensorboard`, `wandb`, `mlflow`, `trackio`.
         seed: of the order of images, augmentation and dropout, and of a dense network's weights.
     """
 
     epochs: Annotated[int, Field(ge=1)]
     optimizer: Annotated[str, _known(_optimizer)] = "sgd"
+    optimizer_kwargs: dict[str, Any] = {}
     lr: Positive
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = False
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "constant", "step", "multistep", "poly", "tanh"] = "cosine"
+    schedule_kwargs: dict[str, Any] = {}
+    schedule_per: Literal["epoch", "step"] = "epoch"
     warmup_epochs: Annotated[int, Field(ge=0)] = 0
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    mixup_prob: Fraction = 1.0
+    mixup_switch_prob: Fraction = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     clip_norm: Positive | None = None
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+    deterministic: bool = False
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _arguments(self) -> "Training":
+        try:
+            rates(self)(0.0, 1.0)
+        except Exception as error:
+            raise ValueError(f"schedule_kwargs are no arguments of timm's {self.schedule} schedule: {error}") from None
+        return self
 
 
 class Recipe(_Section):
