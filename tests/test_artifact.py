@@ -547,16 +547,16 @@ def test_a_failure_half_way_leaves_the_old_file(call, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupt_half_way_leaves_the_old_file(tmp_path):
+def test_an_interrupt_half_way_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "net"
     path.write_bytes(b"old")
 
-    def write(file):
-        file.write(b"new")
+    def interrupted(*_):
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, write)
+        write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 

@@ -168,7 +168,44 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
+def small_disk(tmp_path: Path, size: str) -> Path:
+    """A folder on a file system of that size."""
+    (disk := tmp_path / "disk").mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    return disk
+
+
+def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
+    """During a checkpoint: the run ends with what did not fit, the checkpoints before stay, and it goes on from them."""
+    disk = small_disk(tmp_path, "1m")
+    try:
+        process = begun(disk / "run")
+        ballast = disk / "ballast"
+        with open(ballast, "wb", buffering=0) as file:
+            try:
+                while file.write(b"\0" * 4096):
+                    pass
+            except OSError:
+                pass
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 1
+        found = re.search(
+            r"checkpoints/\d+\.(safetensors|json) cannot be written: No space left on device; (.*)\n", said
+        )
+        assert found, said
+        assert re.match(r"[\d,]+ of [\d,]+ bytes did not fit", found[2])
+        assert not list(disk.rglob("*.part"))
+        assert list(checkpoint.newest_first(disk / "run" / "checkpoints"))
+        ballast.unlink()
+        assert run(disk / "run", "--resume").returncode == 0
+        assert artifact(disk / "run") == through
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_limit_on_files(tmp_path: Path) -> None:
     script = (
         "import resource, signal; from popup_surgery import train, PopupError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -177,7 +214,10 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         "except PopupError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert re.search(r"checkpoints/\d+\.safetensors cannot be written: File too large", done.stdout), done.stderr
+    found = re.search(r"checkpoints/\d+\.safetensors cannot be written: File too large; (.*) bytes did", done.stdout)
+    assert found, done.stderr
+    missing, needed = (int(number.replace(",", "")) for number in found[1].split(" of "))
+    assert needed - missing == 20_000
     assert not list((tmp_path / "run").rglob("*.part"))
 
 

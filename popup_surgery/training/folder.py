@@ -99,7 +99,7 @@ class RunFolder:
         if found:
             raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
         text = to_yaml(self.recipe.dump())
-        write_atomically(self.path / "recipe.yaml", lambda file: file.write(text.encode()))
+        write_atomically(self.path / "recipe.yaml", text.encode())
         self._write_metrics([])
         return None
 
@@ -125,7 +125,7 @@ class RunFolder:
 
     def _write_metrics(self, epochs: Sequence[Epoch]) -> None:
         text = "".join(json.dumps(epoch.line()) + "\n" for epoch in epochs)
-        write_atomically(self.path / "metrics.jsonl", lambda file: file.write(text.encode()))
+        write_atomically(self.path / "metrics.jsonl", text.encode())
 
     def check_recipe(self) -> None:
         """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""

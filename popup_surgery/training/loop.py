@@ -175,7 +175,6 @@ class Fit:
         """One step of the optimiser; False where the epoch has no more batches."""
         accelerator, training = self.accelerator, self.training
         _seed([training.seed, self.epoch, self.batch, self.part.rank])
-        self._set_rate()
         for piece in range(self.part.accumulate):
             images, labels, weight = next(pieces, (None, None, 0.0))
             if images is None or labels is None:
@@ -187,6 +186,7 @@ class Fit:
                 images = images.contiguous(memory_format=torch.channels_last)
             last = piece == self.part.accumulate - 1
             if piece == 0:
+                self._set_rate()
                 self.optimizer.zero_grad()
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
