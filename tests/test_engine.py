@@ -178,7 +178,7 @@ def small_disk(tmp_path: Path, size: str) -> Path:
 
 
 def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
-    """During a checkpoint: the run ends with what did not fit, the checkpoints before stay, and it goes on from them."""
+    """During a checkpoint: it ends with what did not fit, those before stay, and the run goes on from them."""
     disk = small_disk(tmp_path, "1m")
     try:
         process = begun(disk / "run")
@@ -190,7 +190,7 @@ def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
             except OSError:
                 pass
         _, said = process.communicate(timeout=60)
-        assert process.returncode == 1
+        assert process.returncode == 2
         found = re.search(
             r"checkpoints/\d+\.(safetensors|json) cannot be written: No space left on device; (.*)\n", said
         )
