@@ -3,8 +3,8 @@
     python benchmarks/train.py [--pairs 9] [--output benchmarks/results/train.json]
 
 Conv4, batch 128, images of CIFAR-10's size, made from a seed. One network is trained by a plain loop of forward,
-backward and step, the same by `Fit`, and its hidden form by `Fit`; they take epochs of ten steps in turn. Peak memory is
-that of processes of their own, on a CPU (Linux) less what they held before the network was built.
+backward and step, the same by `Fit`, and its hidden form by `Fit`; they take epochs of ten steps in turn. Peak memory
+is that of processes of their own, on a CPU (Linux) less what they held before the network was built.
 """
 
 import argparse
@@ -78,17 +78,22 @@ MAKERS: dict[str, Callable[[torch.device], Callable[[], None]]] = {
 }
 
 
-def memory(kind: str) -> int:
-    """Bytes that a process of its own takes for training, at their peak."""
-    done = subprocess.run([sys.executable, __file__, "--memory", kind], capture_output=True, text=True, check=True)
-    return int(done.stdout)
+def memory(kind: str) -> dict[str, float]:
+    """Mebibytes at the peak of a process of its own: all of it, and what training added; medians of five."""
+    call = [sys.executable, __file__, "--memory", kind]
+    found = [json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    return {key: statistics.median(each[key] for each in found) for key in found[0]}
 
 
 def print_memory(kind: str, device: torch.device) -> None:
     functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(3, 3, 3, 3))  # libraries that load at the first use
     before = kibibytes("VmRSS")
     MAKERS[kind](device)()
-    print(torch.cuda.max_memory_allocated() if device.type == "cuda" else 1024 * (kibibytes("VmHWM") - before))
+    peak = kibibytes("VmHWM") / 1024
+    if device.type == "cuda":
+        print(json.dumps({"device": torch.cuda.max_memory_allocated() / 2**20}))
+    else:
+        print(json.dumps({"process": peak, "training": peak - before / 1024}))
 
 
 def kibibytes(what: str) -> int:
@@ -131,8 +136,10 @@ def main() -> None:
         "images_per_second": {kind: round(value, 1) for kind, value in speed.items()},
         "dense_loop_over_bare": round(ratio("dense", "bare"), 3),
         "edge_popup_over_dense": round(ratio("edge_popup", "dense"), 3),
-        "peak_mebibytes": {kind: round(value / 2**20, 1) for kind, value in held.items()},
-        "peak_memory_edge_popup_over_dense": round(held["edge_popup"] / held["dense"], 3),
+        "peak_mebibytes": {kind: {key: round(value) for key, value in values.items()} for kind, values in held.items()},
+        "peak_memory_edge_popup_over_dense": {
+            key: round(value / held["dense"][key], 3) for key, value in held["edge_popup"].items()
+        },
     }
     print(json.dumps(result, indent=2))
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
