@@ -205,6 +205,36 @@ def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
+    disk = small_disk(tmp_path, "4m")
+    try:
+        process = begun(disk / "run")
+        process.kill()
+        process.communicate()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for folder in (disk / "run", disk / "new"):
+            refused = run(folder, "--resume")
+            assert (refused.returncode, refused.stderr) == (2, f"error: {folder} cannot be written: Read-only file system\n")
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert run(disk / "run", "--resume").returncode == 0
+        assert artifact(disk / "run") == through
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_clock_that_goes_backwards(stopped: Path, through: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which checkpoint is the newest is a matter of steps, not of the files' times."""
+    newest, before = checkpoint.newest_first(stopped / "checkpoints")
+    for path, when in ((newest, 1e9), (before, 2e9)):
+        for file in (path, path.with_suffix(".safetensors")):
+            os.utime(file, (when, when))
+    times = iter(range(2**31, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    result = train("digits", overrides=SHORT, output=stopped, resume=True)
+    assert result.file.read_bytes() == through
+    assert all(epoch.seconds > 0 and epoch.images_per_second > 0 for epoch in result.history)
+
+
 def test_a_limit_on_files(tmp_path: Path) -> None:
     script = (
         "import resource, signal; from popup_surgery import train, PopupError\n"
@@ -238,7 +268,7 @@ from popup_surgery import Recipe
 from popup_surgery.run import _network, quiet
 from popup_surgery.training.data import open_data
 from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import start
+from popup_surgery.training.processes import leave, start
 recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={sys.argv[2]}"])
 accelerator = start(recipe.training)
 model = _network(recipe)
@@ -246,6 +276,8 @@ fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet)
 fit._one_step(fit.data.train(0, fit.part))
 if accelerator.is_main_process:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, sys.argv[1])
+accelerator.wait_for_everyone()
+leave()
 """
 
 

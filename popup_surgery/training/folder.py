@@ -74,8 +74,8 @@ class RunFolder:
         try:
             yield
         finally:
+            (self.path / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another's
             lock.release()
-            (self.path / "lock").unlink(missing_ok=True)
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 

@@ -72,6 +72,12 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
     return accelerator
 
 
+def leave() -> None:
+    """End this process's part in the group, so that none waits for another that is gone."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @contextmanager
 def numerics(training: Training) -> Iterator[None]:
     """Within it algorithms are deterministic ones if the recipe asks for them, else the fastest.
