@@ -15,6 +15,7 @@ _HOMES = {
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
         "RecipeError", "RunError", "UnknownName",
     ),
+    "learners": ("sampled",),
     "layers": ("Tracer",),
     "planning": ("Coverage", "Plan", "plan"),
     "surgery": ("bake", "convert", "masks"),
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
         UnknownName,
     )
     from .layers import Tracer
+    from .learners import sampled
     from .planning import Coverage, Plan, plan
     from .run import Evaluation, Result, evaluate, predict, train
     from .surgery import bake, convert, masks

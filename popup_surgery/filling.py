@@ -30,3 +30,11 @@ def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
     """The elements of `tensor` in row-major order, in tensors of at most PIECE on the CPU."""
     flat = tensor.detach().reshape(-1)
     return (flat[start : start + PIECE].cpu() for start in range(0, flat.numel(), PIECE))
+
+
+def equals(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> bool:
+    """Whether `fill` with these pieces would leave `tensor` as it is."""
+    return all(
+        torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
+        for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
+    )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import MaskedWeightError
 from .kinds import kind_of
-from .learners import get_learner
+from .learners import Learner
 from .selection import Selection
 
 SLOTS = "_popup_slots"
@@ -33,28 +33,35 @@ class Ranking:
     version counter would not tell, because a fused optimiser and a write to `.data` leave it alone.
     """
 
-    def __init__(self, learner: str, kept: int) -> None:
+    def __init__(self, learner: Learner, kept: int) -> None:
         self.learner = learner
         self.kept = kept
         self.members: list[tuple[nn.Module, str]] = []
+        self.streams: list[str] = []
         self._selection: Selection | None = None
         self._held: list[Tensor] | None = None  # the scores, while a forward of the root runs
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_selection": None, "_held": None}
 
+    def add(self, module: nn.Module, name: str, stream: str) -> int:
+        """Rank the weight `name` of `module` here too. Returns its place."""
+        self.members.append((module, name))
+        self.streams.append(stream)
+        return len(self.members) - 1
+
     def scores(self) -> list[Tensor]:
         return [_parameter(module, score_name(name)) for module, name in self.members]
 
     def mask(self, index: int) -> Tensor:
         """The mask of member `index`: bool, of its weight's shape."""
-        scores, learner = self.scores(), get_learner(self.learner)
-        if _under_transform(scores):
-            return learner.trace([score.detach() for score in scores], self.kept)[index]
+        scores = self.scores()
+        if torch.compiler.is_compiling() or _under_transform(scores):
+            return self.learner.trace([score.detach() for score in scores], self.kept, self.streams)[index]
         held = self._held is not None and all(a is b for a, b in zip(self._held, scores, strict=True))
         if self._selection is None or not self._selection.holds(scores, index if held else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
-                self._selection = learner.select(scores, self.kept)
+                self._selection = self.learner.select(scores, self.kept, self.streams)
         return self._selection.masks[index]
 
     def hold_during_forward(self, root: nn.Module) -> None:
@@ -95,7 +102,7 @@ class Slot:
         stream: the stream name that its weights and scores were drawn under.
         fan_in: inputs summed into one output.
         std: the weights' standard deviation.
-        k: the share that was asked for; `scaled` weights were widened by √(1/k).
+        k: the share that was asked for, None where the learner takes none; `scaled` weights were widened by √(1/k).
         ranking, index: the group that it is ranked in, and its place there.
     """
 
@@ -103,7 +110,7 @@ class Slot:
     seed: int
     scheme: str
     scaled: bool
-    k: float
+    k: float | None
     distribution: str
     std: float
     fan_in: float
@@ -117,10 +124,9 @@ class Slot:
     def read(self, module: nn.Module, name: str) -> Tensor:
         """The masked weight: a fresh tensor at each read, with the learner's gradient to the score."""
         weight, score = _parameter(module, name), _parameter(module, score_name(name))
-        learner = get_learner(self.ranking.learner)
+        learner = self.ranking.learner
         if torch.compiler.is_compiling():
-            mask = learner.trace([s.detach() for s in self.ranking.scores()], self.ranking.kept)[self.index]
-            return learner.effective(weight, score, mask)
+            return learner.effective(weight, score, self.ranking.mask(self.index))
         if torch.jit.is_tracing():
             raise MaskedWeightError(
                 f"{name} of {type(module).__name__} was read by torch.jit.trace, which would freeze its mask; trace "
@@ -237,7 +243,10 @@ class Masked:
         return (_new, (type(self)._popup_base, tuple(self.__dict__[SLOTS])), *state)  # type: ignore[attr-defined]
 
     def extra_repr(self) -> str:
-        shares = ", ".join(f"{name} masked, k={slot.k:g}" for name, slot in self.__dict__[SLOTS].items())
+        shares = ", ".join(
+            f"{name} masked" + ("" if slot.k is None else f", k={slot.k:g}")
+            for name, slot in self.__dict__[SLOTS].items()
+        )
         return ", ".join(filter(None, [super().extra_repr(), shares]))  # type: ignore[misc]
 
 

@@ -35,6 +35,7 @@ class Settings(TypedDict, total=False):
     scaled: bool
     seed: int
     learner: str
+    learner_options: Mapping[str, Any]
     scope: Literal["layer", "global"]
     include: Patterns
     exclude: Patterns
@@ -48,12 +49,14 @@ DEFAULTS: dict[str, Any] = {
     "scaled": True,
     "seed": 0,
     "learner": "edge_popup",
+    "learner_options": {},
     "scope": "layer",
     "include": None,
     "exclude": None,
     "others": "frozen",
     "norm": "frozen",
 }
+WITHOUT_K = {"k": None, "scaled": False, "scope": "layer"}  # what learners that take no k allow
 _WORDS = {"scope": ("layer", "global"), "others": ("frozen", "train"), "norm": ("frozen", "train")}
 
 
@@ -65,7 +68,8 @@ class PlannedWeight:
         key: its `state_dict` key, the first of several; its stream's name.
         layer: its layer's class.
         shape: of the weight and of its scores.
-        k, kept: the share asked for, and the number of weights that gives (`scope="global"` spreads the sum freely).
+        k, kept: the share asked for, and the number of weights that gives (`scope="global"` spreads the sum freely);
+            None where the learner takes no k.
         scheme, distribution, std: where its values come from; of pretrained ones the distribution is `base`, std 0.
         fan_in: inputs summed into one output.
         owners: every (module, parameter name) that holds it.
@@ -74,8 +78,8 @@ class PlannedWeight:
     key: str
     layer: str
     shape: tuple[int, ...]
-    k: float
-    kept: int
+    k: float | None
+    kept: int | None
     scheme: str
     distribution: str
     std: float
@@ -167,8 +171,8 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """How many of them take part."""
-        return sum(weight.kept for weight in self.masked)
+        """How many of them take part, as far as k says so."""
+        return sum(weight.kept or 0 for weight in self.masked)
 
     @property
     def coverage(self) -> Coverage:
@@ -193,9 +197,11 @@ class Plan:
         if settings["scaled"] and (not self.masked or any(weight.distribution != BASE for weight in self.masked)):
             schemes += ", scaled"
         before = f", {len(self.before)} masked before" if self.before else ""
+        kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
+        if settings["k"] is None:
+            kept = "as many kept as the scores say"
         return (
-            f"{len(self.masked)} layers masked, {self.weights:,} weights, {self.kept:,} kept "
-            f"({self.kept / max(self.weights, 1):.1%}){before}\n"
+            f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
             f"{schemes}, seed {settings['seed']}, {settings['learner']}, "
@@ -211,7 +217,8 @@ class Plan:
         for weight in self.masked:
             shape = " × ".join(map(str, weight.shape))
             std = "pretrained" if weight.distribution == BASE else f"{weight.std:.5g}"
-            numbers = f"{weight.numel:,}", f"{weight.kept:,}", f"{weight.fan_in:g}", std
+            kept = "" if weight.kept is None else f"{weight.kept:,}"
+            numbers = f"{weight.numel:,}", kept, f"{weight.fan_in:g}", std
             table.add_row(weight.key, weight.layer, shape, *numbers)
         for column in table.columns[3:]:
             column.justify = "right"
@@ -244,7 +251,7 @@ def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]
         raise TypeError(f"convert has no argument {min(unknown)!r}; {hint}")
     before = core.__dict__.get(SETTINGS)
     if before is None:
-        return _plan(core, _checked(DEFAULTS | given), first=True)
+        return _plan(core, _checked(given), first=True)
     for name, value in ((name, _own(value)) for name, value in given.items()):
         if value != before[name]:
             raise ConversionError(
@@ -287,14 +294,22 @@ def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]
                 yield f"{prefix}.{name}" if prefix else name, module, name, slot
 
 
-def _checked(settings: dict[str, Any]) -> dict[str, Any]:
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
     """All settings, each of its type; a k or a scheme without a pattern for the rest has the default there."""
+    settings = DEFAULTS | given
+    if not get_learner(settings["learner"], settings["learner_options"]).takes_k:
+        for name, expected in WITHOUT_K.items():
+            if given.get(name, expected) != expected:
+                raise ConversionError(
+                    f"{name} is {given[name]!r}; expected {expected!r}; {settings['learner']} takes no k, its scores "
+                    "decide what is kept"
+                )
+        settings |= WITHOUT_K
     k = settings["k"]
-    get_learner(settings["learner"])
     for name, words in _WORDS.items():
         if settings[name] not in words:
             raise ConversionError(f"{name} is {settings[name]!r}; expected {' or '.join(map(repr, words))}")
-    for pattern, share in _by_pattern(settings, "k").items():
+    for pattern, share in _by_pattern(settings, "k").items() if k is not None else ():
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
             where = f" for {pattern!r}" if isinstance(k, Mapping) else ""
             raise ConversionError(f"k{where} is {share!r}; expected a number above 0 and up to 1, the share kept")
@@ -449,8 +464,9 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
             train = train and tensor.is_floating_point()
             rest.append(PlannedRest(key, tuple(tensor.shape), (module, parameter), how, train, done is not None))
             continue
-        share = float(_last_match(layer[0], shares))
-        kept = kept_count(tensor.numel(), share)
+        share = _last_match(layer[0], shares)
+        share = share if share is None else float(share)
+        kept = None if share is None else kept_count(tensor.numel(), share)
         if kept == 0 and settings["scope"] == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
         scheme = _scheme(layer[0], schemes, fresh)
@@ -458,7 +474,11 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
         if scheme != PRETRAINED:
             source = get_scheme(scheme)
             distribution = source.distribution
-            std = source.std(fan.fan_in, fan.fan_out, share, settings["scaled"])
+            std = source.std(fan.fan_in, fan.fan_out, share or 1.0, settings["scaled"])
+        elif get_learner(settings["learner"], settings["learner_options"]).rescale:
+            raise ConversionError(
+                f"{settings['learner']}: rescale is True, and {key} is pretrained, which no file could hold rescaled"
+            )
         cls, shape, held_by = type(module).__name__, tuple(tensor.shape), tuple((m, p) for _, m, p in held)
         weights.append(PlannedWeight(key, cls, shape, share, kept, scheme, distribution, std, fan.fan_in, held_by))
     total = sum(weight.numel for weight in weights) + sum(before.values())

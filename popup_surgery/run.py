@@ -16,6 +16,7 @@ from . import __version__
 from .artifact import inspect, load, save, start_from, stored_masks
 from .errors import DataError, RecipeError
 from .files import write_atomically
+from .learners import get_learner
 from .plots import draw_curve, draw_masks
 from .surgery import bake, convert, masks
 from .training import Recipe
@@ -34,7 +35,7 @@ class Result:
 
     Attributes:
         model: the plain network, with its effective weights, in eval mode.
-        accuracy: of the last epoch on the validation images, 0 … 1.
+        accuracy: of the last epoch on the validation images, 0 … 1; where the learner samples, of that epoch's sample.
         history: every epoch.
         output: the run's folder.
         file: the artifact in it, or a dense run's weights.
@@ -309,7 +310,10 @@ def _write_results(
             [layer.density for layer in layers],
             [layer.overlap for layer in layers],
         )
-        save(model, run.path / file, provenance=_provenance(recipe, history, data), probe=(1, *size))
+        accuracy = history[-1].accuracy
+        if get_learner(recipe.surgery.learner).samples:  # the file holds another network than the last epoch's sample
+            accuracy, _ = accuracy_of(bake(model).to(fit.accelerator.device), data.validation(), nullcontext)
+        save(model, run.path / file, provenance=_provenance(recipe, accuracy, len(history), data), probe=(1, *size))
     else:
         write_dense(model, run.path / file)
 
@@ -339,7 +343,7 @@ def _finished(run: RunFolder, recipe: Recipe) -> Result:
     return Result(model.eval(), history[-1].accuracy, history, run.path, file, weights, kept)
 
 
-def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str, Any]:
+def _provenance(recipe: Recipe, accuracy: float, epochs: int, data: Batches) -> dict[str, Any]:
     import numpy
     import timm
 
@@ -357,8 +361,8 @@ def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str
     }
     return {
         "recipe": values,
-        "accuracy": history[-1].accuracy,
-        "epochs": len(history),
+        "accuracy": accuracy,
+        "epochs": epochs,
         "classes": data.classes,
         "software": software,
     }

@@ -2,16 +2,21 @@
 
 import copy
 import logging
-from typing import Any, Unpack, cast
+from collections.abc import Iterator
+from typing import Unpack, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from . import zoo
 from .errors import ConversionError
-from .filling import fill
+from .filling import equals, fill
 from .layers import Ranking, Slot, drop_hooks, is_masked, masked_class, score_name, slots_of, swap, unswap
-from .learners import get_learner
+from .learners import Learner, get_learner
+from .learners.base import masked
+from .learners.sampling import settled
 from .planning import CONVERTED, SETTINGS, Plan, PlannedWeight, Settings, Shares, masked_weights, plan, unwrap
 from .rest import GENERATED, Generated
 from .selection import kept_count
@@ -45,13 +50,16 @@ def convert(
         model: any network, also one layer alone, also wrapped by DDP or `torch.compile`; or a name or description, as
             for `build`, of a network that is then built without its own initialisation, which takes the most time.
         k: share of a layer's weights that is kept, in (0, 1], 0.3 if not given; or shares by glob pattern on layer
-            names, of which the last that matches a layer counts, and 0.3 where none does.
+            names, of which the last that matches a layer counts, and 0.3 where none does. Not for learners whose scores
+            decide how many weights are kept, as `supermask`'s do.
         scheme: a key of `weights.SCHEMES`, `signed_kaiming_constant` if not given; or `pretrained`: the weights stay as
             they are, as in Piggyback (Mallya et al., ECCV 2018), and so does everything else; or schemes by glob
             pattern, as for k. Layers that `build` found no pretrained weights for are drawn.
-        scaled: widen drawn weights by √(1/k), which keeps the variance of a layer's output; True if not given.
+        scaled: widen drawn weights by √(1/k), which keeps the variance of a layer's output; True if not given, where
+            the learner takes a k.
         seed: 0 … 2⁶⁴ − 1; 0 if not given.
         learner: a key of `learners.LEARNERS`; `edge_popup` if not given.
+        learner_options: its options by name, as its class explains them, such as `{"rescale": True}`.
         scope: `layer`, if not given, ranks each layer by itself, `global` all layers together.
         include, exclude: glob patterns on module names; a pattern that matches a module covers all within it.
         others: `train` makes everything that is not masked trainable, `frozen`, if not given, nothing of it.
@@ -62,8 +70,8 @@ def convert(
         `model` itself, or the swapped layer if `model` is a layer, or the network of that name.
 
     Raises:
-        ConversionError: bad k, seed, scope, pattern or word; a layer would keep nothing; the network was converted
-            with other settings.
+        ConversionError: bad k, seed, scope, pattern, word or learner option; a layer would keep nothing; the network
+            was converted with other settings.
         NothingToConvert: there is no layer to mask, or the patterns leave none.
         UnknownName: no such scheme, learner or architecture.
     """
@@ -98,13 +106,16 @@ def convert(
 def bake(model: nn.Module) -> nn.Module:
     """A plain copy of a converted network: original classes and `state_dict` keys, effective weights, all trainable.
 
-    The copy shares no memory with `model`, which stays as it is.
+    The copy shares no memory with `model`, which stays as it is. Of a learner that samples it is the network that a
+    file would hold, or within `sampled` that sample.
     """
     core = unwrap(model)
     memo: dict[int, object] = {}
-    with torch.no_grad():
+    with torch.no_grad(), settled():
         for _, module, name, slot in masked_weights(core):
             raw, effective = module._parameters[name], slot.read(module, name)
+            if slot.ranking.learner.rescale:
+                effective = rebuilt(module, name, slot, slot.ranking.mask(slot.index))
             # `data` of a plain tensor: a write to the copy is none to the masked weight
             memo[id(raw)] = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
             memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
@@ -127,8 +138,12 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The mask of each masked weight, by the weight's `state_dict` key: bool, of the weight's shape, a copy."""
-    return {key: slot.ranking.mask(slot.index).clone() for key, _, _, slot in masked_weights(unwrap(model))}
+    """The mask of each masked weight, by the weight's `state_dict` key: bool, of the weight's shape, a copy.
+
+    Of a learner that samples they are those that a file would hold, or within `sampled` those of that sample.
+    """
+    with settled():
+        return {key: slot.ranking.mask(slot.index).clone() for key, _, _, slot in masked_weights(unwrap(model))}
 
 
 def _build(described: str | Architecture, k: Shares | None, settings: Settings) -> nn.Module:
@@ -149,8 +164,9 @@ def _build(described: str | Architecture, k: Shares | None, settings: Settings) 
 
 def _apply(core: nn.Module, planned: Plan) -> None:
     settings = planned.settings
+    learner = get_learner(settings["learner"], settings["learner_options"])
     # all that could fail comes before the first change
-    scores = [_initial_scores(weight, settings) for weight in planned.masked]
+    scores = [_initial_scores(weight, learner, settings["seed"]) for weight in planned.masked]
     names: dict[nn.Module, list[str]] = {}
     for weight in planned.masked:
         for owner, held in weight.owners:
@@ -164,19 +180,19 @@ def _apply(core: nn.Module, planned: Plan) -> None:
         module, name = weight.owners[0]
         if weight.distribution != BASE:
             _draw(module, name, weight.distribution, weight.std, settings["seed"], "weight", weight.key)
-        ranking = Ranking(settings["learner"], weight.kept)
-        ranking.members.append((module, name))
+        ranking = Ranking(learner, weight.kept or 0)
+        index = ranking.add(module, name, weight.key)
         for owner, held in weight.owners:
             cast(Tensor, owner._parameters[held]).requires_grad_(False)
             slots.setdefault(owner, {})[held] = Slot(
                 weight.key, settings["seed"], weight.scheme, settings["scaled"] and weight.distribution != BASE,
-                weight.k, weight.distribution, weight.std, weight.fan_in, ranking, 0,
+                weight.k, weight.distribution, weight.std, weight.fan_in, ranking, index,
             )  # fmt: skip
             new_scores.setdefault(owner, {})[held] = score
     for module in slots:
         swap(module, slots[module], new_scores[module])
     if settings["scope"] == "global":
-        _rank_together(core, settings)
+        _rank_together(core, learner, settings["k"])
 
     for other in planned.rest:
         module, name = other.owner
@@ -212,24 +228,36 @@ def _synchronise(model: nn.Module) -> None:
             module.process_group = group
 
 
-def _initial_scores(weight: PlannedWeight, settings: dict[str, Any]) -> nn.Parameter:
+def rebuilt(module: nn.Module, name: str, slot: Slot, mask: Tensor) -> Tensor:
+    """A drawn or pretrained weight under `mask` as a file gives it, to the bit."""
+
+    def drawn(std: float) -> Iterator[NDArray[np.float32]]:
+        return draw(slot.distribution, weight.numel(), std, slot.seed, "weight", slot.stream)
+
+    weight = cast(Tensor, module._parameters[name]).detach()
+    factor = slot.ranking.learner.factor(mask)
+    if factor != 1 and equals(weight, drawn(slot.std)):  # else it was loaded, and there will be no file
+        weight, factor = fill(torch.empty_like(weight), drawn(slot.std * factor)), 1.0
+    weight = masked(weight, mask)
+    return weight * factor if factor != 1 else weight
+
+
+def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Parameter:
     module, name = weight.owners[0]
     score = torch.empty_like(cast(Tensor, module._parameters[name]), dtype=torch.float32, requires_grad=False)
-    learner = get_learner(settings["learner"])
-    return nn.Parameter(fill(score, learner.initial_scores(weight.numel, weight.fan_in, settings["seed"], weight.key)))
+    return nn.Parameter(fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key)))
 
 
-def _rank_together(core: nn.Module, settings: dict[str, Any]) -> None:
+def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:
     """One ranking for all masked weights of `core`, in place of those that they had."""
-    ranking = Ranking(settings["learner"], 0)
+    ranking = Ranking(learner, 0)
     place: dict[int, int] = {}
-    for _, module, name, _ in masked_weights(core):
-        place[id(module._parameters[name])] = len(ranking.members)
-        ranking.members.append((module, name))
+    for _, module, name, slot in masked_weights(core):
+        place[id(module._parameters[name])] = ranking.add(module, name, slot.stream)
     for module in core.modules():
         for name, slot in slots_of(module).items():
             slot.ranking, slot.index = ranking, place[id(module._parameters[name])]
-    ranking.kept = kept_count(sum(score.numel() for score in ranking.scores()), settings["k"])
+    ranking.kept = kept_count(sum(score.numel() for score in ranking.scores()), k)
     drop_hooks(core)
     ranking.hold_during_forward(core)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from popup_surgery import PopupError, Recipe, RecipeError, UnknownName
 from popup_surgery.learners import LEARNERS
+from popup_surgery.planning import WITHOUT_K
 from popup_surgery.training.recipe import find, read_yaml, shipped, to_yaml
 from popup_surgery.weights import SCHEMES
 
@@ -316,7 +317,7 @@ share = st.floats(0, 1, exclude_min=True)
 positive = st.floats(1e-300, 1e300)
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 patterns = st.none() | text | st.lists(text, max_size=3)
-surgeries = st.just("none") | st.fixed_dictionaries(
+hidden = st.fixed_dictionaries(
     {
         "k": share | st.dictionaries(text, share, max_size=3),
         "scheme": st.sampled_from(sorted(SCHEMES)),
@@ -327,6 +328,9 @@ surgeries = st.just("none") | st.fixed_dictionaries(
         "include": patterns,
         "exclude": patterns,
     }
+)
+surgeries = st.just("none") | hidden.map(
+    lambda values: values if LEARNERS[values["learner"]].takes_k else values | WITHOUT_K
 )
 recipes = st.fixed_dictionaries(
     {

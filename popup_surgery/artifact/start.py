@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..layers import score_name
-from ..learners import get_learner
 from ..planning import masked_weights, unwrap
-from ..surgery import bake
+from ..surgery import bake, rebuilt
 from .reader import Artifact, fill_network, naming, read
 
 
@@ -43,7 +42,8 @@ def start_from(model: nn.Module, path: str | Path, *, base: nn.Module | str | Pa
             raise ArtifactError(f"{odd!r} is masked in {'the file' if odd in masks else 'the network'} alone")
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
-            if not torch.equal(cast(Tensor, module._parameters[name]) * masks[entry.name], entries[entry.name]):
+            mask = masks[entry.name].to(entries[entry.name].device)
+            if not torch.equal(rebuilt(module, name, slot, mask), entries[entry.name]):
                 raise ArtifactError(
                     f"the weights of {entry.name!r} are other ones: the file's are of seed {artifact.manifest.seed}, "
                     f"{entry.distribution} {entry.std:g}; the network's of seed {slot.seed}, {slot.distribution} "
@@ -58,7 +58,7 @@ def start_from(model: nn.Module, path: str | Path, *, base: nn.Module | str | Pa
         for ranking in rankings.values():
             scores = ranking.scores()
             chosen = [by_score[id(score)].to(score.device) for score in scores]
-            for score, moved in zip(scores, get_learner(ranking.learner).favour(scores, chosen), strict=True):
+            for score, moved in zip(scores, ranking.learner.favour(scores, chosen), strict=True):
                 score.copy_(moved)
 
 

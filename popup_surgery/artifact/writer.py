@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConversionError
 from ..files import write_atomically
-from ..filling import pieces_of
+from ..filling import equals, pieces_of
 from ..layers import Slot, score_name, slots_of
+from ..learners.sampling import settled
 from ..planning import unconverted, unwrap
 from ..rest import GENERATED, Generated
 from ..streams import draw
@@ -42,7 +43,8 @@ def save(
     Args:
         model: a network that `convert` returned, perhaps trained, perhaps wrapped.
         path: the file; one that is there is replaced at once or stays as it is.
-        provenance: JSON to go with it: recipe, accuracies, versions. What is not finite becomes null.
+        provenance: JSON to go with it: recipe, accuracies, versions. What is not finite becomes null. Where the learner
+            samples, its key `mask` says which network the file holds.
         probe: shape of an input, batch first, for which the first outputs are recorded, so that `verify` notices a
             library whose code has changed under an unchanged name.
 
@@ -56,7 +58,8 @@ def save(
         PopupError: the file cannot be written; what was there is as it was.
     """
     core = unwrap(model)
-    manifest, tensors = _describe(core, provenance or {}, probe)
+    with settled():
+        manifest, tensors = _describe(core, provenance or {}, probe)
     try:
         text = canonical(manifest.text())
     except (TypeError, ValueError) as error:
@@ -84,6 +87,9 @@ def _describe(
             f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion and "
             "would have no mask; mask new layers with convert(model) again, and save before layers are fused"
         )
+    learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
+    if shown := {learner.shown() for learner in learners if learner.samples}:
+        provenance = provenance | {"mask": ", ".join(sorted(shown))}
     entries = core.state_dict(keep_vars=True)
     masked: list[tuple[Drawn, Packed]] = []
     drawn: list[Drawn] = []
@@ -186,33 +192,29 @@ def _masked_entry(name: str, weight: Tensor, slot: Slot) -> tuple[Drawn, Packed]
         raise ArtifactError(
             f"{name!r} is a pretrained weight of float64; cast the network to float32 before it is saved"
         )
-    if slot.distribution != BASE and not _equals(
+    if slot.distribution != BASE and not equals(
         weight, draw(slot.distribution, weight.numel(), slot.std, slot.seed, "weight", slot.stream)
     ):
         raise ArtifactError(
             f"the weights of {name!r} are not those of seed {slot.seed} any more, so that no file could rebuild them; "
             "they were loaded or changed after conversion"
         )
-    packed = pack(slot.ranking.mask(slot.index).cpu().numpy())
-    note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": float(slot.k), "fan_in": float(slot.fan_in)}
+    mask = slot.ranking.mask(slot.index)
+    packed = pack(mask.cpu().numpy())
+    kept, std = ones(packed), slot.std * slot.ranking.learner.factor(mask)
+    k = kept / weight.numel() if slot.k is None else float(slot.k)
+    note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
     shape = tuple(weight.shape)
-    return Drawn(name, slot.stream, shape, dtype, slot.distribution, slot.std, ones(packed), note), packed
+    return Drawn(name, slot.stream, shape, dtype, slot.distribution, std, kept, note), packed
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> Drawn | None:
     """None where the tensor has been changed since, and must be stored."""
     pieces = draw(origin.distribution, tensor.numel(), origin.std, origin.seed, "other", origin.stream)
-    if origin.seed != seed or not tensor.numel() or not _equals(tensor, pieces):
+    if origin.seed != seed or not tensor.numel() or not equals(tensor, pieces):
         return None
     return Drawn(name, origin.stream, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], origin.distribution, origin.std)
-
-
-def _equals(tensor: Tensor, pieces: Any) -> bool:
-    return all(
-        torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
-        for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
-    )
 
 
 def _constant(tensor: Tensor) -> Constant | None:

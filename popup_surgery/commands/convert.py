@@ -19,12 +19,14 @@ class Rest(StrEnum):
 
 def run(
     arch: Annotated[str, typer.Argument(help="A network: resnet101, timm/vit_tiny_patch16_224, torchvision/…, conv4.")],
-    k: Annotated[float, typer.Option(help="Share of each layer's weights that is kept, in (0, 1].")] = 0.3,
+    k: Annotated[
+        float | None, typer.Option(help="Share of each layer's weights that is kept, in (0, 1]; 0.3 if not given.")
+    ] = None,
     scheme: Annotated[
         str, typer.Option(help="Weight scheme; pretrained keeps the library's weights.")
     ] = "signed_kaiming_constant",
     weights: Annotated[str | None, typer.Option(help="For pretrained: a tag of the library's, or a file.")] = None,
-    scaled: Annotated[bool, typer.Option(help="Widen the weights by √(1/k).")] = True,
+    scaled: Annotated[bool | None, typer.Option(help="Widen the weights by √(1/k), as if not given.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = 0,
     learner: Annotated[str, typer.Option(help="How the mask is learnt.")] = "edge_popup",
     scope: Annotated[Scope, typer.Option(help="Rank each layer by itself, or all together.")] = Scope.layer,
@@ -63,7 +65,8 @@ def run(
 
         given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
         kwargs = {key: value for key, value in given.items() if value is not None}
-        settings: dict[str, Any] = {"scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner}
+        settings: dict[str, Any] = {"scheme": scheme, "seed": seed, "learner": learner}
+        settings |= {} if scaled is None else {"scaled": scaled}
         settings |= {"scope": scope.value, "include": include or None, "exclude": exclude or None}
         settings |= {"others": others.value, "norm": norm.value}
         if weights is not None and scheme != PRETRAINED:

@@ -1,10 +1,16 @@
 """Ways to learn a mask: one file each, registered by name."""
 
-from ..errors import unknown
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from ..errors import ConversionError, nearest, unknown
 from .base import Learner
 from .edge_popup import EdgePopup
+from .sampling import sampled
+from .supermask import Supermask
 
-__all__ = ["LEARNERS", "EdgePopup", "Learner", "get_learner", "register_learner"]
+__all__ = ["LEARNERS", "EdgePopup", "Learner", "Supermask", "get_learner", "register_learner", "sampled"]
 
 LEARNERS: dict[str, Learner] = {}
 
@@ -16,11 +22,24 @@ def register_learner(name: str, learner: Learner) -> None:
     LEARNERS[name] = learner
 
 
-def get_learner(name: str) -> Learner:
-    """The learner called `name`; `UnknownName` lists the nearest."""
+def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
+    """The learner called `name`, with some of its options set.
+
+    Raises:
+        UnknownName: there is none; the message lists the nearest.
+        ConversionError: it has no such option, or the option no such value.
+    """
     if not isinstance(name, str) or name not in LEARNERS:
         raise unknown("learner", name, LEARNERS)
-    return LEARNERS[name]
+    learner = LEARNERS[name]
+    if options is not None and not isinstance(options, Mapping):
+        raise ConversionError(f"learner_options is {options!r}; expected a mapping from names to values")
+    known: list[str] = [field.name for field in fields(learner)] if is_dataclass(learner) else []
+    for option in options or {}:
+        if option not in known:
+            raise ConversionError(f"{name} has no option {option!r}; nearest: {nearest(str(option), known) or 'none'}")
+    return replace(learner, **options) if options else learner  # type: ignore[type-var]
 
 
 register_learner("edge_popup", EdgePopup())
+register_learner("supermask", Supermask())

@@ -17,19 +17,33 @@ class Learner(ABC):
     """A way to learn which weights take part. Stateless: one instance serves every layer.
 
     A learner draws a layer's first scores, turns the scores of a ranking group into masks, and says how a gradient
-    reaches a score.
+    reaches a score. One that has options is a frozen dataclass, and they are its fields.
+
+    Attributes:
+        takes_k: a share of weights that is kept is asked for; else the scores alone decide how many take part.
+        samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `shown` says.
+        rescale: `effective` multiplies what is kept by `factor`; a file holds weights drawn that much wider.
     """
+
+    takes_k: bool = True
+    samples: bool = False
+    rescale: bool = False
 
     @abstractmethod
     def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
         """First scores of the weight with the stream name `name`, row-major, in pieces of float32."""
 
     @abstractmethod
-    def select(self, scores: Sequence[Tensor], kept: int) -> Selection:
-        """Masks for scores ranked together, float32 of any shape; `kept` weights of them all take part."""
+    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
+        """Masks for scores ranked together, float32 of any shape; `kept` weights of them all take part.
+
+        Args:
+            kept: 0 where no k is taken.
+            names: the stream names of the scores' weights.
+        """
 
     @abstractmethod
-    def trace(self, scores: Sequence[Tensor], kept: int) -> Sequence[Tensor]:
+    def trace(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         """The masks of `select`, by operators alone, for compilers and tracers."""
 
     @abstractmethod
@@ -37,7 +51,7 @@ class Learner(ABC):
         """The weight that the network computes with, differentiable in `score`: shape and dtype of `weight`."""
 
     def favour(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """The same scores in other places, so that the weights in `masks` come before all others.
+        """The same scores in other places, so that the weights in `masks` come before all others and are kept.
 
         Args:
             scores: ranked together, float32 of any shape.
@@ -55,6 +69,14 @@ class Learner(ABC):
             size[chosen & (size == ranked[kept])] = torch.nextafter(ranked[kept], ranked.new_tensor(torch.inf))
         moved = size.copysign(flat).split([score.numel() for score in scores])
         return [part.view(score.shape) for part, score in zip(moved, scores, strict=True)]
+
+    def factor(self, mask: Tensor) -> float:
+        """n / Σm for the mask m of n weights where the learner rescales, else 1."""
+        return mask.numel() / max(int(mask.sum()), 1) if self.rescale else 1.0
+
+    def shown(self) -> str:
+        """Which of its networks `masks`, `bake` and `save` take, for people."""
+        return "the only network"
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

@@ -24,10 +24,10 @@ class EdgePopup(Learner):
     def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
         return draw_scores(numel, fan_in, seed, name)
 
-    def select(self, scores: Sequence[Tensor], kept: int) -> Selection:
+    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
         return select(scores, kept)
 
-    def trace(self, scores: Sequence[Tensor], kept: int) -> Sequence[Tensor]:
+    def trace(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         return select_op(list(scores), kept)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..errors import RunError, Stopped
+from ..learners import sampled
 from ..surgery import bake, masks
 from .checkpoint import Checkpoint
 from .data import Batch, Batches, Part, Progress
@@ -173,6 +174,11 @@ class Fit:
 
     def _one_step(self, pieces: Iterator[tuple[Tensor, Tensor, float]]) -> bool:
         """One step of the optimiser; False where the epoch has no more batches."""
+        # a learner that samples shows the pieces of a step, in all processes, the same network
+        with sampled(self.training.seed, self.epoch, self.batch):
+            return self._update(pieces)
+
+    def _update(self, pieces: Iterator[tuple[Tensor, Tensor, float]]) -> bool:
         accelerator, training = self.accelerator, self.training
         _seed([training.seed, self.epoch, self.batch, self.part.rank])
         for piece in range(self.part.accumulate):
@@ -264,7 +270,8 @@ class Fit:
         self._check_loss()
         loss, right, seen = self.accelerator.reduce(self.sums, "sum").tolist()
         self._share_statistics()
-        baked = bake(self.core)
+        with sampled(self.training.seed, self.epoch):
+            baked = bake(self.core)
         batches = self.data.validation(self.part)
         correct, images = _right_answers(baked, batches, self.accelerator.autocast)
         counts = self.accelerator.reduce(torch.tensor([correct, images], device=self.accelerator.device), "sum")

@@ -14,12 +14,15 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
+from ..planning import WITHOUT_K
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from ..zoo import check_kwargs, resolve
 from .schedule import rates
@@ -57,7 +60,15 @@ def _optimizer(name: str) -> None:
         raise unknown("optimizer", name, known)
 
 
+def _options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if "learner" in info.data:
+        _known(lambda name: get_learner(name, options)).func(info.data["learner"])
+    return options
+
+
 def _shares(k: Any) -> Any:
+    if k is None:
+        return k
     shares = k.values() if isinstance(k, dict) else [k]
     keys = list(k) if isinstance(k, dict) else []
     if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
@@ -104,18 +115,31 @@ class Model(_Section):
 
 
 class Surgery(_Section):
-    """The arguments of `convert`. `scaled` has no default: a recipe states it."""
+    """The arguments of `convert`. A recipe states `scaled`, and `k` where the learner takes one."""
 
-    k: Annotated[float | dict[str, float], PlainValidator(_shares)]
+    learner: Annotated[str, _known(get_learner)] = "edge_popup"
+    learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = {}
+    k: Annotated[float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True)] = None
     scheme: Annotated[str | dict[str, str], AfterValidator(_schemes)] = "signed_kaiming_constant"
     scaled: bool
-    learner: Annotated[str, _known(get_learner)] = "edge_popup"
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     scope: Literal["layer", "global"] = "layer"
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
     others: Literal["frozen", "train"] = "frozen"
     norm: Literal["frozen", "train"] = "frozen"
+
+    @field_validator("k", "scaled", "scope")
+    @classmethod
+    def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
+        learner, name = info.data.get("learner"), str(info.field_name)
+        if learner is None:
+            return value
+        if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
+            raise ValueError(f"expected {WITHOUT_K[name]!r}; {learner} takes no k, its scores decide what is kept")
+        if name == "k" and value is None and get_learner(learner).takes_k:
+            raise PydanticCustomError("missing", "missing")
+        return value
 
 
 class Data(_Section):
