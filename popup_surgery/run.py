@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from .errors import DataError, RecipeError
 from .files import write_atomically
 from .learners import get_learner
 from .plots import draw_curve, draw_masks
-from .surgery import bake, convert, masks
+from .surgery import bake, convert
 from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data, open_image
 from .training.folder import RunFolder, asked_to_stop, flat
@@ -38,7 +39,7 @@ class Result:
         accuracy: of the last epoch on the validation images, 0 … 1; where the learner samples, of that epoch's sample.
         history: every epoch.
         output: the run's folder.
-        file: the artifact in it, or a dense run's weights.
+        file: the artifact in it; or the weights, dense, where they were trained.
         weights, kept: masked weights and how many take part; a dense run keeps all.
     """
 
@@ -107,8 +108,10 @@ def train(
     folder = Path(output) if output is not None else Path("runs") / name
     stem = name.rsplit("/", 1)[-1]
     hidden = recipe.surgery != "none"
-    file = f"{stem}.popup.safetensors" if hidden else f"{stem}.safetensors"
-    run = RunFolder(folder, recipe, ("curve.png", *(["masks.png"] if hidden else []), file))
+    dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
+    file = f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"
+    pictures = ("curve.png", "masks.png") if hidden else ("curve.png",)
+    run = RunFolder(folder, recipe, (*pictures, *([f"{stem}.masks.safetensors"] if hidden and dense else []), file))
     if resume and run.finished:
         return _finished(run, recipe)
 
@@ -145,12 +148,12 @@ def train(
         model = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False).cpu()
         if main:
             _write_results(run, recipe, model, fit, data, size)
-            weights, share = _counts(model, kept)
+            weights, share = _counts(model, fit.masks())
             result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": share, "file": file}
             add_table(accelerator, result)
             run.finish()
         accelerator.wait_for_everyone()
-    counts = _counts(model, kept)
+    counts = _counts(model, fit.masks())
     return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *counts)
 
 
@@ -310,17 +313,24 @@ def _write_results(
             [layer.density for layer in layers],
             [layer.overlap for layer in layers],
         )
+    if file.endswith(".popup.safetensors") and recipe.surgery != "none":
         accuracy = history[-1].accuracy
         if get_learner(recipe.surgery.learner).samples:  # the file holds another network than the last epoch's sample
             accuracy, _ = accuracy_of(bake(model).to(fit.accelerator.device), data.validation(), nullcontext)
         save(model, run.path / file, provenance=_provenance(recipe, accuracy, len(history), data), probe=(1, *size))
-    else:
-        write_dense(model, run.path / file)
+        return
+    if (other := _masks_file(run)) is not None:
+        write_atomically(other, serialize({key: mask.cpu() for key, mask in fit.masks().items()}))
+    write_dense(bake(model), run.path / file)
 
 
-def _counts(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Masked weights and how many take part; of a dense network all, but for those outside the masks `kept`."""
-    found = masks(model) or kept
+def _masks_file(run: RunFolder) -> Path | None:
+    """The file beside dense weights that says which of them take part."""
+    return next((run.path / name for name in run.results if name.endswith(".masks.safetensors")), None)
+
+
+def _counts(model: nn.Module, found: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Weights that the masks `found` are for, and how many take part; without masks all, twice."""
     if not found:
         return (count := sum(parameter.numel() for parameter in model.parameters())), count
     return sum(mask.numel() for mask in found.values()), sum(int(mask.sum()) for mask in found.values())
@@ -333,9 +343,13 @@ def _finished(run: RunFolder, recipe: Recipe) -> Result:
     file = run.path / run.results[-1]
     history = tuple(Epoch(**line) for line in run.history())
     described = recipe.model
-    if recipe.surgery == "none":
+    if not file.name.endswith(".popup.safetensors"):
         model = build(described.name, pretrained=file, **described.kwargs)
-        weights, kept = _counts(model, stored_masks(described.init_from) if described.init_from else {})
+        if (other := _masks_file(run)) is not None:
+            found = load_file(other)
+        else:
+            found = stored_masks(described.init_from) if described.init_from else {}
+        weights, kept = _counts(model, found)
     else:
         manifest = inspect(file)
         base = described.pretrained if isinstance(described.pretrained, str) and manifest.base is not None else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import zoo
 from .errors import ConversionError
-from .filling import equals, fill
+from .filling import equals, fill, pieces_of
 from .layers import Ranking, Slot, drop_hooks, is_masked, masked_class, score_name, slots_of, swap, unswap
 from .learners import Learner, get_learner
 from .learners.base import masked
@@ -244,8 +244,14 @@ def rebuilt(module: nn.Module, name: str, slot: Slot, mask: Tensor) -> Tensor:
 
 def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Parameter:
     module, name = weight.owners[0]
-    score = torch.empty_like(cast(Tensor, module._parameters[name]), dtype=torch.float32, requires_grad=False)
-    return nn.Parameter(fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key)))
+    tensor = cast(Tensor, module._parameters[name])
+    values: Iterator[NDArray[np.float32]] = (
+        (piece.float().numpy() for piece in pieces_of(tensor))
+        if weight.distribution == BASE
+        else draw(weight.distribution, weight.numel, weight.std, seed, "weight", weight.key)
+    )
+    score = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
+    return nn.Parameter(fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values)))
 
 
 def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:

@@ -1,6 +1,7 @@
 """Each learner against its own equations, written out in plain PyTorch, and what becomes of its result."""
 
 import copy
+import dataclasses
 import math
 import os
 import re
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from popup_surgery import (
@@ -20,6 +22,7 @@ from popup_surgery import (
     RecipeError,
     UnknownName,
     bake,
+    build,
     convert,
     evaluate,
     inspect,
@@ -374,7 +377,94 @@ def test_convert_on_the_command_line(cli: Any, tmp_path: Path) -> None:
     assert " kept " not in cli("convert", "fc", "--learner", "supermask", "--dry-run").out.splitlines()[1]
 
 
+# dnw
+
+
+def test_dnw_trains_all_weights_and_uses_the_largest() -> None:
+    """Against the same steps written out: SGD with momentum and weight decay on v, of which the top k are used."""
+    layer, rule = conv(learner="dnw", k=0.4, scaled=False), {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    weights = raw(layer).clone()
+    v = weights.clone().requires_grad_()
+    ours, theirs = torch.optim.SGD([layer.weight_score], **rule), torch.optim.SGD([v], **rule)
+    used = []
+    for step in range(6):
+        images = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(step))
+        mask = torch.zeros(108)
+        mask[v.detach().abs().view(-1).argsort(descending=True, stable=True)[:44]] = 1
+        used.append(mask)
+        mask = mask.view(4, 3, 3, 3)
+        for optimizer in (ours, theirs):
+            optimizer.zero_grad()
+        layer(images).pow(2).sum().backward()
+        weight = (v.detach() * mask).requires_grad_()
+        nn.functional.conv2d(images, weight).pow(2).sum().backward()
+        v.grad = weight.grad  # straight through, for all
+        assert torch.equal(layer.weight.detach(), (v * mask).detach())
+        assert torch.equal(layer.weight_score.grad, v.grad)
+        assert layer.weight_score.grad[mask == 0].any()
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(layer.weight_score, v)
+    assert not torch.equal(used[0], used[-1]), "other weights became the largest"
+    assert torch.equal(raw(layer), weights)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_dnw_starts_as_the_weights(scheme: str) -> None:
+    net = small(learner="dnw", scheme=scheme)
+    for layer in (net[0], net[4]):
+        assert torch.equal(layer.weight_score, raw(layer))
+    low = small(learner="dnw", scheme=scheme).bfloat16()
+    assert low[4].weight.dtype == torch.bfloat16
+    kept = low[4].weight != 0
+    assert torch.equal(low[4].weight[kept], raw(low[4])[kept])
+
+
+def test_dnw_of_pretrained_weights() -> None:
+    layer = nn.Linear(30, 20)
+    weight = layer.weight.detach().clone()
+    convert(layer, 0.2, scheme="pretrained", learner="dnw")
+    assert torch.equal(layer.weight_score, weight)
+    assert layer.weight.abs()[layer.weight != 0].min() >= weight.abs().view(-1).sort(descending=True).values[119]
+
+
+def test_dnw_is_no_subnetwork_that_a_file_could_hold(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"DNW trains the weights themselves, .*bake\(model\)\.state_dict\(\)"):
+        save(small(learner="dnw"), tmp_path / "net")
+    assert not list(tmp_path.iterdir())
+
+
+def test_dnw_in_the_loop_writes_its_weights_and_masks(tmp_path: Path) -> None:
+    overrides = ["surgery.learner=dnw", "surgery.k=0.3", "training.epochs=4", "training.lr=0.02"]
+    result = train("digits", overrides=overrides, output=tmp_path / "run")
+    assert result.accuracy > 0.8
+    assert result.file.name == "digits.safetensors"
+    assert (result.weights, result.kept) == (23_568, sum(n - int(0.7 * n) for n in (144, 2304, 16384, 4096, 640)))
+    found = load_file(result.file.with_name("digits.masks.safetensors"))
+    state = load_file(result.file)
+    assert equal_states(result.model, build_digits(result.file))
+    assert list(found) == sorted(state)
+    assert all(torch.equal(state[key] != 0, mask) for key, mask in found.items())
+    drawn = bake(convert(build_digits(), k=1.0, scaled=False)).state_dict()
+    assert all((state[key] != drawn[key])[mask].float().mean() > 0.9 for key, mask in found.items()), "they have learnt"
+    again = train("digits", overrides=overrides, output=tmp_path / "run", resume=True)
+    assert equal_states(again.model, result.model)
+    assert dataclasses.replace(again, model=result.model) == result
+
+
+def test_dnw_goes_on_from_a_file(tmp_path: Path) -> None:
+    net = small(k=0.4)
+    save(net, tmp_path / "net")
+    fresh = small(k=0.4, learner="dnw")
+    start_from(fresh, tmp_path / "net")
+    assert equal_states(bake(fresh), bake(net))
+
+
 # in the loop
+
+
+def build_digits(pretrained: Any = False) -> nn.Module:
+    return build("popup_surgery/conv2", pretrained=pretrained, width=0.25, in_chans=1, img_size=8)
 
 
 @pytest.fixture(scope="module")

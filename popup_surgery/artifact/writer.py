@@ -53,8 +53,8 @@ def save(
 
     Raises:
         ArtifactError: the network is not converted, or not all of it since its head was replaced; it is on the meta
-            device, has weights that are no longer the seed's, or a `state_dict` entry that a file cannot hold; the
-            message names it.
+            device, has weights that are no longer the seed's or were trained, or a `state_dict` entry that a file
+            cannot hold; the message names it.
         PopupError: the file cannot be written; what was there is as it was.
     """
     core = unwrap(model)
@@ -88,6 +88,11 @@ def _describe(
             "would have no mask; mask new layers with convert(model) again, and save before layers are fused"
         )
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
+    if dense := next((type(learner).__name__ for learner in learners if learner.learns_weights), None):
+        raise ArtifactError(
+            f"the learner {dense} trains the weights themselves, which no seed gives back; write "
+            "bake(model).state_dict() as an ordinary file of weights, as train does"
+        )
     if shown := {learner.shown() for learner in learners if learner.samples}:
         provenance = provenance | {"mask": ", ".join(sorted(shown))}
     entries = core.state_dict(keep_vars=True)

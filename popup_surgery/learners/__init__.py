@@ -6,11 +6,12 @@ from typing import Any
 
 from ..errors import ConversionError, nearest, unknown
 from .base import Learner
+from .dnw import DNW
 from .edge_popup import EdgePopup
 from .sampling import sampled
 from .supermask import Supermask
 
-__all__ = ["LEARNERS", "EdgePopup", "Learner", "Supermask", "get_learner", "register_learner", "sampled"]
+__all__ = ["DNW", "LEARNERS", "EdgePopup", "Learner", "Supermask", "get_learner", "register_learner", "sampled"]
 
 LEARNERS: dict[str, Learner] = {}
 
@@ -43,3 +44,4 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
 
 register_learner("edge_popup", EdgePopup())
 register_learner("supermask", Supermask())
+register_learner("dnw", DNW())

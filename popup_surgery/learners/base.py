@@ -1,7 +1,7 @@
 """What a learner is, and the product of a weight and its mask that all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -22,16 +22,25 @@ class Learner(ABC):
     Attributes:
         takes_k: a share of weights that is kept is asked for; else the scores alone decide how many take part.
         samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `shown` says.
+        learns_weights: the scores are the weights that the network computes with, so that no file of a seed and a mask
+            can hold them.
         rescale: `effective` multiplies what is kept by `factor`; a file holds weights drawn that much wider.
     """
 
     takes_k: bool = True
     samples: bool = False
+    learns_weights: bool = False
     rescale: bool = False
 
     @abstractmethod
-    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
-        """First scores of the weight with the stream name `name`, row-major, in pieces of float32."""
+    def initial_scores(
+        self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
+    ) -> Iterator[NDArray[np.float32]]:
+        """First scores of the weight with the stream name `name`, row-major, in pieces of float32.
+
+        Args:
+            weights: the weight's own values, in such pieces, made as they are asked for.
+        """
 
     @abstractmethod
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:

@@ -1,6 +1,6 @@
 """edge-popup: rank by |score|, gradient straight through the ranking (paper, section 3, equations 3 to 5)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,9 @@ class EdgePopup(Learner):
     part, of equal scores the lower index, where the authors' code leaves ties to its sort.
     """
 
-    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
+    def initial_scores(
+        self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
+    ) -> Iterator[NDArray[np.float32]]:
         return draw_scores(numel, fan_in, seed, name)
 
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:

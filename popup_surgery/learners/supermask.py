@@ -1,7 +1,7 @@
 """Supermasks: a probability for each weight, a network drawn at each forward (Zhou et al., 2019, section 5)."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,9 @@ class Supermask(Learner):
             if not holds:
                 raise ConversionError(f"supermask: {name} is {getattr(self, name)!r}; expected {expected}")
 
-    def initial_scores(self, numel: int, fan_in: float, seed: int, name: str) -> Iterator[NDArray[np.float32]]:
+    def initial_scores(
+        self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
+    ) -> Iterator[NDArray[np.float32]]:
         if self.init == "uniform":
             return draw_scores(numel, fan_in, seed, name)
         return (np.full(min(PIECE, numel - start), self.init, np.float32) for start in range(0, numel, PIECE))

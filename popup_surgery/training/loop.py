@@ -120,8 +120,8 @@ class Fit:
         self.seconds = 0.0  # spent on the epoch before the run was gone on with
         self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)  # loss, right answers, images
         self.wrong = torch.tensor(-1, device=accelerator.device)  # the first step whose loss was not finite
-        self.numel = {key: mask.numel() for key, mask in masks(model).items()}
-        self.initial = self.before = self.found = _packed(model)  # masks at the start, an epoch ago, and now
+        self.numel = {key: mask.numel() for key, mask in self.masks().items()}
+        self.initial = self.before = self.found = self._packed()  # masks at the start, an epoch ago, and now
 
     @property
     def epoch(self) -> int:
@@ -212,17 +212,28 @@ class Fit:
         return True
 
     def _hold_zeros(self, kept: Mapping[str, Tensor]) -> None:
-        held = [(self.core.get_parameter(name), mask.to(self.accelerator.device)) for name, mask in kept.items()]
+        self.held = {
+            name: (self.core.get_parameter(name), mask.to(self.accelerator.device, copy=True))
+            for name, mask in kept.items()
+        }
 
         def zero(*_: Any) -> None:
             with torch.no_grad():
-                for parameter, mask in held:
+                for parameter, mask in self.held.values():
                     parameter.mul_(mask)
 
-        for parameter, mask in held:
+        for parameter, mask in self.held.values():
             parameter.register_hook(mask.mul)  # keeps them out of the gradients' norm
-        if held:  # whatever an optimiser does with a gradient of 0
+        if self.held:  # whatever an optimiser does with a gradient of 0
             self.optimizer.optimizer.register_step_post_hook(zero)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The masks of a converted network, or those that a plain one's weights are held in."""
+        return masks(self.core) or {name: mask for name, (_, mask) in self.held.items()}
+
+    def _packed(self) -> dict[str, Packed]:
+        """The masks, one bit a weight."""
+        return {key: np.packbits(mask.cpu().numpy()) for key, mask in self.masks().items()}
 
     def _set_rate(self) -> None:
         position, stride = float(self.epoch), 1.0
@@ -277,7 +288,7 @@ class Fit:
         counts = self.accelerator.reduce(torch.tensor([correct, images], device=self.accelerator.device), "sum")
         if not counts[1]:
             raise RunError("the data set has no validation images")
-        self.before, self.found = self.found, _packed(self.core)
+        self.before, self.found = self.found, self._packed()
         changed = sum(_ones(mask ^ self.before[key]) for key, mask in self.found.items())
         epoch = Epoch(
             self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen,
@@ -312,7 +323,7 @@ class Fit:
         if self.part.processes == 1:
             return
         digest = hashlib.sha256()
-        for mask in _packed(self.core).values():
+        for mask in self._packed().values():
             digest.update(mask.tobytes())
         digests = gather_object([digest.hexdigest()])
         for rank, other in enumerate(digests):
@@ -419,11 +430,6 @@ def _right_answers(model: nn.Module, batches: Iterator[Batch], autocast: Callabl
             correct = right if correct is None else correct + right
             seen += len(labels)
     return int(correct or 0), seen
-
-
-def _packed(model: nn.Module) -> dict[str, Packed]:
-    """The masks of a converted network, one bit a weight."""
-    return {key: np.packbits(mask.cpu().numpy()) for key, mask in masks(model).items()}
 
 
 def _ones(bits: Packed) -> int:

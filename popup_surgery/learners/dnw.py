@@ -1,0 +1,52 @@
+"""Discovering neural wirings: the weights learn, and the largest of them are used (Wortsman et al., 2019)."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .base import masked
+from .edge_popup import EdgePopup
+
+
+class DNW(EdgePopup):
+    """w_eff = v · h(|v|), where h is 1 for the k share of a layer's largest |v| and 0 elsewhere.
+
+    "Discovering Neural Wirings", NeurIPS 2019, algorithm 1, within given layers. Backward, straight through h:
+    ∂L/∂v = ∂L/∂w_eff, for kept and unkept weights alike. v is the score: float32, of the weight's shape, and starts as
+    the weight, which itself stays as it is. What has learnt is no subnetwork of the seed's weights: it is written
+    densely. Deviation: exactly `kept` weights take part, of equal ones the lower index.
+    """
+
+    learns_weights = True
+
+    def initial_scores(
+        self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
+    ) -> Iterator[NDArray[np.float32]]:
+        return iter(weights)
+
+    def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        return _StraightThrough.apply(score, mask, weight.dtype)
+
+    def favour(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """The weights of `masks`, and 0 for all others."""
+        return [torch.where(mask, score.detach(), 0.0) for score, mask in zip(scores, masks, strict=True)]
+
+
+class _StraightThrough(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(score: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        return masked(score.to(dtype), mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, torch.dtype], output: Tensor) -> None:
+        ctx.dtype = inputs[0].dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
