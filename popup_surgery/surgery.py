@@ -251,7 +251,8 @@ def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Pa
         else draw(weight.distribution, weight.numel, weight.std, seed, "weight", weight.key)
     )
     score = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
-    return nn.Parameter(fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values)))
+    fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values))
+    return nn.Parameter(score, requires_grad=learner.trains)
 
 
 def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:

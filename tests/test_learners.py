@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 import os
 import re
@@ -35,7 +36,11 @@ from popup_surgery import (
     verify,
 )
 from popup_surgery.learners import get_learner
+from popup_surgery.training.recipe import to_yaml
 from popup_surgery.weights import SCHEMES
+
+# timm's readers hand out open files and leave the closing to the garbage collector
+pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
 
 SUPERMASK = ["surgery.learner=supermask", "surgery.k=null", "training.lr=50", "training.weight_decay=0"]
 
@@ -458,6 +463,78 @@ def test_dnw_goes_on_from_a_file(tmp_path: Path) -> None:
     fresh = small(k=0.4, learner="dnw")
     start_from(fresh, tmp_path / "net")
     assert equal_states(bake(fresh), bake(net))
+
+
+# random
+
+
+def test_a_random_mask_is_any_choice_of_k_weights() -> None:
+    """Over seeds: each weight as often as any other, and each pair too, with the exact number in each mask."""
+    n, k, draws = 12, 1 / 3, 3000
+    found = []
+    for seed in range(draws):
+        layer = convert(nn.Linear(n, 1, bias=False), k, learner="random", seed=seed)
+        found.append(masks(layer)["weight"].view(-1))
+    chosen = torch.stack(found).double()
+    kept = n - int((1 - k) * n)
+    assert (chosen.sum(1) == kept).all()
+    p = kept / n
+    assert ((chosen.mean(0) - p).abs() < 4.5 * math.sqrt(p * (1 - p) / draws)).all()
+    pairs = (chosen.T @ chosen / draws)[~torch.eye(n, dtype=torch.bool)]
+    both = kept * (kept - 1) / (n * (n - 1))
+    assert ((pairs - both).abs() < 4.5 * math.sqrt(both * (1 - both) / draws)).all()
+
+
+def test_nothing_of_a_random_network_learns_unless_it_is_told_to() -> None:
+    net = small(learner="random", k=0.5)
+    assert not any(parameter.requires_grad for parameter in net.parameters())
+    assert {n for n, p in small(learner="random", norm="train").named_parameters() if p.requires_grad} == {
+        "1.weight",
+        "1.bias",
+    }
+    layer = conv(learner="random", k=0.4)
+    layer._parameters["weight"].requires_grad_()
+    layer(x(2, 3, 6, 6)).sum().backward()
+    assert torch.equal(layer._parameters["weight"].grad != 0, masks(layer)["weight"])
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_random_masks_in_the_loop(processes: int, images: Path, tmp_path: Path) -> None:
+    values = {
+        "model": {"name": "timm/test_resnet", "kwargs": {"num_classes": 3}},
+        "surgery": {"k": 0.5, "scaled": False, "learner": "random"},
+        "data": {"name": "folder", "root": str(images), "batch_size": 8, "workers": 0, "input_size": [3, 16, 16]},
+        "training": {"epochs": 2, "lr": 0.1, "weight_decay": 0.1, "clip_norm": 1.0},
+    }
+    (tmp_path / "random.yaml").write_text(to_yaml(values))
+    call = ["-m", "popup_surgery", "train", str(tmp_path / "random.yaml"), "-o", str(tmp_path / "run")]
+    words = [sys.executable, *call, "--num-processes", str(processes)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    file = tmp_path / "run" / "random.popup.safetensors"
+    fresh = convert(build("timm/test_resnet", num_classes=3), 0.5, scaled=False)
+    loaded = load(file)
+    for key, mask in masks(fresh).items():
+        assert torch.equal(loaded.get_parameter(key) != 0, mask), "the first mask is the last"
+    means = {name: buffer for name, buffer in loaded.named_buffers() if name.endswith("running_mean")}
+    assert means
+    assert all(mean.any() for mean in means.values()), "and statistics have accumulated"
+    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert evaluate(file, data_dir=images).accuracy == last["accuracy"]
+    assert last["changed"] == 0
+
+
+def test_a_random_network_whose_norms_learn(images: Path, tmp_path: Path) -> None:
+    values = {
+        "model": {"name": "timm/test_resnet", "kwargs": {"num_classes": 3}},
+        "surgery": {"k": 0.5, "scaled": False, "learner": "random", "norm": "train"},
+        "data": {"name": "folder", "root": str(images), "batch_size": 4, "workers": 0, "input_size": [3, 16, 16]},
+        "training": {"epochs": 1, "lr": 0.1},
+    }
+    result = train(values, output=tmp_path / "run")
+    scales = [p for n, p in result.model.named_parameters() if n.endswith("bn1.weight")]
+    assert scales
+    assert all((scale != 1).any() for scale in scales)
 
 
 # in the loop

@@ -8,10 +8,21 @@ from ..errors import ConversionError, nearest, unknown
 from .base import Learner
 from .dnw import DNW
 from .edge_popup import EdgePopup
+from .random_mask import RandomMask
 from .sampling import sampled
 from .supermask import Supermask
 
-__all__ = ["DNW", "LEARNERS", "EdgePopup", "Learner", "Supermask", "get_learner", "register_learner", "sampled"]
+__all__ = [
+    "DNW",
+    "LEARNERS",
+    "EdgePopup",
+    "Learner",
+    "RandomMask",
+    "Supermask",
+    "get_learner",
+    "register_learner",
+    "sampled",
+]
 
 LEARNERS: dict[str, Learner] = {}
 
@@ -45,3 +56,4 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
 register_learner("edge_popup", EdgePopup())
 register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
+register_learner("random", RandomMask())

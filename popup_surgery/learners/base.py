@@ -21,6 +21,7 @@ class Learner(ABC):
 
     Attributes:
         takes_k: a share of weights that is kept is asked for; else the scores alone decide how many take part.
+        trains: the scores are to be trained; else they stay as they were drawn.
         samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `shown` says.
         learns_weights: the scores are the weights that the network computes with, so that no file of a seed and a mask
             can hold them.
@@ -28,6 +29,7 @@ class Learner(ABC):
     """
 
     takes_k: bool = True
+    trains: bool = True
     samples: bool = False
     learns_weights: bool = False
     rescale: bool = False

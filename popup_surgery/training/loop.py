@@ -94,8 +94,9 @@ class Fit:
             options["nesterov"] = training.nesterov
         try:
             optimizer = create_optimizer_v2(
-                self.parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
-            )
+                self.parameters or [nn.Parameter(torch.empty(0))], training.optimizer, training.lr,
+                training.weight_decay, training.momentum, **options,
+            )  # fmt: skip
         except (TypeError, ValueError) as error:
             raise RunError(
                 f"training.optimizer {training.optimizer} does not take {training.optimizer_kwargs}: {error}"
@@ -109,7 +110,10 @@ class Fit:
             model = model.to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than 2.11
-            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            if self.parameters:
+                self.model, self.optimizer = accelerator.prepare(model, optimizer)
+            else:  # nothing that processes would exchange, which DDP refuses
+                self.model, self.optimizer = model.to(accelerator.device), accelerator.prepare(optimizer)
         self._hold_zeros(kept)
         if training.compile:
             self.model.compile(mode=None if training.compile is True else training.compile)
@@ -199,14 +203,16 @@ class Fit:
                     logits = self.model(images)
                     loss = self.criterion(logits.float(), targets)
                 # processes average their gradients; the weights sum to 1 over all pieces
-                accelerator.backward(loss * (weight * self.part.processes))
+                if self.parameters:
+                    accelerator.backward(loss * (weight * self.part.processes))
             count = len(labels) if weight else 0
             right = (logits.detach().argmax(1) == labels).sum()
             self.sums += torch.stack([loss.detach() * count, right * bool(count), torch.full_like(right, count)])
             self.wrong = torch.where((self.wrong < 0) & ~loss.detach().isfinite(), self.step, self.wrong)
         if training.clip_norm is not None:
             accelerator.clip_grad_norm_(self.parameters, training.clip_norm)
-        self.optimizer.step()
+        if self.parameters:
+            self.optimizer.step()
         self.batch += 1
         self.step += 1
         return True
