@@ -24,6 +24,7 @@ from .training import Recipe
 from .training.data import Batches, Progress, ambient_seed, open_data, open_image
 from .training.folder import RunFolder, asked_to_stop, flat
 from .training.loop import Epoch, Fit, accuracy_of
+from .training.lottery_ticket import TicketFit
 from .training.processes import numerics, start
 from .training.recipe import Data, override, parse_data
 from .training.trackers import add, add_table, tracked
@@ -110,8 +111,11 @@ def train(
     hidden = recipe.surgery != "none"
     dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
     file = f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"
-    pictures = ("curve.png", "masks.png") if hidden else ("curve.png",)
-    run = RunFolder(folder, recipe, (*pictures, *([f"{stem}.masks.safetensors"] if hidden and dense else []), file))
+    ticket = recipe.lottery_ticket
+    results = ["curve.png", file]
+    if hidden or ticket is not None:
+        results[1:1] = ["masks.png", f"{stem}.masks.safetensors"] if dense else ["masks.png"]
+    run = RunFolder(folder, recipe, results)
     if resume and run.finished:
         return _finished(run, recipe)
 
@@ -132,7 +136,8 @@ def train(
         _check_classes(model, data, size)
         start_file = recipe.model.init_from
         kept = stored_masks(start_file) if start_file is not None and not hidden else {}
-        fit = Fit(model, data, recipe.training, accelerator, shown, kept)
+        parts = model, data, recipe.training, accelerator, shown
+        fit = Fit(*parts, kept) if ticket is None else TicketFit(*parts, ticket)
         (checkpoint,) = broadcast_object_list([run.begin() if main else None])
         if checkpoint is not None:
             fit.restore(checkpoint)
@@ -304,7 +309,7 @@ def _write_results(
     file, history = run.results[-1], fit.history
     name = file.partition(".")[0]
     draw_curve(run.path / "curve.png", name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
-    if recipe.surgery != "none":
+    if "masks.png" in run.results:
         layers = fit.layers()
         draw_masks(
             run.path / "masks.png",

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,12 @@ from popup_surgery import (
     train,
     verify,
 )
+from popup_surgery.errors import Stopped
 from popup_surgery.learners import get_learner
+from popup_surgery.run import quiet
+from popup_surgery.training.data import ambient_seed, open_data
+from popup_surgery.training.lottery_ticket import TicketFit
+from popup_surgery.training.processes import start
 from popup_surgery.training.recipe import to_yaml
 from popup_surgery.weights import SCHEMES
 
@@ -616,3 +622,129 @@ def test_processes_and_pieces_of_a_step_see_the_same_sample(tmp_path: Path) -> N
         results.append(torch.load(file, weights_only=True))
     for name, score in results[0].items():
         assert (results[1][name] - score).abs().max() <= 1e-6 * score.abs().max(), name
+
+
+# the lottery ticket
+
+TICKET = ["surgery=none", "training.lr=0.05", "training.epochs=2", "training.checkpoint_minutes=0"]
+TICKET += ["lottery_ticket.k=0.2", "lottery_ticket.rounds=2", "lottery_ticket.rewind_epoch=1"]
+
+
+def digits_data(recipe: Recipe) -> Any:
+    return open_data(recipe.data, (1, 8, 8), recipe.training.seed, torch.device("cpu"), quiet)
+
+
+@pytest.fixture(scope="module")
+def ticket_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return train("digits", overrides=TICKET, output=tmp_path_factory.mktemp("ticket") / "run")
+
+
+def test_the_lottery_ticket_is_iterative_magnitude_pruning_with_rewinding(ticket_run: Any) -> None:
+    """Against the same written out: train, prune, rewind to the end of epoch 1, train, prune, rewind, train."""
+    recipe = Recipe.load("digits", TICKET)
+    data, training = digits_data(recipe), recipe.training
+    with ambient_seed([0]):
+        net = build_digits()
+    mask = {name: torch.ones_like(weight) for name, weight in net.named_parameters()}
+    start: dict[str, Tensor] = {}
+    for number, (pruned, epoch) in enumerate([(0, 0), (0, 1), (1, 1), (2, 1)]):
+        if number == 1:
+            start = {name: weight.detach().clone() for name, weight in net.named_parameters()}
+        if pruned:
+            for name, weight in net.named_parameters():
+                n = weight.numel()
+                size = torch.where(mask[name] > 0, weight.detach().abs(), -1).view(-1)
+                chosen = size.argsort(descending=True, stable=True)[: n - int((1 - 0.2 ** (pruned / 2)) * n)]
+                mask[name] = torch.zeros(n).index_fill(0, chosen, 1).view(weight.shape)
+                weight.data.copy_(start[name] * mask[name])
+        if pruned or number == 0:
+            optimizer = torch.optim.SGD(net.parameters(), 0.1, 0.9, weight_decay=1e-4)
+        optimizer.param_groups[0]["lr"] = 0.05 * 0.5 * (1 + math.cos(math.pi * epoch / 2))
+        for images, labels, _ in data.train(number):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(images), labels).backward()
+            for name, weight in net.named_parameters():
+                weight.grad *= mask[name]
+            optimizer.step()
+    found = load_file(ticket_run.file.with_name("digits.masks.safetensors"))
+    assert training.epochs == 2
+    assert len(ticket_run.history) == recipe.epochs == 4
+    assert all(torch.equal(found[name], chosen > 0) for name, chosen in mask.items())
+    state = load_file(ticket_run.file)
+    for name, weight in net.named_parameters():
+        torch.testing.assert_close(state[name], weight.detach())
+        assert not state[name][~found[name]].any()
+    assert ticket_run.accuracy > 0.8
+    assert [round(epoch.changed, 2) for epoch in ticket_run.history] == [0, 0, 0.55, 0.25]
+
+
+def test_a_ticket_is_written_densely_with_its_masks(ticket_run: Any) -> None:
+    kept = sum(n - int(0.8 * n) for n in (144, 2304, 16384, 4096, 640))
+    assert (ticket_run.weights, ticket_run.kept) == (23_568, kept)
+    assert {path.name for path in ticket_run.output.iterdir()} == {
+        "recipe.yaml", "metrics.jsonl", "curve.png", "masks.png", "digits.masks.safetensors", "digits.safetensors",
+    }  # fmt: skip
+    assert equal_states(ticket_run.model, build_digits(ticket_run.file))
+    again = train("digits", overrides=TICKET, output=ticket_run.output, resume=True)
+    assert dataclasses.replace(again, model=ticket_run.model) == ticket_run
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_ticket_that_was_stopped_ends_in_the_same_files(epoch: int, ticket_run: Any, tmp_path: Path) -> None:
+    """Also one that was stopped after the first step that follows a pruning."""
+
+    def after(ended: Any) -> None:
+        if ended.epoch == epoch:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=rf"in epoch {epoch + 1}$"):
+        train("digits", overrides=TICKET, output=tmp_path / "run", after_epoch=after)
+    result = train("digits", overrides=TICKET, output=tmp_path / "run", resume=True)
+    for name in ("digits.safetensors", "digits.masks.safetensors"):
+        assert (result.output / name).read_bytes() == (ticket_run.output / name).read_bytes()
+    assert [e.changed for e in result.history] == [e.changed for e in ticket_run.history]
+
+
+def test_what_is_pruned_does_not_come_back_even_before_a_weight_of_zero() -> None:
+    recipe = Recipe.load("digits", [*TICKET, "lottery_ticket.rewind_epoch=0"])
+    assert recipe.lottery_ticket is not None
+    net = build_digits()
+    parts = digits_data(recipe), recipe.training, start(recipe.training), quiet
+    fit = TicketFit(net, *parts, recipe.lottery_ticket)
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.zero_()
+            weight.view(-1)[-weight.numel() // 2 :] = torch.linspace(1, 2, weight.numel() - weight.numel() // 2)
+    fit._prune(0.5)
+    first = {key: mask.clone() for key, mask in fit.masks().items()}
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.zero_()
+    fit._prune(0.25)
+    for key, mask in fit.masks().items():
+        assert mask.sum() == mask.numel() // 4
+        assert not (mask & ~first[key]).any()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["lottery_ticket.k=0.2"], r"lottery_ticket\.rounds is missing"),
+        (["lottery_ticket.rounds=0"], r"lottery_ticket\.rounds is 0"),
+        (["lottery_ticket.k=1.5"], r"lottery_ticket\.k is 1\.5"),
+        (["lottery_ticket.k=0.2", "lottery_ticket.round=3"], r"lottery_ticket\.round is no key.*rounds"),
+        (
+            [*TICKET, "surgery={k: 0.5, scaled: false}"],
+            r"lottery_ticket trains a dense network; it needs surgery: none",
+        ),
+        ([*TICKET, "lottery_ticket.rewind_epoch=2"], r"lottery_ticket\.rewind_epoch is 2; expected less than .*, 2"),
+    ],
+)
+def test_what_a_lottery_ticket_refuses(overrides: list[str], says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        Recipe.load("digits", overrides)
+
+
+def test_a_ticket_that_would_keep_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match=r"k=1e-17 keeps none of the 144 weights of features\.0\.weight"):
+        train("digits", overrides=[*TICKET, "lottery_ticket.k=1e-17"], output=tmp_path / "run")

@@ -50,7 +50,7 @@ def run(
         join_slurm()
         first = os.environ.get("RANK", "0") == "0"
         loaded = Recipe.load(recipe, set_ or [])
-    epochs = loaded.training.epochs
+    epochs = loaded.epochs
 
     ran = []
 

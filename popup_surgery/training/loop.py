@@ -117,6 +117,7 @@ class Fit:
         self._hold_zeros(kept)
         if training.compile:
             self.model.compile(mode=None if training.compile is True else training.compile)
+        self.epochs = training.epochs
         self.history: list[Epoch] = []
         self.batch = 0  # of the epoch that is running, the next one
         self.step = 0  # of the whole run
@@ -149,11 +150,20 @@ class Fit:
             RunError: the loss is not finite; a process has other masks than the first.
             Stopped: `stop` was true.
         """
-        while self.epoch < self.training.epochs:
+        while self.epoch < self.epochs:
+            if not self.batch:
+                self._begin_epoch()
             self._train_epoch(keep, stop)
             self._end_epoch(after_epoch)
             self._keep(keep)
         return self.history
+
+    def _begin_epoch(self) -> None:
+        """Called before the first step of each epoch."""
+
+    def _scheduled(self) -> int:
+        """The epoch whose rate holds now."""
+        return self.epoch
 
     def _train_epoch(self, keep: Callable[[int, Checkpoint], None], stop: Callable[[], bool]) -> None:
         training, steps = self.training, self.data.steps()
@@ -161,7 +171,7 @@ class Fit:
         began = kept = time.monotonic()
         spent = self.seconds
         pieces = self.data.train(self.epoch, self.part, self.batch)
-        with self.progress(steps, f"epoch {self.epoch + 1}/{training.epochs}") as advance:
+        with self.progress(steps, f"epoch {self.epoch + 1}/{self.epochs}") as advance:
             for _ in range(self.batch):
                 advance()
             while self._one_step(pieces):
@@ -242,12 +252,13 @@ class Fit:
         return {key: np.packbits(mask.cpu().numpy()) for key, mask in self.masks().items()}
 
     def _set_rate(self) -> None:
-        position, stride = float(self.epoch), 1.0
+        epoch = self._scheduled()
+        position, stride = float(epoch), 1.0
         if self.training.schedule_per == "step":
             steps = self.data.steps()
             if not steps:
                 raise RunError("training.schedule_per is step; the data set does not say how many steps an epoch has")
-            position, stride = self.epoch + self.batch / steps, 1 / steps
+            position, stride = epoch + self.batch / steps, 1 / steps
         lr = self.rate(position, stride)
         for group in self.optimizer.param_groups:
             group["lr"] = lr

@@ -242,11 +242,31 @@ class Training(_Section):
         return self
 
 
+class LotteryTicket(_Section):
+    """Iterative magnitude pruning with rewinding of a dense network (Frankle and Carbin, 2019).
+
+    Attributes:
+        k: share of each layer's weights that is kept in the end.
+        rounds: how often it is pruned, each time by the same share, after `training.epochs` at first and as many, but
+            for `rewind_epoch`, between prunings and at the end.
+        rewind_epoch: what is left goes back to its value after so many epochs of the first training; 0 is the start.
+    """
+
+    k: Share
+    rounds: Annotated[int, Field(ge=1, le=1000)]
+    rewind_epoch: Annotated[int, Field(ge=0)] = 0
+
+    def epochs(self, epochs: int) -> int:
+        """All epochs, where a training has `epochs`."""
+        return epochs + self.rounds * (epochs - self.rewind_epoch)
+
+
 class Recipe(_Section):
     """Everything that decides a run: network, surgery (`none` trains it densely), data and training."""
 
     model: Model
     surgery: Surgery | Literal["none"]
+    lottery_ticket: LotteryTicket | None = None
     data: Data = Data()
     training: Training
 
@@ -267,6 +287,24 @@ class Recipe(_Section):
             if self.model.pretrained and not wanted:
                 raise ValueError(f"surgery.scheme {scheme} would overwrite the weights of model.pretrained")
         return self
+
+    @model_validator(mode="after")
+    def _ticket(self) -> "Recipe":
+        if (ticket := self.lottery_ticket) is not None:
+            if self.surgery != "none" or self.model.init_from is not None:
+                raise ValueError("lottery_ticket trains a dense network; it needs surgery: none and no model.init_from")
+            if ticket.rewind_epoch >= self.training.epochs:
+                raise ValueError(
+                    f"lottery_ticket.rewind_epoch is {ticket.rewind_epoch}; expected less than training.epochs, "
+                    f"{self.training.epochs}"
+                )
+        return self
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of the whole run."""
+        epochs = self.training.epochs
+        return epochs if self.lottery_ticket is None else self.lottery_ticket.epochs(epochs)
 
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
@@ -390,7 +428,9 @@ def _yaml(text: str, what: str) -> Any:
         raise RecipeError(f"{what} is no YAML: {' '.join(str(error).split())}") from None
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {"model": Model, "surgery": Surgery, "data": Data, "training": Training}
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
+}  # fmt: skip
 
 
 def _sentence(error: Any) -> str:

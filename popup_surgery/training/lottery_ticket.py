@@ -1,0 +1,92 @@
+"""The lottery ticket: train, prune, rewind, and again (Frankle and Carbin, 2019)."""
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..planning import plan
+from ..selection import kept_count, select
+from .checkpoint import Checkpoint
+from .data import Batches, Progress
+from .loop import Fit
+from .recipe import LotteryTicket, Training
+
+
+class TicketFit(Fit):
+    """Iterative magnitude pruning of a plain network, with rewinding, in rounds of a whole training each.
+
+    "The Lottery Ticket Hypothesis", ICLR 2019, section 1; "Stabilizing the Lottery Ticket Hypothesis", 2019, where
+    `rewind_epoch` is above 0. After round i of n each weight tensor keeps, of what was left, the largest magnitudes, a
+    share k^(i/n) of all. They, and everything else that learns, go back to their values at the end of `rewind_epoch`,
+    and so does the schedule; the optimiser starts anew. A last round follows the last pruning. Deviations: every layer
+    keeps the same share, where the authors prune output layers at half the rate; rounds see the images in other orders.
+
+    Args:
+        ticket: what to keep, and how; all else as for `Fit`.
+
+    Raises:
+        ConversionError: the network has no weights to prune, or a layer would keep none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Batches,
+        training: Training,
+        accelerator: Accelerator,
+        progress: Progress,
+        ticket: LotteryTicket,
+    ) -> None:
+        kept = {weight.key: torch.ones(weight.shape, dtype=torch.bool) for weight in plan(model, ticket.k).masked}
+        super().__init__(model, data, training, accelerator, progress, kept)
+        self.ticket = ticket
+        self.epochs = ticket.epochs(self.training.epochs)
+        self.start = self._values()  # what a round starts from
+
+    def _values(self) -> dict[str, Tensor]:
+        return {key: tensor.detach().clone() for key, tensor in self._learnt().items()}
+
+    def _begin_epoch(self) -> None:
+        if self.epoch == self.ticket.rewind_epoch:
+            self.start = self._values()
+        pruned, epoch = self._place()
+        if pruned and epoch == self.ticket.rewind_epoch:
+            self._prune(self.ticket.k ** (pruned / self.ticket.rounds))
+
+    def _scheduled(self) -> int:
+        return self._place()[1]
+
+    def _place(self) -> tuple[int, int]:
+        """How often the network has been pruned, or is to be now, and the epoch of a training that runs."""
+        whole, start = self.training.epochs, self.ticket.rewind_epoch
+        if self.epoch < whole:
+            return 0, self.epoch
+        pruned, epoch = divmod(self.epoch - whole, whole - start)
+        return pruned + 1, start + epoch
+
+    @torch.no_grad()
+    def _prune(self, share: float) -> None:
+        infinity = torch.tensor(torch.inf, device=self.accelerator.device)
+        for weight, mask in self.held.values():
+            size = torch.where(mask, weight.float().abs().nextafter(infinity), 0.0)  # what is gone comes last
+            mask.copy_(select([size], kept_count(weight.numel(), share)).masks[0])
+        for key, tensor in self._learnt().items():
+            tensor.copy_(self.start[key])
+        for weight, mask in self.held.values():
+            weight.mul_(mask)
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {}})
+
+    def _checkpoint(self, sums: list[float]) -> Checkpoint:
+        taken = super()._checkpoint(sums)
+        taken.tensors.update({f"start.{key}": tensor.cpu().contiguous() for key, tensor in self.start.items()})
+        taken.tensors.update({f"ticket.{key}": torch.from_numpy(bits) for key, bits in self._packed().items()})
+        return taken
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        super().restore(checkpoint)
+        found, device = checkpoint.tensors, self.accelerator.device
+        self.start = {key: found[f"start.{key}"].to(device) for key in self.start}
+        for key, (_, mask) in self.held.items():
+            bits = np.unpackbits(found[f"ticket.{key}"].numpy(), count=mask.numel())
+            mask.copy_(torch.from_numpy(bits).view(mask.shape))
