@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "ablation": ("Sanity", "sanity"),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
         "RecipeError", "RunError", "UnknownName",
@@ -28,6 +29,7 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .ablation import Sanity, sanity
     from .artifact import inspect, load, save, start_from, verify
     from .errors import (
         ArtifactError,

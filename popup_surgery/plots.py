@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,37 @@ def draw_masks(
     step = -(-len(names) // 60)
     axes.set_xticks(places[::step], names[::step], rotation=60, ha="right", fontsize=7)
     axes.set(ylabel="share (%)", ylim=(0, 105), title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    _write(figure, path)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Accuracies of networks that have something in common, 0 … 1; `recalibrated` with statistics of their own."""
+
+    name: str
+    accuracies: list[float]
+    recalibrated: list[float]
+
+
+def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) -> None:
+    """Accuracies of the variations of a subnetwork, a row for each group and a dot for each network, as a PNG."""
+    figure, axes = _figure(7, 1.2 + 0.32 * len(groups))
+    new = any(group.recalibrated for group in groups)
+    series = [
+        ("o", "#0072b2", "statistics of the file" if new else "a network", [group.accuracies for group in groups])
+    ]
+    if new:
+        series.append(("D", "#d55e00", "statistics of its own", [group.recalibrated for group in groups]))
+    for i, (marker, colour, label, rows) in enumerate(series):
+        points = [(100 * share, place + 0.25 * i) for place, row in enumerate(rows) for share in row]
+        axes.scatter(*zip(*points, strict=True), marker=marker, color=colour, alpha=0.7, label=label, zorder=3)
+    if chance:
+        axes.axvline(100 * chance, color="#666666", linestyle="--", label="chance")
+    axes.set_yticks(range(len(groups)), [group.name for group in groups])
+    axes.set(xlabel="accuracy (%)", xlim=(-2, 102), title=title)
+    axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     _write(figure, path)

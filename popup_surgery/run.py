@@ -182,15 +182,9 @@ def evaluate(
         ArtifactError: the file is damaged, or its architecture is `custom`.
         DataError: the file names no data set, or the data set is missing or is not what the network expects.
     """
-    if data is None:
-        data = recorded_data(path)
-    if data_dir is not None:
-        data = data.model_copy(update={"root": str(data_dir)})
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(path, base=base).to(device)
-    size = _input_size(data, model)
-    batches = open_data(data, size, 0, device, progress, train=False)
-    _check_classes(model, batches, size)
+    data = data_of(path, data, data_dir)
+    model = load(path, base=base).to("cuda" if torch.cuda.is_available() else "cpu")
+    batches = open_for(model, data, progress, train=False)
     began = time.perf_counter()
     accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
     return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
@@ -221,6 +215,20 @@ def predict(
         [(str(classes[i]), float(value)) for i, value in zip(row, found, strict=True)]
         for row, found in zip(indices.tolist(), values.tolist(), strict=True)
     ]
+
+
+def data_of(path: str | Path, data: Data | None, data_dir: str | Path | None) -> Data:
+    """`data`, or what a file's provenance names, in the folder `data_dir` where it is given."""
+    data = recorded_data(path) if data is None else data
+    return data if data_dir is None else data.model_copy(update={"root": str(data_dir)})
+
+
+def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
+    """The images of `data` for a plain network, on its device; `DataError` where they are not for it."""
+    size = _input_size(data, model)
+    batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
+    _check_classes(model, batches, size)
+    return batches
 
 
 def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:

@@ -21,7 +21,7 @@ import popup_surgery
 from popup_surgery import build, convert, load, save
 from popup_surgery.training.recipe import find, shipped
 
-COMMANDS = ("convert", "train", "evaluate", "predict", "inspect", "verify", "export", "recipes", "zoo")
+COMMANDS = ("convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo")
 PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
 Cli = Callable[..., Any]
@@ -352,7 +352,9 @@ def test_verify_of_a_truncated_file(cli: Cli, artifact: Path) -> None:
     assert "digits.popup.safetensors" in done.out
 
 
-@pytest.mark.parametrize("command", [("inspect",), ("verify",), ("evaluate",), ("export", "-o", "out.safetensors")])
+@pytest.mark.parametrize(
+    "command", [("inspect",), ("verify",), ("evaluate",), ("sanity",), ("export", "-o", "out.safetensors")]
+)
 def test_a_file_that_is_not_there(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
 ) -> None:
@@ -362,7 +364,7 @@ def test_a_file_that_is_not_there(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [("inspect",), ("evaluate",), ("export", "-o", "out.safetensors")])
+@pytest.mark.parametrize("command", [("inspect",), ("evaluate",), ("sanity",), ("export", "-o", "out.safetensors")])
 def test_a_file_that_is_no_artifact(cli: Cli, artifact: Path, command: tuple[str, ...]) -> None:
     for content in (b"", b"PK\x03\x04 a pickle", artifact.read_bytes()[:-100], b"\xff" * 9000):
         artifact.write_bytes(content)
@@ -507,6 +509,7 @@ LEVELS = (
     ("surgery",),
     ("artifact", "training", "plots", "survey"),
     ("run",),
+    ("ablation",),
     ("commands",),
     ("__main__",),
 )

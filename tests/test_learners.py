@@ -362,10 +362,10 @@ def test_a_converted_network_keeps_its_options() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["surgery.learner=supermask"], r"surgery\.k is 0\.5: expected None; supermask takes no k"),
+        (["surgery.learner=supermask"], r"surgery\.k is 0\.5: expected null; supermask takes no k"),
         (["surgery.k=null"], r"surgery\.k is missing"),
-        ([*SUPERMASK, "surgery.scaled=true"], r"surgery\.scaled is True: expected False"),
-        ([*SUPERMASK, "surgery.scope=global"], r"surgery\.scope is 'global': expected 'layer'"),
+        ([*SUPERMASK, "surgery.scaled=true"], r"surgery\.scaled is True: expected false;"),
+        ([*SUPERMASK, "surgery.scope=global"], r"surgery\.scope is 'global': expected \"layer\";"),
         ([*SUPERMASK, "surgery.learner_options.init=many"], r"surgery\.learner_options is .*init is 'many'; expected"),
         (["surgery.learner_options.init=0"], r"surgery\.learner_options is .*edge_popup has no option 'init'"),
     ],

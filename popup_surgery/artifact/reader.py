@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -85,6 +85,14 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
     """
     with naming(path):
         return fill_network(read(path), model, base)
+
+
+def load_unmasked(path: str | Path, *, base: nn.Module | str | Path | None = None) -> nn.Module:
+    """As `load`, with all weights of the seed or the base, also those that take no part."""
+    with naming(path):
+        artifact = read(path)
+        ones = {name: np.full_like(mask, 255) for name, mask in artifact.masks.items()}
+        return fill_network(replace(artifact, masks=ones), None, base)
 
 
 def verify(

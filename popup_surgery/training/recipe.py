@@ -1,6 +1,7 @@
 """Recipes: typed YAML, every unknown key and bad value an error, all of them at once."""
 
 import copy
+import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,6 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
@@ -84,6 +84,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
+class _Missing(ValueError):
+    """A key that is missing for the sake of another."""
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -136,9 +140,10 @@ class Surgery(_Section):
         if learner is None:
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
-            raise ValueError(f"expected {WITHOUT_K[name]!r}; {learner} takes no k, its scores decide what is kept")
+            expected = json.dumps(WITHOUT_K[name])
+            raise ValueError(f"expected {expected}; {learner} takes no k, its scores decide what is kept")
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise PydanticCustomError("missing", "missing")
+            raise _Missing
         return value
 
 
@@ -440,7 +445,7 @@ def _sentence(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         known = _SECTIONS[path[0]].model_fields if len(path) > 1 else _SECTIONS
         return f"{key} is no key of a recipe; nearest: {nearest(path[-1], known)}"
-    if error["type"] == "missing":
+    if error["type"] == "missing" or isinstance(error.get("ctx", {}).get("error"), _Missing):
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
