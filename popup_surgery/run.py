@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from .training.loop import Epoch, Fit, accuracy_of
 from .training.processes import numerics, start
 from .training.recipe import Data, override, parse_data
 from .training.trackers import add, add_table, tracked
-from .zoo import architecture, build, input_size
+from .zoo import architecture, build, build_bare, input_size
 
 
 @dataclass(frozen=True)
@@ -100,35 +101,25 @@ def train(
     else:
         values = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe
         recipe = Recipe.parse(override(values, overrides))
-    recipe = _with_seed(recipe)
+    recipe = with_seed(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
-    stem = name.rsplit("/", 1)[-1]
-    hidden = recipe.surgery != "none"
-    file = f"{stem}.popup.safetensors" if hidden else f"{stem}.safetensors"
-    run = RunFolder(folder, recipe, ("curve.png", *(["masks.png"] if hidden else []), file))
+    run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
+    file = run.results[-1]
     if resume and run.finished:
         return _finished(run, recipe)
 
     accelerator = start(recipe.training, folder)
     main = accelerator.is_main_process
-    seed = recipe.training.seed
     with (
         run.held(resume) if main else nullcontext(),
         tracked(accelerator, folder, flat(recipe.dump())) if main else nullcontext(),
         numerics(recipe.training),
-        ambient_seed([seed]),
+        ambient_seed([recipe.training.seed]),
         asked_to_stop() as stop,
     ):
-        shown = progress if main else quiet
-        model = _network(recipe)
-        size = _input_size(recipe.data, model)
-        data = open_data(recipe.data, size, seed, accelerator.device, shown)
-        _check_classes(model, data, size)
-        start_file = recipe.model.init_from
-        kept = stored_masks(start_file) if start_file is not None and not hidden else {}
-        fit = Fit(model, data, recipe.training, accelerator, shown, kept)
+        fit, size = prepare(recipe, accelerator, progress if main else quiet)
         (checkpoint,) = broadcast_object_list([run.begin() if main else None])
         if checkpoint is not None:
             fit.restore(checkpoint)
@@ -143,14 +134,14 @@ def train(
         history = fit.run(ended, run.keep, stop)
         model = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False).cpu()
         if main:
-            _write_results(run, recipe, model, fit, data, size)
-            weights, share = _counts(model, kept)
-            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": share, "file": file}
+            _write_results(run, recipe, model, fit, size)
+            weights, kept = _counts(model, recipe)
+            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": kept, "file": file}
             add_table(accelerator, result)
             run.finish()
         accelerator.wait_for_everyone()
-    counts = _counts(model, kept)
-    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *counts)
+    found = _counts(model, recipe)
+    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *found)
 
 
 def evaluate(
@@ -232,6 +223,30 @@ def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
     return parse_data(section | {"root": None, "download": False}, overrides, str(path))
 
 
+def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
+    """The folder of a run, which ends with the file `<stem>.popup.safetensors`, or dense `<stem>.safetensors`."""
+    hidden = recipe.surgery != "none"
+    pictures = ("curve.png", "masks.png") if hidden else ("curve.png",)
+    return RunFolder(path, recipe, (*pictures, f"{stem}.popup.safetensors" if hidden else f"{stem}.safetensors"))
+
+
+def counts(recipe: Recipe, file: Path) -> tuple[int, int]:
+    """Masked weights and how many take part in the file of a finished run; of a dense run all."""
+    if recipe.surgery != "none":
+        manifest = inspect(file)
+        return manifest.weights, manifest.kept
+    return _counts(build_bare(architecture(recipe.model.name, **recipe.model.kwargs)), recipe)
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Fit, tuple[int, int, int]]:
+    """Network, data and optimiser of a recipe, ready for the first step, and the size of the images."""
+    model = _network(recipe)
+    size = _input_size(recipe.data, model)
+    data = open_data(recipe.data, size, recipe.training.seed, accelerator.device, progress)
+    _check_classes(model, data, size)
+    return Fit(model, data, recipe.training, accelerator, progress, _start_masks(recipe)), size
+
+
 def write_dense(model: nn.Module, path: Path) -> int:
     """Write a plain network's `state_dict` as safetensors, tied tensors each in full. Returns the number of tensors."""
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
@@ -239,7 +254,7 @@ def write_dense(model: nn.Module, path: Path) -> int:
     return len(tensors)
 
 
-def _with_seed(recipe: Recipe) -> Recipe:
+def with_seed(recipe: Recipe) -> Recipe:
     """The recipe, with the seed of the file that it goes on from."""
     file, surgery = recipe.model.init_from, recipe.surgery
     if file is None or surgery == "none":
@@ -294,9 +309,7 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
         )
 
 
-def _write_results(
-    run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, data: Batches, size: tuple[int, int, int]
-) -> None:
+def _write_results(run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, size: tuple[int, int, int]) -> None:
     file, history = run.results[-1], fit.history
     name = file.partition(".")[0]
     draw_curve(run.path / "curve.png", name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
@@ -309,14 +322,20 @@ def _write_results(
             [layer.density for layer in layers],
             [layer.overlap for layer in layers],
         )
-        save(model, run.path / file, provenance=_provenance(recipe, history, data), probe=(1, *size))
+        save(model, run.path / file, provenance=_provenance(recipe, history, fit.data), probe=(1, *size))
     else:
         write_dense(model, run.path / file)
 
 
-def _counts(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Masked weights and how many take part; of a dense network all, but for those outside the masks `kept`."""
-    found = masks(model) or kept
+def _start_masks(recipe: Recipe) -> dict[str, Tensor]:
+    """The masks that the weights of a dense run stay in, where it goes on from a file."""
+    file = recipe.model.init_from
+    return stored_masks(file) if file is not None and recipe.surgery == "none" else {}
+
+
+def _counts(model: nn.Module, recipe: Recipe) -> tuple[int, int]:
+    """Masked weights and how many take part; of a dense network all, or those in the masks that it started with."""
+    found = masks(model) or _start_masks(recipe)
     if not found:
         return (count := sum(parameter.numel() for parameter in model.parameters())), count
     return sum(mask.numel() for mask in found.values()), sum(int(mask.sum()) for mask in found.values())
@@ -331,12 +350,10 @@ def _finished(run: RunFolder, recipe: Recipe) -> Result:
     described = recipe.model
     if recipe.surgery == "none":
         model = build(described.name, pretrained=file, **described.kwargs)
-        weights, kept = _counts(model, stored_masks(described.init_from) if described.init_from else {})
     else:
-        manifest = inspect(file)
-        base = described.pretrained if isinstance(described.pretrained, str) and manifest.base is not None else None
-        model, weights, kept = load(file, base=base), manifest.weights, manifest.kept
-    return Result(model.eval(), history[-1].accuracy, history, run.path, file, weights, kept)
+        base = described.pretrained
+        model = load(file, base=base if isinstance(base, str) and inspect(file).base is not None else None)
+    return Result(model.eval(), history[-1].accuracy, history, run.path, file, *counts(recipe, file))
 
 
 def _provenance(recipe: Recipe, history: list[Epoch], data: Batches) -> dict[str, Any]:
