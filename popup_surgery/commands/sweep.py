@@ -53,6 +53,14 @@ def run(
 
     \b
     $ popup-surgery sweep digits --set training.epochs=1 --set 'surgery.k=[0.3, 0.5]' --seeds 2
+    1/4  digits surgery.k=0.3 seed 0  accuracy 45.96 %  0.4 s
+    2/4  digits surgery.k=0.3 seed 1  accuracy 30.92 %  0.3 s
+    3/4  digits surgery.k=0.5 seed 0  accuracy 72.42 %  0.3 s
+    4/4  digits surgery.k=0.5 seed 1  accuracy 78.83 %  0.5 s
+            surgery.k  runs  accuracy         time   file         kept
+    digits  0.3        2/2   38.44 ± 10.64 %  0.4 s  7,334 bytes  30.0 %
+    digits  0.5        2/2   75.63 ± 4.53 %   0.4 s  7,326 bytes  50.0 %
+    wrote runs/sweeps/digits/results.csv and results.json
     """
     for name, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
         if on is None and value is not None:
@@ -104,7 +112,9 @@ def _shown(folder: Path) -> "Iterator[Report]":
                 show(f"{ended} of {len(outcomes)} runs have ended before")
         for outcome in new:
             if outcome.state is State.FAILED:
-                messages.print(printable(f"{outcome.run} failed: {outcome.error}"), markup=False, soft_wrap=True)
+                where = folder / outcome.run.name
+                text = f"{outcome.run} failed: {outcome.error}; its folder is {where}"
+                messages.print(printable(text), markup=False, soft_wrap=True)
             elif outcome.numbers is not None and live is None:
                 accuracy, seconds = _percent(outcome.numbers.accuracy), outcome.numbers.seconds
                 show(f"{ended}/{len(outcomes)}  {outcome.run}  accuracy {accuracy}  {seconds:.1f} s")
@@ -136,7 +146,9 @@ def _table(points: "Sequence[Point]", folder: Path | None = None) -> Table:
         if (mean := point.mean) is not None:
             size, kept = f"{mean.size:,.0f} bytes", f"{100 * mean.kept / mean.weights:.1f} %"
             cells = [_percent(mean.accuracy, point.std), f"{mean.seconds:.1f} s", size, kept]
-        table.add_row(point.label, *values, f"{point.n}/{len(point.outcomes)}", *cells, *([epochs] if folder else []))
+        failed = sum(outcome.state == "failed" for outcome in point.outcomes)
+        runs = f"{point.n}/{len(point.outcomes)}" + (f", {failed} failed" if failed else "")
+        table.add_row(point.label, *values, runs, *cells, *([epochs] if folder else []))
     return table
 
 

@@ -83,6 +83,9 @@ class Local:
                     begun = next((run for run in waiting if not _held(run, output)), None)
                     if begun is not None:
                         waiting.remove(begun)
+                        if begun.folder(output).finished:  # by the process that was waited for
+                            yield begun, State.FINISHED, ""
+                            continue
                         try:
                             running[place] = (
                                 begun,
@@ -127,6 +130,12 @@ class OnRay:
     address: str | None = None
     gpus_per_run: float | None = None
     threads: int = 1
+
+    def __post_init__(self) -> None:
+        if (gpus := self.gpus_per_run) and not (1e-4 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+            raise PopupError(
+                f"--gpus-per-run is {gpus:g}; expected a share of a GPU, 0.0001 or more, or a whole number"
+            )
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -189,7 +198,7 @@ class OnRay:
             log.warning("no node of the cluster has %d CPUs and %g GPUs for a run; waiting for one", self.threads, gpus)
         return {
             "num_cpus": self.threads,
-            "num_gpus": gpus,
+            "num_gpus": round(gpus, 4),
             "max_retries": RETRIES,
             "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self.threads)}},
         }
