@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,43 +323,37 @@ def test_two_jobs_give_the_files_of_runs_one_after_another(here: Path, tmp_path:
 
 
 def test_finished_runs_are_skipped_and_a_larger_sweep_shares_them(here: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(here, tmp_path / "out"))
+
     def ran(sweep: Sweep) -> list[str]:
         found = []
-        before = {path: path.stat().st_mtime_ns for path in here.glob("*/*")}
-        execute(sweep, here, Here(), lambda outcomes, changed: found.append(changed and str(changed.run)))
-        assert before.items() <= {path: path.stat().st_mtime_ns for path in here.glob("*/*")}.items()
+        before = {path: path.stat().st_mtime_ns for path in output.glob("*/*")}
+        execute(sweep, output, Here(), lambda outcomes, changed: found.append(changed and str(changed.run)))
+        assert before.items() <= {path: path.stat().st_mtime_ns for path in output.glob("*/*")}.items()
         return found[1:]
 
     assert ran(Sweep.parse(GRID)) == []
-    assert ran(Sweep.parse(GRID | {"seeds": [1, 2], "label": "other"})) == [
-        "other surgery.k=0.3 seed 2",
-        "other surgery.k=0.5 seed 2",
-    ]
-    assert [run["state"] for point in table(here) for run in point["runs"]] == ["finished"] * 4
-    assert ran(Sweep.parse(GRID)) == []  # the table is this sweep's again
+    more = ["other surgery.k=0.3 seed 2", "other surgery.k=0.5 seed 2"]
+    assert ran(Sweep.parse(GRID | {"seeds": [1, 2], "label": "other"})) == more
+    assert [run["state"] for point in table(output) for run in point["runs"]] == ["finished"] * 4
+    assert ran(Sweep.parse(GRID)) == []
+    assert table(output) == table(here)
 
 
 def test_a_run_that_fails_is_reported_and_stops_no_other(cli: Cli, here: Path, tmp_path: Path) -> None:
-    grid = {"surgery.k": [0.5], "training.lr": [1e30, 0.1]}
+    steep = {"label": "steep", "set": {"surgery": "none"}, "grid": {"training.lr": [1e30]}, "seeds": 1}
+    file = written(tmp_path, DIGITS | {"runs": [steep, {"grid": {"surgery.k": [0.3, 0.5]}, "seeds": [1]}]})
     output = tmp_path / "out"
-    call = (
-        "sweep",
-        written(tmp_path, GRID | {"grid": grid, "seeds": 1, "label": "steep"}),
-        "-o",
-        output,
-        "--jobs",
-        "1",
-    )
-    done = cli(*call)
+    done = cli("sweep", file, "-o", output, "--jobs", "1")
     assert done.status == 1
     (line,) = done.err.splitlines()
-    failing = next(run for run in Sweep.load(call[1]).runs if run.recipe.training.lr == 1e30)
+    failing = Sweep.load(file).runs[0]
     said = (
-        r"steep surgery\.k=0\.5 training\.lr=1e\+30 seed 0 failed: the loss of step \d+, in epoch 1, is not finite .*; "
+        r"steep training\.lr=1e\+30 seed 0 failed: the loss of step \d+, in epoch 1, is not finite .*; its folder is "
     )
-    assert re.fullmatch(rf"{said}its folder is {re.escape(str(output / failing.name))}", line)
-    assert re.search(r"^2/2  steep surgery\.k=0\.5 training\.lr=0\.1 seed 0  accuracy", done.out, re.M)
-    assert re.search(r"^steep  0\.5 +1e\+30 +0/1, 1 failed$", done.out, re.M)
+    assert re.fullmatch(said + re.escape(str(output / failing.name)), line)
+    assert re.search(r"^3/3  digits surgery\.k=0\.5 seed 1  accuracy \d+\.\d+ %  \d+\.\d s$", done.out, re.M)
+    assert re.search(r"^steep +1e\+30 +0/1, 1 failed$", done.out, re.M)
     bad, *good = json.loads((output / "results.json").read_text())["points"]
     assert (bad["n"], bad["accuracy"], bad["runs"][0]["state"]) == (0, None, "failed")
     assert bad["runs"][0]["error"] in line
@@ -401,7 +396,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(cli: Cli, here: Path,
 # stopped and killed
 
 
-def test_a_sweep_that_is_told_to_stop_keeps_checkpoints_and_goes_on(tmp_path: Path) -> None:
+def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "out"
     words = command(written(tmp_path, LONG), "-o", output, "--jobs", 2)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -424,9 +419,9 @@ def test_a_sweep_that_is_told_to_stop_keeps_checkpoints_and_goes_on(tmp_path: Pa
     victim.kill()
     process.communicate()
     assert orphan.is_running()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"another process runs in \S+; waiting for it\n", done.stderr)
+    outcomes = execute(Sweep.parse(LONG), output, Local(2))
+    assert [outcome.state for outcome in outcomes] == [State.FINISHED] * 2
+    assert len(re.findall(r"another process runs in \S+; waiting for it", caplog.text)) == 1
     assert not orphan.is_running()
     for log in output.glob("*/log.txt"):
         assert "epoch 8/8" in log.read_text()
