@@ -1,16 +1,17 @@
 """Files that are either the old one or the whole new one, never a half."""
 
+import errno
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from .errors import PopupError
 
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a new file beside `path`, bring it to the disk, and put it in `path`'s place.
+
+def write_atomically(path: str | Path, data: bytes) -> None:
+    """Write `data` to a new file beside `path`, bring it to the disk, and put it in `path`'s place.
 
     Raises:
         PopupError: the folder does not exist, cannot be written, or the disk is full; `path` is as it was.
@@ -19,19 +20,24 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[file.write(rest) :]
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp keeps others out, which is not what a shared file is for
         os.replace(temporary, path)
     except OSError as error:
+        missing = ""
         if temporary is not None:
+            left = len(data) - os.stat(temporary).st_size
+            if error.errno in _FULL and left:
+                missing = f"; {left:,} of {len(data):,} bytes did not fit"
             Path(temporary).unlink(missing_ok=True)
         before = "; the file that was there is unchanged" if path.exists() else ""
-        raise PopupError(f"{path} cannot be written: {error.strerror or error}{before}") from error
+        raise PopupError(f"{path} cannot be written: {error.strerror or error}{missing}{before}") from error
     except BaseException:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

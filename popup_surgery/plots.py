@@ -51,4 +51,4 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _write(figure: Any, path: Path) -> None:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
-    write_atomically(path, lambda file: file.write(picture.getvalue()))
+    write_atomically(path, picture.getvalue())

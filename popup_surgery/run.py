@@ -250,7 +250,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
 def write_dense(model: nn.Module, path: Path) -> int:
     """Write a plain network's `state_dict` as safetensors, tied tensors each in full. Returns the number of tensors."""
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
-    write_atomically(path, lambda file: file.write(serialize(tensors, metadata={"format": "pt"})))
+    write_atomically(path, serialize(tensors, metadata={"format": "pt"}))
     return len(tensors)
 
 

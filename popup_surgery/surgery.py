@@ -105,7 +105,8 @@ def bake(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for _, module, name, slot in masked_weights(core):
             raw, effective = module._parameters[name], slot.read(module, name)
-            memo[id(raw)] = nn.Parameter(effective.detach(), requires_grad=False)
+            # `data` of a plain tensor: a write to the copy is none to the masked weight
+            memo[id(raw)] = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
             memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
             memo[id(slot.ranking)] = Ranking(slot.ranking.learner, 0)
         for module in core.modules():  # a network may keep results of its last pass, which no copy can be made of

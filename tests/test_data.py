@@ -417,6 +417,11 @@ def test_a_split_that_digits_does_not_have() -> None:
         opened(GREY, name="digits", val_split="test")
 
 
+def test_digits_have_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.root is '.*'; digits come with scikit-learn and need no folder"):
+        train("digits", data_dir=tmp_path, output=tmp_path / "run")
+
+
 def test_digits_for_a_network_of_another_size() -> None:
     with pytest.raises(DataError, match=r"1 × 8 × 8.*3 × 32 × 32"):
         opened((3, 32, 32), name="digits")

@@ -168,7 +168,77 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
 
 
-def test_a_disk_that_is_full(tmp_path: Path) -> None:
+def small_disk(tmp_path: Path, size: str) -> Path:
+    """A folder on a file system of that size."""
+    (disk := tmp_path / "disk").mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(disk)], capture_output=True)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.decode().strip()}")
+    return disk
+
+
+def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
+    """During a checkpoint: it ends with what did not fit, those before stay, and the run goes on from them."""
+    disk = small_disk(tmp_path, "1m")
+    try:
+        process = begun(disk / "run")
+        ballast = disk / "ballast"
+        with open(ballast, "wb", buffering=0) as file:
+            try:
+                while file.write(b"\0" * 4096):
+                    pass
+            except OSError:
+                pass
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 2
+        found = re.search(
+            r"checkpoints/\d+\.(safetensors|json) cannot be written: No space left on device; (.*)\n", said
+        )
+        assert found, said
+        assert re.match(r"[\d,]+ of [\d,]+ bytes did not fit", found[2])
+        assert not list(disk.rglob("*.part"))
+        assert list(checkpoint.newest_first(disk / "run" / "checkpoints"))
+        ballast.unlink()
+        assert run(disk / "run", "--resume").returncode == 0
+        assert artifact(disk / "run") == through
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
+    disk = small_disk(tmp_path, "4m")
+    try:
+        process = begun(disk / "run")
+        process.kill()
+        process.communicate()
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        for folder in (disk / "run", disk / "new"):
+            refused = run(folder, "--resume")
+            assert (refused.returncode, refused.stderr) == (
+                2,
+                f"error: {folder} cannot be written: Read-only file system\n",
+            )
+        subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+        assert run(disk / "run", "--resume").returncode == 0
+        assert artifact(disk / "run") == through
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_clock_that_goes_backwards(stopped: Path, through: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which checkpoint is the newest is a matter of steps, not of the files' times."""
+    newest, before = checkpoint.newest_first(stopped / "checkpoints")
+    for path, when in ((newest, 1e9), (before, 2e9)):
+        for file in (path, path.with_suffix(".safetensors")):
+            os.utime(file, (when, when))
+    times = iter(range(2**31, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(times)))
+    result = train("digits", overrides=SHORT, output=stopped, resume=True)
+    assert result.file.read_bytes() == through
+    assert all(epoch.seconds > 0 and epoch.images_per_second > 0 for epoch in result.history)
+
+
+def test_a_limit_on_files(tmp_path: Path) -> None:
     script = (
         "import resource, signal; from popup_surgery import train, PopupError\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
@@ -177,7 +247,10 @@ def test_a_disk_that_is_full(tmp_path: Path) -> None:
         "except PopupError as error: print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert re.search(r"checkpoints/\d+\.safetensors cannot be written: File too large", done.stdout), done.stderr
+    found = re.search(r"checkpoints/\d+\.safetensors cannot be written: File too large; (.*) bytes did", done.stdout)
+    assert found, done.stderr
+    missing, needed = (int(number.replace(",", "")) for number in found[1].split(" of "))
+    assert needed - missing == 20_000
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
@@ -198,7 +271,7 @@ from popup_surgery import Recipe
 from popup_surgery.run import _network, quiet
 from popup_surgery.training.data import open_data
 from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import start
+from popup_surgery.training.processes import leave, start
 recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={sys.argv[2]}"])
 accelerator = start(recipe.training)
 model = _network(recipe)
@@ -206,6 +279,8 @@ fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet)
 fit._one_step(fit.data.train(0, fit.part))
 if accelerator.is_main_process:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, sys.argv[1])
+accelerator.wait_for_everyone()
+leave()
 """
 
 

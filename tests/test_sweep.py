@@ -206,7 +206,7 @@ def test_a_folders_name_depends_on_what_decides_the_result_alone() -> None:
         (GRID | {"set": {"training.seed": 3}}, r"training\.seed is given, and seeds, which sets it"),
         ({"recipe": "digits", "grid": {"surgery.k": [0.3, 1.2]}}, r"sweep: surgery\.k is 1\.2: expected a number"),
         ({"recipe": "digits", "grid": {"training.epoch": [1, 2]}}, r"training\.epoch is no key .*; nearest: epochs"),
-        ({"recipe": "digits", "grid": {"surgery": ["dense"]}}, r"sweep: surgery is 'dense': expected the word none"),
+        ({"recipe": "digits", "grid": {"surgery": ["dense"]}}, r"sweep: surgery.* the word none.*dense"),
         (
             {"recipe": "digits", "grid": {"surgery.scheme": ["kaiming_normal", "pretrained"]}},
             r"surgery\.scheme pretrained needs model\.pretrained.* \(with surgery\.scheme=pretrained\)$",

@@ -65,7 +65,7 @@ def save(
         raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # whatever is written can be read
     data = serialize(tensors, metadata={METADATA: text})
-    write_atomically(path, lambda file: file.write(data))
+    write_atomically(path, data)
     return manifest
 
 

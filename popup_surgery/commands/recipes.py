@@ -31,5 +31,5 @@ def run(
     if output is None:
         print(text.decode(), end="")
         return
-    write_atomically(new_file(output, force), lambda file: file.write(text))
+    write_atomically(new_file(output, force), text)
     show(f"wrote {output}, {size(output)}; popup-surgery train {output} runs it")

@@ -45,7 +45,7 @@ def run(
     with busy("starting"):
         from .. import run as runs
         from ..training import Recipe
-        from ..training.processes import join_slurm
+        from ..training.processes import join_slurm, leave
 
         join_slurm()
         first = os.environ.get("RANK", "0") == "0"
@@ -72,6 +72,7 @@ def run(
         progress=progress,
         after_epoch=line,
     )
+    leave()
     if not first:
         return 0
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)

@@ -41,7 +41,7 @@ def run(
             rows.append(row)
             advance()
     for file, text in zip(files, (as_json(rows, libraries), as_markdown(rows, libraries)), strict=True):
-        write_atomically(file, lambda opened, text=text: opened.write(text.encode()))  # type: ignore[misc]
+        write_atomically(file, text.encode())
     refused = sum(bool(row.refused) for row in rows)
     below = sum(not row.refused and row.of_weights < 0.99 for row in rows)
     show(f"{len(rows)} networks, {refused} refused, {below} with less than 99 % of their weights masked")

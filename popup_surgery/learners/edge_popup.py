@@ -50,6 +50,6 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, score, mask = ctx.saved_tensors
-        for_score = grad.to(score.dtype) * weight * score.sign() if ctx.needs_input_grad[1] else None
+        for_score = (grad.to(score.dtype) * weight).mul_(score.sign()) if ctx.needs_input_grad[1] else None
         for_weight = torch.where(mask, grad, 0.0) if ctx.needs_input_grad[0] else None
         return for_weight, for_score, None

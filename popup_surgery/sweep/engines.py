@@ -213,7 +213,7 @@ def _prepare(run: Run, output: Path) -> Path:
         folder.path.mkdir(exist_ok=True)
     except OSError as error:
         raise PopupError(f"{folder.path} cannot be written: {error.strerror}") from error
-    write_atomically(folder.path / "recipe.yaml", lambda file: file.write(_yaml(run).encode()))
+    write_atomically(folder.path / "recipe.yaml", _yaml(run).encode())
     return folder.path
 
 
@@ -277,15 +277,14 @@ def _returned(run: Run, output: Path, reference: Any, stopping: bool) -> Event:
         files: dict[str, bytes] = ray.get(reference)
         for name, data in sorted(files.items(), key=lambda item: item[0] == folder.results[-1]):
             (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(folder.path / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
+            write_atomically(folder.path / name, data)
         return run, State.FINISHED, ""
     except RayTaskError as error:
         if isinstance(error.cause, Stopped) or stopping:
             return run, State.STOPPED, ""
         if isinstance(error.cause, PopupError):
             return run, State.FAILED, str(error.cause)
-        text = str(error).encode()
-        write_atomically(folder.path / "log.txt", lambda file: file.write(text))
+        write_atomically(folder.path / "log.txt", str(error).encode())
         return run, State.FAILED, f"{type(error.cause).__name__}: {_first_line(error.cause)}"
     except TaskCancelledError:
         return run, State.STOPPED, ""

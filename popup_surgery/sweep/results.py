@@ -110,11 +110,8 @@ def write(name: str, outcomes: Sequence[Outcome], output: Path) -> None:
     states = [outcome.state for outcome in outcomes]
     tally = {state.value: states.count(state) for state in (State.FINISHED, State.FAILED)}
     values = {"sweep": name, "runs": len(outcomes), **tally, "points": [_as_json(point) for point in found]}
-    for file, text in (
-        ("results.json", json.dumps(values, indent=1, default=str) + "\n"),
-        ("results.csv", _as_csv(found)),
-    ):
-        write_atomically(output / file, lambda opened, text=text: opened.write(text.encode()))  # type: ignore[misc]
+    write_atomically(output / "results.json", (json.dumps(values, indent=1, default=str) + "\n").encode())
+    write_atomically(output / "results.csv", _as_csv(found).encode())
 
 
 def _columns(point: Point) -> dict[str, Any]:

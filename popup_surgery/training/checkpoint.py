@@ -41,8 +41,8 @@ def write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     data = save(checkpoint.tensors)
     body = {"format": FORMAT, "tensors_sha256": hashlib.sha256(data).hexdigest(), **checkpoint.state}
     text = json.dumps(body | {"sha256": _digest(body)}, sort_keys=True, allow_nan=False)
-    write_atomically(folder / f"{step:010}.safetensors", lambda file: file.write(data))
-    write_atomically(folder / f"{step:010}.json", lambda file: file.write(text.encode()))
+    write_atomically(folder / f"{step:010}.safetensors", data)
+    write_atomically(folder / f"{step:010}.json", text.encode())
     kept = {number for number, _ in _found(folder)[:KEPT]}
     for path in sorted(folder.iterdir()):  # .json before .safetensors
         if path.stem.isdigit() and int(path.stem) not in kept:

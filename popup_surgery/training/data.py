@@ -105,6 +105,8 @@ def open_data(
     if not train:
         del names[TRAIN]
     if config.name == "digits":
+        if config.root is not None:
+            raise DataError(f"data.root is {config.root!r}; digits come with scikit-learn and need no folder")
         splits = {role: _digits(name) for role, name in names.items()}
         return InMemory(config, input_size, seed, device, splits, [str(i) for i in range(10)])
     if config.name != "folder" and config.name.partition("/")[0] not in LIBRARIES:

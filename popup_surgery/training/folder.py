@@ -75,8 +75,8 @@ class RunFolder:
         try:
             yield
         finally:
+            (self.path / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another's
             lock.release()
-            (self.path / "lock").unlink(missing_ok=True)
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
@@ -100,7 +100,7 @@ class RunFolder:
         if found:
             raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
         text = to_yaml(self.recipe.dump())
-        write_atomically(self.path / "recipe.yaml", lambda file: file.write(text.encode()))
+        write_atomically(self.path / "recipe.yaml", text.encode())
         self._write_metrics([])
         return None
 
@@ -126,7 +126,7 @@ class RunFolder:
 
     def _write_metrics(self, epochs: Sequence[Epoch]) -> None:
         text = "".join(json.dumps(epoch.line()) + "\n" for epoch in epochs)
-        write_atomically(self.path / "metrics.jsonl", lambda file: file.write(text.encode()))
+        write_atomically(self.path / "metrics.jsonl", text.encode())
 
     def check_recipe(self) -> None:
         """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""

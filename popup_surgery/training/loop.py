@@ -175,7 +175,6 @@ class Fit:
         """One step of the optimiser; False where the epoch has no more batches."""
         accelerator, training = self.accelerator, self.training
         _seed([training.seed, self.epoch, self.batch, self.part.rank])
-        self._set_rate()
         for piece in range(self.part.accumulate):
             images, labels, weight = next(pieces, (None, None, 0.0))
             if images is None or labels is None:
@@ -187,6 +186,7 @@ class Fit:
                 images = images.contiguous(memory_format=torch.channels_last)
             last = piece == self.part.accumulate - 1
             if piece == 0:
+                self._set_rate()
                 self.optimizer.zero_grad()
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
@@ -336,6 +336,10 @@ class Fit:
                     tensors[f"optimizer.{index}.{name}"] = value.cpu().contiguous()
                 else:
                     numbers.setdefault(str(index), {})[name] = value
+        groups = [dict(group) for group in state["param_groups"]]
+        for index, group in enumerate(groups):  # some optimisers count their steps in a tensor there
+            for name in [name for name, value in group.items() if isinstance(value, Tensor)]:
+                tensors[f"group.{index}.{name}"] = group.pop(name).cpu()
         tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in self.found.items()}
         scaler = self.accelerator.scaler
         return Checkpoint(
@@ -346,7 +350,7 @@ class Fit:
                 "seconds": self.seconds,
                 "sums": sums,
                 "history": [asdict(epoch) for epoch in self.history],
-                "groups": state["param_groups"],
+                "groups": groups,
                 "numbers": numbers,
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": self.part.processes,
@@ -367,12 +371,14 @@ class Fit:
             for key, tensor in self._learnt().items():
                 tensor.copy_(checkpoint.tensors[f"model.{key}"])
         values: dict[int, dict[str, Any]] = {int(i): dict(found) for i, found in state["numbers"].items()}
-        for name, tensor in checkpoint.tensors.items():
-            kind, _, rest = name.partition(".")
+        groups = state["groups"]
+        for key, tensor in checkpoint.tensors.items():
+            kind, index, name = (*key.split(".", 2), "", "")[:3]
             if kind == "optimizer":
-                index, _, what = rest.partition(".")
-                values.setdefault(int(index), {})[what] = tensor
-        self.optimizer.load_state_dict({"state": values, "param_groups": state["groups"]})
+                values.setdefault(int(index), {})[name] = tensor
+            elif kind == "group":
+                groups[int(index)][name] = tensor
+        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]

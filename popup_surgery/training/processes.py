@@ -62,12 +62,20 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
         ) from error
+    if training.precision == "float16" and accelerator.device.type == "cpu":  # which Accelerate passes over in silence
+        raise RunError("training.precision is 'float16', which trains on GPUs alone; expected float32 or bfloat16")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise RunError(f"the run was started with {kind}; expected one process, or data-parallel ones on CPUs or GPUs")
     if training.sync_batchnorm and kind == "MULTI_CPU":
         raise RunError("training.sync_batchnorm is true; PyTorch shares batch statistics between GPUs alone")
     return accelerator
+
+
+def leave() -> None:
+    """End this process's part in the group, so that none waits for another that is gone."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @contextmanager

@@ -16,7 +16,8 @@ PROJECT = "popup-surgery"
 def tracked(accelerator: Accelerator, folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
     """Within it the trackers that the accelerator was started with are open; `config` is the recipe, by flat keys."""
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
-    accelerator.init_trackers(PROJECT, plain, {"wandb": {"dir": str(folder), "name": folder.name}})
+    named = {"wandb": {"dir": str(folder), "name": folder.name}, "trackio": {"name": folder.name}}
+    accelerator.init_trackers(PROJECT, plain, named)
     try:
         yield
     finally:

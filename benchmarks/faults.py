@@ -1,0 +1,72 @@
+"""Runs that are killed at random moments, and whether each ends in the file of a run that went through.
+
+    python benchmarks/faults.py [--kills 20] [--seed 0] [--output benchmarks/results/faults.json]
+
+Half of the kills fall at a random moment of the training, half while a checkpoint is being written, as the half-written
+file beside it shows; a checkpoint is kept after each step. Then the run goes on with --resume, to its end.
+"""
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SETTINGS = ["training.epochs=3", "training.checkpoint_minutes=0.0001"]
+
+
+def command(folder: Path) -> list[str]:
+    sets = [word for setting in SETTINGS for word in ("--set", setting)]
+    return [sys.executable, "-m", "popup_surgery", "train", "digits", "-o", str(folder), "--resume", *sets]
+
+
+def artifact(folder: Path) -> bytes:
+    return (folder / "digits.popup.safetensors").read_bytes()
+
+
+def kill(folder: Path, within_a_write: bool, moment: random.Random) -> bool:
+    """Start a run and kill it. Returns whether a checkpoint was half written."""
+    process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    checkpoints = folder / "checkpoints"
+    while not list(checkpoints.glob("*.json")) and process.poll() is None:
+        time.sleep(0.01)
+    time.sleep(moment.uniform(0, 1.0))
+    while within_a_write and not list(checkpoints.glob(".*.part")) and process.poll() is None:
+        pass
+    process.kill()
+    process.wait()
+    return bool(list(checkpoints.glob(".*.part")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--output", type=Path, default=Path("faults.json"))
+    arguments = parser.parse_args()
+    moment = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as temporary:
+        through = Path(temporary) / "through"
+        subprocess.run(command(through), check=True, capture_output=True)
+        survived = same = within = 0
+        for number in range(arguments.kills):
+            folder = Path(temporary) / str(number)
+            within += kill(folder, number % 2 == 1, moment)
+            done = subprocess.run(command(folder), capture_output=True, text=True)
+            survived += done.returncode == 0
+            same += done.returncode == 0 and artifact(folder) == artifact(through)
+            left = " ".join(done.stderr.split())
+            print(
+                f"kill {number + 1}: status {done.returncode}, {same} of {number + 1} the same file {left}", flush=True
+            )
+    result = {"kills": arguments.kills, "within_a_write": within, "survived": survived, "same_file": same}
+    print(f"same file: {same} of {arguments.kills}, {within} of the kills within the writing of a checkpoint")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
