@@ -43,6 +43,8 @@ class RunError(PopupError, RuntimeError):
 class Stopped(RunError):
     """A run was told to stop; it has kept a checkpoint, and `resume` goes on with it."""
 
+    status = 75  # of the command line: "try again later", as sysexits.h has it
+
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """The `n` choices nearest to `name`, as text for an error message."""

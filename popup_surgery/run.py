@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -28,7 +29,7 @@ from .training.lottery_ticket import TicketFit
 from .training.processes import numerics, start
 from .training.recipe import Data, override, parse_data
 from .training.trackers import add, add_table, tracked
-from .zoo import architecture, build, input_size
+from .zoo import architecture, build, build_bare, input_size
 
 
 @dataclass(frozen=True)
@@ -103,41 +104,25 @@ def train(
     else:
         values = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe
         recipe = Recipe.parse(override(values, overrides))
-    recipe = _with_seed(recipe)
+    recipe = with_seed(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
-    stem = name.rsplit("/", 1)[-1]
-    hidden = recipe.surgery != "none"
-    dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
-    file = f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"
-    ticket = recipe.lottery_ticket
-    results = ["curve.png", file]
-    if hidden or ticket is not None:
-        results[1:1] = ["masks.png", f"{stem}.masks.safetensors"] if dense else ["masks.png"]
-    run = RunFolder(folder, recipe, results)
+    run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
+    file = run.results[-1]
     if resume and run.finished:
         return _finished(run, recipe)
 
     accelerator = start(recipe.training, folder)
     main = accelerator.is_main_process
-    seed = recipe.training.seed
     with (
         run.held(resume) if main else nullcontext(),
         tracked(accelerator, folder, flat(recipe.dump())) if main else nullcontext(),
         numerics(recipe.training),
-        ambient_seed([seed]),
+        ambient_seed([recipe.training.seed]),
         asked_to_stop() as stop,
     ):
-        shown = progress if main else quiet
-        model = _network(recipe)
-        size = _input_size(recipe.data, model)
-        data = open_data(recipe.data, size, seed, accelerator.device, shown)
-        _check_classes(model, data, size)
-        start_file = recipe.model.init_from
-        kept = stored_masks(start_file) if start_file is not None and not hidden else {}
-        parts = model, data, recipe.training, accelerator, shown
-        fit = Fit(*parts, kept) if ticket is None else TicketFit(*parts, ticket)
+        fit, size = prepare(recipe, accelerator, progress if main else quiet)
         (checkpoint,) = broadcast_object_list([run.begin() if main else None])
         if checkpoint is not None:
             fit.restore(checkpoint)
@@ -152,14 +137,14 @@ def train(
         history = fit.run(ended, run.keep, stop)
         model = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False).cpu()
         if main:
-            _write_results(run, recipe, model, fit, data, size)
-            weights, share = _counts(model, fit.masks())
-            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": share, "file": file}
+            _write_results(run, recipe, model, fit, size)
+            weights, kept = _counts(model, fit.masks())
+            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": kept, "file": file}
             add_table(accelerator, result)
             run.finish()
         accelerator.wait_for_everyone()
-    counts = _counts(model, fit.masks())
-    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *counts)
+    found = _counts(model, fit.masks())
+    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *found)
 
 
 def evaluate(
@@ -249,6 +234,38 @@ def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
     return parse_data(section | {"root": None, "download": False}, overrides, str(path))
 
 
+def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
+    """The folder of a run, which ends with the file `<stem>.popup.safetensors`, or dense `<stem>.safetensors`."""
+    dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
+    masked = recipe.surgery != "none" or recipe.lottery_ticket is not None
+    pictures = ("curve.png", "masks.png") if masked else ("curve.png",)
+    masks = (f"{stem}.masks.safetensors",) if masked and dense else ()
+    return RunFolder(path, recipe, (*pictures, *masks, f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"))
+
+
+def counts(run: RunFolder) -> tuple[int, int]:
+    """Masked weights and how many take part in the file of a finished run; of a dense run all."""
+    file, recipe = run.path / run.results[-1], run.recipe
+    if file.name.endswith(".popup.safetensors"):
+        manifest = inspect(file)
+        return manifest.weights, manifest.kept
+    other = _masks_file(run)
+    found = load_file(other) if other is not None else _start_masks(recipe)
+    return _counts(build_bare(architecture(recipe.model.name, **recipe.model.kwargs)), found)
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Fit, tuple[int, int, int]]:
+    """Network, data and optimiser of a recipe, ready for the first step, and the size of the images."""
+    model = _network(recipe)
+    size = _input_size(recipe.data, model)
+    data = open_data(recipe.data, size, recipe.training.seed, accelerator.device, progress)
+    _check_classes(model, data, size)
+    parts = model, data, recipe.training, accelerator, progress
+    if recipe.lottery_ticket is not None:
+        return TicketFit(*parts, recipe.lottery_ticket), size
+    return Fit(*parts, _start_masks(recipe)), size
+
+
 def write_dense(model: nn.Module, path: Path) -> int:
     """Write a plain network's `state_dict` as safetensors, tied tensors each in full. Returns the number of tensors."""
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
@@ -256,7 +273,7 @@ def write_dense(model: nn.Module, path: Path) -> int:
     return len(tensors)
 
 
-def _with_seed(recipe: Recipe) -> Recipe:
+def with_seed(recipe: Recipe) -> Recipe:
     """The recipe, with the seed of the file that it goes on from."""
     file, surgery = recipe.model.init_from, recipe.surgery
     if file is None or surgery == "none":
@@ -311,9 +328,7 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
         )
 
 
-def _write_results(
-    run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, data: Batches, size: tuple[int, int, int]
-) -> None:
+def _write_results(run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, size: tuple[int, int, int]) -> None:
     file, history = run.results[-1], fit.history
     name = file.partition(".")[0]
     draw_curve(run.path / "curve.png", name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
@@ -326,11 +341,11 @@ def _write_results(
             [layer.density for layer in layers],
             [layer.overlap for layer in layers],
         )
-    if file.endswith(".popup.safetensors") and recipe.surgery != "none":
+    if file.endswith(".popup.safetensors"):
         accuracy = history[-1].accuracy
         if get_learner(recipe.surgery.learner).samples:  # the file holds another network than the last epoch's sample
-            accuracy, _ = accuracy_of(bake(model).to(fit.accelerator.device), data.validation(), nullcontext)
-        save(model, run.path / file, provenance=_provenance(recipe, accuracy, len(history), data), probe=(1, *size))
+            accuracy, _ = accuracy_of(bake(model).to(fit.accelerator.device), fit.data.validation(), nullcontext)
+        save(model, run.path / file, provenance=_provenance(recipe, accuracy, len(history), fit.data), probe=(1, *size))
         return
     if (other := _masks_file(run)) is not None:
         write_atomically(other, serialize({key: mask.cpu() for key, mask in fit.masks().items()}))
@@ -340,6 +355,12 @@ def _write_results(
 def _masks_file(run: RunFolder) -> Path | None:
     """The file beside dense weights that says which of them take part."""
     return next((run.path / name for name in run.results if name.endswith(".masks.safetensors")), None)
+
+
+def _start_masks(recipe: Recipe) -> dict[str, Tensor]:
+    """The masks that the weights of a dense run stay in, where it goes on from a file."""
+    file = recipe.model.init_from
+    return stored_masks(file) if file is not None and recipe.surgery == "none" else {}
 
 
 def _counts(model: nn.Module, found: Mapping[str, Tensor]) -> tuple[int, int]:
@@ -358,16 +379,10 @@ def _finished(run: RunFolder, recipe: Recipe) -> Result:
     described = recipe.model
     if not file.name.endswith(".popup.safetensors"):
         model = build(described.name, pretrained=file, **described.kwargs)
-        if (other := _masks_file(run)) is not None:
-            found = load_file(other)
-        else:
-            found = stored_masks(described.init_from) if described.init_from else {}
-        weights, kept = _counts(model, found)
     else:
-        manifest = inspect(file)
-        base = described.pretrained if isinstance(described.pretrained, str) and manifest.base is not None else None
-        model, weights, kept = load(file, base=base), manifest.weights, manifest.kept
-    return Result(model.eval(), history[-1].accuracy, history, run.path, file, weights, kept)
+        base = described.pretrained
+        model = load(file, base=base if isinstance(base, str) and inspect(file).base is not None else None)
+    return Result(model.eval(), history[-1].accuracy, history, run.path, file, *counts(run))
 
 
 def _provenance(recipe: Recipe, accuracy: float, epochs: int, data: Batches) -> dict[str, Any]:

@@ -9,10 +9,8 @@ import typer
 
 from .. import __version__
 from ..errors import PopupError, Stopped
-from . import convert, evaluate, export, inspect, predict, recipes, sanity, train, verify, zoo
+from . import convert, evaluate, export, inspect, predict, recipes, sanity, sweep, train, verify, zoo
 from .shared import printable
-
-RESUME = 75  # "try again later", as sysexits.h has it: a run has stopped and can go on
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
@@ -30,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (convert, train, evaluate, predict, sanity, inspect, verify, export, recipes, zoo):
+for command in (convert, train, sweep, evaluate, predict, sanity, inspect, verify, export, recipes, zoo):
     text, _, example = (command.run.__doc__ or "").partition("\b")
     app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b\n" + cleandoc(example))(command.run)
 
@@ -61,7 +59,7 @@ def main() -> int:
         return 2
     except Stopped as error:
         print(f"{error}; go on with --resume", file=sys.stderr)
-        return RESUME
+        return error.status
     except PopupError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2

@@ -77,8 +77,8 @@ class Batches(Protocol):
     def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
         """The validation images that fall to a process of `part`, each of them once."""
 
-    def steps(self) -> int | None:
-        """Batches in an epoch, where known."""
+    def steps(self, split: str = TRAIN) -> int | None:
+        """Batches in an epoch of the training or the validation images, where known."""
 
 
 def open_data(
@@ -157,8 +157,8 @@ class InMemory:
         self.mean = (torch.tensor(mean, device=device) * 255).view(-1, 1, 1)
         self.std = (torch.tensor(std, device=device) * 255).view(-1, 1, 1)
 
-    def steps(self) -> int:
-        return -(-len(self.splits[TRAIN][1]) // self.config.batch_size)
+    def steps(self, split: str = TRAIN) -> int:
+        return -(-len(self.splits[split][1]) // self.config.batch_size)
 
     def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         images, labels = self.splits[TRAIN]
@@ -224,8 +224,8 @@ class Streamed:
         for role, dataset in datasets.items():
             dataset.transform = _Compose(_mode(input_size), transforms[role])
 
-    def steps(self) -> int | None:
-        dataset = self.datasets[TRAIN]
+    def steps(self, split: str = TRAIN) -> int | None:
+        dataset = self.datasets[split]
         return -(-len(dataset) // self.config.batch_size) if hasattr(dataset, "__len__") else None
 
     def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:

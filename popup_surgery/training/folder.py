@@ -1,5 +1,6 @@
 """A run's folder: whose it is, what is in it, and where it goes on."""
 
+import hashlib
 import json
 import logging
 import shutil
@@ -139,6 +140,18 @@ class RunFolder:
                 f"the run in {self.path} is of another recipe: {key} is {before.get(key)!r} there and "
                 f"{now.get(key)!r} here{more}"
             )
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of all that a run's result depends on: equal for recipes that a run may go on with."""
+    values = {}
+    for section, inner in recipe.dump().items():
+        for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
+            values[f"{section}.{key}"] = value
+    # inside a value the order stays, since the last pattern of a k counts; 1.0 is the same as 1
+    text = json.dumps([(key, value) for key, value in sorted(values.items()) if key not in _FREE], default=str)
+    plain = json.loads(text, parse_float=lambda digits: int(x) if (x := float(digits)).is_integer() else x)
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
 
 
 @contextmanager

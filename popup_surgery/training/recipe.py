@@ -356,19 +356,29 @@ def override(values: Any, overrides: Iterable[str]) -> Any:
     """Plain values of a recipe with `key=value` overrides; what was given stays as it is."""
     values = copy.deepcopy(values)
     for setting in overrides:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise RecipeError(f"--set {setting!r} has no value; expected key=value, such as training.epochs=3")
-        *parents, leaf = key.strip().split(".")
-        if not leaf:
-            raise RecipeError(f"--set {setting!r} names no key; expected key=value, such as training.epochs=3")
-        section = values
-        for parent in parents:
-            if not isinstance(section.get(parent), dict):
-                section[parent] = {}
-            section = section[parent]
-        section[leaf] = _yaml(value, f"--set {setting}")
+        assign(values, *parse_setting(setting))
     return values
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """Key and value of `key=value`, whose value is YAML."""
+    key, equals, value = setting.partition("=")
+    key = key.strip()
+    if not equals:
+        raise RecipeError(f"--set {setting!r} has no value; expected key=value, such as training.epochs=3")
+    if not key or key.endswith("."):
+        raise RecipeError(f"--set {setting!r} names no key; expected key=value, such as training.epochs=3")
+    return key, parse_yaml(value, f"--set {setting}")
+
+
+def assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a key such as `training.epochs`, in place."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        if not isinstance(values.get(parent), dict):
+            values[parent] = {}
+        values = values[parent]
+    values[leaf] = value
 
 
 def find(name: str | Path) -> Path:
@@ -388,15 +398,15 @@ def shipped() -> list[str]:
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, expected: str = "model, surgery, data and training") -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read: {error}") from None
-    values = _yaml(text, str(path))
+    values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no mapping; expected model, surgery, data and training")
+        raise RecipeError(f"{path} holds no mapping; expected {expected}")
     return values
 
 
@@ -426,7 +436,8 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _yaml(text: str, what: str) -> Any:
+def parse_yaml(text: str, what: str) -> Any:
+    """The value of YAML text; `RecipeError` calls it `what`."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

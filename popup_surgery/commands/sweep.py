@@ -1,0 +1,190 @@
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Group
+from rich.live import Live
+from rich.table import Table
+
+from ..errors import PopupError, Stopped
+from .shared import busy, messages, printable, progress, show
+
+if TYPE_CHECKING:
+    from ..sweep import Outcome, Point, Report, Sweep
+
+
+class On(StrEnum):
+    ray = "ray"
+
+
+def run(
+    sweep: Annotated[str, typer.Argument(help="A YAML file of a sweep (docs/sweeps.md), or a recipe as for train.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of any recipe key; key=[value, …] for a grid over it; repeatable."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder; runs/sweeps/<sweep> if not given.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder, in place of data.root.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time on this machine; if not given, one for each GPU, or for each core."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each run; on CPUs results depend on them.")] = 1,
+    on: Annotated[On | None, typer.Option(help="Run on a Ray cluster.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the cluster; if not given, this machine's or a new one.")
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0, help="On Ray; if not given, 1 where the cluster has GPUs.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Measure a few steps; print how many runs there are and how long.")
+    ] = False,
+) -> int:
+    """Run a grid over recipe keys × seeds; write a folder for each run, results.csv and results.json.
+
+    \b
+    $ popup-surgery sweep digits --set training.epochs=1 --set 'surgery.k=[0.3, 0.5]' --seeds 2
+    1/4  digits surgery.k=0.3 seed 0  accuracy 45.96 %  0.4 s
+    2/4  digits surgery.k=0.3 seed 1  accuracy 30.92 %  0.3 s
+    3/4  digits surgery.k=0.5 seed 0  accuracy 72.42 %  0.3 s
+    4/4  digits surgery.k=0.5 seed 1  accuracy 78.83 %  0.5 s
+            surgery.k  runs  accuracy         time   file         kept
+    digits  0.3        2/2   38.44 ± 10.64 %  0.4 s  7,334 bytes  30.0 %
+    digits  0.5        2/2   75.63 ± 4.53 %   0.4 s  7,326 bytes  50.0 %
+    wrote runs/sweeps/digits/results.csv and results.json
+    """
+    for name, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
+        if on is None and value is not None:
+            raise PopupError(f"{name} is {value}; expected it with --on ray alone")
+    if on is not None and jobs is not None:
+        raise PopupError(
+            f"--jobs is {jobs}; expected it without --on ray, which runs as many as the cluster has room for"
+        )
+    with busy("starting"):
+        from .. import sweep as sweeps
+        from ..training.recipe import parse_yaml
+
+        number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
+        loaded = sweeps.Sweep.load(sweep, set_ or (), seeds=number, data_dir=data_dir)
+        local = sweeps.Local(jobs, threads)
+        engine = sweeps.OnRay(address, gpus_per_run, threads) if on else local
+    folder = output or Path("runs/sweeps") / loaded.name
+    if dry_run:
+        _estimate(loaded, folder, threads, None if on else local.places)
+        return 0
+    try:
+        with _shown(folder) as report:
+            outcomes = sweeps.execute(loaded, folder, engine, report)
+    except Stopped as error:
+        messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
+        return error.status
+    show(_table(sweeps.points(outcomes)))
+    show(f"wrote {folder}/results.csv and results.json")
+    return 1 if any(outcome.state is sweeps.State.FAILED for outcome in outcomes) else 0
+
+
+@contextmanager
+def _shown(folder: Path) -> "Iterator[Report]":
+    """What a sweep reports to: a table on the terminal, elsewhere a line for each run that ends."""
+    from ..sweep import State, points
+
+    live = Live(console=messages, transient=True, refresh_per_second=4) if messages.is_terminal else None
+    began = drawn = time.monotonic()
+    earlier = -1  # runs that ended in a sweep before this one
+
+    def report(outcomes: "Sequence[Outcome]", changed: "Outcome | None") -> None:
+        nonlocal drawn, earlier
+        states = [outcome.state for outcome in outcomes]
+        ended = states.count(State.FINISHED) + states.count(State.FAILED)
+        new = [] if changed is None else [changed]
+        if earlier < 0:
+            earlier, new = ended, [outcome for outcome in outcomes if outcome.state is State.FAILED]
+            if ended and live is None:
+                show(f"{ended} of {len(outcomes)} runs have ended before")
+        for outcome in new:
+            if outcome.state is State.FAILED:
+                where = folder / outcome.run.name
+                text = f"{outcome.run} failed: {outcome.error}; its folder is {where}"
+                messages.print(printable(text), markup=False, soft_wrap=True)
+            elif outcome.numbers is not None and live is None:
+                accuracy, seconds = _percent(outcome.numbers.accuracy), outcome.numbers.seconds
+                show(f"{ended}/{len(outcomes)}  {outcome.run}  accuracy {accuracy}  {seconds:.1f} s")
+        if live is not None and time.monotonic() - drawn > 0.5:
+            drawn = time.monotonic()
+            line = f"{ended} of {len(outcomes)} runs have ended, {states.count(State.FAILED)} failed"
+            if ended > earlier:
+                line += f", {_clock((drawn - began) / (ended - earlier) * (len(outcomes) - ended))} left"
+            live.update(Group(_table(points(outcomes), folder), line))
+
+    with live or nullcontext():
+        yield report
+
+
+def _table(points: "Sequence[Point]", folder: Path | None = None) -> Table:
+    """A row for each grid point. With the sweep's folder also how far its runs are, in as many rows as are seen."""
+    from ..sweep import as_text
+
+    keys = list(dict.fromkeys(key for point in points for key in point.values))
+    columns = ["", *keys, "runs", "accuracy", "time", "file", "kept", *(["epochs of those that run"] if folder else [])]
+    table = Table(*columns, box=None, header_style="", padding=(0, 2, 0, 0))
+    rows = [(point, _epochs(point, folder) if folder else "") for point in points]
+    room = max(1, messages.height - 4)
+    if folder and len(rows) > room:
+        rows = sorted(rows, key=lambda row: not row[1])[:room]
+    for point, epochs in rows:
+        values = [as_text(point.values[key]) if key in point.values else "" for key in keys]
+        cells = ["", "", "", ""]
+        if (mean := point.mean) is not None:
+            size, kept = f"{mean.size:,.0f} bytes", f"{100 * mean.kept / mean.weights:.1f} %"
+            cells = [_percent(mean.accuracy, point.std), f"{mean.seconds:.1f} s", size, kept]
+        failed = sum(outcome.state == "failed" for outcome in point.outcomes)
+        runs = f"{point.n}/{len(point.outcomes)}" + (f", {failed} failed" if failed else "")
+        table.add_row(point.label, *values, runs, *cells, *([epochs] if folder else []))
+    return table
+
+
+def _epochs(point: "Point", folder: Path) -> str:
+    """How many epochs each run that is not finished has behind it, where it has begun."""
+    found = []
+    for outcome in point.outcomes:
+        if outcome.state in ("waiting", "running"):
+            lines = outcome.run.folder(folder).path / "metrics.jsonl"
+            count = lines.read_text().count("\n") if lines.exists() else 0
+            if count or outcome.state == "running":
+                found.append(f"{count}/{outcome.run.recipe.epochs}")
+    return " ".join(found)
+
+
+def _percent(accuracy: float, std: float | None = None) -> str:
+    return f"{100 * accuracy:.2f}{'' if std is None else f' ± {100 * std:.2f}'} %"
+
+
+def _estimate(sweep: "Sweep", folder: Path, threads: int, places: int | None) -> None:
+    from ..sweep.estimate import measure
+
+    todo = [run for run in sweep.runs if not run.folder(folder).finished]
+    show(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(todo)} of them finished")
+    table = Table("runs", "such as", "start", "step", "each run", box=None, header_style="", padding=(0, 2, 0, 0))
+    total = 0.0
+    for kind in measure(todo, threads, progress):
+        seconds = sum(map(kind.seconds, kind.runs))
+        total += seconds
+        cells = f"{kind.start:.1f} s", f"{1000 * kind.step:.1f} ms", _clock(seconds / len(kind.runs))
+        table.add_row(str(len(kind.runs)), str(kind.runs[0]), *cells)
+    if todo:
+        show(table)
+        together = f", {_clock(total / min(places, len(todo)))} with {places} at a time" if places else ""
+        show(f"about {_clock(total)} one after another{together}")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

@@ -1,0 +1,296 @@
+"""Where the runs of a sweep run: processes of this machine, or a Ray cluster."""
+
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from filelock import FileLock, Timeout
+
+from ..errors import PopupError, Stopped
+from ..files import write_atomically
+from ..run import train
+from ..training.recipe import to_yaml
+from .grid import Run
+from .results import State
+
+log = logging.getLogger("popup_surgery")
+
+PAUSE = 0.1  # seconds between two looks at what runs
+RETRIES = 3  # of a run whose node or process died, on Ray
+PATIENCE = 300  # seconds that a retry waits for the process before it, where its node is only cut off
+
+Event = tuple[Run, State, str]
+Stop = Callable[[], bool]
+
+
+class Engine(Protocol):
+    """Runs the runs of a sweep. Each has `threads` threads wherever it runs, because results on CPUs depend on them."""
+
+    def ready(self) -> AbstractContextManager[object]:
+        """Within it the engine can run. `PopupError` where it cannot."""
+
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Iterator[Event | None]:
+        """Run all of `runs`, in their folders in `output`. What happens to one, with an error; and None now and then.
+
+        Once `stop` says so no run begins, and those that run end with a checkpoint.
+        """
+
+
+@dataclass(frozen=True)
+class Local:
+    """Processes of this machine, each an ordinary `popup-surgery train`.
+
+    Attributes:
+        jobs: runs at a time; if not given, one for each GPU, or without GPUs one for each `threads` cores. GPUs are
+            dealt out to them in turn.
+    """
+
+    jobs: int | None = None
+    threads: int = 1
+
+    @property
+    def places(self) -> int:
+        """Runs at a time."""
+        return self.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // self.threads)
+
+    def ready(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Iterator[Event | None]:
+        gpus, places, told = _gpus(), range(self.places), False
+        waiting, running = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
+        for run in waiting:
+            if _held(run, output):
+                log.warning("another process runs in %s; waiting for it", run.folder(output).path)
+        try:
+            while running or (waiting and not stop()):
+                if stop() and not told:
+                    told = True
+                    for _, child in running.values():
+                        child.send_signal(signal.SIGTERM)
+                for place in [] if stop() else [place for place in places if place not in running]:
+                    begun = next((run for run in waiting if not _held(run, output)), None)
+                    if begun is not None:
+                        waiting.remove(begun)
+                        if begun.folder(output).finished:  # by the process that was waited for
+                            yield begun, State.FINISHED, ""
+                            continue
+                        try:
+                            running[place] = (
+                                begun,
+                                self._begin(begun, output, gpus[place % len(gpus)] if gpus else None),
+                            )
+                            yield begun, State.RUNNING, ""
+                        except PopupError as error:
+                            yield begun, State.FAILED, str(error)
+                for place, (run, child) in list(running.items()):
+                    if child.poll() is not None:
+                        del running[place]
+                        yield _ended(run, output, child.returncode, stop())
+                yield None
+                time.sleep(PAUSE)
+        finally:
+            for _, child in running.values():
+                child.kill()
+                child.wait()
+
+    def _begin(self, run: Run, output: Path, gpu: str | None) -> "subprocess.Popen[bytes]":
+        path = _prepare(run, output)
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        command = [sys.executable, "-m", "popup_surgery", "train", f"{path}/recipe.yaml", "-o", str(path), "--resume"]
+        with open(path / "log.txt", "wb") as file:
+            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
+
+
+@dataclass(frozen=True)
+class OnRay:
+    """Tasks of a Ray cluster: each run one, with `threads` CPUs and `gpus_per_run`, where Ray finds room for it.
+
+    A run whose node dies goes on elsewhere. It trains in its folder where the node sees the sweep's, and goes on from
+    its checkpoint; else in a folder of the node's, and its files come back when it is finished.
+
+    Attributes:
+        address: as for `ray.init`; without it the cluster of this machine, or a new one for this sweep.
+        gpus_per_run: 1 if not given, and 0 in a cluster without GPUs.
+    """
+
+    address: str | None = None
+    gpus_per_run: float | None = None
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if (gpus := self.gpus_per_run) and not (1e-4 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
+            raise PopupError(
+                f"--gpus-per-run is {gpus:g}; expected a share of a GPU, 0.0001 or more, or a whole number"
+            )
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        try:
+            import ray
+        except ImportError:
+            raise PopupError("--on ray needs Ray, which is not installed; pip install 'popup-surgery[ray]'") from None
+        if ray.is_initialized():
+            yield
+            return
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        try:
+            if found := re.fullmatch(r"(?:ray://)?(\S+):(\d+)", address or ""):
+                socket.create_connection((found[1], int(found[2])), timeout=10).close()  # Ray itself asks for minutes
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
+        except (OSError, OverflowError, RuntimeError, ValueError, ImportError) as error:
+            raise PopupError(f"no Ray cluster to use at {address or 'this machine'}: {_first_line(error)}") from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Iterator[Event | None]:
+        import ray
+
+        task = ray.remote(**self._needs())(_on_node)
+        output, told = output.absolute(), False
+        handle, marker = tempfile.mkstemp(prefix=".shared-", dir=output)
+        os.close(handle)
+        pending: dict[Any, Run] = {}
+        try:
+            for run in runs:
+                try:
+                    path = _prepare(run, output)
+                    pending[task.remote(_yaml(run), str(path), marker, os.getcwd())] = run
+                except PopupError as error:
+                    yield run, State.FAILED, str(error)
+            while pending:
+                if stop() and not told:
+                    told = True
+                    for reference in pending:
+                        ray.cancel(reference)
+                for reference in ray.wait(list(pending), timeout=PAUSE)[0]:
+                    yield _returned(pending.pop(reference), output, reference, stop())
+                yield None
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=True)
+            Path(marker).unlink(missing_ok=True)
+
+    def _needs(self) -> dict[str, Any]:
+        import ray
+
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = self.gpus_per_run
+        if gpus is None:
+            gpus = 1 if any(node.get("GPU") for node in nodes) else 0
+        if not any(node.get("CPU", 0) >= self.threads and node.get("GPU", 0) >= gpus for node in nodes):
+            log.warning("no node of the cluster has %d CPUs and %g GPUs for a run; waiting for one", self.threads, gpus)
+        return {
+            "num_cpus": self.threads,
+            "num_gpus": round(gpus, 4),
+            "max_retries": RETRIES,
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self.threads)}},
+        }
+
+
+def _prepare(run: Run, output: Path) -> Path:
+    """The run's folder with its recipe in it, as it is now: what no result depends on may have changed."""
+    folder = run.folder(output)
+    if (folder.path / "recipe.yaml").exists():
+        folder.check_recipe()
+    try:
+        folder.path.mkdir(exist_ok=True)
+    except OSError as error:
+        raise PopupError(f"{folder.path} cannot be written: {error.strerror}") from error
+    write_atomically(folder.path / "recipe.yaml", _yaml(run).encode())
+    return folder.path
+
+
+def _yaml(run: Run) -> str:
+    return to_yaml(run.recipe.dump())
+
+
+def _held(run: Run, output: Path) -> bool:
+    """Whether a process runs in the run's folder: one of a sweep that was killed, for example."""
+    lock = run.folder(output).path / "lock"
+    try:
+        if lock.exists():
+            with FileLock(lock, timeout=0):
+                pass
+    except Timeout:
+        return True
+    return False
+
+
+def _gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
+    import torch
+
+    count = torch.cuda.device_count()
+    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
+
+
+def _ended(run: Run, output: Path, status: int, stopping: bool) -> Event:
+    if status == 0:
+        return run, State.FINISHED, ""
+    if status == Stopped.status or stopping:
+        return run, State.STOPPED, ""
+    said = (run.folder(output).path / "log.txt").read_text(errors="replace").strip().split("\n")[-1]
+    ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+    return run, State.FAILED, said.removeprefix("error: ") if status > 0 and said else ended
+
+
+def _on_node(recipe: str, path: str, marker: str, directory: str) -> dict[str, bytes] | None:
+    """One run on a node of a cluster. The run's files, unless the node sees the driver's folder and they are there."""
+    if os.path.isdir(directory):
+        os.chdir(directory)  # a recipe may have relative paths
+    shared = os.path.exists(marker)
+    with nullcontext(path) if shared else tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        if not shared:
+            (folder / "recipe.yaml").write_text(recipe)
+        with suppress(Timeout), FileLock(folder / "lock", timeout=PATIENCE):
+            pass
+        train(folder / "recipe.yaml", output=folder, resume=True)
+        files = [] if shared else [file for file in folder.rglob("*") if file.is_file() and file.name != "lock"]
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+def _returned(run: Run, output: Path, reference: Any, stopping: bool) -> Event:
+    """What became of a task that has ended; the files that it returns are written, the one that says so last."""
+    import ray
+    from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+
+    folder = run.folder(output)
+    try:
+        files: dict[str, bytes] = ray.get(reference)
+        for name, data in sorted(files.items(), key=lambda item: item[0] == folder.results[-1]):
+            (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder.path / name, data)
+        return run, State.FINISHED, ""
+    except RayTaskError as error:
+        if isinstance(error.cause, Stopped) or stopping:
+            return run, State.STOPPED, ""
+        if isinstance(error.cause, PopupError):
+            return run, State.FAILED, str(error.cause)
+        write_atomically(folder.path / "log.txt", str(error).encode())
+        return run, State.FAILED, f"{type(error.cause).__name__}: {_first_line(error.cause)}"
+    except TaskCancelledError:
+        return run, State.STOPPED, ""
+    except (RayError, PopupError) as error:
+        return run, State.STOPPED if stopping else State.FAILED, _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

@@ -1,0 +1,105 @@
+"""How long a sweep will take, from a few steps of each kind of run in it."""
+
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from multiprocessing import get_context
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..errors import PopupError, RunError, Stopped
+from ..run import prepare, quiet
+from ..surgery import bake
+from ..training import Recipe
+from ..training.data import VALIDATION, Progress, ambient_seed
+from ..training.loop import accuracy_of
+from ..training.processes import numerics, start
+from .grid import Run
+
+STEPS = 5  # that are measured, after one to warm up
+# what a step takes the same time for
+_ALIKE = {
+    "surgery": ("k", "scheme", "scaled", "seed"),
+    "training": ("epochs", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs", "label_smoothing", "seed"),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Runs whose steps take the same time.
+
+    Attributes:
+        start: seconds until the first step.
+        step, epoch: seconds of one.
+    """
+
+    runs: tuple[Run, ...]
+    start: float
+    step: float
+    epoch: float
+
+    def seconds(self, run: Run) -> float:
+        """The time that a run will take, by itself."""
+        return self.start + run.recipe.epochs * self.epoch
+
+
+def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[Kind]:
+    """The kinds of `runs`, each measured in a process of its own with so many threads.
+
+    Raises:
+        RunError: a run of a kind cannot start, or its data set does not say how many images it has; the message names
+            the run.
+    """
+    kinds: dict[str, list[Run]] = {}
+    for run in runs:
+        values = run.recipe.dump()
+        for section, keys in _ALIKE.items():
+            if isinstance(values[section], dict):
+                values[section] = {key: value for key, value in values[section].items() if key not in keys}
+        kinds.setdefault(json.dumps(values, default=str), []).append(run)
+    found = []
+    with progress(len(kinds), "measuring") as advance:
+        for alike in kinds.values():
+            began = time.perf_counter()
+            try:
+                with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+                    busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
+            except (PopupError, BrokenExecutor) as error:
+                raise RunError(f"{alike[0]} cannot be measured: {error}") from error
+            found.append(Kind(tuple(alike), time.perf_counter() - began - busy, *measured))
+            advance()
+    return found
+
+
+def _measure(values: dict[str, Any]) -> tuple[float, float, float]:
+    """Seconds that it took to measure, of a step, and of an epoch with its validation."""
+    recipe = Recipe.parse(values)
+    accelerator = start(recipe.training)
+    with numerics(recipe.training), ambient_seed([recipe.training.seed]):
+        fit, _ = prepare(recipe, accelerator, quiet)
+        times = [time.perf_counter()]
+
+        def enough() -> bool:
+            if accelerator.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter())
+            return len(times) > STEPS + 1
+
+        with suppress(Stopped):
+            fit.run(lambda epoch: None, stop=enough)
+        steps = [after - before for before, after in pairwise(times)]
+        began = time.perf_counter()
+        batches = 3
+        accuracy_of(bake(fit.core), islice(fit.data.validation(), batches), accelerator.autocast)
+        ended = time.perf_counter()
+    count, rest = fit.data.steps(), fit.data.steps(VALIDATION)
+    if count is None or rest is None:
+        raise RunError("its data set does not say how many images it has")
+    step = median(steps[1:] or steps)
+    return ended - times[0], step, count * step + rest * (ended - began) / min(batches, rest)

@@ -1,0 +1,267 @@
+"""A sweep: a grid over any keys of a recipe × seeds, of which every run is known and valid before one starts."""
+
+import copy
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ..errors import PopupError, RecipeError, nearest
+from ..run import run_folder, with_seed
+from ..training import Recipe
+from ..training.folder import RunFolder, fingerprint
+from ..training.recipe import assign, find, parse_setting, read_yaml
+
+KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may stand beside `runs`, for all of them
+SEEDS = ("surgery.seed", "training.seed")
+LIMIT = 100_000  # runs; more is a slip of the pen
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a sweep.
+
+    Attributes:
+        label: of its grid.
+        point: number of its grid point in the sweep; runs of one point differ in their seeds alone.
+        values: of the grid's keys.
+        seed: of this run; the recipe's own `training.seed` where the sweep names no seeds.
+        recipe: all of it.
+    """
+
+    label: str
+    point: int
+    values: Mapping[str, Any]
+    seed: int
+    recipe: Recipe
+
+    @cached_property
+    def name(self) -> str:
+        """Name of the run's folder: a hash of all that its result depends on."""
+        return fingerprint(self.recipe)[:16]
+
+    def folder(self, output: Path) -> RunFolder:
+        """The run's folder in the folder `output` of a sweep."""
+        return run_folder(output / self.name, self.recipe, "recipe")
+
+    def __str__(self) -> str:
+        return f"{' '.join([self.label, *_settings(self.values)])} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Runs in the order of the file: grid after grid, the last key of each fastest, then seeds."""
+
+    name: str
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def load(
+        cls,
+        name: str | Path,
+        settings: Sequence[str] = (),
+        *,
+        seeds: int | list[int] | None = None,
+        data_dir: str | Path | None = None,
+    ) -> "Sweep":
+        """The sweep in a YAML file, or the one over a recipe that `settings` and `seeds` make.
+
+        Args:
+            name: a sweep file, or a recipe as for `train`.
+            settings: `key=value` for every grid; `key=[value, …]` makes it a key of every grid. What a file says of
+                the key does not count then.
+            seeds: in place of the file's: how many, from 0, or a list.
+            data_dir: the data set's folder, in place of the recipes' `data.root`.
+
+        Raises:
+            RecipeError, UnknownName: what is wrong with the sweep; of its recipes, all that is wrong with them.
+        """
+        path = find(name)
+        values = read_yaml(path, "recipe, set, grid and seeds, or runs")
+        if {"model", "training"} & values.keys():
+            values, path = {"recipe": str(name)}, Path()
+        return cls.parse(values, str(name), settings, seeds=seeds, data_dir=data_dir, folder=path.parent)
+
+    @classmethod
+    def parse(
+        cls,
+        values: Mapping[str, Any],
+        name: str = "sweep",
+        settings: Sequence[str] = (),
+        *,
+        seeds: int | list[int] | None = None,
+        data_dir: str | Path | None = None,
+        folder: Path = Path(),
+    ) -> "Sweep":
+        """A sweep from plain values, as `load`; recipe files are relative to `folder`."""
+        given = dict(map(parse_setting, settings))
+        runs: list[Run] = []
+        mistakes: dict[str, None] = {}
+        for where, entry in _entries(values, name):
+            grid = _Grid(where, entry, given, seeds)
+            if len(runs) + grid.size > LIMIT:
+                raise RecipeError(f"{where} makes {grid.size:,} runs; expected up to {LIMIT:,} in a sweep")
+            base = _read(grid.recipe, folder)
+            if data_dir is not None:
+                assign(base, "data.root", str(Path(data_dir).absolute()))
+            first = runs[-1].point + 1 if runs else 0
+            for (number, point), seed in itertools.product(enumerate(grid.points(), first), grid.seeds):
+                try:
+                    recipe = _recipe(base, grid.fixed | point, seed)
+                except PopupError as error:
+                    mistakes |= dict.fromkeys(_mistakes(error, point))
+                    continue
+                runs.append(Run(grid.label, number, point, recipe.training.seed if seed is None else seed, recipe))
+        if mistakes:
+            head = f"{name} has {len(mistakes)} mistakes:\n" if len(mistakes) > 1 else f"{name}: "
+            raise RecipeError(head + "\n".join(mistakes))
+        _check_distinct(runs, name)
+        return cls(_stem(name), tuple(runs))
+
+
+class _Grid:
+    """One entry of a sweep, checked as far as it can be without its recipe."""
+
+    def __init__(self, where: str, entry: Mapping[str, Any], given: Mapping[str, Any], seeds: Any) -> None:
+        if "recipe" not in entry:
+            raise RecipeError(f"{where}: recipe is missing")
+        self.recipe = _text(entry, "recipe", where)
+        self.label = _text(entry, "label", where) if "label" in entry else _stem(self.recipe)
+        fixed, grid = _mapping(entry, "set", where), _mapping(entry, "grid", where)
+        if both := fixed.keys() & grid.keys():
+            raise RecipeError(f"{where}: {min(both)} stands in set and in grid; expected it in one of them")
+        for key, values in grid.items():
+            if not isinstance(values, list):
+                raise RecipeError(f"{where}: grid {key} is {values!r}; expected a list of values")
+        lists = {key: value for key, value in given.items() if isinstance(value, list)}
+        self.fixed = {key: value for key, value in fixed.items() if key not in lists} | {
+            key: value for key, value in given.items() if key not in lists
+        }
+        self.grid = {key: values for key, values in grid.items() if key not in given} | lists
+        for key, values in self.grid.items():
+            if not values:
+                raise RecipeError(f"{where}: grid {key} is an empty list; expected one value or more")
+        self.seeds = _seeds(entry.get("seeds") if seeds is None else seeds, where)
+        for key in SEEDS:
+            if self.seeds != (None,) and key in self.fixed | self.grid:
+                raise RecipeError(f"{where}: {key} is given, and seeds, which sets it; expected one of them")
+
+    @property
+    def size(self) -> int:
+        """How many runs it makes."""
+        return len(self.seeds) * math.prod(map(len, self.grid.values()))
+
+    def points(self) -> Iterator[dict[str, Any]]:
+        """The grid's values by key, at each of its points."""
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+
+def _entries(values: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The grids of a sweep, and what to call each in a message."""
+    if "runs" not in values:
+        _check_keys(values, (*KEYS, "runs"), name)
+        yield name, values
+        return
+    _check_keys(values, (*KEYS[:3], "runs"), name, " beside runs")
+    runs = values["runs"]
+    if not isinstance(runs, list) or not runs:
+        raise RecipeError(f"{name}: runs is {runs!r}; expected a list of grids, each with recipe, set, grid or label")
+    shared = _mapping(values, "set", name)
+    for number, entry in enumerate(runs, 1):
+        where = f"{name}, grid {number}"
+        if not isinstance(entry, dict):
+            raise RecipeError(f"{where} is {entry!r}; expected recipe, set, grid, seeds or label")
+        _check_keys(entry, KEYS, where)
+        rest = {key: values[key] for key in ("recipe", "seeds") if key in values}
+        yield where, rest | entry | {"set": shared | _mapping(entry, "set", where)}
+
+
+def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str, which: str = "") -> None:
+    for key in values:
+        if key not in known:
+            raise RecipeError(f"{where}: {key} is no key of a sweep{which}; nearest: {nearest(str(key), known)}")
+
+
+def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    value = entry.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(name, str) and name for name in value):
+        raise RecipeError(f"{where}: {key} is {value!r}; expected values by recipe key, such as training.epochs: 3")
+    return value
+
+
+def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
+    value = entry[key]
+    if not isinstance(value, str) or not value:
+        raise RecipeError(f"{where}: {key} is {value!r}; expected a name")
+    return value
+
+
+def _seeds(value: Any, where: str) -> Sequence[int | None]:
+    if value is None:
+        return (None,)
+    if type(value) is int and value >= 1:
+        return range(value)
+    listed = isinstance(value, list) and value and all(type(seed) is int and seed >= 0 for seed in value)
+    if listed and len(set(value)) == len(value):
+        return tuple(value)
+    raise RecipeError(
+        f"{where}: seeds is {value!r}; expected how many, 1 or more, or a list of different ones, each 0 or more"
+    )
+
+
+def _is_file(name: str) -> bool:
+    return Path(name).suffix in (".yaml", ".yml")
+
+
+def _stem(name: str) -> str:
+    return Path(name).stem if _is_file(name) else name
+
+
+def _read(recipe: str, folder: Path) -> dict[str, Any]:
+    return read_yaml(find(folder / recipe if _is_file(recipe) else recipe))
+
+
+def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None) -> Recipe:
+    values = copy.deepcopy(base)
+    for key, value in copy.deepcopy(dict(settings)).items():
+        assign(values, key, value)
+    if seed is not None:
+        assign(values, "training.seed", seed)
+        model = values.get("model")
+        # a dense network has no other seed, and a run that goes on from a file has the file's
+        if isinstance(values.get("surgery"), dict) and not (isinstance(model, dict) and model.get("init_from")):
+            assign(values, "surgery.seed", seed)
+    return with_seed(Recipe.parse(values))
+
+
+def _mistakes(error: PopupError, point: Mapping[str, Any]) -> Iterator[str]:
+    """The sentences of an error, each with the grid's values where it does not begin with one."""
+    first, *more = str(error).split("\n")
+    for sentence in more or [first.removeprefix("recipe: ")]:
+        tell = point and not sentence.startswith(tuple(f"{key} is" for key in point))
+        yield f"{sentence} (with {', '.join(_settings(point))})" if tell else sentence
+
+
+def _check_distinct(runs: Sequence[Run], name: str) -> None:
+    seen: dict[str, Run] = {}
+    for run in runs:
+        other = seen.setdefault(run.name, run)
+        if other is not run:
+            same = "stands twice" if str(run) == str(other) else f"is the same run as {other}"
+            raise RecipeError(f"{name}: {run} {same}; expected different ones")
+
+
+def as_text(value: Any) -> str:
+    """A value of a grid for people: text as it is, all else as YAML reads it."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _settings(values: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={as_text(value)}" for key, value in values.items()]
