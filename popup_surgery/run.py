@@ -343,7 +343,9 @@ def _write_results(run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, s
         )
     if file.endswith(".popup.safetensors"):
         accuracy = history[-1].accuracy
-        if get_learner(recipe.surgery.learner).samples:  # the file holds another network than the last epoch's sample
+        surgery = recipe.surgery
+        # where a learner samples, the file holds another network than the last epoch's sample
+        if surgery != "none" and get_learner(surgery.learner).samples:
             accuracy, _ = accuracy_of(bake(model).to(fit.accelerator.device), fit.data.validation(), nullcontext)
         save(model, run.path / file, provenance=_provenance(recipe, accuracy, len(history), fit.data), probe=(1, *size))
         return
