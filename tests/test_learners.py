@@ -37,7 +37,7 @@ from popup_surgery import (
     verify,
 )
 from popup_surgery.errors import Stopped
-from popup_surgery.learners import get_learner
+from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.run import quiet
 from popup_surgery.training.data import ambient_seed, open_data
 from popup_surgery.training.lottery_ticket import TicketFit
@@ -64,6 +64,10 @@ def small(**settings: Any) -> nn.Module:
     return convert(net, **settings)
 
 
+def build_digits(pretrained: Any = False) -> nn.Module:
+    return build("popup_surgery/conv2", pretrained=pretrained, width=0.25, in_chans=1, img_size=8)
+
+
 def raw(layer: nn.Module) -> Tensor:
     return layer._parameters["weight"].detach()
 
@@ -71,6 +75,57 @@ def raw(layer: nn.Module) -> Tensor:
 def equal_states(one: nn.Module, other: nn.Module) -> bool:
     a, b = one.state_dict(), other.state_dict()
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# every learner
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_file_gives_back_what_was_baked(learner: str, tmp_path: Path) -> None:
+    net = small(learner=learner)
+    net(x(2, 3, 6, 6))
+    if LEARNERS[learner].learns_weights:
+        with pytest.raises(ArtifactError, match="trains the weights themselves"):
+            save(net, tmp_path / "net")
+        assert not list(tmp_path.iterdir())
+        return
+    save(net, tmp_path / "net", probe=(1, 3, 6, 6))
+    baked = bake(net)
+    assert equal_states(baked, load(tmp_path / "net", bake(small())))
+    assert all(torch.equal(baked.get_parameter(key) != 0, mask) for key, mask in masks(net).items())
+    assert verify(tmp_path / "net", bake(small()))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_goes_on_from_a_file(learner: str, tmp_path: Path) -> None:
+    source = small(k=0.4, scaled=False)
+    with torch.no_grad():
+        source[4].weight_score.copy_(x(5, 64))
+    save(source, tmp_path / "net")
+    net = small(learner=learner, k=0.4 if LEARNERS[learner].takes_k else None, scaled=False)
+    assert not torch.equal(masks(net)["4.weight"], masks(source)["4.weight"])
+    start_from(net, tmp_path / "net")
+    assert equal_states(bake(net), bake(source))
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path) -> None:
+    overrides = [f"surgery.learner={learner}", "training.epochs=2", "training.lr=0.01"]
+    overrides += [] if LEARNERS[learner].takes_k else ["surgery.k=null"]
+    through = train("digits", overrides=overrides, output=tmp_path / "through")
+    moved = any(epoch.changed for epoch in through.history)
+    assert moved == LEARNERS[learner].trains
+
+    def after(epoch: Any) -> None:
+        if epoch.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train("digits", overrides=overrides, output=tmp_path / "run", after_epoch=after)
+    result = train("digits", overrides=overrides, output=tmp_path / "run", resume=True)
+    assert result.file.read_bytes() == through.file.read_bytes()
+    plain = build_digits(result.file) if LEARNERS[learner].learns_weights else load(result.file)
+    assert equal_states(result.model, plain)
 
 
 # supermask: the equations
@@ -463,14 +518,6 @@ def test_dnw_in_the_loop_writes_its_weights_and_masks(tmp_path: Path) -> None:
     assert dataclasses.replace(again, model=result.model) == result
 
 
-def test_dnw_goes_on_from_a_file(tmp_path: Path) -> None:
-    net = small(k=0.4)
-    save(net, tmp_path / "net")
-    fresh = small(k=0.4, learner="dnw")
-    start_from(fresh, tmp_path / "net")
-    assert equal_states(bake(fresh), bake(net))
-
-
 # random
 
 
@@ -544,10 +591,6 @@ def test_a_random_network_whose_norms_learn(images: Path, tmp_path: Path) -> Non
 
 
 # in the loop
-
-
-def build_digits(pretrained: Any = False) -> nn.Module:
-    return build("popup_surgery/conv2", pretrained=pretrained, width=0.25, in_chans=1, img_size=8)
 
 
 @pytest.fixture(scope="module")

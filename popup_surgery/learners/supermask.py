@@ -123,7 +123,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, bool], output: Tensor) -> None:
         weight, score, mask, ctx.rescale = inputs
-        ctx.save_for_backward(weight, score, mask)
+        ctx.save_for_backward(weight, score, mask if ctx.rescale or ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
