@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from filelock import FileLock, Timeout
 
 from popup_surgery import PopupError, RecipeError, RunError, train
@@ -254,6 +255,7 @@ def test_all_that_recipes_refuse_is_said_at_once() -> None:
         (("digits", "--seeds", "[1"), "--seeds .*is no YAML"),
         (("digits", "--address", "auto"), "--address is auto; expected it with --on ray"),
         (("digits", "--gpus-per-run", "1"), "--gpus-per-run is 1.0; expected it with --on ray"),
+        (("digits", "--on", "ray", "--gpus-per-run", "1.5"), r"--gpus-per-run is 1\.5; expected a share of a GPU"),
         (("digits", "--on", "ray", "--jobs", "2"), "--jobs is 2; expected it without --on ray"),
         (("digits", "--on", "slurm"), "slurm"),
         (("digits", "-o", "/proc/self/sweep"), "cannot be written"),
@@ -310,14 +312,23 @@ def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.part"))
 
 
-def test_two_jobs_give_the_files_of_runs_one_after_another(here: Path, tmp_path: Path) -> None:
-    together = []
+def test_two_jobs_give_the_files_of_runs_one_after_another(
+    here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, had = [], []
+    if not torch.cuda.is_available():  # the runs see no GPU then, and are told to see these
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
 
     def report(outcomes: Sequence[Outcome], changed: Outcome | None) -> None:
         together.append(sum(outcome.state is State.RUNNING for outcome in outcomes))
+        if together[-1] == 2 and not had:
+            children = [child.environ() for child in psutil.Process().children() if "train" in child.cmdline()]
+            had.extend(sorted((each["OMP_NUM_THREADS"], each.get("CUDA_VISIBLE_DEVICES")) for each in children))
 
-    execute(Sweep.parse(GRID), tmp_path, Local(2), report)
+    execute(Sweep.parse(GRID), tmp_path, Local(), report)
     assert max(together) == 2
+    assert torch.cuda.is_available() or had == [("1", "5"), ("1", "7")]
     assert artifacts(tmp_path) == artifacts(here)
     assert table(tmp_path) == table(here)
 
