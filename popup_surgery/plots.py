@@ -13,7 +13,7 @@ def draw_curve(path: Path, title: str, train: Sequence[float], validation: Seque
     """Accuracy by epoch on both splits, shares of 0 … 1, as a PNG at `path`."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(6, 3.6)
+    figure, (axes,) = canvas(6, 3.6)
     epochs = range(1, len(train) + 1)
     marker = "o" if len(train) < 10 else None
     axes.plot(epochs, [100 * a for a in train], color="#999999", linestyle="--", marker=marker, label="training")
@@ -22,14 +22,14 @@ def draw_curve(path: Path, title: str, train: Sequence[float], validation: Seque
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 def draw_masks(
     path: Path, title: str, names: Sequence[str], density: Sequence[float], overlap: Sequence[float]
 ) -> None:
     """Share of each layer's weights that is kept, and of those the share that was kept at the start, as a PNG."""
-    figure, axes = _figure(max(6.0, min(16.0, 0.22 * len(names))), 4.2)
+    figure, (axes,) = canvas(max(6.0, min(16.0, 0.22 * len(names))), 4.2)
     places = range(len(names))
     axes.plot(places, [100 * share for share in density], "s", color="#999999", label="weights kept")
     axes.plot(places, [100 * share for share in overlap], "o", color="#0072b2", label="of them, kept at the start too")
@@ -38,7 +38,7 @@ def draw_masks(
     axes.set(ylabel="share (%)", ylim=(0, 105), title=title)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Group:
 
 def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) -> None:
     """Accuracies of the variations of a subnetwork, a row for each group and a dot for each network, as a PNG."""
-    figure, axes = _figure(7, 1.2 + 0.32 * len(groups))
+    figure, (axes,) = canvas(7, 1.2 + 0.32 * len(groups))
     series = [("o", "#0072b2", "a network", [group.accuracies for group in groups])]
     if any(group.recalibrated for group in groups):
         series.append(("D", "#d55e00", "with new statistics", [group.recalibrated for group in groups]))
@@ -66,18 +66,22 @@ def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) 
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    _write(figure, path)
+    write_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure of that size in inches, and its panels side by side, with one y axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, FigureCanvasAgg(figure).figure.add_subplot()
+    return figure, list(FigureCanvasAgg(figure).figure.subplots(1, panels, sharey=True, squeeze=False)[0])
 
 
-def _write(figure: Any, path: Path) -> None:
+def write_figure(figure: Any, path: Path) -> None:
+    """Write a figure in the format that the path's suffix names: `.png` or `.svg`."""
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120, metadata={"Software": None})
+    kind = path.suffix[1:]
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}  # the same picture, the same file
+    figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
     write_atomically(path, picture.getvalue())

@@ -9,7 +9,7 @@ import typer
 
 from .. import __version__
 from ..errors import PopupError, Stopped
-from . import convert, evaluate, export, inspect, predict, recipes, sanity, sweep, train, verify, zoo
+from . import convert, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
 from .shared import printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
@@ -28,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (convert, train, sweep, evaluate, predict, sanity, inspect, verify, export, recipes, zoo):
+for command in (convert, train, sweep, reproduce, evaluate, predict, sanity, inspect, verify, export, recipes, zoo):
     text, _, example = (command.run.__doc__ or "").partition("\b")
     app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b\n" + cleandoc(example))(command.run)
 

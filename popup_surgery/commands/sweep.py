@@ -15,7 +15,7 @@ from ..errors import PopupError, Stopped
 from .shared import busy, messages, printable, progress, show
 
 if TYPE_CHECKING:
-    from ..sweep import Outcome, Point, Report, Sweep
+    from ..sweep import Local, OnRay, Outcome, Point, Report, Sweep
 
 
 class On(StrEnum):
@@ -62,27 +62,19 @@ def run(
     digits  0.5        2/2   75.63 ± 4.53 %   0.4 s  7,326 bytes  50.0 %
     wrote runs/sweeps/digits/results.csv and results.json
     """
-    for name, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
-        if on is None and value is not None:
-            raise PopupError(f"{name} is {value}; expected it with --on ray alone")
-    if on is not None and jobs is not None:
-        raise PopupError(
-            f"--jobs is {jobs}; expected it without --on ray, which runs as many as the cluster has room for"
-        )
     with busy("starting"):
         from .. import sweep as sweeps
         from ..training.recipe import parse_yaml
 
+        engine = chosen(jobs, threads, on, address, gpus_per_run)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
         loaded = sweeps.Sweep.load(sweep, set_ or (), seeds=number, data_dir=data_dir)
-        local = sweeps.Local(jobs, threads)
-        engine = sweeps.OnRay(address, gpus_per_run, threads) if on else local
     folder = output or Path("runs/sweeps") / loaded.name
     if dry_run:
-        _estimate(loaded, folder, threads, None if on else local.places)
+        estimate(loaded, folder, engine)
         return 0
     try:
-        with _shown(folder) as report:
+        with shown(folder) as report:
             outcomes = sweeps.execute(loaded, folder, engine, report)
     except Stopped as error:
         messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
@@ -92,8 +84,24 @@ def run(
     return 1 if any(outcome.state is sweeps.State.FAILED for outcome in outcomes) else 0
 
 
+def chosen(
+    jobs: int | None, threads: int, on: On | None, address: str | None, gpus_per_run: float | None
+) -> "Local | OnRay":
+    """The engine that a command's options ask for."""
+    from ..sweep import Local, OnRay
+
+    for name, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
+        if on is None and value is not None:
+            raise PopupError(f"{name} is {value}; expected it with --on ray alone")
+    if on is not None and jobs is not None:
+        raise PopupError(
+            f"--jobs is {jobs}; expected it without --on ray, which runs as many as the cluster has room for"
+        )
+    return OnRay(address, gpus_per_run, threads) if on else Local(jobs, threads)
+
+
 @contextmanager
-def _shown(folder: Path) -> "Iterator[Report]":
+def shown(folder: Path) -> "Iterator[Report]":
     """What a sweep reports to: a table on the terminal, elsewhere a line for each run that ends."""
     from ..sweep import State, points
 
@@ -168,20 +176,23 @@ def _percent(accuracy: float, std: float | None = None) -> str:
     return f"{100 * accuracy:.2f}{'' if std is None else f' ± {100 * std:.2f}'} %"
 
 
-def _estimate(sweep: "Sweep", folder: Path, threads: int, places: int | None) -> None:
+def estimate(sweep: "Sweep", folder: Path, engine: "Local | OnRay") -> None:
+    """Print how many runs a sweep has, and about how long those that are not finished take."""
+    from ..sweep import Local
     from ..sweep.estimate import measure
 
     todo = [run for run in sweep.runs if not run.folder(folder).finished]
     show(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(todo)} of them finished")
     table = Table("runs", "such as", "start", "step", "each run", box=None, header_style="", padding=(0, 2, 0, 0))
     total = 0.0
-    for kind in measure(todo, threads, progress):
+    for kind in measure(todo, engine.threads, progress):
         seconds = sum(map(kind.seconds, kind.runs))
         total += seconds
         cells = f"{kind.start:.1f} s", f"{1000 * kind.step:.1f} ms", _clock(seconds / len(kind.runs))
         table.add_row(str(len(kind.runs)), str(kind.runs[0]), *cells)
     if todo:
         show(table)
+        places = engine.places if isinstance(engine, Local) else None
         together = f", {_clock(total / min(places, len(todo)))} with {places} at a time" if places else ""
         show(f"about {_clock(total)} one after another{together}")
 

@@ -33,6 +33,8 @@ SHIPPED = next(
     if folder.is_dir()
 )
 
+SWEEPS = "paper/"  # their names begin so
+
 
 def _known(look_up: Any) -> Any:
     def check(name: str) -> str:
@@ -388,13 +390,22 @@ def find(name: str | Path) -> Path:
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {path}")
         return path
-    if str(name) not in shipped():
+    if str(name) not in shipped() + shipped_sweeps():
         raise unknown("recipe", str(name), shipped())
     return SHIPPED / f"{name}.yaml"
 
 
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
+    return [name for name in _files() if not name.startswith(SWEEPS)]
+
+
+def shipped_sweeps() -> list[str]:
+    """Names of the sweeps that come with the package."""
+    return [name for name in _files() if name.startswith(SWEEPS)]
+
+
+def _files() -> list[str]:
     return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
 
 

@@ -1,0 +1,72 @@
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import Stopped
+from .shared import busy, messages, show
+from .sweep import On, chosen, estimate, shown
+
+
+class Scale(StrEnum):
+    full = "full"
+    small = "small"
+    tiny = "tiny"
+
+
+def run(
+    figure: Annotated[str, typer.Argument(help="figure3 to figure10, or table2.")],
+    scale: Annotated[
+        Scale, typer.Option(help="full is the paper's protocol; small an evening of two cores; tiny a smoke test.")
+    ] = Scale.full,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of any recipe key; key=[value, …] in place of the figure's own values."),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder; figures share the runs in it.")] = Path(
+        "runs/paper"
+    ),
+    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at a time on this machine; if not given, one for each GPU, or for each core."),
+    ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads of each run; on CPUs results depend on them.")] = 1,
+    on: Annotated[On | None, typer.Option(help="Run on a Ray cluster.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of the cluster; if not given, this machine's or a new one.")
+    ] = None,
+    gpus_per_run: Annotated[
+        float | None, typer.Option(min=0, help="On Ray; if not given, 1 where the cluster has GPUs.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option(help="Measure a few steps; print how many runs there are and how long.")
+    ] = False,
+) -> int:
+    """Reproduce a figure or table of the paper: run its sweep, draw it, and print it beside the paper's numbers.
+
+    \b
+    $ popup-surgery reproduce figure3 --scale tiny --set data.name=digits
+    EXAMPLE
+    """
+    with busy("starting"):
+        from .. import reproduce as reproducing
+        from ..training.recipe import parse_yaml
+
+        engine = chosen(jobs, threads, on, address, gpus_per_run)
+        number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
+        sweep = reproducing.sweep_of(figure, scale.value, set_ or (), seeds=number, data_dir=data_dir)
+    if dry_run:
+        estimate(sweep, output, engine)
+        return 0
+    try:
+        with shown(output) as report:
+            done = reproducing.reproduce(figure, scale.value, sweep, output, engine, report)
+    except Stopped as error:
+        messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
+        return error.status
+    print(done.table, end="")
+    show(f"wrote {', '.join(map(str, done.files))}")
+    return 1 if any(outcome.state.value == "failed" for outcome in done.outcomes) else 0

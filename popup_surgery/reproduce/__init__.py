@@ -1,0 +1,138 @@
+"""The paper's figures and tables, each one sweep of recipes/paper and a picture of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import unknown
+from ..files import write_atomically
+from ..sweep import Engine, Outcome, Report, Sweep, execute, points
+from .figures import FIGURES, Figure
+from .picture import draw
+from .table import as_json, as_markdown, rows
+
+__all__ = ["FIGURES", "SCALES", "Reproduction", "Scale", "reproduce", "sweep_of"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of the paper's protocol is run.
+
+    Attributes:
+        text: for people.
+        cifar10, imagenet: settings of the recipes that differ from the paper's.
+        seeds: how many; the paper's where None.
+    """
+
+    text: str
+    cifar10: tuple[str, ...] = ()
+    imagenet: tuple[str, ...] = ()
+    seeds: int | None = None
+
+
+SCALES = {
+    "full": Scale("the paper's protocol"),
+    "small": Scale(
+        "10,000 training images, 10 epochs, 2,000 validation images, 2 seeds",
+        ("data.max_train=10000", "data.max_validation=2000", "training.epochs=10"),
+        (
+            "data.max_train=10000", "data.max_validation=2000", "training.epochs=5", "training.warmup_epochs=1",
+            "data.input_size=[[3, 64, 64]]", "data.batch_size=128", "data.workers=2", "training.precision=float32",
+        ),
+        2,
+    ),
+    "tiny": Scale(
+        "2 steps of 16 images, 16 validation images, 1 seed",
+        ("data.max_train=32", "data.max_validation=16", "training.epochs=1", "data.batch_size=16"),
+        (
+            "data.max_train=8", "data.max_validation=4", "training.epochs=1", "training.warmup_epochs=0",
+            "data.input_size=[[3, 32, 32]]", "data.batch_size=4", "data.workers=0", "training.precision=float32",
+        ),
+        1,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of it: the outcomes of all runs, and the files that show them."""
+
+    outcomes: tuple[Outcome, ...]
+    table: str
+    files: tuple[Path, ...]
+
+
+def sweep_of(
+    figure: str,
+    scale: str = "full",
+    settings: Sequence[str] = (),
+    *,
+    seeds: int | list[int] | None = None,
+    data_dir: str | Path | None = None,
+) -> Sweep:
+    """The runs behind a figure.
+
+    Args:
+        figure: a key of `FIGURES`.
+        scale: a key of `SCALES`.
+        settings: `key=value`, or `key=[value, …]` in place of the figure's own values, as for a sweep.
+        seeds: how many, from 0, or which, in place of the scale's.
+        data_dir: the data set's folder; for CIFAR-10 torchvision's, or one of train/ and validation/ with a folder of
+            images for each class.
+
+    Raises:
+        UnknownName: no such figure or scale.
+        RecipeError: what is wrong with the settings.
+    """
+    found, chosen = _look_up(figure, scale)
+    own = chosen.imagenet if found.imagenet else chosen.cifar10
+    if not found.imagenet and data_dir is not None and (Path(data_dir) / "train").is_dir():
+        own = ("data.name=folder", *own)
+    seeds = chosen.seeds if seeds is None else seeds
+    return Sweep.load(f"paper/{found.sweep}", [*own, *settings], seeds=seeds, data_dir=data_dir)
+
+
+def reproduce(
+    figure: str,
+    scale: str,
+    sweep: Sweep,
+    output: str | Path,
+    engine: Engine | None = None,
+    report: Report = lambda outcomes, changed: None,
+) -> Reproduction:
+    """Run what of `sweep` is not finished, and write the figure, as PNG and SVG, and its table, as Markdown and JSON.
+
+    Args:
+        figure, scale: as for `sweep_of`, which made `sweep`.
+        output: a folder; figures share the runs in it.
+        engine, report: as for `sweep.execute`.
+
+    Raises:
+        RunError, Stopped, PopupError: as `sweep.execute`.
+    """
+    found, chosen = _look_up(figure, scale)
+    output = Path(output)
+    outcomes = execute(sweep, output, engine, report)
+    shown, note = points(outcomes), _note(sweep, chosen)
+    table = rows(found, shown)
+    text = as_markdown(found, table, note)
+    files = [output / f"{figure}-{scale}{suffix}" for suffix in (".md", ".json", ".png", ".svg")]
+    write_atomically(files[0], text.encode())
+    write_atomically(files[1], as_json(found, table, note).encode())
+    for path in files[2:]:
+        draw(found, shown, note, path)
+    return Reproduction(tuple(outcomes), text, tuple(files))
+
+
+def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:
+    if figure not in FIGURES:
+        raise unknown("figure", figure, FIGURES)
+    if scale not in SCALES:
+        raise unknown("scale", scale, SCALES)
+    return FIGURES[figure], SCALES[scale]
+
+
+def _note(sweep: Sweep, scale: Scale) -> str:
+    epochs = sorted({run.recipe.epochs for run in sweep.runs})
+    seeds = len({run.seed for run in sweep.runs})
+    return f"{scale.text}; run here: {'–'.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs, {seeds} seeds"

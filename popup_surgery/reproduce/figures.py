@@ -1,0 +1,88 @@
+"""What each figure shows, and the paper's own numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+K, WIDTH, NET = "surgery.k", "model.kwargs.width", "model.name"
+
+
+@dataclass(frozen=True)
+class Reported:
+    """An accuracy that the paper, or its authors' table, reports; in %.
+
+    Attributes:
+        label: of the series; a beginning is enough, as in "dense".
+        values: of some of the grid's keys.
+        best: it is the best of the series over x.
+        read: where it stands; numbers read from a figure are good to about half a point.
+    """
+
+    label: str
+    values: Mapping[str, Any]
+    accuracy: float
+    read: str
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure or table.
+
+    Attributes:
+        sweep: its file in recipes/paper.
+        x, x_label: the key on the x axis, of the grid; or `kept`, the number of weights that take part.
+        panels: the key whose values have a panel each.
+        reported: the paper's numbers.
+    """
+
+    title: str
+    sweep: str
+    x: str
+    x_label: str
+    panels: str | None = None
+    reported: tuple[Reported, ...] = ()
+    imagenet: bool = False
+
+
+_FIGURE3, _TABLE2 = "figure 3", "the authors' table"
+_BEST = {"conv2": 77.5, "conv4": 86.0, "conv6": 88.0, "conv8": 88.5}
+_TENTH = {"conv2": 65.0, "conv4": 74.0, "conv6": 77.0, "conv8": 70.0}
+_DENSE = {"conv2": 79.5, "conv4": 86.5, "conv6": 88.5, "conv8": 88.0}
+_RESNETS = {"resnet50": (61.7, 68.6), "resnet101": (66.15, 72.3), "wide_resnet50_2": (67.9, 73.3)}
+
+
+def _of(net: str) -> dict[str, Any]:
+    return {NET: f"popup_surgery/{net}"}
+
+
+_DEEPER = (
+    *(Reported("Signed Constant", _of(net), value, _FIGURE3, best=True) for net, value in _BEST.items()),
+    *(Reported("Signed Constant", _of(net) | {K: 0.1}, value, _FIGURE3) for net, value in _TENTH.items()),
+    *(Reported("dense", _of(net), value, _FIGURE3) for net, value in _DENSE.items()),
+)
+_LARGE = tuple(
+    Reported(label, {NET: f"timm/{net}"}, value, _TABLE2)
+    for net, values in _RESNETS.items()
+    for label, value in zip(("Kaiming Normal", "Signed Constant"), values, strict=True)
+)
+_RESNET50 = tuple(
+    Reported(label, {K: 0.3}, value, _TABLE2)
+    for label, value in (
+        ("edge-popup, Kaiming Normal", 61.7), ("edge-popup, Signed Constant", 68.6),
+        ("Kaiming Normal, scaled", 61.7), ("Signed Constant, scaled", 68.6),
+    )
+)  # fmt: skip
+_WEIGHTS = "weights kept (%)"
+
+FIGURES = {
+    "figure3": Figure("Going deeper: CIFAR-10", "figure3", K, _WEIGHTS, NET, _DEEPER),
+    "figure4": Figure("Going wider: CIFAR-10, k = 50 %", "figure4", WIDTH, "width multiplier", NET),
+    "figure5": Figure("A fixed number of parameters: Conv4, CIFAR-10", "figure5", WIDTH, "width multiplier"),
+    "figure6": Figure("Against Zhou et al.: CIFAR-10", "figure6", K, _WEIGHTS, NET),
+    "figure7": Figure("The distribution of the weights: CIFAR-10", "figure7", K, _WEIGHTS, NET),
+    "figure8": Figure("ImageNet, k = 30 %", "figure8", "kept", "parameters", None, _LARGE, True),
+    "table2": Figure("ImageNet, k = 30 %", "figure8", "kept", "parameters", None, _LARGE, True),
+    "figure9": Figure("ResNet-50 on ImageNet, against Zhou et al.", "figure9", K, _WEIGHTS, None, _RESNET50, True),
+    "figure10": Figure("ResNet-50 on ImageNet, by distribution", "figure10", K, _WEIGHTS, None, _RESNET50, True),
+}
