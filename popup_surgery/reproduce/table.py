@@ -49,7 +49,8 @@ def series_of(figure: Figure, point: Point) -> tuple[str, str, float | None]:
     """The panel and the series that a point belongs to, and its x; None where it is the same for all x."""
     values = dict(point.values)
     panel = as_text(values.pop(figure.panels)).rsplit("/", 1)[-1] if figure.panels in values else ""
-    x = (point.mean and point.mean.kept) if figure.x == "kept" else values.get(figure.x)
+    kept = point.mean.kept if point.mean else None
+    x = kept if figure.x == "kept" else values.get(figure.x)
     return panel, point.label, None if x is None else float(x)
 
 
