@@ -20,6 +20,7 @@ import pytest
 import torch
 from filelock import FileLock, Timeout
 
+import popup_surgery
 from popup_surgery import PopupError, RecipeError, RunError, train
 from popup_surgery.sweep import Local, Outcome, Run, State, Sweep, execute, points
 from popup_surgery.training.recipe import find, to_yaml
@@ -40,7 +41,7 @@ class Here:
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[tuple[Run, State, str]]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
         for run in runs:
             file = output / f"{run.name}.yaml"
             file.write_text(to_yaml(run.recipe.dump()))
@@ -179,6 +180,17 @@ def test_a_folders_name_depends_on_what_decides_the_result_alone() -> None:
     # the last pattern that matches counts
     assert name("surgery.k={'*': 0.3, 'classifier.*': 0.5}") != name("surgery.k={'classifier.*': 0.5, '*': 0.3}")
     assert name("surgery.k=1") == name("surgery.k=1.0")
+
+
+def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path) -> None:
+    name = Sweep.parse(GRID).runs[1].name
+    file = here / name / "recipe.popup.safetensors"
+    assert popup_surgery.inspect(file).seed == 1
+    sweep = Sweep.parse(DIGITS | {"set": {"training.epochs": 1, "model.init_from": str(file)}, "seeds": [0, 3]})
+    assert [(run.recipe.surgery.seed, run.recipe.training.seed) for run in sweep.runs] == [(1, 0), (1, 3)]
+    assert {outcome.state for outcome in execute(sweep, tmp_path / "out", Here())} == {State.FINISHED}
+    with pytest.raises(PopupError, match=r"surgery\.seed is 4; the subnetwork of .* is of seed 1"):
+        Sweep.load("digits", [f"model.init_from={file}", "surgery.seed=[4]"])
 
 
 # what is refused
@@ -415,7 +427,7 @@ def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog:
     children = psutil.Process(process.pid).children()
     assert len(children) == 2
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 75
     assert said == "stopped with 0 of 2 runs finished; the same command goes on\n"
     assert not any(child.is_running() for child in children)
@@ -429,6 +441,7 @@ def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog:
     process.kill()
     victim.kill()
     process.communicate()
+    victim.wait(60)
     assert orphan.is_running()
     outcomes = execute(Sweep.parse(LONG), output, Local(2))
     assert [outcome.state for outcome in outcomes] == [State.FINISHED] * 2
@@ -529,7 +542,7 @@ def test_a_sweep_on_ray_that_is_told_to_stop(cluster: Any, tmp_path: Path) -> No
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: checkpointed(output), process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=120)
     assert process.returncode == 75, said
     assert "stopped with 0 of 2 runs finished; the same command goes on" in said
     assert len(checkpointed(output)) == 1

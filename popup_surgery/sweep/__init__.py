@@ -1,9 +1,6 @@
 """Sweeps: many runs of one or several recipes, where there is room for them, and one table of what they gave.
 
-sweep = Sweep.load("sweep.yaml")
-outcomes = execute(sweep, "runs/mine", Local(jobs=4))
-for point in points(outcomes):
-    print(point.label, point.values, point.accuracy, point.std)
+`Sweep.load` says what the runs are, `execute` runs those that are not finished, `points` makes the table of outcomes.
 """
 
 from collections.abc import Callable, Sequence
@@ -60,7 +57,7 @@ def execute(
             write(sweep.name, list(outcomes.values()), output)
             report(list(outcomes.values()), None)
             todo = [outcome.run for outcome in outcomes.values() if outcome.state is State.WAITING]
-            with closing(engine.run(todo, output, stop)) as events:  # type: ignore[type-var]
+            with closing(engine.run(todo, output, stop)) as events:
                 for event in events:
                     changed = None
                     if event is not None:

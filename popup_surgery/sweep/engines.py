@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ RETRIES = 3  # of a run whose node or process died, on Ray
 PATIENCE = 300  # seconds that a retry waits for the process before it, where its node is only cut off
 
 Event = tuple[Run, State, str]
+Events = Generator[Event | None, None, None]
 Stop = Callable[[], bool]
 
 
@@ -40,7 +41,7 @@ class Engine(Protocol):
     def ready(self) -> AbstractContextManager[object]:
         """Within it the engine can run. `PopupError` where it cannot."""
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Iterator[Event | None]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         """Run all of `runs`, in their folders in `output`. What happens to one, with an error; and None now and then.
 
         Once `stop` says so no run begins, and those that run end with a checkpoint.
@@ -67,8 +68,9 @@ class Local:
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Iterator[Event | None]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         gpus, places, told = _gpus(), range(self.places), False
+        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
         waiting, running = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
         for run in waiting:
             if _held(run, output):
@@ -81,19 +83,18 @@ class Local:
                         child.send_signal(signal.SIGTERM)
                 for place in [] if stop() else [place for place in places if place not in running]:
                     begun = next((run for run in waiting if not _held(run, output)), None)
-                    if begun is not None:
-                        waiting.remove(begun)
+                    if begun is None:
+                        break
+                    waiting.remove(begun)
+                    gpu = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
+                    try:
                         if begun.folder(output).finished:  # by the process that was waited for
                             yield begun, State.FINISHED, ""
-                            continue
-                        try:
-                            running[place] = (
-                                begun,
-                                self._begin(begun, output, gpus[place % len(gpus)] if gpus else None),
-                            )
+                        else:
+                            running[place] = begun, _begin(begun, output, environment | gpu)
                             yield begun, State.RUNNING, ""
-                        except PopupError as error:
-                            yield begun, State.FAILED, str(error)
+                    except PopupError as error:
+                        yield begun, State.FAILED, str(error)
                 for place, (run, child) in list(running.items()):
                     if child.poll() is not None:
                         del running[place]
@@ -104,15 +105,6 @@ class Local:
             for _, child in running.values():
                 child.kill()
                 child.wait()
-
-    def _begin(self, run: Run, output: Path, gpu: str | None) -> "subprocess.Popen[bytes]":
-        path = _prepare(run, output)
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        command = [sys.executable, "-m", "popup_surgery", "train", f"{path}/recipe.yaml", "-o", str(path), "--resume"]
-        with open(path / "log.txt", "wb") as file:
-            return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
 
 
 @dataclass(frozen=True)
@@ -159,11 +151,13 @@ class OnRay:
         finally:
             ray.shutdown()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Iterator[Event | None]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         import ray
 
         task = ray.remote(**self._needs())(_on_node)
         output, told = output.absolute(), False
+        for left in output.glob(".shared-*"):  # by a sweep that was killed
+            left.unlink()
         handle, marker = tempfile.mkstemp(prefix=".shared-", dir=output)
         os.close(handle)
         pending: dict[Any, Run] = {}
@@ -215,6 +209,13 @@ def _prepare(run: Run, output: Path) -> Path:
         raise PopupError(f"{folder.path} cannot be written: {error.strerror}") from error
     write_atomically(folder.path / "recipe.yaml", _yaml(run).encode())
     return folder.path
+
+
+def _begin(run: Run, output: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    path = _prepare(run, output)
+    command = [sys.executable, "-m", "popup_surgery", "train", f"{path}/recipe.yaml", "-o", str(path), "--resume"]
+    with open(path / "log.txt", "wb") as file:
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
 
 
 def _yaml(run: Run) -> str:

@@ -234,10 +234,11 @@ def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None)
         assign(values, key, value)
     if seed is not None:
         assign(values, "training.seed", seed)
-        model = values.get("model")
-        # a dense network has no other seed, and a run that goes on from a file has the file's
-        if isinstance(values.get("surgery"), dict) and not (isinstance(model, dict) and model.get("init_from")):
-            assign(values, "surgery.seed", seed)
+        model, surgery = values.get("model"), values.get("surgery")
+        if isinstance(surgery, dict):  # a dense network has no other seed
+            surgery["seed"] = seed
+            if isinstance(model, dict) and model.get("init_from"):
+                del surgery["seed"]  # which is the file's
     return with_seed(Recipe.parse(values))
 
 
