@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .artifact import inspect, load_unmasked, stored_masks
+from .artifact import inspect, stored_masks
+from .artifact.reader import load_unmasked
 from .errors import ConversionError
 from .filling import fill
 from .plots import Group

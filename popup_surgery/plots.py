@@ -53,12 +53,9 @@ class Group:
 def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) -> None:
     """Accuracies of the variations of a subnetwork, a row for each group and a dot for each network, as a PNG."""
     figure, axes = _figure(7, 1.2 + 0.32 * len(groups))
-    new = any(group.recalibrated for group in groups)
-    series = [
-        ("o", "#0072b2", "statistics of the file" if new else "a network", [group.accuracies for group in groups])
-    ]
-    if new:
-        series.append(("D", "#d55e00", "statistics of its own", [group.recalibrated for group in groups]))
+    series = [("o", "#0072b2", "a network", [group.accuracies for group in groups])]
+    if any(group.recalibrated for group in groups):
+        series.append(("D", "#d55e00", "with new statistics", [group.recalibrated for group in groups]))
     for i, (marker, colour, label, rows) in enumerate(series):
         points = [(100 * share, place + 0.25 * i) for place, row in enumerate(rows) for share in row]
         axes.scatter(*zip(*points, strict=True), marker=marker, color=colour, alpha=0.7, label=label, zorder=3)

@@ -1,19 +1,9 @@
 """The popup artifact: a seed and one bit per weight in a safetensors file. Format: docs/artifact-format.md."""
 
 from .manifest import Manifest
-from .reader import inspect, load, load_unmasked, verify
+from .reader import inspect, load, verify
 from .start import start_from, stored_masks
 from .verification import Verification
 from .writer import save
 
-__all__ = [
-    "Manifest",
-    "Verification",
-    "inspect",
-    "load",
-    "load_unmasked",
-    "save",
-    "start_from",
-    "stored_masks",
-    "verify",
-]
+__all__ = ["Manifest", "Verification", "inspect", "load", "save", "start_from", "stored_masks", "verify"]

@@ -228,19 +228,19 @@ class Fit:
         return True
 
     def _hold_zeros(self, kept: Mapping[str, Tensor]) -> None:
-        self.held = {
+        self.held = held = {
             name: (self.core.get_parameter(name), mask.to(self.accelerator.device, copy=True))
             for name, mask in kept.items()
         }
 
         def zero(*_: Any) -> None:
             with torch.no_grad():
-                for parameter, mask in self.held.values():
+                for parameter, mask in held.values():
                     parameter.mul_(mask)
 
-        for parameter, mask in self.held.values():
+        for parameter, mask in held.values():
             parameter.register_hook(mask.mul)  # keeps them out of the gradients' norm
-        if self.held:  # whatever an optimiser does with a gradient of 0
+        if held:  # whatever an optimiser does with a gradient of 0
             self.optimizer.optimizer.register_step_post_hook(zero)
 
     def masks(self) -> dict[str, Tensor]:
