@@ -371,9 +371,10 @@ def test_supermask_goes_on_from_a_file(options: dict[str, Any], tmp_path: Path) 
         ({"learner": "supermask", "scope": "global"}, r"scope is 'global'; expected 'layer'; supermask takes no k"),
         (
             {"learner": "supermask", "learner_options": {"init": "zero"}},
-            r"init is 'zero'; expected 'uniform', or a fin",
+            r"init is 'zero'; expected 'uniform', or a num",
         ),
         ({"learner": "supermask", "learner_options": {"init": math.nan}}, r"init is nan; expected"),
+        ({"learner": "supermask", "learner_options": {"init": 1e300}}, r"init is 1e\+300; expected"),
         ({"learner": "supermask", "learner_options": {"init": True}}, r"init is True; expected"),
         ({"learner": "supermask", "learner_options": {"rescale": 1}}, r"rescale is 1; expected true or false"),
         ({"learner": "supermask", "learner_options": {"sample": -1}}, r"sample is -1; expected an integer from 0"),

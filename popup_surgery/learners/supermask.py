@@ -1,6 +1,5 @@
 """Supermasks: a probability for each weight, a network drawn at each forward (Zhou et al., 2019, section 5)."""
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,9 +44,9 @@ class Supermask(Learner):
 
     def __post_init__(self) -> None:
         init, sample = self.init, self.sample
-        number = type(init) in (int, float) and math.isfinite(float(init))
+        number = type(init) in (int, float) and abs(float(init)) <= 1000
         for name, holds, expected in (
-            ("init", number or init == "uniform", "'uniform', or a finite number that all scores start at"),
+            ("init", number or init == "uniform", "'uniform', or a number from -1000 to 1000 that all scores start at"),
             ("rescale", isinstance(self.rescale, bool), "true or false"),
             ("sample", sample is None or (type(sample) is int and 0 <= sample < 2**63), "an integer from 0"),
         ):
@@ -93,9 +92,8 @@ def _choose(score: Tensor, name: str, sample: int | None) -> Tensor:
     return torch.empty_like(score, dtype=torch.bool).copy_(mask)
 
 
-@torch.library.custom_op(
-    "popup_surgery::choose", mutates_args=(), tags=[torch.Tag.nondeterministic_seeded]
-)  # so that no compiler computes it again in the backward pass
+# the tag keeps compilers from computing it again in the backward pass
+@torch.library.custom_op("popup_surgery::choose", mutates_args=(), tags=[torch.Tag.nondeterministic_seeded])
 def choose_op(score: Tensor, name: str, sample: int | None) -> Tensor:
     """The mask shown for `score`, as one operator that compilers and tracers take whole."""
     return _choose(score, name, sample)
