@@ -9,6 +9,7 @@ is that of processes of their own, on a CPU (Linux) less what they held before t
 
 import argparse
 import json
+import os
 import platform
 import re
 import statistics
@@ -81,7 +82,9 @@ MAKERS: dict[str, Callable[[torch.device], Callable[[], None]]] = {
 def memory(kind: str) -> dict[str, float]:
     """Mebibytes at the peak of a process of its own: all of it, and what training added; medians of five."""
     call = [sys.executable, __file__, "--memory", kind]
-    found = [json.loads(subprocess.run(call, capture_output=True, text=True, check=True).stdout) for _ in range(5)]
+    # what is freed goes back at once, so that the peak is of what was held, not of what malloc kept
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    found = [json.loads(subprocess.check_output(call, text=True, env=environment)) for _ in range(5)]
     return {key: statistics.median(each[key] for each in found) for key in found[0]}
 
 
