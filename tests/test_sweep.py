@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from filelock import FileLock, Timeout
 
 import popup_surgery
@@ -180,6 +181,12 @@ def test_a_folders_name_depends_on_what_decides_the_result_alone() -> None:
     # the last pattern that matches counts
     assert name("surgery.k={'*': 0.3, 'classifier.*': 0.5}") != name("surgery.k={'classifier.*': 0.5, '*': 0.3}")
     assert name("surgery.k=1") == name("surgery.k=1.0")
+
+
+def test_the_sweeps_of_the_documentation() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text()
+    found = [yaml.safe_load(block) for block in re.findall(r"\n\n((?:    .*\n)+)", page) if "    seeds:" in block]
+    assert [len(Sweep.parse(values).runs) for values in found] == [2 * 2 * 5, 3 * (3 + 1)]
 
 
 def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path) -> None:

@@ -126,7 +126,7 @@ class Sweep:
 class _Grid:
     """One entry of a sweep, checked as far as it can be without its recipe."""
 
-    def __init__(self, where: str, entry: Mapping[str, Any], given: Mapping[str, Any], seeds: Any) -> None:
+    def __init__(self, where: str, entry: Mapping[str, Any], given: dict[str, Any], seeds: Any) -> None:
         if "recipe" not in entry:
             raise RecipeError(f"{where}: recipe is missing")
         self.recipe = _text(entry, "recipe", where)
@@ -138,9 +138,7 @@ class _Grid:
             if not isinstance(values, list):
                 raise RecipeError(f"{where}: grid {key} is {values!r}; expected a list of values")
         lists = {key: value for key, value in given.items() if isinstance(value, list)}
-        self.fixed = {key: value for key, value in fixed.items() if key not in lists} | {
-            key: value for key, value in given.items() if key not in lists
-        }
+        self.fixed = {key: value for key, value in (fixed | given).items() if key not in lists}
         self.grid = {key: values for key, values in grid.items() if key not in given} | lists
         for key, values in self.grid.items():
             if not values:
