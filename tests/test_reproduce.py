@@ -1,0 +1,165 @@
+"""The paper's figures: every sweep resolves at every scale, and at `tiny` they run, are drawn and stand in a table."""
+
+import json
+import xml.etree.ElementTree
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from popup_surgery import RecipeError, UnknownName, train
+from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
+from popup_surgery.sweep import Local
+from popup_surgery.training.recipe import shipped, shipped_sweeps
+
+# timm's readers hand out open files and leave the closing to the garbage collector
+pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
+
+CLASSES = tuple("abcdefghij")
+RUNS = {
+    "figure3": 240, "figure4": 320, "figure5": 75, "figure6": 280, "figure7": 200, "figure8": 10, "table2": 10,
+    "figure9": 13, "figure10": 36,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images of ten classes, 32 × 32 pixels: 40 for training and 20 for validation."""
+    from .conftest import write_images
+
+    root = tmp_path_factory.mktemp("ten")
+    write_images(root / "train", CLASSES, count=4, size=(32, 32), seed=1)
+    write_images(root / "validation", CLASSES, count=2, size=(32, 32), seed=2)
+    return root
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_a_figures_runs_are_those_of_the_paper(figure: str) -> None:
+    full = sweep_of(figure)
+    assert len(full.runs) == RUNS[figure]
+    seeds = {run.seed for run in full.runs}
+    assert seeds == ({0} if FIGURES[figure].imagenet else {0, 1, 2, 3, 4})
+    assert {run.recipe.training.epochs for run in full.runs} == {100}
+    assert {run.recipe.data.max_train for run in full.runs} == {None}
+    for scale in SCALES:
+        runs = sweep_of(figure, scale).runs
+        assert len(runs) * len(seeds) == RUNS[figure] * (SCALES[scale].seeds or len(seeds))
+
+
+def test_the_papers_hyperparameters() -> None:
+    """Table of section 4.1, and Zhou et al.'s rates."""
+    for run in sweep_of("figure3").runs:
+        training, dense = run.recipe.training, run.label.startswith("dense")
+        assert (run.recipe.surgery == "none") == dense
+        adam = run.label == "dense, Adam"
+        rate = 0.1 if not dense else 0.01 if not adam else 2e-4 if run.recipe.model.name.endswith("conv2") else 3e-4
+        assert training.lr == rate
+        assert (training.optimizer, training.schedule) == (("adam", "constant") if adam else ("sgd", "cosine"))
+        assert run.recipe.data.batch_size == (60 if adam else 128)
+        assert training.weight_decay == (0.0 if adam else 1e-4)
+    for run in sweep_of("figure6").runs:
+        if run.label.startswith("Zhou"):
+            assert run.recipe.training.lr == (800.0 if run.recipe.model.name.endswith("conv8") else 200.0)
+
+
+def test_subnetworks_of_figure5_have_their_size() -> None:
+    from popup_surgery import build, plan
+
+    for run in sweep_of("figure5", seeds=1).runs:
+        model, surgery = run.recipe.model, run.recipe.surgery
+        assert not isinstance(surgery, str)
+        kept = plan(build(model.name, **model.kwargs), surgery.k).kept
+        assert kept == pytest.approx(int(run.label.split()[0].replace(",", "")), rel=0.005), str(run)
+
+
+@pytest.fixture(scope="module")
+def done(ten: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
+    output = tmp_path_factory.mktemp("paper")
+    sweep = sweep_of("figure3", "tiny", ["model.name=[popup_surgery/conv2]", "model.kwargs.width=0.1"], data_dir=ten)
+    return sweep, output, reproduce("figure3", "tiny", sweep, output, Local(jobs=2))
+
+
+def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any, Path, Any], ten: Path) -> None:
+    sweep, _, result = done
+    assert len(sweep.runs) == 13
+    assert all(outcome.numbers is not None for outcome in result.outcomes)
+    markdown, values, png, svg = result.files
+    with Image.open(png) as picture:
+        pixels = np.array(picture.convert("RGB")).reshape(-1, 3).astype(int)
+    for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
+        assert (np.abs(pixels - colour).max(1) < 10).sum() > 50
+    text = "".join(xml.etree.ElementTree.parse(svg).getroot().itertext())
+    assert "Going deeper" in text or len(svg.read_text()) > 10_000
+    assert all(path.stat().st_size < 200_000 for path in result.files)
+    rows = json.loads(values.read_text())["rows"]
+    assert len(rows) == 14
+    best = rows[-1]
+    ours = max(row["accuracy"] for row in rows[:-1] if row["where"][1] == "Signed Constant")
+    assert (best["accuracy"], best["paper"], best["where"][:2]) == (ours, 77.5, ["conv2", "Signed Constant"])
+    tenth = next(row for row in rows if row["where"] == ["conv2", "Signed Constant", "10"])
+    assert tenth["paper"] == 65.0
+    assert f"| {tenth['accuracy']:.2f} | 1 | 65 (figure 3) | {tenth['accuracy'] - 65:+.1f} |" in markdown.read_text()
+    assert "Scale: 2 steps of 16 images" in markdown.read_text()
+
+
+def test_a_figure_again_runs_nothing(done: tuple[Any, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep, output, result = done
+
+    class Nothing:
+        threads = 1
+
+        def ready(self) -> Any:
+            return Local().ready()
+
+        def run(self, runs: Any, output: Path, stop: Any) -> Any:
+            assert not runs
+            return iter(())
+
+    before = [path.read_bytes() for path in result.files]
+    again = reproduce("figure3", "tiny", sweep, output, Nothing())
+    assert [path.read_bytes() for path in again.files] == before
+
+
+@pytest.mark.parametrize("figure", ["figure6", "figure9"])
+def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) -> None:
+    names = ["model.name=timm/resnet10t", "model.kwargs.num_classes=10"]
+    settings = names if figure == "figure9" else ["model.name=[popup_surgery/conv2]", "model.kwargs.width=0.1"]
+    sweep = sweep_of(figure, "tiny", settings, data_dir=ten)
+    result = reproduce(figure, "tiny", sweep, tmp_path, Local(jobs=2))
+    rows = json.loads(result.files[1].read_text())["rows"]
+    zhou = [row for row in rows if row["where"][1].startswith("Zhou")]
+    assert zhou
+    assert all(row["where"][2] == "" and row["accuracy"] is not None for row in zhou)
+
+
+def test_what_is_no_figure_or_scale(ten: Path) -> None:
+    with pytest.raises(UnknownName, match=r"figure11.*figure10"):
+        sweep_of("figure11")
+    with pytest.raises(UnknownName, match=r"smal.*small"):
+        sweep_of("figure3", "smal")
+    with pytest.raises(RecipeError, match=r"surgery\.k"):
+        sweep_of("figure3", "tiny", ["surgery.k=[2]"])
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_recipe_runs_two_steps(name: str, ten: Path, tmp_path: Path) -> None:
+    size = {"digits": None, "fashion_mnist/conv4": [1, 28, 28]}.get(name, [3, 32, 32])
+    settings = ["data.max_train=16", "data.max_validation=8", "data.batch_size=8", "training.epochs=1"]
+    settings += ["training.warmup_epochs=0", "data.workers=0", "training.precision=float32"]
+    if size is not None:
+        settings += ["data.name=folder", f"data.input_size={size}"]
+    if name.startswith("imagenet"):
+        settings.append("model.kwargs.num_classes=10")
+    result = train(name, overrides=settings, output=tmp_path / "run", data_dir=ten if size else None)
+    assert len(result.history) == 1
+    assert result.file.exists()
+
+
+def test_sweeps_are_no_recipes(cli: Callable[..., Any]) -> None:
+    assert shipped_sweeps() == [f"paper/figure{n}" for n in (10, 3, 4, 5, 6, 7, 8, 9)]
+    assert not set(shipped_sweeps()) & set(shipped())
+    listed = cli("recipes").out.split()
+    assert listed == shipped()
