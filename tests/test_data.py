@@ -20,8 +20,8 @@ from popup_surgery.run import quiet
 from popup_surgery.training.data import Batches, InMemory, Streamed, _crop, ambient_seed, open_data
 from popup_surgery.training.recipe import Data
 
-# timm's readers hand out open files and leave the closing to the garbage collector
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
+# timm's reader leaves the closing of tar files to the garbage collector
+pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
 
 CPU = torch.device("cpu")
 RGB, GREY = (3, 16, 16), (1, 8, 8)
@@ -415,6 +415,21 @@ def test_a_name_that_no_library_has(images: Path) -> None:
 def test_a_split_that_digits_does_not_have() -> None:
     with pytest.raises(PopupError, match="test"):
         opened(GREY, name="digits", val_split="test")
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_some_of_the_images_are_the_same_for_every_seed(images: Path, in_memory: bool) -> None:
+    settings = {"name": "folder", "root": str(images), "batch_size": 4, "in_memory": in_memory, "workers": 0}
+    whole, few = opened(**settings), opened(**settings, max_train=6, max_validation=4)
+    other = opened(**settings, max_train=6, max_validation=4, seed=1)
+    held, found, again = ({pixels.numpy().tobytes() for pixels in joined(d.train(0))[0]} for d in (whole, few, other))
+    assert len(found) == 6
+    assert found == again < held
+    assert not torch.equal(joined(few.train(0))[0], joined(other.train(0))[0]), "in another order"
+    assert len(joined(few.validation())[1]) == 4
+    assert few.steps() == 2
+    assert len(joined(opened(size=(1, 8, 8), max_train=100).train(0))[1]) == 100
+    assert len(joined(opened(**settings, max_train=10_000).train(0))[1]) == 15
 
 
 def test_digits_have_no_folder(tmp_path: Path) -> None:

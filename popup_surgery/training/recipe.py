@@ -157,13 +157,15 @@ class Data(_Section):
             splits, such as `train.tar`), `hfds/…`, `wds/…`, …
         root: its folder; `digits` needs none.
         download: let the data set's library fetch it.
+        max_train, max_validation: so many images at most, chosen by lot, the same for every seed; null for all.
         input_size: channels, height, width; the network's own where null.
         mean, std: of each channel, for images scaled to 0 … 1.
         in_memory: hold the decoded images as uint8; null decides by their size and whether `scale`, `auto_augment` or
             `re_prob` ask for work on single images.
         pad, hflip: in memory: random crop after padding with so many zero pixels, and probability of a flip.
         scale, ratio, hflip, color_jitter, auto_augment, re_prob, crop_pct, interpolation: else: timm's transforms.
-        workers: processes that decode.
+        workers: processes that decode, for each process that trains.
+        on_error: what an image that cannot be read does: `stop` the run with its name, or `skip`, left out and counted.
     """
 
     name: str = "digits"
@@ -171,6 +173,8 @@ class Data(_Section):
     download: bool = False
     train_split: str = "train"
     val_split: str = "validation"
+    max_train: Annotated[int, Field(ge=1)] | None = None
+    max_validation: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
     input_size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None = None
     mean: list[Finite] | None = None
@@ -186,6 +190,7 @@ class Data(_Section):
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
     workers: Annotated[int, Field(ge=0, le=256)] = 2
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 class Training(_Section):
