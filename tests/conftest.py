@@ -80,6 +80,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of ten classes, 32 × 32 pixels: 40 images for training and 20 for validation."""
+    root = tmp_path_factory.mktemp("ten")
+    write_images(root / "train", tuple("abcdefghij"), count=4, size=(32, 32), seed=1)
+    write_images(root / "validation", tuple("abcdefghij"), count=2, size=(32, 32), seed=2)
+    return root
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`cli("inspect", file)`: the command line in this process, with what it wrote on stdout and stderr."""

@@ -420,6 +420,7 @@ def test_a_split_that_digits_does_not_have() -> None:
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_some_of_the_images_are_the_same_for_every_seed(images: Path, in_memory: bool) -> None:
     settings = {"name": "folder", "root": str(images), "batch_size": 4, "in_memory": in_memory, "workers": 0}
+    settings |= {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
     whole, few = opened(**settings), opened(**settings, max_train=6, max_validation=4)
     other = opened(**settings, max_train=6, max_validation=4, seed=1)
     held, found, again = ({pixels.numpy().tobytes() for pixels in joined(d.train(0))[0]} for d in (whole, few, other))

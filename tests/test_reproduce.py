@@ -18,22 +18,10 @@ from popup_surgery.training.recipe import shipped, shipped_sweeps
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
 
-CLASSES = tuple("abcdefghij")
 RUNS = {
     "figure3": 240, "figure4": 320, "figure5": 75, "figure6": 280, "figure7": 200, "figure8": 10, "table2": 10,
     "figure9": 13, "figure10": 36,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images of ten classes, 32 × 32 pixels: 40 for training and 20 for validation."""
-    from .conftest import write_images
-
-    root = tmp_path_factory.mktemp("ten")
-    write_images(root / "train", CLASSES, count=4, size=(32, 32), seed=1)
-    write_images(root / "validation", CLASSES, count=2, size=(32, 32), seed=2)
-    return root
 
 
 @pytest.mark.parametrize("figure", FIGURES)

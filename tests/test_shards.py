@@ -169,7 +169,7 @@ def test_an_info_file_names_splits_and_counts_and_labels(shards: dict[str, Any])
     (Path(shards["root"]) / "_info.json").write_text(json.dumps({"splits": splits}))
     named = {**shards, "train_split": "train", "val_split": "validation", "batch_size": 4}
     data = opened(**named)
-    assert (data.count, data.steps()) == (15, 4)
+    assert (data.counts["train"], data.steps()) == (15, 4)
     assert sorted(joined(data.train(0))[1].tolist()) == sorted(joined(data.validation())[1].tolist())
     assert opened(**shards).steps() is None
     assert opened(**(shards | {"train_split": "train-{0..3}.tar|15"}), batch_size=10).steps() == 2

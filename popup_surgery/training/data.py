@@ -77,13 +77,13 @@ class Batches(Protocol):
 
     Attributes:
         classes: names of the classes in the order of their labels; none where the data set does not say.
-        count: training images, where known.
+        counts: images of each role, where known.
         skipped: images that this process has left out, which could not be read; whoever counts them sets it back.
         left_out: the first of them and what is wrong with it; empty where there was none.
     """
 
     classes: list[str]
-    count: int | None
+    counts: Mapping[str, int | None]
     skipped: int
     left_out: str
 
@@ -225,8 +225,9 @@ class InMemory(_Prepared):
         if part.rank == 0:
             self._leave_out(self.missing.get(VALIDATION, ()))
         images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
-        for some, label in zip(images.split(self.config.batch_size), labels.split(self.config.batch_size), strict=True):
-            yield self.normalise(some), label
+        size = self.config.batch_size
+        for pixels, label in zip(images.split(size), labels.split(size), strict=True):
+            yield self.normalise(pixels), label
 
 
 class Streamed(_Prepared):

@@ -22,7 +22,7 @@ from ..errors import RunError, Stopped
 from ..learners import sampled
 from ..surgery import bake, masks
 from .checkpoint import Checkpoint
-from .data import Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
+from .data import TRAIN, Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
 from .data import seed_generators as _seed
 from .recipe import Training
 from .schedule import rates
@@ -400,7 +400,7 @@ class Fit:
                 "batch": self.batch,
                 "seconds": self.seconds,
                 "sums": sums,
-                "images": self.data.count,
+                "images": self.data.counts[TRAIN],
                 "skipped": skipped,
                 "history": [asdict(epoch) for epoch in self.history],
                 "groups": groups,
@@ -420,11 +420,11 @@ class Fit:
                 state["processes"],
                 self.part.processes,
             )
-        if state["images"] != self.data.count and self.accelerator.is_main_process:
+        if state["images"] != self.data.counts[TRAIN] and self.accelerator.is_main_process:
             log.warning(
                 "the checkpoint was taken with %s training images and goes on with %s: their order differs from here",
                 state["images"],
-                self.data.count,
+                self.data.counts[TRAIN],
             )
         with torch.no_grad():
             for key, tensor in self._learnt().items():

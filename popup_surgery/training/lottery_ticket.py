@@ -77,8 +77,8 @@ class TicketFit(Fit):
             weight.mul_(mask)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {}})
 
-    def _checkpoint(self, sums: list[float]) -> Checkpoint:
-        taken = super()._checkpoint(sums)
+    def _checkpoint(self, sums: list[float], skipped: int) -> Checkpoint:
+        taken = super()._checkpoint(sums, skipped)
         taken.tensors.update({f"start.{key}": tensor.cpu().contiguous() for key, tensor in self.start.items()})
         taken.tensors.update({f"ticket.{key}": torch.from_numpy(bits) for key, bits in self._packed().items()})
         return taken
