@@ -54,7 +54,7 @@ def write_images(
         folder.mkdir(parents=True)
         for i in range(count):
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
-            pixels[:, :, 0] = 60 * place
+            pixels[:, :, 0] = 60 * place % 256
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
 
 
