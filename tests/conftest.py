@@ -7,9 +7,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import popup_surgery
+from popup_surgery import train
+from popup_surgery.sweep import Run, State
+from popup_surgery.training.recipe import to_yaml
 
 Sizes = tuple[int, int]
 
@@ -42,6 +46,22 @@ def artifact(digits_run: popup_surgery.Result, tmp_path: Path, monkeypatch: pyte
     work.mkdir()
     monkeypatch.chdir(work)
     return Path(shutil.copy(digits_run.file, work / "digits.popup.safetensors"))
+
+
+class Here:
+    """Runs in this process, one after another: quick, and what every other engine must give."""
+
+    def ready(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
+        for run in runs:
+            file = output / f"{run.name}.yaml"
+            file.write_text(to_yaml(run.recipe.dump()))
+            recipe = file.rename(output / "recipe.yaml")
+            train(recipe, output=output / run.name)
+            recipe.unlink()
+            yield run, State.FINISHED, ""
 
 
 def write_images(

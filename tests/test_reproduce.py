@@ -2,17 +2,18 @@
 
 import json
 import xml.etree.ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Here
 from PIL import Image
 
 from popup_surgery import RecipeError, UnknownName, train
 from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
-from popup_surgery.sweep import Local
+from popup_surgery.sweep import Run
 from popup_surgery.training.recipe import shipped, shipped_sweeps
 
 # timm's readers hand out open files and leave the closing to the garbage collector
@@ -67,7 +68,7 @@ def test_subnetworks_of_figure5_have_their_size() -> None:
 def done(ten: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     output = tmp_path_factory.mktemp("paper")
     sweep = sweep_of("figure3", "tiny", ["model.name=[popup_surgery/conv2]", "model.kwargs.width=0.1"], data_dir=ten)
-    return sweep, output, reproduce("figure3", "tiny", sweep, output, Local(jobs=2))
+    return sweep, output, reproduce("figure3", "tiny", sweep, output, Here())
 
 
 def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any, Path, Any], ten: Path) -> None:
@@ -96,18 +97,13 @@ def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any
 def test_a_figure_again_runs_nothing(done: tuple[Any, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, output, result = done
 
-    class Nothing:
-        threads = 1
+    def nothing(self: Here, runs: Sequence[Run], *_: Any) -> Iterator[Any]:
+        assert not runs
+        yield None
 
-        def ready(self) -> Any:
-            return Local().ready()
-
-        def run(self, runs: Any, output: Path, stop: Any) -> Any:
-            assert not runs
-            return iter(())
-
+    monkeypatch.setattr(Here, "run", nothing)
     before = [path.read_bytes() for path in result.files]
-    again = reproduce("figure3", "tiny", sweep, output, Nothing())
+    again = reproduce("figure3", "tiny", sweep, output, Here())
     assert [path.read_bytes() for path in again.files] == before
 
 
@@ -116,7 +112,7 @@ def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) ->
     names = ["model.name=timm/resnet10t", "model.kwargs.num_classes=10"]
     settings = names if figure == "figure9" else ["model.name=[popup_surgery/conv2]", "model.kwargs.width=0.1"]
     sweep = sweep_of(figure, "tiny", settings, data_dir=ten)
-    result = reproduce(figure, "tiny", sweep, tmp_path, Local(jobs=2))
+    result = reproduce(figure, "tiny", sweep, tmp_path, Here())
     rows = json.loads(result.files[1].read_text())["rows"]
     zhou = [row for row in rows if row["where"][1].startswith("Zhou")]
     assert zhou

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -19,11 +19,12 @@ import psutil
 import pytest
 import torch
 import yaml
+from conftest import Here
 from filelock import FileLock
 
 import popup_surgery
 from popup_surgery import PopupError, RecipeError, RunError, train
-from popup_surgery.sweep import Local, Outcome, Run, State, Sweep, execute, points
+from popup_surgery.sweep import Local, Outcome, State, Sweep, execute, points
 from popup_surgery.training.recipe import find, to_yaml
 
 Cli = Callable[..., Any]
@@ -34,22 +35,6 @@ TWELVE = DIGITS | {
     "seeds": 3,
 }
 LONG = {"recipe": "digits", "set": {"training.epochs": 8}, "seeds": 2}
-
-
-class Here:
-    """Runs in this process, one after another: quick, and what every other engine must give."""
-
-    def ready(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
-        for run in runs:
-            file = output / f"{run.name}.yaml"
-            file.write_text(to_yaml(run.recipe.dump()))
-            recipe = file.rename(output / "recipe.yaml")
-            train(recipe, output=output / run.name)
-            recipe.unlink()
-            yield run, State.FINISHED, ""
 
 
 def artifacts(output: Path) -> dict[str, bytes]:
