@@ -19,7 +19,7 @@ from .files import write_atomically
 from .plots import draw_curve, draw_masks
 from .surgery import bake, convert, masks
 from .training import Recipe
-from .training.data import Batches, Progress, ambient_seed, open_data, open_image
+from .training.data import Batches, Progress, ambient_seed, open_data, open_image, warn_of_skipped
 from .training.folder import RunFolder, asked_to_stop, flat
 from .training.loop import Epoch, Fit, accuracy_of
 from .training.processes import numerics, start
@@ -87,7 +87,8 @@ def train(
 
     Raises:
         RecipeError, UnknownName: what is wrong with the recipe, all of it.
-        DataError: the data set is missing, or is not what the network expects.
+        DataError: the data set is missing, or is not what the network expects; an image cannot be read; a worker
+            process of the loader died.
         RunError: `output` holds a run already, or one of another recipe; another process runs in it; the loss is not
             finite.
         Stopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint is kept.
@@ -171,7 +172,8 @@ def evaluate(
 
     Raises:
         ArtifactError: the file is damaged, or its architecture is `custom`.
-        DataError: the file names no data set, or the data set is missing or is not what the network expects.
+        DataError: the file names no data set, or the data set is missing or is not what the network expects; an
+            image cannot be read.
     """
     if data is None:
         data = recorded_data(path)
@@ -184,6 +186,8 @@ def evaluate(
     _check_classes(model, batches, size)
     began = time.perf_counter()
     accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
+    if batches.skipped:
+        warn_of_skipped(batches.skipped, batches.left_out)
     return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
 
 
@@ -225,7 +229,7 @@ def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
         raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")
     section = section if isinstance(section, dict) else {}
     name = str(section.get("name"))
-    if name.partition("/")[0] in ("hfds", "hfids", "tfds", "wds") and not any("data.name" in o for o in overrides):
+    if name.partition("/")[0] in ("hfds", "hfids", "wds") and not any("data.name" in o for o in overrides):
         raise DataError(
             f"{path} names the remote data set {name}; fetch it with --set data.name={name} if you trust it"
         )

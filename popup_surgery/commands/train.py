@@ -61,6 +61,7 @@ def run(
             f"epoch {epoch.epoch}/{epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
             f"accuracy {epoch.accuracy:.2%}  mask changed {epoch.changed:.2%}  "
             f"{epoch.images_per_second:,.0f} images/s  {timedelta(seconds=round(left))} left".replace("%", " %")
+            + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
         )
 
     result = runs.train(

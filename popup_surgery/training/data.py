@@ -1,31 +1,40 @@
 """Images into batches. The order and the augmentation are functions of (seed, epoch, image) alone."""
 
+import logging
+import os
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import DataError, unknown
 from .recipe import Data
+from .sources import Key, Numbered, Source, Unreadable, reason
+
+log = logging.getLogger("popup_surgery")
 
 TRAIN, VALIDATION = "train", "validation"  # what a split is for, whatever it is called
-LIBRARIES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm's prefixes of data set names
+LIBRARIES = ("torch", "hfds", "hfids", "wds")  # timm's prefixes of data set names
+STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")  # signals that end a run
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being asked
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, Tensor, float]
+Piece = tuple[Sequence[Key], float]  # images of one batch and the share of it that they are
+_T = TypeVar("_T")
 
 
 class Progress(Protocol):
@@ -47,31 +56,42 @@ class Part:
         """Into how many pieces a whole batch is cut."""
         return self.processes * self.accumulate
 
-    def batches(self, order: NDArray[np.int64], size: int, first: int) -> Iterator[tuple[NDArray[np.int64], float]]:
-        """Indices of this part's pieces from the batch `first` on, and the share of the whole batch that each is.
+    def cut(self, batch: Any) -> Iterator[tuple[Any, float]]:
+        """This part's pieces of a whole batch, a list or an array, and the share of it that each is.
 
         A batch too small to give every piece an image repeats its first one, with the share 0, because all processes
         must take part in every step.
         """
-        for start in range(first * size, len(order), size):
-            batch = order[start : start + size]
-            mine = slice(self.rank * self.accumulate, (self.rank + 1) * self.accumulate)
-            for piece in np.array_split(batch, self.pieces)[mine]:
-                yield (piece, len(piece) / len(batch)) if len(piece) else (batch[:1], 0.0)
+        size, more = divmod(len(batch), self.pieces)
+        for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
+            start = i * size + min(i, more)
+            piece = batch[start : start + size + (i < more)]
+            yield (piece, len(piece) / len(batch)) if len(piece) else (batch[:1], 0.0)
 
 
 WHOLE = Part()
 
 
 class Batches(Protocol):
-    """A data set ready for training. Images are float32 [batch, channels, height, width], labels int64 [batch]."""
+    """A data set ready for training. Images are float32 [batch, channels, height, width], labels int64 [batch].
+
+    Attributes:
+        classes: names of the classes in the order of their labels; none where the data set does not say.
+        count: training images, where known.
+        skipped: images that this process has left out, which could not be read; whoever counts them sets it back.
+        left_out: the first of them and what is wrong with it; empty where there was none.
+    """
 
     classes: list[str]
+    count: int | None
+    skipped: int
+    left_out: str
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Generator[TrainBatch]:
         """`part` of the training images from the batch `first` on, in the epoch's order, augmented.
 
-        The third value is the share of its whole batch that a piece is.
+        The third value is the share of its whole batch that a piece is; less where images of it are left out, and 0,
+        with one image of zeros, where all are.
         """
 
     def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
@@ -111,31 +131,56 @@ def open_data(
         return InMemory(config, input_size, seed, device, splits, [str(i) for i in range(10)])
     if config.name != "folder" and config.name.partition("/")[0] not in LIBRARIES:
         raise unknown("data set", config.name, ["digits", "folder", *(f"{library}/…" for library in LIBRARIES)])
-    datasets = {role: _open(config, name, role == TRAIN, input_size) for role, name in names.items()}
-    classes = [_classes(dataset) for dataset in datasets.values()]
+    sources = {role: _open(config, name, input_size) for role, name in names.items()}
+    classes = [source.classes for source in sources.values()]
     if train and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1])) or ["the order"]
         raise DataError(
             f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have other classes, such as {odd[0]!r}"
         )
-    if _in_memory(config, input_size, list(datasets.values())):
-        held = {role: _decode(dataset, config, input_size, progress, role) for role, dataset in datasets.items()}
-        return InMemory(config, input_size, seed, device, held, classes[0])
-    return Streamed(config, input_size, seed, device, datasets, classes[0])
+    if not _in_memory(config, input_size, list(sources.values())):
+        return Streamed(config, input_size, seed, device, sources, classes[0])
+    held, missing = {}, {}
+    for role, source in sources.items():
+        held[role], missing[role] = _decode(source, config, input_size, progress, role)
+    return InMemory(config, input_size, seed, device, held, classes[0], missing)
 
 
 def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Tensor:
     """One image as validation sees it: float32 of `input_size`. `DataError` if it cannot be read."""
     try:
         with Image.open(path) as image:
-            pixels = _Compose(_mode(input_size), _ToBytes(config, input_size))(image)
+            pixels = _ToBytes(config, input_size)(image.convert(_mode(input_size)))
     except OSError as error:
         raise DataError(f"{path} is no image that can be read: {error}") from error
-    mean, std = (torch.tensor(values).view(-1, 1, 1) * 255 for values in _mean_std(config, input_size[0]))
-    return (pixels.float() - mean) / std
+    return _Normalise(config, input_size, torch.device("cpu"))(pixels)
 
 
-class InMemory:
+class _Prepared:
+    """What both kinds of data have."""
+
+    def __init__(
+        self,
+        config: Data,
+        input_size: tuple[int, int, int],
+        seed: int,
+        device: torch.device,
+        classes: list[str],
+        count: int | None,
+    ) -> None:
+        self.config, self.seed, self.device, self.classes, self.count = config, seed, device, classes, count
+        self.skipped, self.left_out = 0, ""
+        self.normalise = _Normalise(config, input_size, device)
+
+    def steps(self) -> int | None:
+        return None if self.count is None else -(-self.count // self.config.batch_size)
+
+    def _leave_out(self, missing: Sequence[Unreadable]) -> None:
+        self.skipped += len(missing)
+        self.left_out = self.left_out or "".join(map(str, missing[:1]))
+
+
+class InMemory(_Prepared):
     """Decoded images held as uint8 on the device, cropped and flipped there a batch at a time."""
 
     def __init__(
@@ -144,45 +189,45 @@ class InMemory:
         input_size: tuple[int, int, int],
         seed: int,
         device: torch.device,
-        splits: dict[str, tuple[Tensor, Tensor]],
+        splits: dict[str, Batch],
         classes: list[str],
+        missing: Mapping[str, list[Unreadable]] = MappingProxyType({}),
     ) -> None:
         for images, _ in splits.values():
             if tuple(images.shape[1:]) != input_size:
                 found, wanted = " × ".join(map(str, images.shape[1:])), " × ".join(map(str, input_size))
                 raise DataError(f"the images of {config.name} are {found}; the network expects {wanted}")
-        self.config, self.seed, self.classes = config, seed, classes
+        count = len(splits[TRAIN][1]) if TRAIN in splits else None
+        super().__init__(config, input_size, seed, device, classes, count)
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
-        mean, std = _mean_std(config, input_size[0])
-        self.mean = (torch.tensor(mean, device=device) * 255).view(-1, 1, 1)
-        self.std = (torch.tensor(std, device=device) * 255).view(-1, 1, 1)
+        self.missing = missing  # every process has read all images, so that the first alone counts these
 
-    def steps(self) -> int:
-        return -(-len(self.splits[TRAIN][1]) // self.config.batch_size)
-
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Generator[TrainBatch]:
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)
         order = generator.permutation(count)
         shifts = generator.integers(0, 2 * pad + 1, (count, 2))
         flips = generator.random(count) < self.config.hflip
-        for chosen, weight in part.batches(order, self.config.batch_size, first):
-            index, shift, flip = (
-                torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
-            )
-            yield self._normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
+        if first == 0 and part.rank == 0:
+            self._leave_out(self.missing.get(TRAIN, ()))
+        size = self.config.batch_size
+        for start in range(first * size, count, size):
+            for chosen, weight in part.cut(order[start : start + size]):
+                index, shift, flip = (
+                    torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
+                )
+                yield self.normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
 
     def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+        if part.rank == 0:
+            self._leave_out(self.missing.get(VALIDATION, ()))
         images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
         for some, label in zip(images.split(self.config.batch_size), labels.split(self.config.batch_size), strict=True):
-            yield self._normalise(some), label
-
-    def _normalise(self, images: Tensor) -> Tensor:
-        return images.float().sub_(self.mean).div_(self.std)
+            yield self.normalise(some), label
 
 
-class Streamed:
+class Streamed(_Prepared):
     """Images decoded and transformed by worker processes as they are needed, with timm's transforms."""
 
     def __init__(
@@ -191,19 +236,20 @@ class Streamed:
         input_size: tuple[int, int, int],
         seed: int,
         device: torch.device,
-        datasets: dict[str, Any],
+        sources: dict[str, Source],
         classes: list[str],
     ) -> None:
         from timm.data import create_transform
 
-        self.config, self.seed, self.device, self.classes = config, seed, device, classes
-        self.datasets = datasets
+        super().__init__(config, input_size, seed, device, classes, sources[TRAIN].count if TRAIN in sources else None)
+        self.sources, self.input_size = sources, input_size
         mean, std = _mean_std(config, input_size[0])
         common: dict[str, Any] = {
             "input_size": input_size,
             "mean": mean,
             "std": std,
             "interpolation": config.interpolation,
+            "use_prefetcher": not config.re_prob,  # uint8, to be normalised on the device; erasing is after that
         }
         augment: dict[str, Any] = {
             "hflip": config.hflip,
@@ -212,7 +258,7 @@ class Streamed:
         }
         augment |= {"scale": config.scale, "ratio": config.ratio, "auto_augment": config.auto_augment}
         try:
-            transforms = {
+            self.transforms = {
                 VALIDATION: create_transform(**common, crop_pct=config.crop_pct),
                 TRAIN: create_transform(**common, **augment, is_training=True),
             }
@@ -221,71 +267,117 @@ class Streamed:
                 f"timm makes no transforms of data.interpolation={config.interpolation!r}, "
                 f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
             ) from error
-        for role, dataset in datasets.items():
-            dataset.transform = _Compose(_mode(input_size), transforms[role])
 
-    def steps(self) -> int | None:
-        dataset = self.datasets[TRAIN]
-        return -(-len(dataset) // self.config.batch_size) if hasattr(dataset, "__len__") else None
-
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
-        dataset = self.datasets[TRAIN]
-        if isinstance(dataset, IterableDataset):
-            if hasattr(dataset, "set_epoch"):
-                dataset.set_epoch(epoch)
-            weight = 1 / part.pieces
-            size = max(1, self.config.batch_size // part.pieces)
-            skipped = islice(self._batches(dataset, batch_size=size), first * part.accumulate, None)
-            yield from ((images, labels, weight) for images, labels in skipped)
-            return
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(dataset))
-        plan = list(part.batches(order, self.config.batch_size, first))
-        batches = self._batches(_Seeded(dataset, self.seed, epoch), batch_sampler=[c.tolist() for c, _ in plan])
-        for (images, labels), (_, weight) in zip(batches, plan, strict=True):
-            yield images, labels, weight
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Generator[TrainBatch]:
+        entropy, size = [self.seed, epoch], self.config.batch_size
+        keys = islice(self.sources[TRAIN].keys(entropy), first * size, None)
+        return self._batches(TRAIN, entropy, (piece for batch in _chunks(keys, size) for piece in part.cut(batch)))
 
     def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
-        dataset = self.datasets[VALIDATION]
-        if isinstance(dataset, IterableDataset):
-            return self._batches(dataset, batch_size=self.config.batch_size)
-        mine = range(part.rank, len(dataset), part.processes)
-        return self._batches(dataset, batch_size=self.config.batch_size, sampler=mine)
+        keys = islice(self.sources[VALIDATION].keys(None), part.rank, None, part.processes)
+        plan = ((chunk, 1.0) for chunk in _chunks(keys, self.config.batch_size))
+        return ((images, labels) for images, labels, weight in self._batches(VALIDATION, [], plan) if weight)
 
-    def _batches(self, dataset: Any, **how: Any) -> Iterator[Batch]:
-        loader = DataLoader(
-            dataset,
-            **how,
-            num_workers=self.config.workers,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator().manual_seed(self.seed),
+    def _batches(self, role: str, entropy: list[int], plan: Iterator[Piece]) -> Generator[TrainBatch]:
+        pieces = _Pieces(self.sources[role], self.transforms[role], self.input_size, entropy)
+        for images, labels, weight, missing in _read(pieces, plan, self.config, self.device.type == "cuda"):
+            self._leave_out(missing)
+            images = self.normalise(images.to(self.device, non_blocking=True))
+            yield images, labels.to(self.device, non_blocking=True), weight
+
+
+class _Pieces(Dataset):
+    """Pieces of batches, read and transformed: each image under a seed of its own, whatever process reads it."""
+
+    def __init__(self, source: Source, transform: Any, input_size: tuple[int, int, int], entropy: list[int]) -> None:
+        self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
+
+    def __getitem__(self, piece: Piece) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
+        keys, weight = piece
+        with ambient_seed(self.entropy):
+            found = [self._read(number, key) for number, key in keys]
+        missing = [image for image in found if isinstance(image, Unreadable)]
+        images = [image for image in found if not isinstance(image, Unreadable)]
+        if not images:
+            return torch.zeros(1, *self.input_size), torch.zeros(1, dtype=torch.int64), 0.0, missing if weight else []
+        return *default_collate(images), weight * len(images) / len(found), missing if weight else []
+
+    def _read(self, number: int, key: Any) -> tuple[Tensor, int] | Unreadable:
+        seed_generators([*self.entropy, number])
+        try:
+            image, label = self.source.read(key)
+            return self.transform(image.convert(_mode(self.input_size))), int(label)
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            return Unreadable(self.source.name(key), reason(error))
+
+
+def _read(
+    pieces: _Pieces, plan: Iterable[Piece], config: Data, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor, float, list[Unreadable]]]:
+    """The pieces of a plan in its order, read by worker processes."""
+    loader = DataLoader(
+        pieces,
+        sampler=plan,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=config.workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=_outlive_signals,
+    )
+    with worker_deaths(ConnectionError, EOFError, FileNotFoundError):
+        for images, labels, weight, missing in loader:
+            if missing and config.on_error == "stop":
+                raise DataError(f"{missing[0]}; data.on_error=skip leaves such images out")
+            yield images, labels, weight, missing
+
+
+@contextmanager
+def worker_deaths(*other: type[Exception]) -> Iterator[None]:
+    """Within it the death of a loader's worker process is a `DataError`; so are errors that come of it, the `other`.
+
+    torch raises its own from a signal's handler, wherever the process happens to be.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, other) and not str(error).startswith("DataLoader worker"):
+            raise
+        message = f"a worker process of the data loader died: {' '.join(repr(error).split())}"
+        # its frames hold the loader, and with it the other workers
+        raise DataError(f"{message}; where memory is short, data.workers=0 does without") from error.with_traceback(
+            None
         )
-        for images, labels in _reading(loader, self.config):
-            yield images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
 
 
-class _Seeded(Dataset):
-    """Each image transformed under a seed of its own, whatever process does it."""
+def warn_of_skipped(count: int, first: str) -> None:
+    """Say how many images were left out, and why the first of them."""
+    log.warning("left out %d images that could not be read; the first: %s", count, first)
 
-    def __init__(self, dataset: Any, seed: int, epoch: int) -> None:
-        self.dataset, self.seed, self.epoch = dataset, seed, epoch
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+def _outlive_signals(worker: int) -> None:
+    """What stops a run is sent to all its processes; a worker goes on for the step, and half a minute at most."""
+    for name in STOPPING if hasattr(signal, "alarm") else ():
+        signal.signal(getattr(signal, name), lambda *_: signal.alarm(30))
 
-    def __getitem__(self, index: int) -> Any:
-        with ambient_seed([self.seed, self.epoch, index]):
-            return self.dataset[index]
+
+def _as_it_is(piece: _T) -> _T:
+    return piece
+
+
+def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk
 
 
 @contextmanager
 def ambient_seed(entropy: list[int]) -> Iterator[None]:
     """Within it the generators of Python, NumPy and PyTorch start from `entropy`; after it they are as before."""
     states = random.getstate(), np.random.get_state()
-    first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
-    with torch.random.fork_rng():
-        random.seed(first)
-        np.random.seed(second)
-        torch.manual_seed(third)
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # never in a worker
+    with torch.random.fork_rng(devices):
+        seed_generators(entropy)
         try:
             yield
         finally:
@@ -293,23 +385,25 @@ def ambient_seed(entropy: list[int]) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def _reading(loader: DataLoader, config: Data) -> Iterator[Batch]:
-    """The loader's batches; what it cannot read is a `DataError`."""
-    try:
-        yield from loader
-    except Exception as error:
-        message = " ".join(str(error).split())[-300:]
-        raise DataError(f"an image of data set {config.name} in {config.root} cannot be read: {message}") from error
+def seed_generators(entropy: list[int]) -> None:
+    """Start the generators of Python, NumPy and PyTorch from `entropy`."""
+    first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
+    random.seed(first)
+    np.random.seed(second)
+    torch.manual_seed(third)
 
 
-class _Compose:
-    """Colour mode, then a transform; a class, so that worker processes can be sent it."""
+class _Normalise:
+    """uint8 images, [..., channels, height, width], to float32 of mean 0 and deviation 1 or so; others as they are."""
 
-    def __init__(self, mode: str, transform: Any) -> None:
-        self.mode, self.transform = mode, transform
+    def __init__(self, config: Data, input_size: tuple[int, int, int], device: torch.device) -> None:
+        mean, std = _mean_std(config, input_size[0])
+        self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
 
-    def __call__(self, image: Any) -> Any:
-        return self.transform(image.convert(self.mode))
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        return images.float().sub_(self.mean).div_(self.std)
 
 
 class _ToBytes:
@@ -364,59 +458,57 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[chosen].astype(np.int64))
 
 
-def _open(config: Data, split: str, training: bool, input_size: tuple[int, int, int]) -> Any:
+def _open(config: Data, split: str, input_size: tuple[int, int, int]) -> Source:
     from timm.data import create_dataset
 
-    root = config.root and str(Path(config.root).expanduser())
-    remote = config.name.split("/")[0] in ("hfds", "hfids", "tfds", "wds")
-    if root is None and not remote:
+    library, _, _ = config.name.partition("/")
+    root = config.root and os.path.expanduser(config.root)
+    if root is None and library not in ("hfds", "hfids"):
         raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
-    if root is not None and not Path(root).exists() and not config.download and not remote:
+    elsewhere = library in ("hfds", "hfids") or config.download or (library == "wds" and ":" in str(root))
+    if root is not None and not elsewhere and not Path(root).exists():
         raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of {config.name}")
-    name = "" if config.name == "folder" else config.name
+    title = f"data set {config.name} ({split})"
     try:
-        dataset = create_dataset(
-            name, root, split, is_training=training, download=config.download, batch_size=config.batch_size,
-            input_img_mode=_mode(input_size),
-        )  # fmt: skip
+        name = "" if config.name == "folder" else config.name
+        dataset = create_dataset(name, root, split, download=config.download, input_img_mode=_mode(input_size))
     except Exception as error:
         hint = "; --set data.download=true fetches it" if "download" in str(error) else ""
         message = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"data set {config.name} ({split}) cannot be opened: {message}{hint}") from error
+        raise DataError(f"{title} cannot be opened: {message}{hint}") from error
     if root is not None and config.name == "folder" and Path(dataset.reader.root) == Path(root):
         raise DataError(f"{root!r} has no folder for {split!r}; expected {root}/{split}/<class>/<image>")
-    return dataset
+    return Numbered(dataset, title)
 
 
-def _classes(dataset: Any) -> list[str]:
-    """Names of the classes in the order of their labels; none where the data set does not say."""
-    reader = getattr(dataset, "reader", None)
-    places = (reader, "class_to_idx"), (reader, "class_name_to_idx"), (dataset, "class_to_idx")
-    mapping: dict[str, int] = next((found for place, name in places if (found := getattr(place, name, None))), {})
-    return [str(label) for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
-
-
-def _in_memory(config: Data, input_size: tuple[int, int, int], datasets: list[Any]) -> bool:
+def _in_memory(config: Data, input_size: tuple[int, int, int], sources: list[Source]) -> bool:
+    numbered = all(isinstance(source, Numbered) for source in sources)
+    if config.in_memory and not numbered:
+        raise DataError(f"data.in_memory is true; data set {config.name} is read in a walk and cannot be held")
     if config.in_memory is not None:
         return config.in_memory
-    if config.scale or config.auto_augment or config.re_prob or config.color_jitter:
+    if config.scale or config.auto_augment or config.re_prob or config.color_jitter or not numbered:
         return False
-    if any(isinstance(dataset, IterableDataset) for dataset in datasets):
-        return False
-    return sum(map(len, datasets)) * int(np.prod(input_size)) <= MEMORY_LIMIT
+    return sum(source.count or 0 for source in sources) * int(np.prod(input_size)) <= MEMORY_LIMIT
 
 
 def _decode(
-    dataset: Any, config: Data, input_size: tuple[int, int, int], progress: Progress, role: str
-) -> tuple[Tensor, Tensor]:
-    dataset.transform = _Compose(_mode(input_size), _ToBytes(config, input_size))
-    images = torch.empty((len(dataset), *input_size), dtype=torch.uint8)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    start = 0
-    with progress(-(-len(dataset) // 500), f"reading {role} images") as step:
-        for part, label in _reading(DataLoader(dataset, 500, num_workers=config.workers), config):
-            images[start : start + len(label)] = part
-            labels[start : start + len(label)] = label
-            start += len(label)
+    source: Source, config: Data, input_size: tuple[int, int, int], progress: Progress, role: str
+) -> tuple[Batch, list[Unreadable]]:
+    """A split's images, uint8, and labels; and what of it could not be read."""
+    count = source.count or 0
+    images = torch.empty((count, *input_size), dtype=torch.uint8)
+    labels = torch.empty(count, dtype=torch.int64)
+    start, missing = 0, []
+    pieces = _Pieces(source, _ToBytes(config, input_size), input_size, [])
+    plan = ((chunk, 1.0) for chunk in _chunks(source.keys(None), 500))
+    with progress(-(-count // 500), f"reading {role} images") as step:
+        for part, label, weight, unreadable in _read(pieces, plan, config):
+            missing += unreadable
+            end = start + len(label) if weight else start
+            images[start:end], labels[start:end] = part[: end - start], label[: end - start]
+            start = end
             step()
-    return images, labels
+    if not start:
+        raise DataError(f"no {role} image of data set {config.name} can be read; {missing[0]}")
+    return (images[:start], labels[:start]), missing

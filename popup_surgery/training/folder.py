@@ -16,14 +16,22 @@ from ..errors import PopupError, RunError
 from ..files import write_atomically
 from . import checkpoint
 from .checkpoint import Checkpoint
+from .data import STOPPING
 from .loop import Epoch
 from .recipe import Recipe, read_yaml, to_yaml
 
 log = logging.getLogger("popup_surgery")
 
-# what may be other when a run goes on, since no result depends on it
-_FREE = {"data.root", "data.workers", "data.download", "training.checkpoint_minutes", "training.trackers"}
-SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
+# what may be other when a run goes on: no result depends on it, or only the images that cannot be read do
+_FREE = {
+    "data.root",
+    "data.workers",
+    "data.download",
+    "data.on_error",
+    "training.checkpoint_minutes",
+    "training.trackers",
+}
+SIGNALS = [number for name in STOPPING if (number := getattr(signal, name, None))]
 
 
 class RunFolder:

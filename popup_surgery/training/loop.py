@@ -3,11 +3,10 @@
 import hashlib
 import logging
 import math
-import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +21,8 @@ from torch.nn import functional
 from ..errors import RunError, Stopped
 from ..surgery import bake, masks
 from .checkpoint import Checkpoint
-from .data import Batch, Batches, Part, Progress
+from .data import Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
+from .data import seed_generators as _seed
 from .recipe import Training
 from .schedule import rates
 
@@ -35,7 +35,8 @@ Packed = np.ndarray[Any, np.dtype[np.uint8]]
 class Epoch:
     """One line of metrics.jsonl. Shares are 0 … 1; `accuracy` is on the validation images.
 
-    `changed` is the share of mask bits that are other than an epoch before, 0 where nothing is masked.
+    `changed` is the share of mask bits that are other than an epoch before, 0 where nothing is masked; `skipped` counts
+    images of both splits that could not be read and were left out.
     """
 
     epoch: int
@@ -46,6 +47,7 @@ class Epoch:
     changed: float
     seconds: float
     images_per_second: float
+    skipped: int = 0
 
     def line(self) -> dict[str, Any]:
         """As JSON, null for what is not finite."""
@@ -121,12 +123,14 @@ class Fit:
         self.wrong = torch.tensor(-1, device=accelerator.device)  # the first step whose loss was not finite
         self.numel = {key: mask.numel() for key, mask in masks(model).items()}
         self.initial = self.before = self.found = _packed(model)  # masks at the start, an epoch ago, and now
+        self.told_of_skipped = False
 
     @property
     def epoch(self) -> int:
         """The epoch that is running, from 0."""
         return len(self.history)
 
+    @worker_deaths()
     def run(
         self,
         after_epoch: Callable[[Epoch], None],
@@ -142,6 +146,7 @@ class Fit:
 
         Raises:
             RunError: the loss is not finite; a process has other masks than the first.
+            DataError: an image cannot be read; a worker process of the loader died.
             Stopped: `stop` was true.
         """
         while self.epoch < self.training.epochs:
@@ -156,7 +161,7 @@ class Fit:
         began = kept = time.monotonic()
         spent = self.seconds
         pieces = self.data.train(self.epoch, self.part, self.batch)
-        with self.progress(steps, f"epoch {self.epoch + 1}/{training.epochs}") as advance:
+        with closing(pieces), self.progress(steps, f"epoch {self.epoch + 1}/{training.epochs}") as advance:
             for _ in range(self.batch):
                 advance()
             while self._one_step(pieces):
@@ -268,17 +273,18 @@ class Fit:
         batches = self.data.validation(self.part)
         correct, images = _right_answers(baked, batches, self.accelerator.autocast)
         counts = self.accelerator.reduce(torch.tensor([correct, images], device=self.accelerator.device), "sum")
-        if not counts[1]:
-            raise RunError("the data set has no validation images")
+        skipped = self._skipped()
+        if not seen or not counts[1]:
+            raise RunError(f"the data set has no {'validation' if seen else 'training'} images that can be read")
         self.before, self.found = self.found, _packed(self.core)
         changed = sum(_ones(mask ^ self.before[key]) for key, mask in self.found.items())
         epoch = Epoch(
             self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen,
             int(counts[0]) / int(counts[1]), changed / max(sum(self.numel.values()), 1), self.seconds,
-            seen / self.seconds,
+            seen / self.seconds, skipped,
         )  # fmt: skip
         self.history.append(epoch)
-        self.batch, self.seconds = 0, 0.0
+        self.batch, self.seconds, self.data.skipped = 0, 0.0, 0
         self.sums.zero_()
         after_epoch(epoch)
 
@@ -286,11 +292,21 @@ class Fit:
         self._check_loss()
         self._check_masks()
         self._share_statistics()
-        sums = self.accelerator.reduce(self.sums, "sum")
+        sums, skipped = self.accelerator.reduce(self.sums, "sum"), self._skipped()
         if self.accelerator.is_main_process:
-            keep(self.step, self._checkpoint(sums.tolist()))
+            keep(self.step, self._checkpoint(sums.tolist(), skipped))
         self.kept = self.step
         self.accelerator.wait_for_everyone()
+
+    def _skipped(self) -> int:
+        """Images that all processes have left out in this epoch so far; when there are any, one is named, once."""
+        skipped = int(self.accelerator.reduce(torch.tensor(self.data.skipped, device=self.accelerator.device), "sum"))
+        if skipped and not self.told_of_skipped:
+            named = [file for file in gather_object([self.data.left_out]) if file]
+            self.told_of_skipped = bool(named)
+            if named and self.accelerator.is_main_process:
+                warn_of_skipped(skipped, named[0])
+        return skipped
 
     def _check_loss(self) -> None:
         wrong = int(self._highest(int(self.wrong) + 1)) - 1
@@ -326,7 +342,7 @@ class Fit:
         torch.distributed.all_reduce(wishes, torch.distributed.ReduceOp.MAX)
         return int(wishes)
 
-    def _checkpoint(self, sums: list[float]) -> Checkpoint:
+    def _checkpoint(self, sums: list[float], skipped: int) -> Checkpoint:
         state = self.optimizer.state_dict()
         tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in self._learnt().items()}
         numbers: dict[str, dict[str, Any]] = {}
@@ -349,6 +365,8 @@ class Fit:
                 "batch": self.batch,
                 "seconds": self.seconds,
                 "sums": sums,
+                "images": self.data.count,
+                "skipped": skipped,
                 "history": [asdict(epoch) for epoch in self.history],
                 "groups": groups,
                 "numbers": numbers,
@@ -366,6 +384,12 @@ class Fit:
                 "statistics of batch norms, differ from here",
                 state["processes"],
                 self.part.processes,
+            )
+        if state["images"] != self.data.count and self.accelerator.is_main_process:
+            log.warning(
+                "the checkpoint was taken with %s training images and goes on with %s: their order differs from here",
+                state["images"],
+                self.data.count,
             )
         with torch.no_grad():
             for key, tensor in self._learnt().items():
@@ -386,6 +410,7 @@ class Fit:
         self.step, self.batch, self.seconds = state["step"], state["batch"], state["seconds"]
         if self.accelerator.is_main_process:  # the others' part of the sums is in it
             self.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+            self.data.skipped = state["skipped"]
         self.found = {key: checkpoint.tensors[f"before.{key}"].numpy() for key in self.found}
 
     def _learnt(self) -> dict[str, Tensor]:
@@ -395,6 +420,7 @@ class Fit:
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
 
 
+@worker_deaths()
 def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[float, int]:
     """Share of images that a plain network classifies rightly, in eval mode, and how many images there were."""
     correct, seen = _right_answers(model, batches, autocast)
@@ -421,10 +447,3 @@ def _packed(model: nn.Module) -> dict[str, Packed]:
 
 def _ones(bits: Packed) -> int:
     return int(np.bitwise_count(bits).sum())
-
-
-def _seed(entropy: list[int]) -> None:
-    first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
-    random.seed(first)
-    np.random.seed(second)
-    torch.manual_seed(third)

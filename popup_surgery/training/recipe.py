@@ -132,7 +132,8 @@ class Data(_Section):
             `re_prob` ask for work on single images.
         pad, hflip: in memory: random crop after padding with so many zero pixels, and probability of a flip.
         scale, ratio, hflip, color_jitter, auto_augment, re_prob, crop_pct, interpolation: else: timm's transforms.
-        workers: processes that decode.
+        workers: processes that decode, for each process that trains.
+        on_error: what an image that cannot be read does: `stop` the run with its name, or `skip`, left out and counted.
     """
 
     name: str = "digits"
@@ -155,6 +156,7 @@ class Data(_Section):
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
     workers: Annotated[int, Field(ge=0, le=256)] = 2
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 class Training(_Section):
