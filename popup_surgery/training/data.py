@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import DataError, unknown
 from .recipe import Data
-from .sources import Key, Numbered, Source, Unreadable, reason
+from .sources import Key, Numbered, Rows, Shards, Source, Unreadable, reason
 
 log = logging.getLogger("popup_surgery")
 
@@ -461,7 +461,7 @@ def _digits(split: str) -> tuple[Tensor, Tensor]:
 def _open(config: Data, split: str, input_size: tuple[int, int, int]) -> Source:
     from timm.data import create_dataset
 
-    library, _, _ = config.name.partition("/")
+    library, _, path = config.name.partition("/")
     root = config.root and os.path.expanduser(config.root)
     if root is None and library not in ("hfds", "hfids"):
         raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
@@ -470,10 +470,17 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int]) -> Source:
         raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of {config.name}")
     title = f"data set {config.name} ({split})"
     try:
+        logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)  # an info file is no must
+        if library == "hfids":
+            return Rows(path, split, root, title)
         name = "" if config.name == "folder" else config.name
         dataset = create_dataset(name, root, split, download=config.download, input_img_mode=_mode(input_size))
+        if library == "wds":
+            return Shards(dataset.reader, title)
     except Exception as error:
         hint = "; --set data.download=true fetches it" if "download" in str(error) else ""
+        if isinstance(error, ImportError) or "install" in str(error):
+            hint = "; pip install 'popup-surgery[data]' brings what it needs"
         message = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{title} cannot be opened: {message}{hint}") from error
     if root is not None and config.name == "folder" and Path(dataset.reader.root) == Path(root):

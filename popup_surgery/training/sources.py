@@ -1,12 +1,19 @@
 """Where images come from. Each is itself, or the reason why it cannot be read; never another one in its place."""
 
+import json
 import os
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from ..errors import DataError
+
+SHUFFLED = 4096  # samples of a walk among which the next one is drawn; each process holds their bytes
 
 Key = tuple[int, Any]  # an image's number, which seeds its augmentation, and what `read` finds it by
 
@@ -83,10 +90,102 @@ class Numbered:
         return path if os.path.exists(os.path.dirname(path)) else f"{path} of {self.title}"
 
 
+class Shards:
+    """Tar files of webdataset's form, walked one after another by each process in full; workers decode.
+
+    Shards are shuffled, and samples among `SHUFFLED` at a time. A sample's image has the suffix jpg, jpeg, png or webp,
+    its label stands in its `cls`, or in its `json` where the data set's info file says so.
+    """
+
+    def __init__(self, reader: Any, title: str) -> None:
+        self.title, self.count = title, reader.num_samples or None
+        self.classes: list[str] = []
+        self.urls = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
+        self.label = reader.split_info.alt_label
+
+    def keys(self, entropy: list[int] | None) -> Iterator[Key]:
+        """As `Source.keys`; the keys are the samples' bytes."""
+        import webdataset
+
+        if entropy is None:
+            return enumerate(self._samples(self.urls))
+        generator = random.Random(_number(entropy))
+        urls = generator.sample(self.urls, len(self.urls))
+        shuffle = webdataset.shuffle(SHUFFLED, initial=SHUFFLED // 4, rng=generator)
+        return enumerate(shuffle(self._samples(urls)))
+
+    def _samples(self, urls: list[str]) -> Iterator[dict[str, Any]]:
+        from webdataset.gopen import gopen
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        for url in urls:
+            try:
+                with gopen(url) as stream:
+                    yield from group_by_keys(tar_file_expander([{"url": url, "stream": stream}]))
+            except Exception as error:
+                raise DataError(f"the shard {url} of {self.title} cannot be read: {reason(error)}") from error
+
+    def read(self, key: dict[str, Any]) -> tuple[Image.Image, Any]:
+        """As `Source.read`."""
+        image = next((key[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in key), None)
+        if image is None:
+            raise DataError("it has no jpg, jpeg, png or webp")
+        return Image.open(BytesIO(image)), json.loads(key["json"])[self.label] if self.label else key["cls"]
+
+    def name(self, key: dict[str, Any]) -> str:
+        """As `Source.name`: its key and its shard."""
+        return f"{key['__key__']} in {key['__url__']}"
+
+
+class Rows:
+    """A data set of Hugging Face's, streamed: walked by each process in full; workers decode.
+
+    Shuffled as its library does, files first and then rows among `SHUFFLED` at a time.
+    """
+
+    def __init__(self, path: str, split: str, cache: str | None, title: str) -> None:
+        import datasets
+
+        rows = datasets.load_dataset(path, split=split, streaming=True, cache_dir=cache)
+        columns = rows.features or {}
+        if not {"image", "label"} <= columns.keys():
+            raise DataError(f"it has the columns {', '.join(columns)}; expected image and label")
+        self.title, self.image = title, datasets.Image()
+        self.rows = rows.cast_column("image", datasets.Image(decode=False))
+        self.classes = list(getattr(columns["label"], "names", None) or [])
+        known = (rows.info.splits or {}).get(split)
+        self.count = known.num_examples if known and known.num_examples else None
+
+    def keys(self, entropy: list[int] | None) -> Iterator[Key]:
+        """As `Source.keys`; the keys are rows with the images' bytes, and their numbers."""
+        rows = self.rows
+        if entropy is not None:
+            rows = rows.shuffle(seed=_number(entropy), buffer_size=SHUFFLED)
+        try:
+            for number, row in enumerate(rows):
+                yield number, {"number": number, **row}
+        except Exception as error:
+            raise DataError(f"{self.title} cannot be read: {reason(error)}") from error
+
+    def read(self, key: dict[str, Any]) -> tuple[Image.Image, Any]:
+        """As `Source.read`."""
+        return self.image.decode_example(key["image"]), key["label"]
+
+    def name(self, key: dict[str, Any]) -> str:
+        """As `Source.name`: its path, or its number in the epoch."""
+        return f"{key['image']['path'] or key['number']} of {self.title}"
+
+
 def reason(error: BaseException) -> str:
     """What an error says of a file, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image of a kind that Pillow knows"
+    if isinstance(error, DataError):
+        return str(error)
     if isinstance(error, OSError):
         return error.strerror or " ".join(str(error).split())
     return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _number(entropy: list[int]) -> int:
+    return int(np.random.SeedSequence(entropy).generate_state(1)[0])
