@@ -274,6 +274,18 @@ def test_iterating_leaves_the_ambient_random_states_alone(images: Path, in_memor
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_workers_leave_gpus_alone(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A forked process of one that uses a GPU cannot even ask for its generator's state."""
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", refuse)
+    data = opened(name="folder", root=str(images), batch_size=4, in_memory=False, workers=2, **AUGMENTED)
+    assert joined(data.train(0))[0].shape == (15, 3, 16, 16)
+
+
 def test_ambient_seed_sets_all_three_generators_and_brings_them_back() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.random(), float(torch.rand(()))

@@ -155,6 +155,20 @@ def test_labels_stay_with_their_images(walked: dict[str, Any], images: Path) -> 
     assert [wanted[image] for image in ids(pixels)] == labels.tolist()
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_come_through_a_command_as_from_a_disk(shards: dict[str, Any], workers: int) -> None:
+    near = opened(**shards, batch_size=4)
+    far = opened(**(shards | {"root": f"pipe:cat {shards['root']}"}), batch_size=4, workers=workers)
+    assert torch.equal(joined(near.train(1))[0], joined(far.train(1))[0])
+    assert torch.equal(joined(near.validation())[0], joined(far.validation())[0])
+    some = far.train(1)
+    next(some)
+    some.close()
+    far.sources["train"].urls[0] += ".gone"
+    with pytest.raises(DataError, match=r"^the shard pipe:cat .*train-\d\.tar\.gone of data set .* cannot be read: "):
+        list(far.train(1))
+
+
 # what a data set says of itself
 
 

@@ -407,6 +407,19 @@ def test_workers_end_with_a_run_that_is_killed(many: Path, tmp_path: Path) -> No
     assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
+def test_workers_end_with_a_process_that_fails(images: Path) -> None:
+    """As it exits it tells them to end; the error still holds the loader then."""
+    script = (
+        "from test_data import opened\n"
+        f"data = opened(name='folder', root={str(images)!r}, in_memory=False, batch_size=4, workers=2)\n"
+        "for batch in data.train(0): 1 / 0\n"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent)
+    assert done.returncode == 1
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
 def test_a_worker_dies_in_evaluation(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train(many, overrides=["training.epochs=1", "data.workers=0"], output=tmp_path / "run")
 

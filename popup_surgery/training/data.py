@@ -1,10 +1,12 @@
 """Images into batches. The order and the augmentation are functions of (seed, epoch, image) alone."""
 
 import logging
+import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +29,6 @@ log = logging.getLogger("popup_surgery")
 
 TRAIN, VALIDATION = "train", "validation"  # what a split is for, whatever it is called
 LIBRARIES = ("torch", "hfds", "hfids", "wds")  # timm's prefixes of data set names
-STOPPING = ("SIGTERM", "SIGINT", "SIGUSR1")  # signals that end a run
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being asked
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -87,7 +88,7 @@ class Batches(Protocol):
     skipped: int
     left_out: str
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Generator[TrainBatch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         """`part` of the training images from the batch `first` on, in the epoch's order, augmented.
 
         The third value is the share of its whole batch that a piece is; less where images of it are left out, and 0,
@@ -202,7 +203,7 @@ class InMemory(_Prepared):
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self.missing = missing  # every process has read all images, so that the first alone counts these
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Generator[TrainBatch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)
@@ -268,7 +269,7 @@ class Streamed(_Prepared):
                 f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
             ) from error
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Generator[TrainBatch]:
+    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         entropy, size = [self.seed, epoch], self.config.batch_size
         keys = islice(self.sources[TRAIN].keys(entropy), first * size, None)
         return self._batches(TRAIN, entropy, (piece for batch in _chunks(keys, size) for piece in part.cut(batch)))
@@ -278,7 +279,7 @@ class Streamed(_Prepared):
         plan = ((chunk, 1.0) for chunk in _chunks(keys, self.config.batch_size))
         return ((images, labels) for images, labels, weight in self._batches(VALIDATION, [], plan) if weight)
 
-    def _batches(self, role: str, entropy: list[int], plan: Iterator[Piece]) -> Generator[TrainBatch]:
+    def _batches(self, role: str, entropy: list[int], plan: Iterator[Piece]) -> Iterator[TrainBatch]:
         pieces = _Pieces(self.sources[role], self.transforms[role], self.input_size, entropy)
         for images, labels, weight, missing in _read(pieces, plan, self.config, self.device.type == "cuda"):
             self._leave_out(missing)
@@ -291,10 +292,11 @@ class _Pieces(Dataset):
 
     def __init__(self, source: Source, transform: Any, input_size: tuple[int, int, int], entropy: list[int]) -> None:
         self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
+        self.mode = _mode(input_size)
 
     def __getitem__(self, piece: Piece) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
         keys, weight = piece
-        with ambient_seed(self.entropy):
+        with ambient_seed(self.entropy, gpu=False):
             found = [self._read(number, key) for number, key in keys]
         missing = [image for image in found if isinstance(image, Unreadable)]
         images = [image for image in found if not isinstance(image, Unreadable)]
@@ -303,10 +305,12 @@ class _Pieces(Dataset):
         return *default_collate(images), weight * len(images) / len(found), missing if weight else []
 
     def _read(self, number: int, key: Any) -> tuple[Tensor, int] | Unreadable:
-        seed_generators([*self.entropy, number])
+        seed_generators([*self.entropy, number], gpu=False)
         try:
             image, label = self.source.read(key)
-            return self.transform(image.convert(_mode(self.input_size))), int(label)
+            if image.mode != self.mode:
+                image = image.convert(self.mode)
+            return self.transform(image), int(label)
         except Exception as error:  # whatever a damaged file makes a decoder raise
             return Unreadable(self.source.name(key), reason(error))
 
@@ -343,11 +347,10 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, other) and not str(error).startswith("DataLoader worker"):
             raise
-        message = f"a worker process of the data loader died: {' '.join(repr(error).split())}"
-        # its frames hold the loader, and with it the other workers
-        raise DataError(f"{message}; where memory is short, data.workers=0 does without") from error.with_traceback(
-            None
-        )
+        detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        raise DataError(
+            f"a worker process of the data loader died: {detail}; where memory is short, data.workers=0 does without"
+        ) from error
 
 
 def warn_of_skipped(count: int, first: str) -> None:
@@ -356,9 +359,19 @@ def warn_of_skipped(count: int, first: str) -> None:
 
 
 def _outlive_signals(worker: int) -> None:
-    """What stops a run is sent to all its processes; a worker goes on for the step, and half a minute at most."""
-    for name in STOPPING if hasattr(signal, "alarm") else ():
-        signal.signal(getattr(signal, name), lambda *_: signal.alarm(30))
+    """Signals that stop a run are sent to all its processes; a worker obeys only the process that it works for."""
+    for name in {"SIGINT", "SIGUSR1"} & vars(signal).keys():
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_end, daemon=True).start()
+
+
+def _await_end() -> None:
+    parent = multiprocessing.parent_process()
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)
 
 
 def _as_it_is(piece: _T) -> _T:
@@ -372,12 +385,12 @@ def _chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
 
 
 @contextmanager
-def ambient_seed(entropy: list[int]) -> Iterator[None]:
+def ambient_seed(entropy: list[int], gpu: bool = True) -> Iterator[None]:
     """Within it the generators of Python, NumPy and PyTorch start from `entropy`; after it they are as before."""
     states = random.getstate(), np.random.get_state()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []  # never in a worker
+    devices = [torch.cuda.current_device()] if gpu and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
-        seed_generators(entropy)
+        seed_generators(entropy, gpu)
         try:
             yield
         finally:
@@ -385,12 +398,13 @@ def ambient_seed(entropy: list[int]) -> Iterator[None]:
             np.random.set_state(states[1])
 
 
-def seed_generators(entropy: list[int]) -> None:
-    """Start the generators of Python, NumPy and PyTorch from `entropy`."""
+def seed_generators(entropy: list[int], gpu: bool = True) -> None:
+    """Start the generators of Python, NumPy and PyTorch from `entropy`; those of GPUs too, unless told otherwise."""
     first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
     random.seed(first)
     np.random.seed(second)
-    torch.manual_seed(third)
+    # where no GPU is in use, manual_seed writes down the whole stack, for a tenth of an image's time
+    (torch.manual_seed if gpu else torch.default_generator.manual_seed)(third)
 
 
 class _Normalise:

@@ -16,7 +16,6 @@ from ..errors import PopupError, RunError
 from ..files import write_atomically
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .data import STOPPING
 from .loop import Epoch
 from .recipe import Recipe, read_yaml, to_yaml
 
@@ -31,7 +30,7 @@ _FREE = {
     "training.checkpoint_minutes",
     "training.trackers",
 }
-SIGNALS = [number for name in STOPPING if (number := getattr(signal, name, None))]
+SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
 
 
 class RunFolder:

@@ -6,7 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any
@@ -161,7 +161,7 @@ class Fit:
         began = kept = time.monotonic()
         spent = self.seconds
         pieces = self.data.train(self.epoch, self.part, self.batch)
-        with closing(pieces), self.progress(steps, f"epoch {self.epoch + 1}/{training.epochs}") as advance:
+        with self.progress(steps, f"epoch {self.epoch + 1}/{training.epochs}") as advance:
             for _ in range(self.batch):
                 advance()
             while self._one_step(pieces):
