@@ -80,8 +80,10 @@ def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]
 
 def write_figure(figure: Any, path: Path) -> None:
     """Write a figure in the format that the path's suffix names: `.png` or `.svg`."""
-    picture = io.BytesIO()
-    kind = path.suffix[1:]
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}  # the same picture, the same file
-    figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
+    import matplotlib
+
+    picture, kind = io.BytesIO(), path.suffix[1:]
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture, the same file
+        figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
     write_atomically(path, picture.getvalue())
