@@ -214,7 +214,10 @@ def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         for folder in (disk / "run", disk / "new"):
             refused = run(folder, "--resume")
-            assert (refused.returncode, refused.stderr) == (2, f"error: {folder} cannot be written: Read-only file system\n")
+            assert (refused.returncode, refused.stderr) == (
+                2,
+                f"error: {folder} cannot be written: Read-only file system\n",
+            )
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
         assert run(disk / "run", "--resume").returncode == 0
         assert artifact(disk / "run") == through

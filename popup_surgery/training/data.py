@@ -23,11 +23,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..errors import DataError, unknown
 from .recipe import Data
-<<<<<<< HEAD
 from .sources import Key, Numbered, Rows, Shards, Source, Unreadable, reason, some
-=======
-from .sources import Key, Numbered, Rows, Shards, Source, Unreadable, reason
->>>>>>> data
 
 log = logging.getLogger("popup_surgery")
 
@@ -82,21 +78,13 @@ class Batches(Protocol):
 
     Attributes:
         classes: names of the classes in the order of their labels; none where the data set does not say.
-<<<<<<< HEAD
         counts: images of each role, where known.
-=======
-        count: training images, where known.
->>>>>>> data
         skipped: images that this process has left out, which could not be read; whoever counts them sets it back.
         left_out: the first of them and what is wrong with it; empty where there was none.
     """
 
     classes: list[str]
-<<<<<<< HEAD
     counts: Mapping[str, int | None]
-=======
-    count: int | None
->>>>>>> data
     skipped: int
     left_out: str
 
@@ -145,11 +133,7 @@ def open_data(
         return InMemory(config, input_size, seed, device, splits, [str(i) for i in range(10)])
     if config.name != "folder" and config.name.partition("/")[0] not in LIBRARIES:
         raise unknown("data set", config.name, ["digits", "folder", *(f"{library}/…" for library in LIBRARIES)])
-<<<<<<< HEAD
     sources = {role: _open(config, name, input_size, most[role]) for role, name in names.items()}
-=======
-    sources = {role: _open(config, name, input_size) for role, name in names.items()}
->>>>>>> data
     classes = [source.classes for source in sources.values()]
     if train and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1])) or ["the order"]
@@ -184,7 +168,6 @@ class _Prepared:
         seed: int,
         device: torch.device,
         classes: list[str],
-<<<<<<< HEAD
         counts: Mapping[str, int | None],
     ) -> None:
         self.config, self.seed, self.device, self.classes, self.counts = config, seed, device, classes, counts
@@ -194,16 +177,6 @@ class _Prepared:
     def steps(self, role: str = TRAIN) -> int | None:
         count = self.counts[role]
         return None if count is None else -(-count // self.config.batch_size)
-=======
-        count: int | None,
-    ) -> None:
-        self.config, self.seed, self.device, self.classes, self.count = config, seed, device, classes, count
-        self.skipped, self.left_out = 0, ""
-        self.normalise = _Normalise(config, input_size, device)
-
-    def steps(self) -> int | None:
-        return None if self.count is None else -(-self.count // self.config.batch_size)
->>>>>>> data
 
     def _leave_out(self, missing: Sequence[Unreadable]) -> None:
         self.skipped += len(missing)
@@ -227,13 +200,8 @@ class InMemory(_Prepared):
             if tuple(images.shape[1:]) != input_size:
                 found, wanted = " × ".join(map(str, images.shape[1:])), " × ".join(map(str, input_size))
                 raise DataError(f"the images of {config.name} are {found}; the network expects {wanted}")
-<<<<<<< HEAD
         counts = {role: len(labels) for role, (_, labels) in splits.items()}
         super().__init__(config, input_size, seed, device, classes, counts)
-=======
-        count = len(splits[TRAIN][1]) if TRAIN in splits else None
-        super().__init__(config, input_size, seed, device, classes, count)
->>>>>>> data
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self.missing = missing  # every process has read all images, so that the first alone counts these
 
@@ -258,14 +226,9 @@ class InMemory(_Prepared):
         if part.rank == 0:
             self._leave_out(self.missing.get(VALIDATION, ()))
         images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
-<<<<<<< HEAD
         size = self.config.batch_size
         for pixels, label in zip(images.split(size), labels.split(size), strict=True):
             yield self.normalise(pixels), label
-=======
-        for some, label in zip(images.split(self.config.batch_size), labels.split(self.config.batch_size), strict=True):
-            yield self.normalise(some), label
->>>>>>> data
 
 
 class Streamed(_Prepared):
@@ -282,11 +245,7 @@ class Streamed(_Prepared):
     ) -> None:
         from timm.data import create_transform
 
-<<<<<<< HEAD
         super().__init__(config, input_size, seed, device, classes, {r: source.count for r, source in sources.items()})
-=======
-        super().__init__(config, input_size, seed, device, classes, sources[TRAIN].count if TRAIN in sources else None)
->>>>>>> data
         self.sources, self.input_size = sources, input_size
         mean, std = _mean_std(config, input_size[0])
         common: dict[str, Any] = {
@@ -517,11 +476,7 @@ def _digits(split: str, most: int | None) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[chosen].astype(np.int64))
 
 
-<<<<<<< HEAD
 def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int | None) -> Source:
-=======
-def _open(config: Data, split: str, input_size: tuple[int, int, int]) -> Source:
->>>>>>> data
     from timm.data import create_dataset
 
     library, _, path = config.name.partition("/")
@@ -532,11 +487,8 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int]) -> Source:
     if root is not None and not elsewhere and not Path(root).exists():
         raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of {config.name}")
     title = f"data set {config.name} ({split})"
-<<<<<<< HEAD
     if most is not None and library in ("hfids", "wds"):
         raise DataError(f"{title} is walked as a whole; expected data.max_train and data.max_validation to be null")
-=======
->>>>>>> data
     try:
         logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)  # an info file is no must
         if library == "hfids":
@@ -553,11 +505,7 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int]) -> Source:
         raise DataError(f"{title} cannot be opened: {message}{hint}") from error
     if root is not None and config.name == "folder" and Path(dataset.reader.root) == Path(root):
         raise DataError(f"{root!r} has no folder for {split!r}; expected {root}/{split}/<class>/<image>")
-<<<<<<< HEAD
     return Numbered(dataset, title, most)
-=======
-    return Numbered(dataset, title)
->>>>>>> data
 
 
 def _in_memory(config: Data, input_size: tuple[int, int, int], sources: list[Source]) -> bool:

@@ -9,10 +9,7 @@ from io import BytesIO
 from typing import Any, Protocol
 
 import numpy as np
-<<<<<<< HEAD
 from numpy.typing import NDArray
-=======
->>>>>>> data
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
@@ -60,16 +57,10 @@ class Numbered:
     timm's own `__getitem__` gives the next image for one that cannot be read, so that its reader is asked instead.
     """
 
-<<<<<<< HEAD
     def __init__(self, dataset: Any, title: str, most: int | None = None) -> None:
         self.dataset, self.title = dataset, title
         self.numbers = some(len(dataset), most)
         self.count: int | None = len(self.numbers)
-=======
-    def __init__(self, dataset: Any, title: str) -> None:
-        self.dataset, self.title = dataset, title
-        self.count: int | None = len(dataset)
->>>>>>> data
         self.reader = getattr(dataset, "reader", None)
         places = (self.reader, "class_to_idx"), (self.reader, "class_name_to_idx"), (dataset, "class_to_idx")
         mapping: dict[str, int] = next((found for place, name in places if (found := getattr(place, name, None))), {})
@@ -77,12 +68,7 @@ class Numbered:
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
         """As `Source.keys`; any permutation is as likely as another."""
-<<<<<<< HEAD
         order = self.numbers if entropy is None else np.random.default_rng(entropy).permutation(self.numbers)
-=======
-        count = len(self.dataset)
-        order = np.arange(count) if entropy is None else np.random.default_rng(entropy).permutation(count)
->>>>>>> data
         return ((int(index), int(index)) for index in order)
 
     def read(self, key: int) -> tuple[Image.Image, Any]:
@@ -191,15 +177,12 @@ class Rows:
         return f"{key['image']['path'] or key['number']} of {self.title}"
 
 
-<<<<<<< HEAD
 def some(count: int, most: int | None) -> NDArray[np.int64]:
     """The numbers of `count` images, or of `most` of them by lot, in ascending order."""
     chosen = np.arange(count) if most is None else np.random.default_rng(0).permutation(count)[:most]
     return np.sort(chosen)
 
 
-=======
->>>>>>> data
 def reason(error: BaseException) -> str:
     """What an error says of a file, on one line."""
     if isinstance(error, UnidentifiedImageError):
