@@ -23,6 +23,7 @@ from popup_surgery.training.recipe import find, shipped
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo", "sweep",
+    "reproduce",
 )  # fmt: skip
 PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
@@ -514,6 +515,7 @@ LEVELS = (
     ("artifact", "training", "plots", "survey"),
     ("run",),
     ("ablation", "sweep"),
+    ("reproduce",),
     ("commands",),
     ("__main__",),
 )

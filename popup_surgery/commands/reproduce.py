@@ -24,6 +24,7 @@ def run(
         list[str] | None,
         typer.Option("--set", help="key=value of any recipe key; key=[value, …] in place of the figure's own values."),
     ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A series to run, by its label; repeatable.")] = None,
     seeds: Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; figures share the runs in it.")] = Path(
         "runs/paper"
@@ -48,8 +49,15 @@ def run(
     """Reproduce a figure or table of the paper: run its sweep, draw it, and print it beside the paper's numbers.
 
     \b
-    $ popup-surgery reproduce figure3 --scale tiny --set data.name=digits
-    EXAMPLE
+    $ popup-surgery reproduce figure7 --scale tiny --only 'Signed Constant' --set 'surgery.k=[0.5]' \
+--set data.name=digits --set 'model.kwargs={in_chans: 1, img_size: 8}' --set data.mean=null --set data.std=null
+    1/1  Signed Constant model.name=popup_surgery/conv4 surgery.k=0.5 seed 0  accuracy 6.25 %  0.1 s
+    # The distribution of the weights: CIFAR-10
+    Scale: 2 steps of 16 images, 16 validation images, 1 seed; run here: 1 epochs, 1 seeds.
+    | network | series | weights kept (%) | accuracy (%) | seeds | paper (%) | difference |
+    | --- | --- | --- | --- | --- | --- | --- |
+    | conv4 | Signed Constant | 50 | 6.25 | 1 |  |  |
+    wrote runs/paper/figure7-tiny.md, .json, .png and .svg
     """
     with busy("starting"):
         from .. import reproduce as reproducing
@@ -57,7 +65,7 @@ def run(
 
         engine = chosen(jobs, threads, on, address, gpus_per_run)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
-        sweep = reproducing.sweep_of(figure, scale.value, set_ or (), seeds=number, data_dir=data_dir)
+        sweep = reproducing.sweep_of(figure, scale.value, set_ or (), only=only or (), seeds=number, data_dir=data_dir)
     if dry_run:
         estimate(sweep, output, engine)
         return 0
@@ -67,6 +75,6 @@ def run(
     except Stopped as error:
         messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
         return error.status
-    print(done.table, end="")
-    show(f"wrote {', '.join(map(str, done.files))}")
+    print("\n".join(line for line in done.table.splitlines() if line))
+    show(f"wrote {done.files[0]}, {', '.join(path.suffix for path in done.files[1:-1])} and {done.files[-1].suffix}")
     return 1 if any(outcome.state.value == "failed" for outcome in done.outcomes) else 0

@@ -1,7 +1,7 @@
 """The paper's figures and tables, each one sweep of recipes/paper and a picture of it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import unknown
@@ -67,6 +67,7 @@ def sweep_of(
     scale: str = "full",
     settings: Sequence[str] = (),
     *,
+    only: Sequence[str] = (),
     seeds: int | list[int] | None = None,
     data_dir: str | Path | None = None,
 ) -> Sweep:
@@ -76,12 +77,13 @@ def sweep_of(
         figure: a key of `FIGURES`.
         scale: a key of `SCALES`.
         settings: `key=value`, or `key=[value, …]` in place of the figure's own values, as for a sweep.
+        only: labels of the series to run; all if not given.
         seeds: how many, from 0, or which, in place of the scale's.
         data_dir: the data set's folder; for CIFAR-10 torchvision's, or one of train/ and validation/ with a folder of
             images for each class.
 
     Raises:
-        UnknownName: no such figure or scale.
+        UnknownName: no such figure, scale or series.
         RecipeError: what is wrong with the settings.
     """
     found, chosen = _look_up(figure, scale)
@@ -89,7 +91,12 @@ def sweep_of(
     if not found.imagenet and data_dir is not None and (Path(data_dir) / "train").is_dir():
         own = ("data.name=folder", *own)
     seeds = chosen.seeds if seeds is None else seeds
-    return Sweep.load(f"paper/{found.sweep}", [*own, *settings], seeds=seeds, data_dir=data_dir)
+    sweep = Sweep.load(f"paper/{found.sweep}", [*own, *settings], seeds=seeds, data_dir=data_dir)
+    labels = list(dict.fromkeys(run.label for run in sweep.runs))
+    for label in only:
+        if label not in labels:
+            raise unknown("series", label, labels)
+    return replace(sweep, runs=tuple(run for run in sweep.runs if not only or run.label in only))
 
 
 def reproduce(
