@@ -5,7 +5,7 @@
 ImageNet's training transforms (random resized crop to 224, flip) on JPEGs of mixed sizes about 500 × 375, made in a
 temporary folder. Both read whole epochs in turn, each image's augmentation seeded in ours and workers anew in each,
 timm's with its defaults, a prefetcher and workers that stay. Ratios are medians of those of neighbouring epochs; that
-of the processors' time, the workers' too, is the steadier where others use the machine.
+of the processors' time, the workers' too, is the steadier one where others use the machine.
 """
 
 import argparse

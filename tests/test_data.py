@@ -2,6 +2,7 @@
 
 import io
 import random
+import shutil
 import struct
 import tarfile
 from collections.abc import Callable
@@ -222,6 +223,16 @@ def test_streamed_order_and_augmentation_are_functions_of_seed_epoch_and_image(i
     assert torch.equal(labels, more)
     assert not torch.equal(first, joined(data.train(2))[0])
     assert not torch.equal(first, joined(opened(seed=6, batch_size=4, **config).train(1))[0])
+
+
+def test_streamed_images_are_augmented_each_in_its_own_way(images: Path, tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(6):
+                shutil.copy(images / "train" / "cat" / "0.png", tmp_path / split / name / f"{i}.png")
+    seen, _ = joined(opened(name="folder", root=str(tmp_path), in_memory=False, batch_size=4, **AUGMENTED).train(0))
+    assert len({image.numpy().tobytes() for image in seen}) == 12
 
 
 def test_streamed_epochs_have_each_image_once_in_other_orders(images: Path) -> None:

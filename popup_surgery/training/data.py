@@ -301,11 +301,11 @@ class _Pieces(Dataset):
         keys, weight = piece
         with ambient_seed(self.entropy, gpu=False):
             found = [self._read(number, key) for number, key in keys]
-        missing = [image for image in found if isinstance(image, Unreadable)]
+        missing = [image for image in found if weight and isinstance(image, Unreadable)]
         images = [image for image in found if not isinstance(image, Unreadable)]
         if not images:
-            return torch.zeros(1, *self.input_size), torch.zeros(1, dtype=torch.int64), 0.0, missing if weight else []
-        return *default_collate(images), weight * len(images) / len(found), missing if weight else []
+            return torch.zeros(1, *self.input_size), torch.zeros(1, dtype=torch.int64), 0.0, missing
+        return *default_collate(images), weight * len(images) / len(found), missing
 
     def _read(self, number: int, key: Any) -> tuple[Tensor, int] | Unreadable:
         seed_generators([*self.entropy, number], gpu=False)
@@ -537,5 +537,5 @@ def _decode(
             start = end
             step()
     if not start:
-        raise DataError(f"no {role} image of data set {config.name} can be read; {missing[0]}")
+        raise DataError("; ".join([f"no {role} image of data set {config.name} can be read", *map(str, missing[:1])]))
     return (images[:start], labels[:start]), missing

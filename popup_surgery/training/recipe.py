@@ -154,8 +154,9 @@ class Data(_Section):
 
     Attributes:
         name: `digits`, or a name of timm's: `torch/cifar10`, `folder` (of folders, or of tar files named by the two
-            splits, such as `train.tar`), `hfds/…`, `wds/…`, …
-        root: its folder; `digits` needs none.
+            splits, such as `train.tar`), `hfds/…`, `hfids/…` (streamed), or `wds/…` for shards that the two splits
+            name, such as `train-{0000..0146}.tar`.
+        root: its folder, for `hfds` and `hfids` that of its cache; `digits` needs none.
         download: let the data set's library fetch it.
         max_train, max_validation: so many images at most, chosen by lot, the same for every seed; null for all.
         input_size: channels, height, width; the network's own where null.
