@@ -29,9 +29,6 @@ PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
 Cli = Callable[..., Any]
 
-# timm's readers hand out open files and leave the closing to the garbage collector
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
-
 
 def python(*arguments: str, cwd: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=100, cwd=cwd, **options)

@@ -38,9 +38,6 @@ from popup_surgery import (
 from popup_surgery.training.recipe import Data, Training
 from popup_surgery.training.schedule import rates
 
-# timm's readers hand out open files and leave the closing to the garbage collector
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
-
 SHORT = ["training.epochs=2"]
 
 
