@@ -16,9 +16,6 @@ from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
 from popup_surgery.sweep import Run
 from popup_surgery.training.recipe import shipped, shipped_sweeps
 
-# timm's readers hand out open files and leave the closing to the garbage collector
-pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
-
 RUNS = {
     "figure3": 240, "figure4": 320, "figure5": 75, "figure6": 280, "figure7": 200, "figure8": 10, "table2": 10,
     "figure9": 13, "figure10": 36,

@@ -1,8 +1,10 @@
 """The command line: one file for each subcommand. torch is imported when a command runs, not before."""
 
 import logging
+import os
 import sys
 from inspect import cleandoc
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -10,7 +12,7 @@ import typer
 from .. import __version__
 from ..errors import PopupError, Stopped
 from . import convert, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
-from .shared import printable
+from .shared import STOPPED, printable
 
 UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
@@ -58,8 +60,12 @@ def main() -> int:
         error.show()
         return 2
     except Stopped as error:
-        print(f"{error}; go on with --resume", file=sys.stderr)
-        return error.status
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{error}; go on with --resume", file=sys.stderr)
+        if STOPPED not in os.environ:
+            return error.status
+        Path(os.environ[STOPPED]).touch()
+        return 0
     except PopupError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2

@@ -13,6 +13,8 @@ from ..errors import PopupError
 
 messages = Console(stderr=True, highlight=False)
 
+STOPPED = "POPUP_SURGERY_STOPPED"  # names the file by which processes of a run tell who launched them that it can go on
+
 
 def show(*things: object) -> None:
     """Print text and tables on stdout, as wide as they are where that is no terminal."""

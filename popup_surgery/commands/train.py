@@ -2,16 +2,17 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..errors import RunError
-from .shared import busy, progress, show, size
+from ..errors import RunError, Stopped
+from .shared import STOPPED, busy, progress, show, size
 
 if TYPE_CHECKING:
     from ..training.loop import Epoch
@@ -91,6 +92,7 @@ def run(
 
 def launch(processes: int, arguments: list[str]) -> int:
     """Run the same command line in so many processes, by Accelerate's launcher. Returns the status of them all."""
+    import psutil
     import torch
 
     from ..training.folder import SIGNALS
@@ -102,10 +104,19 @@ def launch(processes: int, arguments: list[str]) -> int:
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    child = subprocess.Popen([*command, "-m", "popup_surgery", *arguments], env=environment)
-    before = {number: signal.signal(number, lambda n, _: child.send_signal(n)) for number in SIGNALS}
-    try:
-        return child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with tempfile.TemporaryDirectory() as folder:
+        environment[STOPPED] = stopped = str(Path(folder) / "stopped")
+        # in a session of its own: the launcher would end its processes at once, who end with a checkpoint by themselves
+        child = subprocess.Popen([*command, "-m", "popup_surgery", *arguments], env=environment, start_new_session=True)
+
+        def pass_on(number: int, _: Any) -> None:
+            for process in psutil.Process(child.pid).children() or [child]:
+                process.send_signal(number)
+
+        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+        try:
+            status = child.wait()
+            return Stopped.status if status == 0 and Path(stopped).exists() else status
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
