@@ -110,7 +110,8 @@ def launch(processes: int, arguments: list[str]) -> int:
         child = subprocess.Popen([*command, "-m", "popup_surgery", *arguments], env=environment, start_new_session=True)
 
         def pass_on(number: int, _: Any) -> None:
-            for process in psutil.Process(child.pid).children() or [child]:
+            launcher = psutil.Process(child.pid)
+            for process in launcher.children() or [launcher]:
                 process.send_signal(number)
 
         before = {number: signal.signal(number, pass_on) for number in SIGNALS}
