@@ -327,8 +327,10 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
         shape = " × ".join(map(str, size))
         raise DataError(f"the network does not take images of {shape}: {error}") from error
     if data.classes and tuple(output.shape) != (1, len(data.classes)):
+        found = output.shape[1] if output.ndim == 2 else f"of {tuple(output.shape[1:])}"
         raise DataError(
-            f"the data set has {len(data.classes)} classes; the network has {tuple(output.shape[1:])} outputs"
+            f"the data set has {len(data.classes)} classes; the network has {found} outputs; set "
+            f"model.kwargs.num_classes={len(data.classes)}"
         )
 
 

@@ -63,7 +63,7 @@ def run(
         from .. import reproduce as reproducing
         from ..training.recipe import parse_yaml
 
-        engine = chosen(jobs, threads, on, address, gpus_per_run)
+        engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
         sweep = reproducing.sweep_of(figure, scale.value, set_ or (), only=only or (), seeds=number, data_dir=data_dir)
     if dry_run:

@@ -66,7 +66,7 @@ def run(
         from .. import sweep as sweeps
         from ..training.recipe import parse_yaml
 
-        engine = chosen(jobs, threads, on, address, gpus_per_run)
+        engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
         loaded = sweeps.Sweep.load(sweep, set_ or (), seeds=number, data_dir=data_dir)
     folder = output or Path("runs/sweeps") / loaded.name
@@ -85,11 +85,18 @@ def run(
 
 
 def chosen(
-    jobs: int | None, threads: int, on: On | None, address: str | None, gpus_per_run: float | None
+    jobs: int | None,
+    threads: int,
+    on: On | None,
+    address: str | None,
+    gpus_per_run: float | None,
+    data_dir: Path | None,
 ) -> "Local | OnRay":
     """The engine that a command's options ask for."""
     from ..sweep import Local, OnRay
 
+    if on is None and data_dir is not None and not data_dir.exists():
+        raise PopupError(f"--data-dir is {data_dir}, which does not exist")
     for name, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
         if on is None and value is not None:
             raise PopupError(f"{name} is {value}; expected it with --on ray alone")

@@ -78,13 +78,15 @@ def run(
     if not first:
         return 0
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
-    if resume and not ran:
+    before = resume and not ran
+    if before:
         show(f"the run in {result.output} is finished already")
     table = Table.grid(padding=(0, 6, 0, 0))
     table.add_row("accuracy", f"{100 * result.accuracy:.2f} % of the validation images")
     table.add_row("kept", f"{result.kept:,} of {result.weights:,} weights ({100 * result.kept / result.weights:.1f} %)")
     table.add_row("file", f"{result.file}, {size(result.file)}")
-    table.add_row("time", f"{time.perf_counter() - began:.1f} s")
+    if not before:
+        table.add_row("time", f"{time.perf_counter() - began:.1f} s")
     table.add_row("speed", f"{speed:,.0f} images/s in training")
     show(table)
     return 0

@@ -154,7 +154,7 @@ def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Te
         with Image.open(path) as image:
             pixels = _ToBytes(config, input_size)(image.convert(_mode(input_size)))
     except OSError as error:
-        raise DataError(f"{path} is no image that can be read: {error}") from error
+        raise DataError(f"{path} is no image that can be read: {reason(error)}") from error
     return _Normalise(config, input_size, torch.device("cpu"))(pixels)
 
 
@@ -358,7 +358,7 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
 
 def warn_of_skipped(count: int, first: str) -> None:
     """Say how many images were left out, and why the first of them."""
-    log.warning("left out %d images that could not be read; the first: %s", count, first)
+    log.warning("left out %d image%s that could not be read; the first: %s", count, "s" * (count != 1), first)
 
 
 def _outlive_signals(worker: int) -> None:
