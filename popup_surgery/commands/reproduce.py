@@ -6,7 +6,7 @@ import typer
 
 from ..errors import Stopped
 from .shared import busy, messages, show
-from .sweep import On, chosen, estimate, shown
+from .sweep import Address, DryRun, GpusPerRun, Jobs, OnOption, Seeds, Threads, chosen, estimate, shown
 
 
 class Scale(StrEnum):
@@ -25,26 +25,17 @@ def run(
         typer.Option("--set", help="key=value of any recipe key; key=[value, …] in place of the figure's own values."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A series to run, by its label; repeatable.")] = None,
-    seeds: Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")] = None,
+    seeds: Seeds = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; figures share the runs in it.")] = Path(
         "runs/paper"
     ),
     data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at a time on this machine; if not given, one for each GPU, or for each core."),
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each run; on CPUs results depend on them.")] = 1,
-    on: Annotated[On | None, typer.Option(help="Run on a Ray cluster.")] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Of the cluster; if not given, this machine's or a new one.")
-    ] = None,
-    gpus_per_run: Annotated[
-        float | None, typer.Option(min=0, help="On Ray; if not given, 1 where the cluster has GPUs.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Measure a few steps; print how many runs there are and how long.")
-    ] = False,
+    jobs: Jobs = None,
+    threads: Threads = 1,
+    on: OnOption = None,
+    address: Address = None,
+    gpus_per_run: GpusPerRun = None,
+    dry_run: DryRun = False,
 ) -> int:
     """Reproduce a figure or table of the paper: run its sweep, draw it, and print it beside the paper's numbers.
 

@@ -22,32 +22,35 @@ class On(StrEnum):
     ray = "ray"
 
 
+Seeds = Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs at a time on this machine; if not given, one for each GPU, or for each core."),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each run; on CPUs results depend on them.")]
+OnOption = Annotated[On | None, typer.Option(help="Run on a Ray cluster.")]
+Address = Annotated[str | None, typer.Option(help="Of the cluster; if not given, this machine's or a new one.")]
+GpusPerRun = Annotated[float | None, typer.Option(min=0, help="On Ray; if not given, 1 where the cluster has GPUs.")]
+DryRun = Annotated[bool, typer.Option(help="Measure a few steps; print how many runs there are and how long.")]
+
+
 def run(
     sweep: Annotated[str, typer.Argument(help="A YAML file of a sweep (docs/sweeps.md), or a recipe as for train.")],
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", help="key=value of any recipe key; key=[value, …] for a grid over it; repeatable."),
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")] = None,
+    seeds: Seeds = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder; runs/sweeps/<sweep> if not given.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="The data set's folder, in place of data.root.")] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at a time on this machine; if not given, one for each GPU, or for each core."),
-    ] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of each run; on CPUs results depend on them.")] = 1,
-    on: Annotated[On | None, typer.Option(help="Run on a Ray cluster.")] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Of the cluster; if not given, this machine's or a new one.")
-    ] = None,
-    gpus_per_run: Annotated[
-        float | None, typer.Option(min=0, help="On Ray; if not given, 1 where the cluster has GPUs.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option(help="Measure a few steps; print how many runs there are and how long.")
-    ] = False,
+    jobs: Jobs = None,
+    threads: Threads = 1,
+    on: OnOption = None,
+    address: Address = None,
+    gpus_per_run: GpusPerRun = None,
+    dry_run: DryRun = False,
 ) -> int:
     """Run a grid over recipe keys × seeds; write a folder for each run, results.csv and results.json.
 
