@@ -296,7 +296,7 @@ def test_two_processes_add_up_what_they_skip_and_one_speaks(many: Path, tmp_path
     done = subprocess.run(words, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [4, 4]
-    said = re.findall(r"left out (\d+) images that could not be read; the first: (.*) cannot be read", done.stderr)
+    said = re.findall(r"left out (\d+) images? that could not be read; the first: (.*) cannot be read", done.stderr)
     assert len(said) == 1
     assert said[0][1] in bad
 
