@@ -33,8 +33,8 @@ class Scale:
 SCALES = {
     "full": Scale("the paper's protocol"),
     "small": Scale(
-        "10,000 training images, 10 epochs, 2,000 validation images, 2 seeds",
-        ("data.max_train=10000", "data.max_validation=2000", "training.epochs=10"),
+        "4,000 training images in batches of 32, 5 epochs, 2,000 validation images, 2 seeds",
+        ("data.max_train=4000", "data.batch_size=32", "data.max_validation=2000", "training.epochs=5"),
         (
             "data.max_train=10000", "data.max_validation=2000", "training.epochs=5", "training.warmup_epochs=1",
             "data.input_size=[[3, 64, 64]]", "data.batch_size=128", "data.workers=2", "training.precision=float32",
