@@ -64,13 +64,13 @@ def test_subnetworks_of_figure5_have_their_size() -> None:
 @pytest.fixture(scope="module")
 def done(ten: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     output = tmp_path_factory.mktemp("paper")
-    sweep = sweep_of("figure3", "tiny", ["model.name=[popup_surgery/conv2]", "model.kwargs.width=0.1"], data_dir=ten)
+    sweep = sweep_of("figure3", "tiny", ["model.kwargs.width=0.1"], only=["conv2"], data_dir=ten)
     return sweep, output, reproduce("figure3", "tiny", sweep, output, Here())
 
 
 def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any, Path, Any], ten: Path) -> None:
     sweep, _, result = done
-    assert len(sweep.runs) == 13
+    assert len(sweep.runs) == 12
     assert all(outcome.numbers is not None for outcome in result.outcomes)
     markdown, values, png, svg = result.files
     with Image.open(png) as picture:
@@ -81,7 +81,7 @@ def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any
     assert "Going deeper" in text or len(svg.read_text()) > 10_000
     assert all(path.stat().st_size < 200_000 for path in result.files)
     rows = json.loads(values.read_text())["rows"]
-    assert len(rows) == 14
+    assert len(rows) == 13
     best = rows[-1]
     ours = max(row["accuracy"] for row in rows[:-1] if row["where"][1] == "Signed Constant")
     assert (best["accuracy"], best["paper"], best["where"][:2]) == (ours, 77.5, ["conv2", "Signed Constant"])
@@ -107,8 +107,8 @@ def test_a_figure_again_runs_nothing(done: tuple[Any, Path, Any], monkeypatch: p
 @pytest.mark.parametrize("figure", ["figure6", "figure9"])
 def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) -> None:
     names = ["model.name=timm/resnet10t", "model.kwargs.num_classes=10"]
-    settings = names if figure == "figure9" else ["model.name=[popup_surgery/conv2]", "model.kwargs.width=0.1"]
-    sweep = sweep_of(figure, "tiny", settings, data_dir=ten)
+    settings, only = (names, []) if figure == "figure9" else (["model.kwargs.width=0.1"], ["conv2"])
+    sweep = sweep_of(figure, "tiny", settings, only=only, data_dir=ten)
     result = reproduce(figure, "tiny", sweep, tmp_path, Here())
     rows = json.loads(result.files[1].read_text())["rows"]
     zhou = [row for row in rows if row["where"][1].startswith("Zhou")]
@@ -121,8 +121,20 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
         sweep_of("figure11")
     with pytest.raises(UnknownName, match=r"smal.*small"):
         sweep_of("figure3", "smal")
+    with pytest.raises(UnknownName, match=r"'conv3'.*conv4"):
+        sweep_of("figure3", only=["conv3"])
     with pytest.raises(RecipeError, match=r"surgery\.k"):
         sweep_of("figure3", "tiny", ["surgery.k=[2]"])
+    with pytest.raises(RecipeError, match=r"^figure6 would have Zhou et al\., N_k .*conv2 seed 0 twice.*--only"):
+        sweep_of("figure6", settings=["model.name=[popup_surgery/conv2]"])
+
+
+def test_series_and_networks_are_chosen() -> None:
+    both = sweep_of("figure6", only=["Zhou et al., N_k", "conv2", "conv8"], seeds=1).runs
+    assert [(run.recipe.model.name, run.recipe.training.lr) for run in both] == [
+        ("popup_surgery/conv2", 200.0), ("popup_surgery/conv8", 800.0)
+    ]  # fmt: skip
+    assert len(sweep_of("figure6", only=["conv4"], seeds=1).runs) == 14
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -24,7 +24,9 @@ def run(
         list[str] | None,
         typer.Option("--set", help="key=value of any recipe key; key=[value, …] in place of the figure's own values."),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A series to run, by its label; repeatable.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="A series or a network to run, by its label; repeatable.")
+    ] = None,
     seeds: Seeds = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder; figures share the runs in it.")] = Path(
         "runs/paper"

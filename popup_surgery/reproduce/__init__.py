@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..errors import unknown
+from ..errors import RecipeError, unknown
 from ..files import write_atomically
 from ..sweep import Engine, Outcome, Report, Sweep, execute, points
 from .figures import FIGURES, Figure
 from .picture import draw
-from .table import as_json, as_markdown, rows
+from .table import as_json, as_markdown, panel_of, rows
 
 __all__ = ["FIGURES", "SCALES", "Reproduction", "Scale", "reproduce", "sweep_of"]
 
@@ -77,14 +77,14 @@ def sweep_of(
         figure: a key of `FIGURES`.
         scale: a key of `SCALES`.
         settings: `key=value`, or `key=[value, …]` in place of the figure's own values, as for a sweep.
-        only: labels of the series to run; all if not given.
+        only: series and networks to run, by their labels; all of the kind that none is given of.
         seeds: how many, from 0, or which, in place of the scale's.
         data_dir: the data set's folder; for CIFAR-10 torchvision's, or one of train/ and validation/ with a folder of
             images for each class.
 
     Raises:
-        UnknownName: no such figure, scale or series.
-        RecipeError: what is wrong with the settings.
+        UnknownName: no such figure, scale, series or network.
+        RecipeError: what is wrong with the settings, or two runs of the figure would have the same place in it.
     """
     found, chosen = _look_up(figure, scale)
     own = chosen.imagenet if found.imagenet else chosen.cifar10
@@ -92,11 +92,21 @@ def sweep_of(
         own = ("data.name=folder", *own)
     seeds = chosen.seeds if seeds is None else seeds
     sweep = Sweep.load(f"paper/{found.sweep}", [*own, *settings], seeds=seeds, data_dir=data_dir)
-    labels = list(dict.fromkeys(run.label for run in sweep.runs))
-    for label in only:
-        if label not in labels:
-            raise unknown("series", label, labels)
-    return replace(sweep, runs=tuple(run for run in sweep.runs if not only or run.label in only))
+    places = [(run.label, panel_of(found, run.values)) for run in sweep.runs]
+    labels, panels = (dict.fromkeys(names) for names in zip(*places, strict=True))
+    for name in only:
+        if name not in labels | panels:
+            raise unknown("series or network", name, labels | panels)
+    labels, panels = ({name: None for name in names if name in only} or names for names in (labels, panels))
+    runs = [run for run, (label, panel) in zip(sweep.runs, places, strict=True) if label in labels and panel in panels]
+    points: dict[str, int] = {}
+    for run in runs:
+        if points.setdefault(str(run), run.point) != run.point:
+            raise RecipeError(
+                f"{figure} would have {run} twice, with other settings of its own; expected --only NETWORK in place of "
+                "--set for what these differ by"
+            )
+    return replace(sweep, runs=tuple(runs))
 
 
 def reproduce(

@@ -1,7 +1,7 @@
 """Our numbers beside the paper's."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -47,11 +47,14 @@ def rows(figure: Figure, points: Sequence[Point]) -> list[Row]:
 
 def series_of(figure: Figure, point: Point) -> tuple[str, str, float | None]:
     """The panel and the series that a point belongs to, and its x; None where it is the same for all x."""
-    values = dict(point.values)
-    panel = as_text(values.pop(figure.panels)).rsplit("/", 1)[-1] if figure.panels in values else ""
     kept = point.mean.kept if point.mean else None
-    x = kept if figure.x == "kept" else values.get(figure.x)
-    return panel, point.label, None if x is None else float(x)
+    x = kept if figure.x == "kept" else point.values.get(figure.x)
+    return panel_of(figure, point.values), point.label, None if x is None else float(x)
+
+
+def panel_of(figure: Figure, values: Mapping[str, Any]) -> str:
+    """The panel that a run with these values of the grid belongs to: a network's name; empty where there is one."""
+    return as_text(values.get(figure.panels or "", "")).rsplit("/", 1)[-1]
 
 
 def as_markdown(figure: Figure, table: Sequence[Row], note: str) -> str:
