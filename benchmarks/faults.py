@@ -1,14 +1,18 @@
-"""Runs that are killed at random moments, and whether each ends in the file of a run that went through.
+"""Bad days: runs that are killed at random moments, and every other fault that the tests make.
 
     python benchmarks/faults.py [--kills 20] [--seed 0] [--output benchmarks/results/faults.json]
 
 Half of the kills fall at a random moment of the training, half while a checkpoint is being written, as the half-written
-file beside it shows; a checkpoint is kept after each step. Then the run goes on with --resume, to its end.
+file beside it shows; a checkpoint is kept after each step. Then the run goes on with --resume and must end in the file
+of a run that nobody killed. The other faults are the tests marked `fault`: full and read-only disks, damaged and lost
+files, dead processes, a clock that goes backwards, an edited recipe, a second run in the folder.
 """
 
 import argparse
 import json
 import random
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -27,8 +31,8 @@ def artifact(folder: Path) -> bytes:
     return (folder / "digits.popup.safetensors").read_bytes()
 
 
-def kill(folder: Path, within_a_write: bool, moment: random.Random) -> bool:
-    """Start a run and kill it. Returns whether a checkpoint was half written."""
+def kill(folder: Path, within_a_write: bool, moment: random.Random) -> tuple[bool, bool]:
+    """Start a run and kill it. Returns whether it was alive then, and whether a checkpoint was half written."""
     process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = folder / "checkpoints"
     while not list(checkpoints.glob("*.json")) and process.poll() is None:
@@ -37,8 +41,17 @@ def kill(folder: Path, within_a_write: bool, moment: random.Random) -> bool:
     while within_a_write and not list(checkpoints.glob(".*.part")) and process.poll() is None:
         pass
     process.kill()
-    process.wait()
-    return bool(list(checkpoints.glob(".*.part")))
+    return process.wait() == -signal.SIGKILL, bool(list(checkpoints.glob(".*.part")))
+
+
+def others() -> dict[str, int]:
+    """How many of the tests marked `fault` passed, failed and were skipped."""
+    call = [sys.executable, "-m", "pytest", "-q", "-m", "fault", "-p", "no:cacheprovider", "tests"]
+    said = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout
+    print(said.strip().splitlines()[-1])
+    return {
+        name: int(count) for count, name in re.findall(r"(\d+) (passed|failed|skipped|errors?)", said.splitlines()[-1])
+    }
 
 
 def main() -> None:
@@ -51,10 +64,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         through = Path(temporary) / "through"
         subprocess.run(command(through), check=True, capture_output=True)
-        survived = same = within = 0
+        killed = survived = same = within = 0
         for number in range(arguments.kills):
             folder = Path(temporary) / str(number)
-            within += kill(folder, number % 2 == 1, moment)
+            alive, half = kill(folder, number % 2 == 1, moment)
+            killed, within = killed + alive, within + half
             done = subprocess.run(command(folder), capture_output=True, text=True)
             survived += done.returncode == 0
             same += done.returncode == 0 and artifact(folder) == artifact(through)
@@ -62,8 +76,8 @@ def main() -> None:
             print(
                 f"kill {number + 1}: status {done.returncode}, {same} of {number + 1} the same file {left}", flush=True
             )
-    result = {"kills": arguments.kills, "within_a_write": within, "survived": survived, "same_file": same}
-    print(f"same file: {same} of {arguments.kills}, {within} of the kills within the writing of a checkpoint")
+    print(f"same file: {same} of {arguments.kills}, {within} of {killed} kills within the writing of a checkpoint")
+    result = {"kills": killed, "within_a_write": within, "survived": survived, "same_file": same, "others": others()}
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
 

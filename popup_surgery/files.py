@@ -3,6 +3,7 @@
 import errno
 import os
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from .errors import PopupError
@@ -29,6 +30,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)  # mkstemp keeps others out, which is not what a shared file is for
         os.replace(temporary, path)
+        _sync(path.parent)
     except OSError as error:
         missing = ""
         if temporary is not None:
@@ -42,3 +44,13 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's names to the disk, where the system can."""
+    with suppress(OSError, AttributeError):
+        handle = os.open(folder, os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

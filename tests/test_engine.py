@@ -8,14 +8,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from popup_surgery import PopupError, RunError, evaluate, train
-from popup_surgery.training import checkpoint
+from popup_surgery.errors import Stopped
+from popup_surgery.run import run_folder
+from popup_surgery.training import Recipe, checkpoint
 
 SHORT = ["training.epochs=3", "training.checkpoint_minutes=0.0001"]
 
@@ -30,14 +34,19 @@ def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
 
 
 def begun(folder: Path, *more: str) -> subprocess.Popen[str]:
-    """A run that has kept its first checkpoint."""
+    """A run that has kept a checkpoint since it began, or has ended."""
+    before = set((folder / "checkpoints").glob("*.json"))
     process = subprocess.Popen(command(folder, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    until = time.monotonic() + 120
-    while not list((folder / "checkpoints").glob("*.json")):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < until
-        time.sleep(0.02)
+    wait_for(process, lambda: set((folder / "checkpoints").glob("*.json")) - before)
     return process
+
+
+def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> None:
+    """Until `what` holds or the process has ended."""
+    until = time.monotonic() + 120
+    while not what() and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +62,7 @@ def artifact(folder: Path) -> bytes:
 # stopped and killed
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through: bytes, tmp_path: Path) -> None:
     process = begun(tmp_path / "run")
@@ -70,17 +80,29 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
 
 
+def test_a_stop_that_comes_with_the_end_of_an_epoch_waits_for_no_step(through: bytes, tmp_path: Path) -> None:
+    def stop(epoch: Any) -> None:
+        if epoch.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped, match=r"^stopped after step 45, in epoch 1$"):
+        train("digits", overrides=SHORT, output=tmp_path / "run", after_epoch=stop)
+    train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
+    assert artifact(tmp_path / "run") == through
+
+
+@pytest.mark.fault
 def test_kills_at_random_moments_change_nothing(through: bytes, tmp_path: Path) -> None:
     pause = random.Random(0)
-    kills = 0
-    while kills < 4:
+    for kill in range(4):
         process = begun(tmp_path / "run", "--resume")
-        time.sleep(pause.uniform(0, 0.4))
+        if kill % 2:
+            wait_for(process, lambda: list((tmp_path / "run" / "checkpoints").glob(".*.part")))
+        else:
+            time.sleep(pause.uniform(0, 0.1))
         process.kill()
+        assert process.wait() == -signal.SIGKILL
         process.communicate()
-        kills += 1
-        if (tmp_path / "run" / "digits.popup.safetensors").exists():
-            break
     done = run(tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert artifact(tmp_path / "run") == through
@@ -106,10 +128,9 @@ def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(throu
 def stopped(tmp_path: Path) -> Path:
     """The folder of a run that was killed with two checkpoints in it."""
     process = begun(tmp_path / "run")
-    while len(list((tmp_path / "run" / "checkpoints").glob("*.json"))) < 2:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGSTOP)
+    wait_for(process, lambda: len(list((tmp_path / "run" / "checkpoints").glob("*.json"))) >= 2)
     process.kill()
+    assert process.wait() == -signal.SIGKILL
     process.communicate()
     return tmp_path / "run"
 
@@ -129,6 +150,7 @@ DAMAGES = {
 }
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, stopped: Path, through: bytes) -> None:
     newest = next(checkpoint.newest_first(stopped / "checkpoints"))
@@ -140,6 +162,18 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, stopped:
     assert artifact(stopped) == through
 
 
+def test_a_damaged_checkpoint_does_not_count_among_the_two_that_are_kept(stopped: Path) -> None:
+    newest, before = list(checkpoint.newest_first(stopped / "checkpoints"))[:2]
+    flip(newest)
+    folder = run_folder(stopped, Recipe.load("digits", SHORT), "digits")
+    found = folder.begin()
+    assert found is not None
+    assert found.state["step"] == int(before.stem)
+    assert newest not in checkpoint.newest_first(stopped / "checkpoints")
+    assert not newest.with_suffix(".safetensors").exists()
+
+
+@pytest.mark.fault
 def test_no_whole_checkpoint_is_an_error_and_loses_nothing(stopped: Path) -> None:
     for path in (stopped / "checkpoints").glob("*.json"):
         flip(path)
@@ -151,13 +185,26 @@ def test_no_whole_checkpoint_is_an_error_and_loses_nothing(stopped: Path) -> Non
     ]
 
 
+@pytest.mark.fault
 def test_another_recipe_is_refused_by_the_keys_that_differ(stopped: Path) -> None:
     more = ["training.lr=0.5", "surgery.k=0.4"]
     with pytest.raises(RunError, match=r"another recipe: surgery\.k is 0\.5 there and 0\.4 here, and training\.lr$"):
         train("digits", overrides=SHORT + more, output=stopped, resume=True)
+    file = stopped / "recipe.yaml"
+    file.write_text(file.read_text().replace("lr: 0.1\n", "lr: 0.2\n"))
+    with pytest.raises(RunError, match=r"another recipe: training\.lr is 0\.1 there and 0\.2 here$"):
+        train(file, output=stopped, resume=True)
+    file.write_text(file.read_text().replace("lr: 0.2\n", "lr: 0.1\n"))
     train("digits", overrides=[*SHORT, "training.checkpoint_minutes=5"], output=stopped, resume=True)
+    before = (stopped / "metrics.jsonl").read_bytes()
+    with pytest.raises(
+        RunError, match=r"holds a finished run, whose file is digits\.popup\.safetensors, and this one "
+    ):
+        train(file, output=stopped, resume=True)
+    assert (stopped / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.fault
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     process = begun(tmp_path / "run")
     with pytest.raises(RunError, match="another process runs in"):
@@ -177,6 +224,7 @@ def small_disk(tmp_path: Path, size: str) -> Path:
     return disk
 
 
+@pytest.mark.fault
 def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
     """During a checkpoint: it ends with what did not fit, those before stay, and the run goes on from them."""
     disk = small_disk(tmp_path, "1m")
@@ -205,6 +253,7 @@ def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.fault
 def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
     disk = small_disk(tmp_path, "4m")
     try:
@@ -225,9 +274,10 @@ def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.fault
 def test_a_clock_that_goes_backwards(stopped: Path, through: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which checkpoint is the newest is a matter of steps, not of the files' times."""
-    newest, before = checkpoint.newest_first(stopped / "checkpoints")
+    newest, before, *_ = checkpoint.newest_first(stopped / "checkpoints")
     for path, when in ((newest, 1e9), (before, 2e9)):
         for file in (path, path.with_suffix(".safetensors")):
             os.utime(file, (when, when))
@@ -238,6 +288,7 @@ def test_a_clock_that_goes_backwards(stopped: Path, through: bytes, monkeypatch:
     assert all(epoch.seconds > 0 and epoch.images_per_second > 0 for epoch in result.history)
 
 
+@pytest.mark.fault
 def test_a_limit_on_files(tmp_path: Path) -> None:
     script = (
         "import resource, signal; from popup_surgery import train, PopupError\n"
@@ -312,6 +363,32 @@ def test_two_processes_train_one_network(tmp_path: Path) -> None:
     assert result.accuracy == last["accuracy"] > 0.9
 
 
+LAUNCHERS = {
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"],
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
+    interpreter, *words = command(tmp_path / "run")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [interpreter, "-m", *LAUNCHERS[launcher], *words], capture_output=True, text=True, timeout=180, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 3/3") == 1
+    assert evaluate(tmp_path / "run" / "digits.popup.safetensors").accuracy > 0.9
+
+
+def test_deepspeed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    done = run(tmp_path / "run")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*DeepSpeed.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.fault
 def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
     process = begun(tmp_path / "run", "--num-processes", "2", "--set", "training.epochs=2000")
     family = psutil.Process(process.pid).children(recursive=True)

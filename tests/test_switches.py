@@ -366,6 +366,22 @@ def test_an_optimisers_whole_state_is_in_a_checkpoint(optimizer: str, tmp_path: 
         assert torch.equal(one, other)
 
 
+def test_state_of_any_shape_goes_through_a_checkpoint(tmp_path: Path) -> None:
+    """As timm's Kron has it: lists of tensors, and the state of a generator, in tuples."""
+    state = {0: {"Q": [torch.eye(2), torch.ones(3)], "step": 3}}
+    tree = {"state": state, "param_groups": [{"betas": (0.9, 0.5), "foreach": None}], "rng_state": (3, (1, 2), None)}
+    tensors: dict[str, torch.Tensor] = {}
+    taken = checkpoint.Checkpoint(tensors, {"optimizer": checkpoint.pack(tree, "optimizer", tensors)})
+    checkpoint.write(tmp_path, 1, taken)
+    found = checkpoint.read(next(checkpoint.newest_first(tmp_path)))
+    back = checkpoint.unpack(found.state["optimizer"], found.tensors)
+    for one, other in zip(state[0].pop("Q"), back["state"][0].pop("Q"), strict=True):
+        assert torch.equal(one, other)
+    assert back == tree
+    with pytest.raises(RunError, match=r"^optimizer\.x is a range, which a checkpoint does not hold$"):
+        checkpoint.pack({"x": range(3)}, "optimizer", {})
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb", "muon"])
 def test_finetuning_trains_the_kept_weights_and_no_other(optimizer: str, first: Result, tmp_path: Path) -> None:
     more = ["surgery=none", f"model.init_from={first.file}", f"training.optimizer={optimizer}", "training.lr=0.001"]

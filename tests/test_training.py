@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -353,6 +354,24 @@ def test_other_optimisers_of_timm(tmp_path: Path, optimizer: str) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"the loss of step \d+, in epoch 1, is not finite at the rate 1e\+30"):
         short(tmp_path / "run", "surgery=none", "training.lr=1e30")
+    assert not list((tmp_path / "run").glob("*.safetensors"))
+    with pytest.raises(
+        RunError, match=r"not finite at the rate \S+; the last good checkpoint is \d{10}\.json$"
+    ) as caught:
+        short(
+            tmp_path / "late", "surgery=none", "training.lr=3e4", "training.schedule_per=step",
+            "training.checkpoint_minutes=0.00001",
+        )  # fmt: skip
+    step, rate = re.search(r"of step (\d+), .* at the rate (\S+);", str(caught.value)).groups()
+    assert float(rate) == pytest.approx(3e4 / 2 * (1 + math.cos(math.pi * (int(step) - 1) / 90)), rel=1e-4)
+
+
+def test_scores_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
+    """No loss shows them: the mask of such scores is as good as another."""
+    with pytest.raises(
+        RunError, match=r"^\S+_score after the update of step 45, in epoch 1, is not finite at the rate "
+    ):
+        short(tmp_path / "run", "training.lr=1e38", "training.weight_decay=100")
     assert not list((tmp_path / "run").glob("*.safetensors"))
 
 

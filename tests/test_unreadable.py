@@ -301,6 +301,7 @@ def test_two_processes_add_up_what_they_skip_and_one_speaks(many: Path, tmp_path
     assert said[0][1] in bad
 
 
+@pytest.mark.fault
 @pytest.mark.parametrize("back", [True, False])
 def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
     many: Path, tmp_path: Path, back: bool, caplog: pytest.LogCaptureFixture
@@ -373,6 +374,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.fault
 def test_a_worker_that_dies_is_said_to_and_the_run_goes_on(many: Path, tmp_path: Path) -> None:
     through = train(many, output=tmp_path / "through").file.read_bytes()
     process = started(tmp_path / "run", many)
@@ -399,6 +401,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.fault
 def test_workers_end_with_a_run_that_is_killed(many: Path, tmp_path: Path) -> None:
     process = started(tmp_path / "run", many)
     workers = workers_of(process)
@@ -420,6 +423,7 @@ def test_workers_end_with_a_process_that_fails(images: Path) -> None:
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
+@pytest.mark.fault
 def test_a_worker_dies_in_evaluation(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train(many, overrides=["training.epochs=1", "data.workers=0"], output=tmp_path / "run")
 

@@ -46,7 +46,7 @@ def run(
 --set data.name=digits --set 'model.kwargs={in_chans: 1, img_size: 8}' --set data.mean=null --set data.std=null
     1/1  Signed Constant model.name=popup_surgery/conv4 surgery.k=0.5 seed 0  accuracy 6.25 %  0.1 s
     # The distribution of the weights: CIFAR-10
-    Scale: 2 steps of 16 images, 16 validation images, 1 seed; run here: 1 epochs, 1 seeds.
+    Scale: tiny; 32 training and 16 validation images; batch: 16; epochs: 1; seeds: 1.
     | network | series | weights kept (%) | accuracy (%) | seeds | paper (%) | difference |
     | --- | --- | --- | --- | --- | --- | --- |
     | conv4 | Signed Constant | 50 | 6.25 | 1 |  |  |

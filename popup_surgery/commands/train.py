@@ -53,11 +53,14 @@ def run(
         loaded = Recipe.load(recipe, set_ or [])
     epochs = loaded.epochs
 
-    ran = []
+    ends: list[float] = []
 
     def line(epoch: "Epoch") -> None:
-        ran.append(epoch)
-        left = epoch.seconds * (epochs - epoch.epoch)
+        ends.append(time.perf_counter())
+        each = (
+            (ends[-1] - ends[0]) / (len(ends) - 1) if ends[1:] else epoch.seconds
+        )  # with validation, once it is known
+        left = each * (epochs - epoch.epoch)
         show(
             f"epoch {epoch.epoch}/{epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
             f"accuracy {epoch.accuracy:.2%}  mask changed {epoch.changed:.2%}  "
@@ -78,7 +81,7 @@ def run(
     if not first:
         return 0
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
-    before = resume and not ran
+    before = resume and not ends
     if before:
         show(f"the run in {result.output} is finished already")
     table = Table.grid(padding=(0, 6, 0, 0))

@@ -1,6 +1,6 @@
 """The paper's figures and tables, each one sweep of recipes/paper and a picture of it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,21 +19,18 @@ class Scale:
     """How much of the paper's protocol is run.
 
     Attributes:
-        text: for people.
         cifar10, imagenet: settings of the recipes that differ from the paper's.
         seeds: how many; the paper's where None.
     """
 
-    text: str
     cifar10: tuple[str, ...] = ()
     imagenet: tuple[str, ...] = ()
     seeds: int | None = None
 
 
 SCALES = {
-    "full": Scale("the paper's protocol"),
+    "full": Scale(),
     "small": Scale(
-        "4,000 training images in batches of 32, 5 epochs, 2,000 validation images, 2 seeds",
         ("data.max_train=4000", "data.batch_size=32", "data.max_validation=2000", "training.epochs=5"),
         (
             "data.max_train=10000", "data.max_validation=2000", "training.epochs=5", "training.warmup_epochs=1",
@@ -42,7 +39,6 @@ SCALES = {
         2,
     ),
     "tiny": Scale(
-        "2 steps of 16 images, 16 validation images, 1 seed",
         ("data.max_train=32", "data.max_validation=16", "training.epochs=1", "data.batch_size=16"),
         (
             "data.max_train=8", "data.max_validation=4", "training.epochs=1", "training.warmup_epochs=0",
@@ -127,10 +123,10 @@ def reproduce(
     Raises:
         RunError, Stopped, PopupError: as `sweep.execute`.
     """
-    found, chosen = _look_up(figure, scale)
+    found, _ = _look_up(figure, scale)
     output = Path(output)
     outcomes = execute(sweep, output, engine, report)
-    shown, note = points(outcomes), _note(sweep, chosen)
+    shown, note = points(outcomes), _note(sweep, scale)
     table = rows(found, shown)
     text = as_markdown(found, table, note)
     files = [output / f"{figure}-{scale}{suffix}" for suffix in (".md", ".json", ".png", ".svg")]
@@ -149,7 +145,16 @@ def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:
     return FIGURES[figure], SCALES[scale]
 
 
-def _note(sweep: Sweep, scale: Scale) -> str:
-    epochs = sorted({run.recipe.epochs for run in sweep.runs})
-    seeds = len({run.seed for run in sweep.runs})
-    return f"{scale.text}; run here: {'–'.join(map(str, dict.fromkeys((epochs[0], epochs[-1]))))} epochs, {seeds} seeds"
+def _note(sweep: Sweep, scale: str) -> str:
+    """What was run, of all recipes of a sweep."""
+    data, seeds = [run.recipe.data for run in sweep.runs], len({run.seed for run in sweep.runs})
+
+    def each(values: Iterable[int | None]) -> str:
+        return " or ".join("all" if value is None else f"{value:,}" for value in dict.fromkeys(values))
+
+    pixels = [d.input_size[-1] for d in data if d.input_size]
+    images = f"{each(d.max_train for d in data)} training and {each(d.max_validation for d in data)} validation images"
+    return (
+        f"{scale}; {images}{f' of {each(pixels)} pixels' * bool(pixels)}; batch: {each(d.batch_size for d in data)}; "
+        f"epochs: {each(run.recipe.epochs for run in sweep.runs)}; seeds: {seeds}"
+    )

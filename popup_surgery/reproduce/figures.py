@@ -61,6 +61,12 @@ _DEEPER = (
     *(Reported("Signed Constant", _of(net) | {K: 0.1}, value, _FIGURE3) for net, value in _TENTH.items()),
     *(Reported("dense", _of(net), value, _FIGURE3) for net, value in _DENSE.items()),
 )
+_ZHOU = tuple(
+    Reported("Zhou et al.", _of(net), value, "Zhou et al., signed constants, rescaled")
+    for net, value in {"conv2": 66.0, "conv4": 72.5, "conv6": 76.5}.items()
+)
+_WIDE = tuple(Reported("dense", _of(net) | {WIDTH: 1.0}, _DENSE[net], _FIGURE3) for net in ("conv4", "conv6"))
+_DISTRIBUTION = tuple(each for each in _DEEPER if each.label == "Signed Constant")
 _LARGE = tuple(
     Reported(label, {NET: f"timm/{net}"}, value, _TABLE2)
     for net, values in _RESNETS.items()
@@ -77,10 +83,10 @@ _WEIGHTS = "weights kept (%)"
 
 FIGURES = {
     "figure3": Figure("Going deeper: CIFAR-10", "figure3", K, _WEIGHTS, NET, _DEEPER),
-    "figure4": Figure("Going wider: CIFAR-10, k = 50 %", "figure4", WIDTH, "width multiplier", NET),
+    "figure4": Figure("Going wider: CIFAR-10, k = 50 %", "figure4", WIDTH, "width multiplier", NET, _WIDE),
     "figure5": Figure("A fixed number of parameters: Conv4, CIFAR-10", "figure5", WIDTH, "width multiplier"),
-    "figure6": Figure("Against Zhou et al.: CIFAR-10", "figure6", K, _WEIGHTS, NET),
-    "figure7": Figure("The distribution of the weights: CIFAR-10", "figure7", K, _WEIGHTS, NET),
+    "figure6": Figure("Against Zhou et al.: CIFAR-10", "figure6", K, _WEIGHTS, NET, _ZHOU),
+    "figure7": Figure("The distribution of the weights: CIFAR-10", "figure7", K, _WEIGHTS, NET, _DISTRIBUTION),
     "figure8": Figure("ImageNet, k = 30 %", "figure8", "kept", "parameters", None, _LARGE, True),
     "table2": Figure("ImageNet, k = 30 %", "figure8", "kept", "parameters", None, _LARGE, True),
     "figure9": Figure("ResNet-50 on ImageNet, against Zhou et al.", "figure9", K, _WEIGHTS, None, _RESNET50, True),

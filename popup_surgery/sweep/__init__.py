@@ -67,8 +67,8 @@ def execute(
                             write(sweep.name, list(outcomes.values()), output)
                     report(list(outcomes.values()), changed)
     finally:
+        (output / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another's
         lock.release()
-        (output / "lock").unlink(missing_ok=True)
     states = [outcome.state for outcome in outcomes.values()]
     if {State.STOPPED, State.WAITING} & set(states):
         raise Stopped(f"stopped with {states.count(State.FINISHED)} of {len(states)} runs finished")

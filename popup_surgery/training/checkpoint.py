@@ -41,8 +41,9 @@ def write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     data = save(checkpoint.tensors)
     body = {"format": FORMAT, "tensors_sha256": hashlib.sha256(data).hexdigest(), **checkpoint.state}
     text = json.dumps(body | {"sha256": _digest(body)}, sort_keys=True, allow_nan=False)
-    write_atomically(folder / f"{step:010}.safetensors", data)
-    write_atomically(folder / f"{step:010}.json", text.encode())
+    file = folder / file_of(step)
+    write_atomically(file.with_suffix(".safetensors"), data)
+    write_atomically(file, text.encode())
     kept = {number for number, _ in _found(folder)[:KEPT]}
     for path in sorted(folder.iterdir()):  # .json before .safetensors
         if path.stem.isdigit() and int(path.stem) not in kept:
@@ -66,6 +67,47 @@ def read(path: Path) -> Checkpoint:
     if state["format"] != FORMAT:
         raise RunError(f"{path} has the format {state['format']}; this version reads {FORMAT}")
     return Checkpoint(load(data), state)
+
+
+def file_of(step: int) -> str:
+    """Name of the checkpoint after so many steps."""
+    return f"{step:010}.json"
+
+
+def discard(path: Path) -> None:
+    """Remove the checkpoint in `path`."""
+    path.unlink()
+    path.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Nested dicts, lists, tuples and plain values as JSON has them; their tensors go to `tensors`, under `prefix`.
+
+    Raises:
+        RunError: something in it is none of these.
+    """
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree.cpu().contiguous()
+        return {"tensor": prefix}
+    if isinstance(tree, dict):
+        return {"items": [[key, pack(value, f"{prefix}.{key}", tensors)] for key, value in tree.items()]}
+    if isinstance(tree, list | tuple):
+        values = [pack(value, f"{prefix}.{i}", tensors) for i, value in enumerate(tree)]
+        return values if isinstance(tree, list) else {"tuple": values}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return tree
+    raise RunError(f"{prefix} is a {type(tree).__name__}, which a checkpoint does not hold")
+
+
+def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `pack` was given."""
+    if isinstance(tree, list):
+        return [unpack(value, tensors) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    return tuple(unpack(tree["tuple"], tensors)) if "tuple" in tree else dict(unpack(tree["items"], tensors))
 
 
 def newest_first(folder: Path) -> Iterator[Path]:

@@ -57,7 +57,8 @@ class RunFolder:
         """Hold the folder for this process; the hold ends with the process, however that ends.
 
         Raises:
-            RunError: another process holds it; there is a run and `resume` is not given, or one of another recipe.
+            RunError: another process holds it; there is a run and `resume` is not given, or one of another recipe or
+                name.
             PopupError: the folder cannot be written.
         """
         there = [name for name in ("recipe.yaml", "metrics.jsonl", *self.results) if (self.path / name).exists()]
@@ -70,6 +71,12 @@ class RunFolder:
             self.check_recipe()
         elif there:
             raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
+        others = [file.name for file in self.path.glob("*.safetensors") if file.name not in self.results]
+        if "metrics.jsonl" in there and others and not self.checkpoints.exists():
+            raise RunError(
+                f"{self.path} holds a finished run, whose file is {min(others)}, and this one would end in "
+                f"{self.results[-1]}; choose another folder with --output"
+            )
         new = not self.path.exists()
         lock = FileLock(self.path / "lock", timeout=0)
         try:
@@ -91,17 +98,20 @@ class RunFolder:
         """The newest whole checkpoint; without one a new run's recipe is written.
 
         Raises:
-            RunError: there are checkpoints, and none of them is whole.
+            RunError: there are checkpoints, and none of them is whole, or they are of another recipe.
         """
         for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
         found = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
-        for path in found:
+        for number, path in enumerate(found):
             try:
                 whole = checkpoint.read(path)
             except RunError as error:
                 log.warning("%s; trying the one before", error)
                 continue
+            self._check_same(path, whole.state["recipe"])  # recipe.yaml may have been edited since
+            for damaged in found[:number]:
+                checkpoint.discard(damaged)
             self._write_metrics([Epoch(**line) for line in whole.state["history"]])
             return whole
         if found:
@@ -113,6 +123,7 @@ class RunFolder:
 
     def keep(self, step: int, taken: Checkpoint) -> None:
         """Write a checkpoint."""
+        taken.state["recipe"] = self.recipe.dump()
         checkpoint.write(self.checkpoints, step, taken)
 
     def add(self, epoch: Epoch) -> None:
@@ -137,8 +148,10 @@ class RunFolder:
 
     def check_recipe(self) -> None:
         """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""
-        before = flat(Recipe.parse(read_yaml(self.path / "recipe.yaml"), str(self.path / "recipe.yaml")).dump())
-        now = flat(self.recipe.dump())
+        self._check_same(self.path / "recipe.yaml", read_yaml(self.path / "recipe.yaml"))
+
+    def _check_same(self, source: Path, values: dict[str, Any]) -> None:
+        before, now = flat(Recipe.parse(values, str(source)).dump()), flat(self.recipe.dump())
         differ = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
         if differ:
             key = differ[0]

@@ -21,7 +21,7 @@ from torch.nn import functional
 from ..errors import RunError, Stopped
 from ..learners import sampled
 from ..surgery import bake, masks
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, file_of, pack, unpack
 from .data import TRAIN, Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
 from .data import seed_generators as _seed
 from .recipe import Training
@@ -161,6 +161,8 @@ class Fit:
             self._train_epoch(keep, stop)
             self._end_epoch(after_epoch)
             self._keep(keep)
+            if self.epoch < self.epochs and self._highest(int(stop())):
+                raise Stopped(f"stopped after step {self.step:,}, in epoch {self.epoch}")
         return self.history
 
     def _begin_epoch(self) -> None:
@@ -211,7 +213,8 @@ class Fit:
                 images = images.contiguous(memory_format=torch.channels_last)
             last = piece == self.part.accumulate - 1
             if piece == 0:
-                self._set_rate()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self._rate(self.batch)
                 self.optimizer.zero_grad()
             with nullcontext() if last else accelerator.no_sync(self.model):
                 with accelerator.autocast():
@@ -256,17 +259,15 @@ class Fit:
         """The masks, one bit a weight."""
         return {key: np.packbits(mask.cpu().numpy()) for key, mask in self.masks().items()}
 
-    def _set_rate(self) -> None:
+    def _rate(self, batch: int) -> float:
+        """The rate of a batch of this epoch."""
         epoch = self._scheduled()
-        position, stride = float(epoch), 1.0
-        if self.training.schedule_per == "step":
-            steps = self.data.steps()
-            if not steps:
-                raise RunError("training.schedule_per is step; the data set does not say how many steps an epoch has")
-            position, stride = epoch + self.batch / steps, 1 / steps
-        lr = self.rate(position, stride)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        if self.training.schedule_per == "epoch":
+            return self.rate(float(epoch), 1.0)
+        steps = self.data.steps()
+        if not steps:
+            raise RunError("training.schedule_per is step; the data set does not say how many steps an epoch has")
+        return self.rate(epoch + batch / steps, 1 / steps)
 
     def _mixup(self) -> Any:
         from timm.data import Mixup
@@ -300,7 +301,7 @@ class Fit:
         ]  # fmt: skip
 
     def _end_epoch(self, after_epoch: Callable[[Epoch], None]) -> None:
-        self._check_loss()
+        self._check_finite()
         loss, right, seen = self.accelerator.reduce(self.sums, "sum").tolist()
         self._share_statistics()
         with sampled(self.training.seed, self.epoch):
@@ -324,7 +325,7 @@ class Fit:
         after_epoch(epoch)
 
     def _keep(self, keep: Callable[[int, Checkpoint], None]) -> None:
-        self._check_loss()
+        self._check_finite()
         self._check_masks()
         self._share_statistics()
         sums, skipped = self.accelerator.reduce(self.sums, "sum"), self._skipped()
@@ -343,14 +344,20 @@ class Fit:
                 warn_of_skipped(skipped, named[0])
         return skipped
 
-    def _check_loss(self) -> None:
+    def _check_finite(self) -> None:
         wrong = int(self._highest(int(self.wrong) + 1)) - 1
         if wrong >= 0:
-            lr = self.optimizer.param_groups[0]["lr"]
-            last = f"the last good checkpoint is of step {self.kept:,}" if self.kept else "there is no checkpoint yet"
-            raise RunError(
-                f"the loss of step {wrong + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate {lr:g}; {last}"
-            )
+            self._fail_at(wrong, "the loss")
+        for name, parameter in self.core.named_parameters():
+            if parameter.requires_grad and not parameter.isfinite().all():
+                self._fail_at(self.step - 1, f"{name} after the update")
+
+    def _fail_at(self, step: int, what: str) -> None:
+        kept = f"the last good checkpoint is {file_of(self.kept)}" if self.kept else "there is no checkpoint yet"
+        raise RunError(
+            f"{what} of step {step + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate "
+            f"{self._rate(self.batch - self.step + step):g}; {kept}"
+        )
 
     def _check_masks(self) -> None:
         if self.part.processes == 1:
@@ -378,19 +385,7 @@ class Fit:
         return int(wishes)
 
     def _checkpoint(self, sums: list[float], skipped: int) -> Checkpoint:
-        state = self.optimizer.state_dict()
         tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in self._learnt().items()}
-        numbers: dict[str, dict[str, Any]] = {}
-        for index, values in state["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    tensors[f"optimizer.{index}.{name}"] = value.cpu().contiguous()
-                else:
-                    numbers.setdefault(str(index), {})[name] = value
-        groups = [dict(group) for group in state["param_groups"]]
-        for index, group in enumerate(groups):  # some optimisers count their steps in a tensor there
-            for name in [name for name, value in group.items() if isinstance(value, Tensor)]:
-                tensors[f"group.{index}.{name}"] = group.pop(name).cpu()
         tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in self.found.items()}
         scaler = self.accelerator.scaler
         return Checkpoint(
@@ -403,8 +398,7 @@ class Fit:
                 "images": self.data.counts[TRAIN],
                 "skipped": skipped,
                 "history": [asdict(epoch) for epoch in self.history],
-                "groups": groups,
-                "numbers": numbers,
+                "optimizer": pack(self.optimizer.state_dict(), "optimizer", tensors),
                 "scaler": scaler.state_dict() if scaler is not None else None,
                 "processes": self.part.processes,
             },
@@ -429,15 +423,7 @@ class Fit:
         with torch.no_grad():
             for key, tensor in self._learnt().items():
                 tensor.copy_(checkpoint.tensors[f"model.{key}"])
-        values: dict[int, dict[str, Any]] = {int(i): dict(found) for i, found in state["numbers"].items()}
-        groups = state["groups"]
-        for key, tensor in checkpoint.tensors.items():
-            kind, index, name = (*key.split(".", 2), "", "")[:3]
-            if kind == "optimizer":
-                values.setdefault(int(index), {})[name] = tensor
-            elif kind == "group":
-                groups[int(index)][name] = tensor
-        self.optimizer.load_state_dict({"state": values, "param_groups": groups})
+        self.optimizer.load_state_dict(unpack(state["optimizer"], checkpoint.tensors))
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.history = [Epoch(**epoch) for epoch in state["history"]]

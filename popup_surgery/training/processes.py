@@ -58,6 +58,8 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
             cpu=cpu, mixed_precision=_PRECISIONS[training.precision], kwargs_handlers=[ddp],
             log_with=list(training.trackers) or None, project_dir=folder,
         )  # fmt: skip
+    except ImportError as error:
+        raise RunError(f"Accelerate cannot start what it was asked for: {error}") from error
     except ValueError as error:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"

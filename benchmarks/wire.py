@@ -1,0 +1,108 @@
+"""Bytes that two processes exchange in a training step of ResNet-50, against PyTorch's own DDP of the dense network.
+
+    python benchmarks/wire.py [--steps 3] [--output benchmarks/results/wire.json]
+
+What goes over the loopback device is counted (Linux), so nothing else should use it meanwhile. A ring of two sends each
+gradient once from each process; the rest is headers, the integer by which processes agree to stop, and whatever should
+not be sent: frozen weights that were reduced or broadcast would add as much again. The images' size changes nothing.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import popup_surgery as ps
+from popup_surgery.run import quiet
+from popup_surgery.training.data import InMemory
+from popup_surgery.training.loop import Fit
+from popup_surgery.training.processes import leave, start
+from popup_surgery.training.recipe import Data, Training
+
+NET, BATCH = "timm/resnet50", 4
+TRAINING = Training(epochs=1, lr=0.01, checkpoint_minutes=0)
+
+
+def sent() -> int:
+    """Bytes that the loopback device has carried."""
+    return int(re.search(r"lo:\s*(\d+)", Path("/proc/net/dev").read_text())[1])
+
+
+def popup(images: torch.Tensor, labels: torch.Tensor) -> int:
+    """Train the hidden network by the loop; bytes of its scores."""
+    accelerator = start(TRAINING)
+    model, config = ps.convert(NET, 0.3), Data(batch_size=BATCH)
+    split = {"train": (images, labels), "validation": (images, labels)}
+    names = [str(i) for i in range(1000)]
+    data = InMemory(config, tuple(images.shape[1:]), 0, accelerator.device, split, names)
+    Fit(model, data, TRAINING, accelerator, quiet)._train_epoch(lambda *_: None, lambda: False)
+    return gradients(model)
+
+
+def dense(images: torch.Tensor, labels: torch.Tensor) -> int:
+    """Train the dense network by PyTorch's DDP with its defaults; bytes of its weights."""
+    torch.distributed.init_process_group("gloo")
+    model = ps.build(NET)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), TRAINING.lr, momentum=0.9)
+    share = BATCH // 2
+    for first in range(torch.distributed.get_rank() * share, len(labels), BATCH):
+        optimizer.zero_grad()
+        logits = parallel(images[first : first + share].float() / 255)
+        nn.functional.cross_entropy(logits, labels[first : first + share]).backward()
+        optimizer.step()
+    return gradients(model)
+
+
+def gradients(model: nn.Module) -> int:
+    return sum(parameter.numel() * 4 for parameter in model.parameters() if parameter.requires_grad)
+
+
+def in_process(kind: str, steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (BATCH * steps, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    found = {"popup": popup, "dense": dense}[kind](images, torch.zeros(len(images), dtype=torch.int64))
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        print(json.dumps({"gradients": found}))
+    leave()
+
+
+def carried(kind: str, steps: int) -> tuple[int, int]:
+    """Bytes of the gradients, and bytes that a run of so many steps sends."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    before = sent()
+    out = subprocess.check_output([*launch, "--in-process", kind, "--steps", str(steps)], text=True)
+    return json.loads(out.splitlines()[-1])["gradients"], sent() - before
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("wire.json"))
+    parser.add_argument("--in-process", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.in_process:
+        in_process(arguments.in_process, arguments.steps)
+        return
+    result: dict[str, dict[str, float]] = {}
+    for kind in ("dense", "popup"):
+        # a longer run less a shorter one: what starting costs, DDP's first broadcast above all, falls out
+        (found, long), (_, short) = carried(kind, 1 + arguments.steps), carried(kind, 1)
+        each = (long - short) / arguments.steps / 2
+        result[kind] = {"gradient_bytes": found, "bytes_per_step": round(each), "ratio": round(each / found, 4)}
+    over = result["popup"]["bytes_per_step"] / result["dense"]["bytes_per_step"]
+    summary = {"torch": torch.__version__, "processes": 2, "popup_over_dense": round(over, 4), **result}
+    print(json.dumps(summary, indent=2))
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
