@@ -12,11 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
-from popup_surgery import PopupError, RunError, evaluate, train
+from popup_surgery import PopupError, RunError, train
 from popup_surgery.errors import Stopped
 from popup_surgery.run import run_folder
 from popup_surgery.training import Recipe, checkpoint
@@ -312,93 +311,6 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert len(list((tmp_path / "c").iterdir())) == 4
     found = checkpoint.read(tmp_path / "c" / "0000000020.json")
     assert found.tensors["x"].item() == found.state["step"] == 20
-
-
-# several processes
-
-STEP = """
-import sys, torch
-from popup_surgery import Recipe
-from popup_surgery.run import _network, quiet
-from popup_surgery.training.data import open_data
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import leave, start
-recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={sys.argv[2]}"])
-accelerator = start(recipe.training)
-model = _network(recipe)
-fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet), recipe.training, accelerator, quiet)
-fit._one_step(fit.data.train(0, fit.part))
-if accelerator.is_main_process:
-    torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, sys.argv[1])
-accelerator.wait_for_everyone()
-leave()
-"""
-
-
-def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Path) -> None:
-    script = tmp_path / "step.py"
-    script.write_text(STEP)
-    results = []
-    for processes, accumulate in ((1, 1), (1, 3), (2, 1), (2, 2)):
-        file = tmp_path / f"{processes}-{accumulate}.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words = [sys.executable, *(launch if processes > 1 else []), str(script), str(file), str(accumulate)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment)
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(file, weights_only=True))
-    for other in results[1:]:
-        for name, score in results[0].items():
-            assert (other[name] - score).abs().max() <= 1e-6 * score.abs().max(), name
-
-
-def test_two_processes_train_one_network(tmp_path: Path) -> None:
-    done = run(tmp_path / "run", "--num-processes", "2")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/3") == 1  # one of them speaks
-    file = tmp_path / "run" / "digits.popup.safetensors"
-    last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    result = evaluate(file)
-    assert result.images == 359  # which two processes do not divide
-    assert result.accuracy == last["accuracy"] > 0.9
-
-
-LAUNCHERS = {
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0"],
-    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-}
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
-    interpreter, *words = command(tmp_path / "run")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [interpreter, "-m", *LAUNCHERS[launcher], *words], capture_output=True, text=True, timeout=180, env=environment
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 3/3") == 1
-    assert evaluate(tmp_path / "run" / "digits.popup.safetensors").accuracy > 0.9
-
-
-def test_deepspeed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    done = run(tmp_path / "run")
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: .*DeepSpeed.*\n", done.stderr), done.stderr
-
-
-@pytest.mark.fault
-def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    process = begun(tmp_path / "run", "--num-processes", "2", "--set", "training.epochs=2000")
-    family = psutil.Process(process.pid).children(recursive=True)
-    victim = next(child for child in family if child.environ().get("RANK") == "1")
-    victim.kill()
-    began = time.monotonic()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert time.monotonic() - began < 60
-    assert re.search(r"rank\s*:? *1|local_rank: 1", said), said[-2000:]
 
 
 def test_a_run_goes_on_with_other_processes_and_says_what_that_changes(stopped: Path) -> None:

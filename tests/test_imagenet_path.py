@@ -18,7 +18,7 @@ from popup_surgery.training.data import Part, Streamed, open_data
 CLASSES, VALIDATION = 1000, 1003  # which neither the batch nor the processes divide
 OVERRIDES = [
     "model.name=timm/resnet10t", "data.input_size=[3,32,32]", "data.workers=2", "training.epochs=2",
-    "training.warmup_epochs=1", "training.checkpoint_minutes=0.0001",
+    "training.warmup_epochs=1", "training.checkpoint_minutes=0.0001", "training.precision=float32",
 ]  # fmt: skip
 
 

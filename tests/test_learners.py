@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_unreadable import stopping
 from torch import Tensor, nn
 
 from popup_surgery import (
@@ -737,12 +738,8 @@ def test_a_ticket_is_written_densely_with_its_masks(ticket_run: Any) -> None:
 def test_a_ticket_that_was_stopped_ends_in_the_same_files(epoch: int, ticket_run: Any, tmp_path: Path) -> None:
     """Also one that was stopped after the first step that follows a pruning."""
 
-    def after(ended: Any) -> None:
-        if ended.epoch == epoch:
-            os.kill(os.getpid(), signal.SIGTERM)
-
     with pytest.raises(Stopped, match=rf"in epoch {epoch + 1}$"):
-        train("digits", overrides=TICKET, output=tmp_path / "run", after_epoch=after)
+        train("digits", overrides=TICKET, output=tmp_path / "run", progress=stopping(after=45 * epoch + 1))
     result = train("digits", overrides=TICKET, output=tmp_path / "run", resume=True)
     for name in ("digits.safetensors", "digits.masks.safetensors"):
         assert (result.output / name).read_bytes() == (ticket_run.output / name).read_bytes()
