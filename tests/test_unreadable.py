@@ -22,7 +22,7 @@ from test_data import AUGMENTED, TARS, joined, opened, pack, recipe
 from popup_surgery import DataError, RunError, evaluate, train
 from popup_surgery.errors import Stopped
 from popup_surgery.run import recorded_data
-from popup_surgery.training.data import Part
+from popup_surgery.training.data import Part, worker_deaths
 from popup_surgery.training.sources import Numbered
 
 # timm's reader leaves the closing of tar files to the garbage collector
@@ -421,6 +421,23 @@ def test_workers_end_with_a_process_that_fails(images: Path) -> None:
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize(
+    "said", ["DataLoader worker (pid 7) is killed by signal: Killed. ", "received 0 items of ancillary data"]
+)
+def test_a_death_is_known_wherever_it_is_met(said: str) -> None:
+    @worker_deaths()
+    def busy() -> None:
+        try:
+            raise RuntimeError(said)
+        finally:
+            {}["gone"]
+
+    with pytest.raises(DataError, match=rf"^a worker process of the data loader died: {re.escape(said.strip('. '))}; "):
+        busy()
+    with pytest.raises(RuntimeError, match=r"^Caught"), worker_deaths():
+        raise RuntimeError("Caught KeyError in DataLoader worker process 0.")
 
 
 @pytest.mark.fault

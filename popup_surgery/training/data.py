@@ -4,6 +4,7 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ TRAIN, VALIDATION = "train", "validation"  # what a split is for, whatever it is
 LIBRARIES = ("torch", "hfds", "hfids", "wds")  # timm's prefixes of data set names
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being asked
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+_DEATH = re.compile(r"DataLoader worker \(pid|received \d+ items of ancillary data")  # the second where it was sending
 
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, Tensor, float]
@@ -343,14 +346,17 @@ def _read(
 def worker_deaths(*other: type[Exception]) -> Iterator[None]:
     """Within it the death of a loader's worker process is a `DataError`; so are errors that come of it, the `other`.
 
-    torch raises its own from a signal's handler, wherever the process happens to be.
+    torch raises its own from a signal's handler, wherever the process happens to be, also where it handles others.
     """
     try:
         yield
     except Exception as error:
-        if not isinstance(error, other) and not str(error).startswith("DataLoader worker"):
+        death: BaseException | None = error
+        while death is not None and not _DEATH.match(str(death)):
+            death = death.__cause__ or death.__context__
+        if death is None and not isinstance(error, other):
             raise
-        detail = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        detail = " ".join(str(death or error).split()).rstrip(".") or type(error).__name__
         raise DataError(
             f"a worker process of the data loader died: {detail}; where memory is short, data.workers=0 does without"
         ) from error
