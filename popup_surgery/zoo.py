@@ -227,6 +227,12 @@ def _fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
     if bare := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
         raise ConversionError(f"{bare[0]!r} of {what} is {type(state[bare[0]]).__name__}; expected a tensor")
     other = [name for name, tensor in state.items() if tuple(own[name].shape) != tuple(tensor.shape)]
+    if other and all(name in other for name, tensor in state.items() if tensor.ndim):
+        name = other[0]
+        raise ConversionError(
+            f"no tensor of {what} has its size in the network: {name!r} is {tuple(state[name].shape)} there and "
+            f"{tuple(own[name].shape)} here; expected the arguments that the weights' network was built with"
+        )
     fresh = {name.rpartition(".")[0] for name in other}
     for name in other:
         if kind_of(model.get_submodule(name.rpartition(".")[0])) is None:

@@ -68,7 +68,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
-    assert re.fullmatch(r"stopped after step \d+, in epoch \d; go on with --resume\n", said)
+    assert re.fullmatch(r"stopped after step \d+, in epoch \d; the same command goes on with --resume\n", said)
     done = run(tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert artifact(tmp_path / "run") == through
@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: str, stopped:
     DAMAGES[damage](newest)
     done = run(stopped, "--resume")
     assert done.returncode == 0, done.stderr
-    assert f"{newest} is damaged" in done.stderr
+    assert f"{newest.parent / newest.stem}." in done.stderr.split(" is damaged")[0]
     assert "trying the one before" in done.stderr
     assert artifact(stopped) == through
 

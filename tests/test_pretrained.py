@@ -399,3 +399,13 @@ def test_the_command_line_plans_what_it_writes(cli, weights, tmp_path, monkeypat
     assert (missing.status, missing.err) == (2, "error: --base nothing.safetensors: there is no such file\n")
     with pytest.raises(ArtifactError, match=r"model is 3; expected a plain torch\.nn\.Module"):
         load(FILE, 3)
+
+
+def test_weights_of_which_none_has_its_size_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "narrow.safetensors"
+    save_file(build("popup_surgery/conv2", width=0.25).state_dict(), file)
+    with pytest.raises(
+        ConversionError, match=r"^no tensor of .*narrow\.safetensors has its size .* expected the arguments"
+    ):
+        build("popup_surgery/conv2", pretrained=file)
+    assert build("popup_surgery/conv2", pretrained=file, width=0.25) is not None

@@ -12,7 +12,7 @@ import pytest
 from conftest import Here
 from PIL import Image
 
-from popup_surgery import RecipeError, UnknownName, train
+from popup_surgery import DataError, RecipeError, UnknownName, train
 from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
 from popup_surgery.sweep import Run
 from popup_surgery.training.recipe import shipped, shipped_sweeps
@@ -143,12 +143,17 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
         sweep_of("figure6", settings=["model.name=[popup_surgery/conv2]"])
 
 
-def test_series_and_networks_are_chosen() -> None:
+def test_series_and_networks_are_chosen(tmp_path: Path) -> None:
     both = sweep_of("figure6", only=["Zhou et al., N_k", "conv2", "conv8"], seeds=1).runs
     assert [(run.recipe.model.name, run.recipe.training.lr) for run in both] == [
         ("popup_surgery/conv2", 200.0), ("popup_surgery/conv8", 800.0)
     ]  # fmt: skip
     assert len(sweep_of("figure6", only=["conv4"], seeds=1).runs) == 14
+    one = sweep_of("figure3", settings=["surgery.k=[0.5]"], only=["conv2"], seeds=1).runs
+    assert [run.label for run in one] == ["Kaiming Normal", "Signed Constant", "dense, SGD", "dense, Adam"]
+    with pytest.raises(DataError, match=r"^data set torch/cifar10 needs its folder: pass --data-dir DIR"):
+        reproduce("figure3", "tiny", sweep_of("figure3", "tiny"), tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("name", shipped())

@@ -61,7 +61,7 @@ def main() -> int:
         return 2
     except Stopped as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{error}; go on with --resume", file=sys.stderr)
+            print(f"{error}; the same command goes on with --resume", file=sys.stderr)
         if STOPPED not in os.environ:
             return error.status
         Path(os.environ[STOPPED]).touch()

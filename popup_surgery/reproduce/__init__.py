@@ -3,10 +3,12 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import RecipeError, unknown
 from ..files import write_atomically
 from ..sweep import Engine, Outcome, Report, Sweep, execute, points
+from ..training.recipe import find, parse_setting, read_yaml
 from .figures import FIGURES, Figure
 from .picture import draw
 from .table import as_json, as_markdown, panel_of, rows
@@ -87,7 +89,9 @@ def sweep_of(
     if not found.imagenet and data_dir is not None and (Path(data_dir) / "train").is_dir():
         own = ("data.name=folder", *own)
     seeds = chosen.seeds if seeds is None else seeds
-    sweep = Sweep.load(f"paper/{found.sweep}", [*own, *settings], seeds=seeds, data_dir=data_dir)
+    file = find(f"paper/{found.sweep}")
+    values, settings = _with_lists(read_yaml(file), [*own, *settings])
+    sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
     places = [(run.label, panel_of(found, run.values)) for run in sweep.runs]
     labels, panels = (dict.fromkeys(names) for names in zip(*places, strict=True))
     for name in only:
@@ -135,6 +139,19 @@ def reproduce(
     for path in files[2:]:
         draw(found, shown, note, path)
     return Reproduction(tuple(outcomes), text, tuple(files))
+
+
+def _with_lists(values: dict[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A figure's sweep with `key=[value, …]` in place of its own values of the key, and the settings that are left."""
+    left = []
+    for setting in settings:
+        key, value = parse_setting(setting)
+        grids = [entry["grid"] for entry in values["runs"] if key in entry.get("grid", {})]
+        if not isinstance(value, list) or not grids:
+            left.append(setting)
+        for grid in grids if isinstance(value, list) else []:
+            grid[key] = value
+    return values, left
 
 
 def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:

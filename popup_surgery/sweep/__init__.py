@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from ..errors import PopupError, RunError, Stopped
+from ..training.data import check_root
 from ..training.folder import asked_to_stop
 from .engines import Engine, Local, OnRay
 from .grid import Run, Sweep, as_text
@@ -36,11 +37,14 @@ def execute(
     Returns the outcomes, in the sweep's order. A run that fails stops no other.
 
     Raises:
+        DataError: a run's data set needs a folder, and none is given.
         RunError: another sweep runs in `output`, or it is a run's folder.
         Stopped: SIGTERM, SIGINT or SIGUSR1 came; the runs have kept checkpoints, and the next call goes on.
         PopupError: `output` cannot be written; the engine is not there.
     """
     output, engine = Path(output), engine or Local()
+    for run in sweep.runs:
+        check_root(run.recipe.data)
     if (output / "recipe.yaml").exists():
         raise RunError(f"{output} is the folder of a run; expected one for a sweep, which holds such folders")
     lock = FileLock(output / "lock", timeout=0)

@@ -63,7 +63,8 @@ def read(path: Path) -> Checkpoint:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise RunError(f"{path} is damaged: {error!r}") from error
     if digest != _digest(state) or hashlib.sha256(data).hexdigest() != expected:
-        raise RunError(f"{path} is damaged: its digest does not match")
+        wrong = path if digest != _digest(state) else path.with_suffix(".safetensors")
+        raise RunError(f"{wrong} is damaged: its digest does not match")
     if state["format"] != FORMAT:
         raise RunError(f"{path} has the format {state['format']}; this version reads {FORMAT}")
     return Checkpoint(load(data), state)

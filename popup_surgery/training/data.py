@@ -482,13 +482,18 @@ def _digits(split: str, most: int | None) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images[:, None]), torch.from_numpy(digits.target[chosen].astype(np.int64))
 
 
+def check_root(config: Data) -> None:
+    """`DataError` where the data set needs a folder and none is given."""
+    if config.root is None and config.name.partition("/")[0] not in ("digits", "hfds", "hfids"):
+        raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
+
+
 def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int | None) -> Source:
     from timm.data import create_dataset
 
     library, _, path = config.name.partition("/")
     root = config.root and os.path.expanduser(config.root)
-    if root is None and library not in ("hfds", "hfids"):
-        raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
+    check_root(config)
     elsewhere = library in ("hfds", "hfids") or config.download or (library == "wds" and ":" in str(root))
     if root is not None and not elsewhere and not Path(root).exists():
         raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of {config.name}")

@@ -477,7 +477,7 @@ def _sentence(error: Any) -> str:
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if error["type"] == "value_error" and len(path) == 1:  # of several keys, which it names
-        return f"{key}: {message}"
+    if error["type"] == "value_error" and len(path) < 2:  # of several keys, which it names
+        return f"{key}: {message}" if path else message
     value = repr(error["input"])
     return f"{key} is {value if len(value) < 60 else value[:57] + '...'}: {message}"
