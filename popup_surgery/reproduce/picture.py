@@ -28,7 +28,7 @@ def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None
     percent = figure.x == "surgery.k"
     factor = 100 if percent else 1
     names = list(dict.fromkeys(series_of(figure, point)[1] for point in points))
-    drawing, axes = canvas(3.4 * max(len(panels), 1) + 1.2, 3.8, max(len(panels), 1))
+    drawing, axes = canvas(max(3.4 * len(panels) + 1.2, 7.2), 4.2, max(len(panels), 1))
     known = [row for row in rows(figure, points) if row.paper is not None and row.accuracy is not None]
     for place, (axis, (panel, series)) in enumerate(zip(axes, panels.items(), strict=False)):
         for name, found in series.items():
@@ -60,6 +60,8 @@ def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None
         for axis in axes:
             for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
                 handles.setdefault(name, handle)
-        drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
+        drawing.legend(
+            handles.values(), handles.keys(), loc="outside lower center", ncols=3 if len(panels) < 3 else 4, fontsize=8
+        )
     drawing.suptitle(f"{figure.title}\n{note}", fontsize=9)
     write_figure(drawing, path)
