@@ -641,7 +641,7 @@ from popup_surgery import Recipe
 from popup_surgery.run import _network, quiet
 from popup_surgery.training.data import open_data
 from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import start
+from popup_surgery.training.processes import leave, start
 file, accumulate, *overrides = sys.argv[1:]
 recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={accumulate}", *overrides])
 accelerator = start(recipe.training)
@@ -650,6 +650,8 @@ fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet)
 fit._one_step(fit.data.train(0, fit.part))
 if accelerator.is_main_process:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, file)
+accelerator.wait_for_everyone()
+leave()
 """
 
 
