@@ -57,9 +57,8 @@ def run(
 
     def line(epoch: "Epoch") -> None:
         ends.append(time.perf_counter())
-        each = (
-            (ends[-1] - ends[0]) / (len(ends) - 1) if ends[1:] else epoch.seconds
-        )  # with validation, once it is known
+        # with validation, once it is known
+        each = (ends[-1] - ends[0]) / (len(ends) - 1) if ends[1:] else epoch.seconds
         left = each * (epochs - epoch.epoch)
         show(
             f"epoch {epoch.epoch}/{epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
