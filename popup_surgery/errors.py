@@ -48,9 +48,9 @@ class Stopped(RunError):
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """The `n` choices nearest to `name`, as text for an error message."""
-    choices = list(dict.fromkeys(choices))
-    near = difflib.get_close_matches(name, choices, n, cutoff=0.4) or sorted(choices)[:n]
-    return ", ".join(near)
+    lower = {choice.lower(): choice for choice in choices}
+    near = difflib.get_close_matches(name.lower(), lower, n, cutoff=0.4) or sorted(lower)[:n]
+    return ", ".join(lower[found] for found in near)
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UnknownName:
