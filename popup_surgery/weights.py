@@ -10,19 +10,21 @@ from .streams import DISTRIBUTIONS
 
 @dataclass(frozen=True)
 class Scheme:
-    """A distribution and the fan that sets its standard deviation √(2 / fan), 2 being the squared gain of ReLU.
+    """A distribution and its standard deviation √(gain² / fan).
 
     Args:
         distribution: a key of `streams.DISTRIBUTIONS`.
         xavier: the fan is fan_in + fan_out; else it is fan_in (Kaiming).
+        gain2: the squared gain: that of ReLU, or 1.0 for LeCun's, which the paper (section 4.4) compares with.
     """
 
     distribution: str
     xavier: bool = False
+    gain2: float = 2.0
 
     def std(self, fan_in: float, fan_out: float, k: float, scaled: bool) -> float:
         """Standard deviation in float64; `scaled` multiplies it by √(1/k), which keeps a layer's output variance."""
-        std = math.sqrt(2.0 / (fan_in + fan_out if self.xavier else fan_in))
+        std = math.sqrt(self.gain2 / (fan_in + fan_out if self.xavier else fan_in))
         return std * math.sqrt(1.0 / k) if scaled else std
 
 
@@ -56,6 +58,8 @@ register_scheme("signed_kaiming_constant", Scheme("signed_constant"))
 register_scheme("unsigned_kaiming_constant", Scheme("unsigned_constant"))
 register_scheme("kaiming_normal", Scheme("normal"))
 register_scheme("kaiming_uniform", Scheme("uniform"))
+register_scheme("lecun_normal", Scheme("normal", gain2=1.0))
+register_scheme("lecun_uniform", Scheme("uniform", gain2=1.0))
 register_scheme("xavier_normal", Scheme("normal", xavier=True))
 register_scheme("xavier_uniform", Scheme("uniform", xavier=True))
 register_scheme("signed_xavier_constant", Scheme("signed_constant", xavier=True))

@@ -139,11 +139,13 @@ def test_fans_of_the_other_dimensions(layer, fan_in, fan_out):
 
 
 SQRT = math.sqrt
-STDS = {  # the specification's table, in its order of operations, for fan_in 49 and fan_out 1176
+STDS = {  # the specification's table, in its order of operations, and LeCun's; for fan_in 49 and fan_out 1176
     "signed_kaiming_constant": ("signed_constant", SQRT(2.0 / 49)),
     "unsigned_kaiming_constant": ("unsigned_constant", SQRT(2.0 / 49)),
     "kaiming_normal": ("normal", SQRT(2.0 / 49)),
     "kaiming_uniform": ("uniform", SQRT(2.0 / 49)),
+    "lecun_normal": ("normal", SQRT(1.0 / 49)),
+    "lecun_uniform": ("uniform", SQRT(1.0 / 49)),
     "xavier_normal": ("normal", SQRT(2.0 / (49 + 1176))),
     "xavier_uniform": ("uniform", SQRT(2.0 / (49 + 1176))),
     "signed_xavier_constant": ("signed_constant", SQRT(2.0 / (49 + 1176))),
@@ -159,7 +161,7 @@ def test_std_of_a_scheme(name, k):
     assert scheme.std(49.0, 1176.0, k, scaled=True) == std * SQRT(1.0 / k)
 
 
-def test_every_scheme_stands_in_the_specification():
+def test_every_scheme_has_its_formula_here():
     assert SCHEMES.keys() == STDS.keys()
 
 

@@ -190,7 +190,7 @@ def test_standard_deviation_by_scheme(scheme, kind):
     area = math.prod(getattr(layer, "kernel_size", (1,)))
     outputs = getattr(layer, "out_channels", None) or layer.out_features
     fan_out = outputs * area  # as torch.nn.init counts it, which knows nothing of groups
-    expected = math.sqrt(2 / (fan_in + fan_out if "xavier" in scheme else fan_in))
+    expected = math.sqrt((1 if "lecun" in scheme else 2) / (fan_in + fan_out if "xavier" in scheme else fan_in))
     assert plan(layer, 0.16, scheme=scheme, scaled=False).masked[0].std == pytest.approx(expected, rel=1e-14)
     assert plan(layer, 0.16, scheme=scheme).masked[0].std == pytest.approx(expected * 2.5, rel=1e-14)
     assert plan(layer, 0.16).masked[0].fan_in == fan_in, groups
