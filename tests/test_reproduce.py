@@ -14,7 +14,9 @@ from PIL import Image
 
 from popup_surgery import DataError, RecipeError, UnknownName, train
 from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
-from popup_surgery.sweep import Run
+from popup_surgery.reproduce.table import rows
+from popup_surgery.sweep import Outcome, Run, State, points
+from popup_surgery.sweep.results import Numbers
 from popup_surgery.training.recipe import shipped, shipped_sweeps
 
 RUNS = {
@@ -33,23 +35,44 @@ def test_a_figures_runs_are_those_of_the_paper(figure: str) -> None:
     assert {run.recipe.data.max_train for run in full.runs} == {None}
     for scale in SCALES:
         runs = sweep_of(figure, scale).runs
-        assert len(runs) * len(seeds) == RUNS[figure] * (SCALES[scale].seeds or len(seeds))
+        assert len(runs) * len(seeds) == RUNS[figure] * (len(seeds) if len(seeds) == 1 else SCALES[scale].seeds or 5)
 
 
-def test_the_papers_hyperparameters() -> None:
-    """Table of section 4.1, and Zhou et al.'s rates."""
-    for run in sweep_of("figure3").runs:
-        training, dense = run.recipe.training, run.label.startswith("dense")
-        assert (run.recipe.surgery == "none") == dense
-        adam = run.label == "dense, Adam"
-        rate = 0.1 if not dense else 0.01 if not adam else 2e-4 if run.recipe.model.name.endswith("conv2") else 3e-4
-        assert training.lr == rate
-        assert (training.optimizer, training.schedule) == (("adam", "constant") if adam else ("sgd", "cosine"))
-        assert run.recipe.data.batch_size == (60 if adam else 128)
-        assert training.weight_decay == (0.0 if adam else 1e-4)
-    for run in sweep_of("figure6").runs:
-        if run.label.startswith("Zhou"):
-            assert run.recipe.training.lr == (800.0 if run.recipe.model.name.endswith("conv8") else 200.0)
+SCHEMES = {  # by what a label says
+    "Kaiming Normal": "kaiming_normal", "N_k": "kaiming_normal", "Kaiming Uniform": "kaiming_uniform",
+    "U_k": "kaiming_uniform", "Xavier Normal": "xavier_normal", "N_x (Xavier)": "xavier_normal",
+    "U_x (Xavier)": "xavier_uniform",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("figure", FIGURES)
+def test_the_papers_hyperparameters(figure: str) -> None:
+    """Sections 4.1 and 4.2; of Zhou et al.'s method and ImageNet the published configurations."""
+    imagenet = FIGURES[figure].imagenet
+    for run in sweep_of(figure).runs:
+        recipe, label, net = run.recipe, run.label, run.recipe.model.name.split("/")[1]
+        dense, zhou = label.startswith("dense"), label.startswith("Zhou")
+        got = recipe.training
+        if label == "dense, Adam":
+            expected = ("adam", "constant", 60, 2e-4 if net == "conv2" else 3e-4, 0.0, 0)
+        elif imagenet:
+            rate = 200.0 if zhou else 0.01 if net == "vgg16" else 0.256
+            expected = ("sgd", "cosine", 256, rate, 0.0 if zhou else 2**-15, 5)
+        else:
+            rate = (800.0 if net == "conv8" else 200.0) if zhou else 0.01 if dense else 0.1
+            expected = ("sgd", "cosine", 128, rate, 0.0 if zhou else 1e-4, 0)
+        batch = recipe.data.batch_size
+        found = (got.optimizer, got.schedule, batch, got.lr, got.weight_decay, got.warmup_epochs)
+        assert found == expected, str(run)
+        assert got.momentum == (0.875 if imagenet else 0.9)
+        assert got.label_smoothing == (0.1 if imagenet else 0.0)
+        assert (recipe.surgery == "none") == dense
+        if not isinstance(recipe.surgery, str):
+            name = label.removesuffix(", scaled").split(", ")[-1]
+            scaled = label.endswith(", scaled") if figure in ("figure7", "figure10") else imagenet and not zhou
+            assert recipe.surgery.scheme == SCHEMES.get(name, "signed_kaiming_constant"), str(run)
+            assert recipe.surgery.scaled == scaled
+            assert recipe.surgery.learner == ("supermask" if zhou else "edge_popup")
 
 
 def test_subnetworks_of_figure5_have_their_size() -> None:
@@ -81,13 +104,20 @@ def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any
     xml.etree.ElementTree.parse(svg)
     assert all(colour in svg.read_text() for colour in ("#0072b2", "#d55e00"))
     assert all(path.stat().st_size < 200_000 for path in result.files)
-    rows = json.loads(values.read_text())["rows"]
-    assert len(rows) == 13
-    best = rows[-1]
-    ours = max(row["accuracy"] for row in rows[:-1] if row["where"][1] == "Signed Constant")
-    assert (best["accuracy"], best["paper"], best["where"][:2]) == (ours, 77.5, ["conv2", "Signed Constant"])
-    tenth = next(row for row in rows if row["where"] == ["conv2", "Signed Constant", "10"])
-    assert tenth["paper"] == 65.0
+    table = json.loads(values.read_text())["rows"]
+    assert len(table) == 13
+    best = table[-1]
+    ours = max(row["accuracy"] for row in table[:-1] if row["series"] == "Signed Constant")
+    assert (best["accuracy"], best["paper"], best["network"], best["series"]) == (
+        ours,
+        77.5,
+        "conv2",
+        "Signed Constant",
+    )
+    assert best["best"]
+    assert "| conv2 | Signed Constant | best, " in markdown.read_text()
+    tenth = next(row for row in table if row["series"] == "Signed Constant" and row["x"] == 10)
+    assert (tenth["paper"], tenth["difference"]) == (65.0, tenth["accuracy"] - 65)
     assert f"| {tenth['accuracy']:.2f} | 1 | 65 (figure 3) | {tenth['accuracy'] - 65:+.1f} |" in markdown.read_text()
     assert "Scale: tiny; 32 training and 16 validation images; batch: 16; epochs: 1; seeds: 1." in markdown.read_text()
 
@@ -111,10 +141,11 @@ def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) ->
     settings, only = (names, []) if figure == "figure9" else (["model.kwargs.width=0.1"], ["conv2"])
     sweep = sweep_of(figure, "tiny", settings, only=only, data_dir=ten)
     result = reproduce(figure, "tiny", sweep, tmp_path, Here())
-    rows = json.loads(result.files[1].read_text())["rows"]
-    zhou = [row for row in rows if row["where"][1].startswith("Zhou")]
+    table = json.loads(result.files[1].read_text())["rows"]
+    zhou = [row for row in table if row["series"].startswith("Zhou")]
     assert zhou
-    assert all(row["where"][2] == "" and row["accuracy"] is not None for row in zhou)
+    assert all(row["x"] is None and row["accuracy"] is not None for row in zhou)
+    assert {row["paper"] for row in zhou} == ({None} if figure == "figure9" else {66.0})
 
 
 @pytest.mark.parametrize("figure", ["figure4", "figure5", "figure7", "figure8", "figure10"])
@@ -127,7 +158,33 @@ def test_each_series_of_a_figure_runs_two_steps(figure: str, ten: Path, tmp_path
     firsts = {run.label: run for run in reversed(sweep.runs)}
     result = reproduce(figure, "tiny", replace(sweep, runs=tuple(firsts.values())), tmp_path, Here())
     assert all(outcome.numbers is not None for outcome in result.outcomes)
-    assert {row["where"][1] for row in json.loads(result.files[1].read_text())["rows"]} == set(firsts)
+    table = json.loads(result.files[1].read_text())["rows"]
+    assert {row["series"] for row in table} == set(firsts)
+    text = result.files[0].read_text()
+    form = ",.0f" if figure == "figure8" else "g"
+    assert all(f"{row['x']:{form}} |" in text for row in table)
+
+
+def test_the_papers_numbers_stand_at_their_own_series() -> None:
+    """Of Signed Constant, and not of "Signed Constant, scaled"."""
+    sweep = sweep_of("figure7", "tiny")
+    numbers = {False: Numbers(0.5, 1, 1, 1, 1), True: Numbers(0.9, 1, 1, 1, 1)}
+    table = rows(
+        FIGURES["figure7"],
+        points([Outcome(run, State.FINISHED, numbers[run.label.endswith("scaled")]) for run in sweep.runs]),
+    )
+    assert {row.series for row in table if row.paper is not None} == {"Signed Constant"}
+    assert [(row.accuracy, row.paper) for row in table if row.best] == [(50.0, 86.0)]
+
+
+def test_a_figure_of_one_share_is_drawn(ten: Path, tmp_path: Path) -> None:
+    settings = ["surgery.k=0.5", "surgery.scaled=true", "model.kwargs.width=0.1"]
+    sweep = sweep_of("figure3", "tiny", settings, only=["conv2"], data_dir=ten)
+    assert [run.values.get("surgery.k") for run in sweep.runs] == [0.5, 0.5, None, None]
+    assert all(run.recipe.surgery == "none" or run.recipe.surgery.scaled for run in sweep.runs)
+    result = reproduce("figure3", "tiny", sweep, tmp_path, Here())
+    assert "| conv2 | Signed Constant | best, 50 |" in result.files[0].read_text()
+    assert all(path.exists() for path in result.files)
 
 
 def test_what_is_no_figure_or_scale(ten: Path) -> None:
@@ -139,8 +196,13 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
         sweep_of("figure3", only=["conv3"])
     with pytest.raises(RecipeError, match=r"surgery\.k"):
         sweep_of("figure3", "tiny", ["surgery.k=[2]"])
-    with pytest.raises(RecipeError, match=r"^figure6 would have Zhou et al\., N_k .*conv2 seed 0 twice.*--only"):
-        sweep_of("figure6", settings=["model.name=[popup_surgery/conv2]"])
+    for figure, setting, named in (
+        ("figure6", "model.name=popup_surgery/conv2", r"Zhou et al\., N_k .*conv2 seed 0 and Zhou et al\., N_k .*"),
+        ("figure3", "training.epochs=[1, 2]", r"Kaiming Normal .*training\.epochs=1 .* and .*training\.epochs=2 .*"),
+        ("figure10", "model.name=[timm/resnet18, timm/resnet50]", r".*resnet18.* and .*resnet50.*"),
+    ):
+        with pytest.raises(RecipeError, match=rf"^{figure} would have two runs in one place, {named}--only"):
+            sweep_of(figure, settings=[setting])
 
 
 def test_series_and_networks_are_chosen(tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from ..errors import RecipeError, unknown
 from ..files import write_atomically
-from ..sweep import Engine, Outcome, Report, Sweep, execute, points
+from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
 from ..training.recipe import find, parse_setting, read_yaml
-from .figures import FIGURES, Figure
+from .figures import FIGURES, NET, Figure
 from .picture import draw
 from .table import as_json, as_markdown, panel_of, rows
 
@@ -22,7 +22,7 @@ class Scale:
 
     Attributes:
         cifar10, imagenet: settings of the recipes that differ from the paper's.
-        seeds: how many; the paper's where None.
+        seeds: how many for CIFAR-10; the paper's where None, and for ImageNet, where these are one.
     """
 
     cifar10: tuple[str, ...] = ()
@@ -35,8 +35,8 @@ SCALES = {
     "small": Scale(
         ("data.max_train=4000", "data.batch_size=32", "data.max_validation=2000", "training.epochs=5"),
         (
-            "data.max_train=10000", "data.max_validation=2000", "training.epochs=5", "training.warmup_epochs=1",
-            "data.input_size=[[3, 64, 64]]", "data.batch_size=128", "data.workers=2", "training.precision=float32",
+            "data.max_train=2500", "data.max_validation=500", "training.epochs=5", "training.warmup_epochs=1",
+            "data.input_size=[[3, 64, 64]]", "data.batch_size=32", "data.workers=2", "training.precision=float32",
         ),
         2,
     ),
@@ -88,9 +88,9 @@ def sweep_of(
     own = chosen.imagenet if found.imagenet else chosen.cifar10
     if not found.imagenet and data_dir is not None and (Path(data_dir) / "train").is_dir():
         own = ("data.name=folder", *own)
-    seeds = chosen.seeds if seeds is None else seeds
+    seeds = chosen.seeds if seeds is None and not found.imagenet else seeds
     file = find(f"paper/{found.sweep}")
-    values, settings = _with_lists(read_yaml(file), [*own, *settings])
+    values, settings = _applied(read_yaml(file), [*own, *settings])
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
     places = [(run.label, panel_of(found, run.values)) for run in sweep.runs]
     labels, panels = (dict.fromkeys(names) for names in zip(*places, strict=True))
@@ -99,12 +99,14 @@ def sweep_of(
             raise unknown("series or network", name, labels | panels)
     labels, panels = ({name: None for name in names if name in only} or names for names in (labels, panels))
     runs = [run for run, (label, panel) in zip(sweep.runs, places, strict=True) if label in labels and panel in panels]
-    points: dict[str, int] = {}
+    taken: dict[tuple[Any, ...], Run] = {}
     for run in runs:
-        if points.setdefault(str(run), run.point) != run.point:
+        x = run.values.get(NET if found.x == "kept" else found.x)
+        other = taken.setdefault((run.label, panel_of(found, run.values), as_text(x), run.seed), run)
+        if other is not run:
             raise RecipeError(
-                f"{figure} would have {run} twice, with other settings of its own; expected --only NETWORK in place of "
-                "--set for what these differ by"
+                f"{figure} would have two runs in one place, {other} and {run}; expected one value of what they differ "
+                "by, or --only NETWORK where networks have settings of their own"
             )
     return replace(sweep, runs=tuple(runs))
 
@@ -141,16 +143,26 @@ def reproduce(
     return Reproduction(tuple(outcomes), text, tuple(files))
 
 
-def _with_lists(values: dict[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A figure's sweep with `key=[value, …]` in place of its own values of the key, and the settings that are left."""
+def _applied(values: dict[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """A figure's sweep with the settings that not all its runs take, and those that are left.
+
+    These are values of its grids' keys, in the grids that have them, and keys of the surgery, of which dense runs have
+    none.
+    """
     left = []
     for setting in settings:
         key, value = parse_setting(setting)
         grids = [entry["grid"] for entry in values["runs"] if key in entry.get("grid", {})]
-        if not isinstance(value, list) or not grids:
+        for grid in grids:
+            grid[key] = value if isinstance(value, list) else [value]
+        if not grids and key.startswith("surgery."):
+            for entry in values["runs"]:
+                own = entry.setdefault("set", {})
+                if own.get("surgery") != "none":
+                    own.pop(key, None)
+                    entry.setdefault("grid" if isinstance(value, list) else "set", {})[key] = value
+        elif not grids:
             left.append(setting)
-        for grid in grids if isinstance(value, list) else []:
-            grid[key] = value
     return values, left
 
 

@@ -12,7 +12,7 @@ class Reported:
     """An accuracy that the paper, or its authors' table, reports; in %.
 
     Attributes:
-        label: of the series; a beginning is enough, as in "dense".
+        label: of the series.
         values: of some of the grid's keys.
         best: it is the best of the series over x.
         read: where it stands; numbers read from a figure are good to about half a point.
@@ -56,17 +56,22 @@ def _of(net: str) -> dict[str, Any]:
     return {NET: f"popup_surgery/{net}"}
 
 
-_DEEPER = (
+_DISTRIBUTION = (
     *(Reported("Signed Constant", _of(net), value, _FIGURE3, best=True) for net, value in _BEST.items()),
     *(Reported("Signed Constant", _of(net) | {K: 0.1}, value, _FIGURE3) for net, value in _TENTH.items()),
-    *(Reported("dense", _of(net), value, _FIGURE3) for net, value in _DENSE.items()),
+)
+_LEARNED = ("dense, SGD", "dense, Adam")
+_DEEPER = _DISTRIBUTION + tuple(
+    Reported(label, _of(net), value, _FIGURE3) for net, value in _DENSE.items() for label in _LEARNED
+)
+_WIDE = tuple(
+    Reported(label, _of(net) | {WIDTH: 1.0}, _DENSE[net], _FIGURE3) for net in ("conv4", "conv6") for label in _LEARNED
 )
 _ZHOU = tuple(
-    Reported("Zhou et al.", _of(net), value, "Zhou et al., signed constants, rescaled")
+    Reported(f"Zhou et al., {weights}", _of(net), value, "Zhou et al., signed constants, rescaled")
     for net, value in {"conv2": 66.0, "conv4": 72.5, "conv6": 76.5}.items()
+    for weights in ("N_k", "U_k", "N_x (Xavier)", "U_x (Xavier)")
 )
-_WIDE = tuple(Reported("dense", _of(net) | {WIDTH: 1.0}, _DENSE[net], _FIGURE3) for net in ("conv4", "conv6"))
-_DISTRIBUTION = tuple(each for each in _DEEPER if each.label == "Signed Constant")
 _LARGE = tuple(
     Reported(label, {NET: f"timm/{net}"}, value, _TABLE2)
     for net, values in _RESNETS.items()

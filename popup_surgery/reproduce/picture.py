@@ -7,7 +7,7 @@ from pathlib import Path
 from ..plots import canvas, write_figure
 from ..sweep import Point
 from .figures import Figure
-from .table import rows, series_of
+from .table import match, panel_of, x_of
 
 # Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes serve those who print in grey
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
@@ -18,18 +18,18 @@ DASHES = ("-", "--", "-.", ":")
 def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None:
     """Accuracy over x, mean and a band of one standard deviation, and the paper's numbers as crosses.
 
-    What has no x is a horizontal line. The format is that of the path's suffix.
+    What has no x is a horizontal line, as is the paper's best over x. The format is that of the path's suffix.
     """
     panels: dict[str, dict[str, list[tuple[float | None, float, float]]]] = defaultdict(lambda: defaultdict(list))
+    crosses: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for point in points:
-        panel, label, x = series_of(figure, point)
         if point.mean is not None:
-            panels[panel][label].append((x, 100 * point.mean.accuracy, 100 * (point.std or 0.0)))
-    percent = figure.x == "surgery.k"
-    factor = 100 if percent else 1
-    names = list(dict.fromkeys(series_of(figure, point)[1] for point in points))
+            panel, x, reported = panel_of(figure, point.values), x_of(figure, point), match(figure, point)
+            panels[panel][point.label].append((x, 100 * point.mean.accuracy, 100 * (point.std or 0.0)))
+            if reported and x is not None:
+                crosses[panel].append((x, reported.accuracy))
+    names = list(dict.fromkeys(point.label for point in points))
     drawing, axes = canvas(max(3.4 * len(panels) + 1.2, 7.2), 4.2, max(len(panels), 1))
-    known = [row for row in rows(figure, points) if row.paper is not None and row.accuracy is not None]
     for place, (axis, (panel, series)) in enumerate(zip(axes, panels.items(), strict=False)):
         for name, found in series.items():
             i = names.index(name)
@@ -40,19 +40,17 @@ def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None
                 axis.axhspan(mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
                 continue
             found.sort(key=lambda each: each[0] or 0.0)
-            xs = [factor * (x or 0.0) for x, _, _ in found]
+            xs = [x or 0.0 for x, _, _ in found]
             means, stds = [m for _, m, _ in found], [s for _, _, s in found]
             line = "" if figure.x == "kept" else style
             axis.plot(xs, means, color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)], label=name)
             low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
             axis.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-        crosses = [
-            (float(row.where[2].rsplit(" ", 1)[-1].replace(",", "")), row.paper)
-            for row in known
-            if row.where[0] == panel and row.where[2]
-        ]
-        if crosses:
-            axis.plot(*zip(*crosses, strict=True), "x", color="#000000", markersize=8, label="the paper")
+        if panel in crosses:
+            axis.plot(*zip(*crosses[panel], strict=True), "x", color="#000000", markersize=8, label="the paper")
+        for reported in figure.reported:
+            if reported.best and reported.label in series and panel_of(figure, reported.values) == panel:
+                axis.axhline(reported.accuracy, color="#000000", linestyle=":", linewidth=1, label="the paper's best")
         axis.set(xlabel=figure.x_label, title=panel, ylabel="" if place else "accuracy (%)")
         axis.grid(alpha=0.3)
     if axes and panels:
