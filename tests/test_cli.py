@@ -436,6 +436,16 @@ def test_recipes_are_listed_shown_and_copied(cli: Cli, tmp_path: Path) -> None:
     refused(cli("recipes", "-o", tmp_path / "other.yaml"), "name")
 
 
+def test_a_sweep_is_no_recipe(cli: Cli, tmp_path: Path) -> None:
+    refused(
+        cli("train", "paper/figure3"), r"^error: paper/figure3 is a sweep; popup-surgery sweep paper/figure3 runs it$"
+    )
+    refused(cli("sweep", "paper/figur3"), r"nearest.*paper/figure3")
+    copy = tmp_path / "mine.yaml"
+    assert f"popup-surgery sweep {copy} runs it" in cli("recipes", "paper/figure3", "-o", copy).out
+    refused(cli("train", copy), "is a sweep")
+
+
 def test_train_writes_where_it_is_told(cli: Cli, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = cli("train", "digits", "--set", "training.epochs=1", "--set", "surgery.k=0.25", "--output", run)

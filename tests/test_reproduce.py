@@ -235,5 +235,4 @@ def test_every_recipe_runs_two_steps(name: str, ten: Path, tmp_path: Path) -> No
 def test_sweeps_are_no_recipes(cli: Callable[..., Any]) -> None:
     assert shipped_sweeps() == [f"paper/figure{n}" for n in (10, 3, 4, 5, 6, 7, 8, 9)]
     assert not set(shipped_sweeps()) & set(shipped())
-    listed = cli("recipes").out.split()
-    assert listed == shipped()
+    assert cli("recipes").out.split() == shipped()

@@ -311,7 +311,7 @@ def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> N
             key: str(point[key]) for key in ("n", "accuracy", "std", "seconds", "size", "weights", "kept")
         }
         assert [run["seed"] for run in point["runs"]] == [0, 1, 2]
-        sizes = [sum(map(len, [artifacts(tmp_path)[run["folder"]]])) for run in point["runs"]]
+        sizes = [len(artifacts(tmp_path)[run["folder"]]) for run in point["runs"]]
         assert point["size"] == pytest.approx(mean(sizes))
     assert not list(tmp_path.rglob("*.part"))
 

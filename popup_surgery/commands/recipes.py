@@ -19,7 +19,7 @@ def run(
     """
     from ..errors import PopupError
     from ..files import write_atomically
-    from ..training.recipe import find, shipped
+    from ..training.recipe import find, is_sweep, read_yaml, shipped
 
     if name is None:
         if output is not None:
@@ -27,9 +27,11 @@ def run(
         for each in shipped():
             show(each)
         return
-    text = find(name).read_bytes()
+    file = find(name)
+    text = file.read_bytes()
     if output is None:
         print(text.decode(), end="")
         return
     write_atomically(new_file(output, force), text)
-    show(f"wrote {output}, {size(output)}; popup-surgery train {output} runs it")
+    verb = "sweep" if is_sweep(read_yaml(file)) else "train"
+    show(f"wrote {output}, {size(output)}; popup-surgery {verb} {output} runs it")

@@ -332,7 +332,10 @@ class Recipe(_Section):
             UnknownName: no such recipe.
             RecipeError: it is no YAML, or has mistakes; all of them are listed.
         """
-        return cls.parse(override(read_yaml(find(name)), overrides), str(name))
+        values = read_yaml(find(name))
+        if is_sweep(values):
+            raise RecipeError(f"{name} is a sweep; popup-surgery sweep {name} runs it")
+        return cls.parse(override(values, overrides), str(name))
 
     def dump(self) -> dict[str, Any]:
         """Plain values of all keys."""
@@ -397,7 +400,7 @@ def find(name: str | Path) -> Path:
             raise RecipeError(f"there is no recipe file {path}")
         return path
     if str(name) not in shipped() + shipped_sweeps():
-        raise unknown("recipe", str(name), shipped())
+        raise unknown("recipe", str(name), shipped() + shipped_sweeps())
     return SHIPPED / f"{name}.yaml"
 
 
@@ -425,6 +428,11 @@ def read_yaml(path: Path, expected: str = "model, surgery, data and training") -
     if not isinstance(values, dict):
         raise RecipeError(f"{path} holds no mapping; expected {expected}")
     return values
+
+
+def is_sweep(values: Mapping[str, Any]) -> bool:
+    """Whether the mapping of a YAML file is a sweep, and no recipe."""
+    return bool({"recipe", "runs"} & values.keys())
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
