@@ -22,7 +22,7 @@ def run(
     ] = Scale.full,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value of any recipe key; key=[value, …] in place of the figure's own values."),
+        typer.Option("--set", help="key=value of any recipe key; key=[value, …] for values that the figure varies."),
     ] = None,
     only: Annotated[
         list[str] | None, typer.Option(help="A series or a network to run, by its label; repeatable.")
