@@ -211,6 +211,8 @@ def test_series_and_networks_are_chosen(tmp_path: Path) -> None:
         ("popup_surgery/conv2", 200.0), ("popup_surgery/conv8", 800.0)
     ]  # fmt: skip
     assert len(sweep_of("figure6", only=["conv4"], seeds=1).runs) == 14
+    other = sweep_of("figure6", settings=["surgery.scheme=lecun_normal"], only=["Zhou et al., N_x (Xavier)"]).runs
+    assert {run.recipe.dump()["surgery"]["scheme"] for run in other} == {"lecun_normal"}
     one = sweep_of("figure3", settings=["surgery.k=[0.5]"], only=["conv2"], seeds=1).runs
     assert [run.label for run in one] == ["Kaiming Normal", "Signed Constant", "dense, SGD", "dense, Adam"]
     with pytest.raises(DataError, match=r"^data set torch/cifar10 needs its folder: pass --data-dir DIR"):

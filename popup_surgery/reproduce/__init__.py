@@ -90,15 +90,18 @@ def sweep_of(
         own = ("data.name=folder", *own)
     seeds = chosen.seeds if seeds is None and not found.imagenet else seeds
     file = find(f"paper/{found.sweep}")
-    values, settings = _applied(read_yaml(file), [*own, *settings])
+    values = read_yaml(file)
+    labels = dict.fromkeys(entry["label"] for entry in values["runs"])
+    if labels.keys() & only:  # before the settings, which may be for these alone
+        values["runs"] = [entry for entry in values["runs"] if entry["label"] in only]
+    values, settings = _applied(values, [*own, *settings])
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
-    places = [(run.label, panel_of(found, run.values)) for run in sweep.runs]
-    labels, panels = (dict.fromkeys(names) for names in zip(*places, strict=True))
+    panels = dict.fromkeys(panel_of(found, run.values) for run in sweep.runs)
     for name in only:
         if name not in labels | panels:
             raise unknown("series or network", name, labels | panels)
-    labels, panels = ({name: None for name in names if name in only} or names for names in (labels, panels))
-    runs = [run for run, (label, panel) in zip(sweep.runs, places, strict=True) if label in labels and panel in panels]
+    wanted = panels.keys() & only or set(panels)
+    runs = [run for run in sweep.runs if panel_of(found, run.values) in wanted]
     taken: dict[tuple[Any, ...], Run] = {}
     for run in runs:
         x = run.values.get(NET if found.x == "kept" else found.x)
