@@ -182,8 +182,9 @@ def test_a_figure_of_one_share_is_drawn(ten: Path, tmp_path: Path) -> None:
     sweep = sweep_of("figure3", "tiny", settings, only=["conv2"], data_dir=ten)
     assert [run.values.get("surgery.k") for run in sweep.runs] == [0.5, 0.5, None, None]
     assert all(run.recipe.surgery == "none" or run.recipe.surgery.scaled for run in sweep.runs)
-    result = reproduce("figure3", "tiny", sweep, tmp_path, Here())
+    result = reproduce("figure3", "tiny", sweep, tmp_path, Here(), settings=settings)
     assert "| conv2 | Signed Constant | best, 50 |" in result.files[0].read_text()
+    assert "\nset: surgery.k=0.5; surgery.scaled=true; model.kwargs.width=0.1." in result.files[0].read_text()
     assert all(path.exists() for path in result.files)
 
 
@@ -197,11 +198,15 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
     with pytest.raises(RecipeError, match=r"surgery\.k"):
         sweep_of("figure3", "tiny", ["surgery.k=[2]"])
     for figure, setting, named in (
-        ("figure6", "model.name=popup_surgery/conv2", r"Zhou et al\., N_k .*conv2 seed 0 and Zhou et al\., N_k .*"),
-        ("figure3", "training.epochs=[1, 2]", r"Kaiming Normal .*training\.epochs=1 .* and .*training\.epochs=2 .*"),
-        ("figure10", "model.name=[timm/resnet18, timm/resnet50]", r".*resnet18.* and .*resnet50.*"),
+        ("figure6", "model.name=popup_surgery/conv2", r"Zhou et al\., N_k .*conv2 .*training\.lr 200\.0 and 800\.0;"),
+        ("figure3", "training.epochs=[1, 2]", r"Kaiming Normal .*training\.epochs 1 and 2;"),
+        (
+            "figure10",
+            "model.name=[timm/resnet18, timm/resnet50]",
+            r".*model\.name 'timm/resnet18' and 'timm/resnet50';",
+        ),
     ):
-        with pytest.raises(RecipeError, match=rf"^{figure} would have two runs in one place, {named}--only"):
+        with pytest.raises(RecipeError, match=rf"^{figure} would have {named} expected one of them.*--only"):
             sweep_of(figure, settings=[setting])
 
 
@@ -213,6 +218,11 @@ def test_series_and_networks_are_chosen(tmp_path: Path) -> None:
     assert len(sweep_of("figure6", only=["conv4"], seeds=1).runs) == 14
     other = sweep_of("figure6", settings=["surgery.scheme=lecun_normal"], only=["Zhou et al., N_x (Xavier)"]).runs
     assert {run.recipe.dump()["surgery"]["scheme"] for run in other} == {"lecun_normal"}
+    assert {run.label for run in sweep_of("figure8", only=["resnet50"]).runs} == {
+        "Kaiming Normal",
+        "Signed Constant",
+        "dense",
+    }
     one = sweep_of("figure3", settings=["surgery.k=[0.5]"], only=["conv2"], seeds=1).runs
     assert [run.label for run in one] == ["Kaiming Normal", "Signed Constant", "dense, SGD", "dense, Adam"]
     with pytest.raises(DataError, match=r"^data set torch/cifar10 needs its folder: pass --data-dir DIR"):

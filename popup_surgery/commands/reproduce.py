@@ -46,7 +46,8 @@ def run(
 --set data.name=digits --set 'model.kwargs={in_chans: 1, img_size: 8}' --set data.mean=null --set data.std=null
     1/1  Signed Constant model.name=popup_surgery/conv4 surgery.k=0.5 seed 0  accuracy 6.25 %  0.1 s
     # The distribution of the weights: CIFAR-10
-    Scale: tiny; 32 training and 16 validation images; batch: 16; epochs: 1; seeds: 1.
+    Scale: tiny; 32 training and 16 validation images; batch: 16; epochs: 1; seeds: 1
+    set: surgery.k=[0.5]; data.name=digits; model.kwargs={in_chans: 1, img_size: 8}; data.mean=null; data.std=null.
     | network | series | weights kept (%) | accuracy (%) | seeds | paper (%) | difference |
     | --- | --- | --- | --- | --- | --- | --- |
     | conv4 | Signed Constant | 50 | 6.25 | 1 |  |  |
@@ -65,7 +66,7 @@ def run(
         return 0
     try:
         with shown(output) as report:
-            done = reproducing.reproduce(figure, scale.value, sweep, output, engine, report)
+            done = reproducing.reproduce(figure, scale.value, sweep, output, engine, report, set_ or ())
     except Stopped as error:
         messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
         return error.status

@@ -1,17 +1,18 @@
 """The paper's figures and tables, each one sweep of recipes/paper and a picture of it."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError, unknown
 from ..files import write_atomically
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
+from ..training.folder import flat
 from ..training.recipe import find, parse_setting, read_yaml
 from .figures import FIGURES, NET, Figure
 from .picture import draw
-from .table import as_json, as_markdown, panel_of, rows
+from .table import as_json, as_markdown, panel_of, rows, short
 
 __all__ = ["FIGURES", "SCALES", "Reproduction", "Scale", "reproduce", "sweep_of"]
 
@@ -91,27 +92,21 @@ def sweep_of(
     seeds = chosen.seeds if seeds is None and not found.imagenet else seeds
     file = find(f"paper/{found.sweep}")
     values = read_yaml(file)
-    labels = dict.fromkeys(entry["label"] for entry in values["runs"])
-    if labels.keys() & only:  # before the settings, which may be for these alone
-        values["runs"] = [entry for entry in values["runs"] if entry["label"] in only]
-    values, settings = _applied(values, [*own, *settings])
+    settings = _apply(values["runs"], [*own, *settings])
+    _choose(values["runs"], only)  # before the settings are checked, which may be for these alone
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
-    panels = dict.fromkeys(panel_of(found, run.values) for run in sweep.runs)
-    for name in only:
-        if name not in labels | panels:
-            raise unknown("series or network", name, labels | panels)
-    wanted = panels.keys() & only or set(panels)
-    runs = [run for run in sweep.runs if panel_of(found, run.values) in wanted]
     taken: dict[tuple[Any, ...], Run] = {}
-    for run in runs:
+    for run in sweep.runs:
         x = run.values.get(NET if found.x == "kept" else found.x)
         other = taken.setdefault((run.label, panel_of(found, run.values), as_text(x), run.seed), run)
         if other is not run:
+            one, two = flat(other.recipe.dump()), flat(run.recipe.dump())
+            key = next(key for key in one if one[key] != two.get(key))
             raise RecipeError(
-                f"{figure} would have two runs in one place, {other} and {run}; expected one value of what they differ "
-                "by, or --only NETWORK where networks have settings of their own"
+                f"{figure} would have {run} twice, with {key} {one[key]!r} and {two.get(key)!r}; expected one of them: "
+                "choose networks by --only, and run other grids by popup-surgery sweep"
             )
-    return replace(sweep, runs=tuple(runs))
+    return sweep
 
 
 def reproduce(
@@ -121,11 +116,12 @@ def reproduce(
     output: str | Path,
     engine: Engine | None = None,
     report: Report = lambda outcomes, changed: None,
+    settings: Sequence[str] = (),
 ) -> Reproduction:
     """Run what of `sweep` is not finished, and write the figure, as PNG and SVG, and its table, as Markdown and JSON.
 
     Args:
-        figure, scale: as for `sweep_of`, which made `sweep`.
+        figure, scale, settings: as for `sweep_of`, which made `sweep`; the figure and its table say the settings.
         output: a folder; figures share the runs in it.
         engine, report: as for `sweep.execute`.
 
@@ -135,7 +131,7 @@ def reproduce(
     found, _ = _look_up(figure, scale)
     output = Path(output)
     outcomes = execute(sweep, output, engine, report)
-    shown, note = points(outcomes), _note(sweep, scale)
+    shown, note = points(outcomes), _note(sweep, scale) + (f"\nset: {'; '.join(settings)}" if settings else "")
     table = rows(found, shown)
     text = as_markdown(found, table, note)
     files = [output / f"{figure}-{scale}{suffix}" for suffix in (".md", ".json", ".png", ".svg")]
@@ -146,27 +142,42 @@ def reproduce(
     return Reproduction(tuple(outcomes), text, tuple(files))
 
 
-def _applied(values: dict[str, Any], settings: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """A figure's sweep with the settings that not all its runs take, and those that are left.
+def _choose(entries: list[dict[str, Any]], only: Sequence[str]) -> None:
+    """Leave the series and the networks of `only` in a figure's grids."""
+    series = dict.fromkeys(entry["label"] for entry in entries)
+    networks = dict.fromkeys(short(net) for entry in entries for net in entry.get("grid", {}).get(NET, []))
+    for name in only:
+        if name not in series | networks:
+            raise unknown("series or network", name, series | networks)
+    if series.keys() & only:
+        entries[:] = [entry for entry in entries if entry["label"] in only]
+    if networks.keys() & only:
+        for entry in entries:
+            entry["grid"][NET] = [net for net in entry["grid"][NET] if short(net) in only]
+        entries[:] = [entry for entry in entries if entry["grid"][NET]]
 
-    These are values of its grids' keys, in the grids that have them, and keys of the surgery, of which dense runs have
+
+def _apply(entries: list[dict[str, Any]], settings: Sequence[str]) -> list[str]:
+    """Give a figure's grids the settings that not all its runs take; those that are left.
+
+    These are values of the grids' keys, for the grids that have them, and keys of the surgery, of which dense runs have
     none.
     """
     left = []
     for setting in settings:
         key, value = parse_setting(setting)
-        grids = [entry["grid"] for entry in values["runs"] if key in entry.get("grid", {})]
+        grids = [entry["grid"] for entry in entries if key in entry.get("grid", {})]
         for grid in grids:
             grid[key] = value if isinstance(value, list) else [value]
         if not grids and key.startswith("surgery."):
-            for entry in values["runs"]:
+            for entry in entries:
                 own = entry.setdefault("set", {})
                 if own.get("surgery") != "none":
                     own.pop(key, None)
                     entry.setdefault("grid" if isinstance(value, list) else "set", {})[key] = value
         elif not grids:
             left.append(setting)
-    return values, left
+    return left
 
 
 def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..plots import canvas, write_figure
 from ..sweep import Point
-from .figures import Figure
+from .figures import Figure, K
 from .table import match, panel_of, x_of
 
 # Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes serve those who print in grey
@@ -52,6 +52,8 @@ def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None
             if reported.best and reported.label in series and panel_of(figure, reported.values) == panel:
                 axis.axhline(reported.accuracy, color="#000000", linestyle=":", linewidth=1, label="the paper's best")
         axis.set(xlabel=figure.x_label, title=panel, ylabel="" if place else "accuracy (%)")
+        if figure.x == K:
+            axis.set_xlim(0, 100)
         axis.grid(alpha=0.3)
     if axes and panels:
         handles: dict[str, object] = {}
