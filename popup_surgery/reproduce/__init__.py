@@ -101,10 +101,10 @@ def sweep_of(
         other = taken.setdefault((run.label, panel_of(found, run.values), as_text(x), run.seed), run)
         if other is not run:
             one, two = flat(other.recipe.dump()), flat(run.recipe.dump())
-            key = next(key for key in one if one[key] != two.get(key))
+            key = next(key for key in one | two if one.get(key) != two.get(key))
             raise RecipeError(
-                f"{figure} would have {run} twice, with {key} {one[key]!r} and {two.get(key)!r}; expected one of them: "
-                "choose networks by --only, and run other grids by popup-surgery sweep"
+                f"{figure} would have {run} twice, with {key} {one.get(key)!r} and {two.get(key)!r}; expected one of "
+                "them: choose networks by --only, and run other grids by popup-surgery sweep"
             )
     return sweep
 
