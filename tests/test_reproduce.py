@@ -195,6 +195,8 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
         sweep_of("figure3", "smal")
     with pytest.raises(UnknownName, match=r"'conv3'.*conv4"):
         sweep_of("figure3", only=["conv3"])
+    with pytest.raises(RecipeError, match=r"^figure8 has no run of dense and resnet101 together"):
+        sweep_of("figure8", only=["dense", "resnet101"])
     with pytest.raises(RecipeError, match=r"surgery\.k"):
         sweep_of("figure3", "tiny", ["surgery.k=[2]"])
     for figure, setting, named in (

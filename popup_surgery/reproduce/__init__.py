@@ -83,7 +83,8 @@ def sweep_of(
 
     Raises:
         UnknownName: no such figure, scale, series or network.
-        RecipeError: what is wrong with the settings, or two runs of the figure would have the same place in it.
+        RecipeError: what is wrong with the settings, or `only` leaves no run, or two runs of the figure would have
+            the same place in it.
     """
     found, chosen = _look_up(figure, scale)
     own = chosen.imagenet if found.imagenet else chosen.cifar10
@@ -94,6 +95,8 @@ def sweep_of(
     values = read_yaml(file)
     settings = _apply(values["runs"], [*own, *settings])
     _choose(values["runs"], only)  # before the settings are checked, which may be for these alone
+    if not values["runs"]:
+        raise RecipeError(f"{figure} has no run of {' and '.join(only)} together; expected a series with its network")
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
     taken: dict[tuple[Any, ...], Run] = {}
     for run in sweep.runs:
@@ -167,15 +170,16 @@ def _apply(entries: list[dict[str, Any]], settings: Sequence[str]) -> list[str]:
     for setting in settings:
         key, value = parse_setting(setting)
         grids = [entry["grid"] for entry in entries if key in entry.get("grid", {})]
-        for grid in grids:
-            grid[key] = value if isinstance(value, list) else [value]
-        if not grids and key.startswith("surgery."):
+        if grids:
+            for grid in grids:
+                grid[key] = value if isinstance(value, list) else [value]
+        elif key.startswith("surgery."):
             for entry in entries:
                 own = entry.setdefault("set", {})
                 if own.get("surgery") != "none":
                     own.pop(key, None)
                     entry.setdefault("grid" if isinstance(value, list) else "set", {})[key] = value
-        elif not grids:
+        else:
             left.append(setting)
     return left
 
