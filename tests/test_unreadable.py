@@ -440,6 +440,21 @@ def test_a_death_is_known_wherever_it_is_met(said: str) -> None:
         raise RuntimeError("Caught KeyError in DataLoader worker process 0.")
 
 
+@pytest.mark.parametrize("shown", [EOFError(), RuntimeError("received 0 items of ancillary data")])
+def test_torchs_report_of_a_death_that_has_shown_already_comes_nowhere_else(shown: Exception) -> None:
+    def report(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    before = signal.signal(signal.SIGALRM, report)
+    try:
+        with pytest.raises(DataError, match=r"died: DataLoader worker \(pid 7\) is killed"), worker_deaths(EOFError):  # noqa: PT012
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+            raise shown
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 @pytest.mark.fault
 def test_a_worker_dies_in_evaluation(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = train(many, overrides=["training.epochs=1", "data.workers=0"], output=tmp_path / "run")

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ LIBRARIES = ("torch", "hfds", "hfids", "wds")  # timm's prefixes of data set nam
 MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being asked
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-_DEATH = re.compile(r"DataLoader worker \(pid|received \d+ items of ancillary data")  # the second where it was sending
+_REPORT = "DataLoader worker (pid"
+_DEATH = re.compile(rf"{re.escape(_REPORT)}|received \d+ items of ancillary data")  # the second where it was sending
 
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, Tensor, float]
@@ -356,10 +358,21 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
             death = death.__cause__ or death.__context__
         if death is None and not isinstance(error, other):
             raise
-        detail = " ".join(str(death or error).split()).rstrip(".") or type(error).__name__
+        if death is None or not str(death).startswith(_REPORT):
+            death = _report() or death or error
+        detail = " ".join(str(death).split()).rstrip(".") or type(death).__name__
         raise DataError(
             f"a worker process of the data loader died: {detail}; where memory is short, data.workers=0 does without"
         ) from error
+
+
+def _report() -> RuntimeError | None:
+    """torch's error for a death that showed otherwise; not awaited here, it comes wherever the process is by then."""
+    try:
+        time.sleep(1)
+    except RuntimeError as error:
+        return error
+    return None
 
 
 def warn_of_skipped(count: int, first: str) -> None:
