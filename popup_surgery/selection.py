@@ -6,8 +6,10 @@ collects what lies within, and only those few are partitioned (Floyd and Rivest,
 1975). On a GPU a radix select finds the threshold without the host knowing it.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,9 +17,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+log = logging.getLogger("popup_surgery")
+
 MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
 PIECE = 1 << 16  # elements a sweep holds in cache
 SAMPLE = 1 << 15
+RADIX_LIMIT = 2**31 - 4096  # elements; the kernels count in int32
 
 Bits = NDArray[np.int32]
 
@@ -176,14 +181,36 @@ def _select_on_device(scores: Sequence[Tensor], kept: int, total: int) -> list[T
     if kept in (0, total):
         return [torch.full_like(score, kept > 0, dtype=torch.bool) for score in scores]
     device = scores[0].device
-    bits = torch.cat([s.detach().contiguous().view(-1).view(torch.int32).to(device) for s in scores]) & MAGNITUDE
-    if kept <= total // 2:
+    flat = [s.detach().contiguous().view(-1).view(torch.int32).to(device) for s in scores]
+    bits = flat[0] if len(flat) == 1 else torch.cat(flat)
+    largest = _largest_on(device) if total < RADIX_LIMIT else _largest_by_topk
+    parts = largest(bits, kept).split([score.numel() for score in scores])
+    masks = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+    if len(scores) == 1 and masks[0].stride() == scores[0].stride():
+        return masks
+    # an operator's results share no memory
+    return [torch.empty_like(s, dtype=torch.bool).copy_(mask) for s, mask in zip(scores, masks, strict=True)]
+
+
+@cache
+def _largest_on(device: torch.device) -> Callable[[Tensor, int], Tensor]:
+    """The radix select where kernels can be built for `device`, else PyTorch's own operators."""
+    if device.type == "cuda":
+        try:
+            from .radix import largest
+
+            largest(torch.zeros(1, dtype=torch.int32, device=device), 1)
+            return largest
+        except Exception as error:  # Triton, a compiler of C, or whatever else is missing
+            log.info("ranking on %s by PyTorch's top-k, because Triton does not work there: %r", device, error)
+    return _largest_by_topk
+
+
+def _largest_by_topk(bits: Tensor, kept: int) -> Tensor:
+    bits = bits & MAGNITUDE
+    if kept <= len(bits) // 2:
         threshold = bits.topk(kept, sorted=False).values.amin()
     else:
-        threshold = bits.topk(total - kept + 1, largest=False, sorted=False).values.amax()
+        threshold = bits.topk(len(bits) - kept + 1, largest=False, sorted=False).values.amax()
     above, ties = bits > threshold, bits == threshold
-    flat = above | (ties & (ties.cumsum(0) <= kept - above.sum()))
-    parts = flat.split([score.numel() for score in scores])
-    return [
-        torch.empty_like(s, dtype=torch.bool).copy_(part.view(s.shape)) for s, part in zip(scores, parts, strict=True)
-    ]
+    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))

@@ -2,6 +2,9 @@
 
 import math
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -217,6 +220,39 @@ def test_device_path_on_a_large_array():
         assert torch.equal(_select_on_device([score], kept, LARGE)[0], fast_reference(score, kept))
 
 
+def interpreted(values: np.ndarray, kept: int) -> np.ndarray:
+    from popup_surgery.radix import largest
+
+    return largest(torch.from_numpy(values).view(torch.int32), kept).numpy()
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Callable[[Tensor, int], Tensor]]:
+    """The GPU's kernels, as Triton's interpreter runs them in a process that it has for itself from the start."""
+    pytest.importorskip("triton", reason="Triton comes with PyTorch where there may be a GPU")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(int).result()
+        yield lambda score, kept: torch.from_numpy(pool.submit(interpreted, score.numpy(), kept).result())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(VALUES, min_size=1, max_size=40), st.data())
+def test_the_gpus_kernels_give_the_host_path(kernels, values, data):
+    score = torch.tensor(values, dtype=torch.float32)
+    for kept in {1, len(values), data.draw(st.integers(1, len(values)))}:
+        assert torch.equal(kernels(score, kept), select([score], kept).masks[0])
+
+
+@pytest.mark.parametrize("n", [4096, 4097, 3 * 4096 - 1])
+@pytest.mark.parametrize("spread", [0, 3, 1000, 1e30])
+def test_the_gpus_kernels_on_several_programs(kernels, n, spread):
+    score = (torch.randn(n, generator=torch.Generator().manual_seed(n)) * spread).round()
+    for kept in (1, n // 3, 4096, n - 1, n):
+        assert torch.equal(kernels(score, kept), fast_reference(score, kept)), kept
+
+
 # Selection.holds -------------------------------------------------------------------------------------------------
 
 
@@ -290,12 +326,19 @@ def test_the_operator_passes_opcheck(kept):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
 @pytest.mark.parametrize("kept", [0, 1, 60_000, 150_000, LARGE - 1, LARGE])
-def test_cuda_gives_the_cpu_masks_without_waiting_for_the_device(kept):
+@pytest.mark.parametrize("how", ["radix", "topk"])
+def test_cuda_gives_the_cpu_masks_without_waiting_for_the_device(kept, how, monkeypatch):
+    if how == "topk":
+        monkeypatch.setattr(selection, "_largest_on", lambda device: selection._largest_by_topk)
+    elif selection._largest_on(torch.device("cuda", 0)) is selection._largest_by_topk:
+        pytest.skip("Triton builds no kernels here")
     generator = torch.Generator().manual_seed(kept)
     scores = [
         (torch.randn(200, 100, 3, 3, generator=generator) * 100).round().contiguous(memory_format=torch.channels_last),
         torch.randn(1000, 120, generator=generator).t(),
     ]
+    alone = torch.randn(LARGE, generator=generator).round(decimals=3)
+    assert same([mask.cpu() for mask in select([alone.cuda()], kept).masks], select([alone], kept).masks)
     expected = select(scores, kept).masks
     on_device = [score.cuda() for score in scores]
     select(on_device, kept)  # what is made once may wait

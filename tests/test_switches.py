@@ -183,6 +183,18 @@ def test_a_compiled_run(first: Result, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in result.model.state_dict().items())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and this machine has none")
+@pytest.mark.parametrize("learner", ["edge_popup", "supermask"])
+def test_cuda_graphs_take_the_same_steps(learner: str, tmp_path: Path) -> None:
+    own = ["surgery.learner=supermask", "surgery.k=null", "training.lr=20"] if learner == "supermask" else []
+    losses = []
+    for mode in ("false", "reduce-overhead"):
+        torch._dynamo.reset()
+        run = short(tmp_path / mode, f"training.compile={mode}", "data.batch_size=719", *own)
+        losses.append([epoch.train_loss for epoch in run.history])
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
 def test_deterministic_algorithms_are_asked_for_within_a_run_alone() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     with numerics(Training(epochs=1, lr=0.1, deterministic=True)):

@@ -92,8 +92,11 @@ def _choose(score: Tensor, name: str, sample: int | None) -> Tensor:
     return torch.empty_like(score, dtype=torch.bool).copy_(mask)
 
 
-# the tag keeps compilers from computing it again in the backward pass
-@torch.library.custom_op("popup_surgery::choose", mutates_args=(), tags=[torch.Tag.nondeterministic_seeded])
+# not to be computed again in the backward pass, nor to be caught in a CUDA graph, which would show one sample for ever
+_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
+
+
+@torch.library.custom_op("popup_surgery::choose", mutates_args=(), tags=_TAGS)
 def choose_op(score: Tensor, name: str, sample: int | None) -> Tensor:
     """The mask shown for `score`, as one operator that compilers and tracers take whole."""
     return _choose(score, name, sample)
