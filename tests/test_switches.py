@@ -184,6 +184,7 @@ def test_a_compiled_run(first: Result, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and this machine has none")
+@pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.parametrize("learner", ["edge_popup", "supermask"])
 def test_cuda_graphs_take_the_same_steps(learner: str, tmp_path: Path) -> None:
     own = ["surgery.learner=supermask", "surgery.k=null", "training.lr=20"] if learner == "supermask" else []
