@@ -514,7 +514,7 @@ def test_a_folder_of_other_classes(cli: Cli, tmp_path: Path, make_images: Callab
 
 LEVELS = (
     ("errors", "files"),
-    ("streams",),
+    ("streams", "radix"),
     ("weights", "selection", "filling", "learners", "kinds", "blank"),
     ("layers", "nets", "zoo", "rest"),
     ("planning",),
