@@ -1,6 +1,7 @@
 """What `sanity` measures: each network it makes against the same made by hand, and what the command shows of it."""
 
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,9 @@ def test_a_bad_number_of_repeats(artifact: Path, repeats: Any) -> None:
 # the command
 
 
-def test_the_command_prints_the_table_and_draws_it(cli: Callable[..., Any], artifact: Path) -> None:
+def test_the_command_prints_the_table_and_draws_it(cli: Callable[..., Any], artifact: Path, tmp_path: Path) -> None:
+    artifact = Path(shutil.copy(artifact, tmp_path))
+    drawn = tmp_path / "digits.sanity.png"
     done = cli("sanity", artifact, "--repeats", "2", "--value", "-1", "--value", "3")
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
@@ -200,14 +203,14 @@ def test_the_command_prints_the_table_and_draws_it(cli: Callable[..., Any], arti
     ]  # fmt: skip
     assert re.fullmatch(r"as it is +9\d\.\d\d %", lines[1])
     assert re.fullmatch(r"other seeds \(2\) +\d+\.\d\d ± \d+\.\d\d %", lines[2])
-    assert lines[7:] == ["359 validation images of digits; chance is 10.00 %", "wrote digits.sanity.png"]
-    with Image.open("digits.sanity.png") as picture:
+    assert lines[7:] == ["359 validation images of digits; chance is 10.00 %", f"wrote {drawn}"]
+    with Image.open(drawn) as picture:
         assert picture.format == "PNG"
         pixels = np.array(picture.convert("RGB")).reshape(-1, 3).astype(int)
     assert (np.abs(pixels - (0x4C, 0x9C, 0xC9)).max(1) < 12).sum() > 7 * 30, "a dot for each network"
     again = cli("sanity", artifact)
     assert again.status == 2
-    assert "digits.sanity.png exists already; pass --force" in again.err
+    assert f"{drawn} exists already; pass --force" in again.err
     assert cli("sanity", artifact, "--repeats", "1", "--force").status == 0
     assert cli("sanity", artifact, "--repeats", "1", "-o", "other.png").status == 0
 
@@ -233,13 +236,17 @@ def test_what_the_command_refuses(cli: Callable[..., Any], artifact: Path, tmp_p
         assert done.status == 2
         assert says in done.err
         assert "Traceback" not in done.err
-    assert not Path("digits.sanity.png").exists()
+    assert not artifact.with_name("digits.sanity.png").exists()
     with pytest.raises(DataError, match="does not exist"):
         sanity(artifact, data=module.Data(name="folder"), data_dir=tmp_path / "nowhere")
 
 
-def test_the_page_shows_what_the_command_prints(cli: Callable[..., Any], artifact: Path) -> None:
+def test_the_page_shows_what_the_command_prints(
+    cli: Callable[..., Any], artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(artifact, tmp_path)
     page = (ROOT / "docs" / "sanity.md").read_text()
     shown = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
-    printed = cli("sanity", artifact).out
+    printed = cli("sanity", artifact.name).out
     assert re.sub(r"\d+\.\d+", "#", shown).split() == re.sub(r"\d+\.\d+", "#", printed).split()

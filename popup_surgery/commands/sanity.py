@@ -16,7 +16,7 @@ def run(
         list[float] | None, typer.Option(help="A shared weight; repeatable. ±0.5, ±1 and ±2 if not given.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The picture; <artifact>.sanity.png if not given.")
+        Path | None, typer.Option("-o", "--output", help="The picture; beside the artifact if not given.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace a picture that is there.")] = False,
 ) -> None:
@@ -39,7 +39,7 @@ def run(
     wrote digits.sanity.png
     """
     name = artifact.name.partition(".")[0]
-    picture = new_file(output or Path(f"{name}.sanity.png"), force)
+    picture = new_file(output or artifact.with_name(f"{name}.sanity.png"), force)
     with busy("loading"):
         from .. import run as runs
         from ..ablation import VALUES, sanity
