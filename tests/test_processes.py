@@ -13,38 +13,35 @@ import pytest
 import torch
 from test_engine import begun, command, run
 
-from popup_surgery import evaluate
-
-STEP = """
-import sys, torch
-from popup_surgery import Recipe
-from popup_surgery.run import _network, quiet
-from popup_surgery.training.data import open_data
-from popup_surgery.training.loop import Fit
+from popup_surgery import Recipe, evaluate
+from popup_surgery.run import prepare, quiet
 from popup_surgery.training.processes import leave, start
-recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={sys.argv[2]}"])
-accelerator = start(recipe.training)
-model = _network(recipe)
-fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet), recipe.training, accelerator, quiet)
-fit._one_step(fit.data.train(0, fit.part))
-if accelerator.is_main_process:
-    torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, sys.argv[1])
-accelerator.wait_for_everyone()
-leave()
-"""
+
+
+def first_update(file: Path, accumulate: int) -> None:
+    """Take one step in this process's part of a run, and write the scores after it."""
+    recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={accumulate}"])
+    accelerator = start(recipe.training)
+    fitted, _ = prepare(recipe, accelerator, quiet)
+    fitted._one_step(fitted.data.train(0, fitted.part))
+    if accelerator.is_main_process:
+        torch.save({n: p.detach() for n, p in fitted.core.named_parameters() if p.requires_grad}, file)
+    accelerator.wait_for_everyone()
+    leave()
 
 
 def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Path) -> None:
-    script = tmp_path / "step.py"
-    script.write_text(STEP)
     results = []
     for processes, accumulate in ((1, 1), (1, 3), (2, 1), (2, 2)):
         file = tmp_path / f"{processes}-{accumulate}.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words = [sys.executable, *(launch if processes > 1 else []), str(script), str(file), str(accumulate)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment)
-        assert done.returncode == 0, done.stderr
+        if processes == 1:
+            first_update(file, accumulate)
+        else:
+            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+            words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment)
+            assert done.returncode == 0, done.stderr
         results.append(torch.load(file, weights_only=True))
     for other in results[1:]:
         for name, score in results[0].items():
@@ -98,3 +95,7 @@ def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
     assert process.returncode != 0
     assert time.monotonic() - began < 60
     assert re.search(r"rank\s*:? *1|local_rank: 1", said), said[-2000:]
+
+
+if __name__ == "__main__":  # one of the processes that the first test starts
+    first_update(Path(sys.argv[1]), int(sys.argv[2]))
