@@ -199,7 +199,7 @@ def _largest_on(device: torch.device) -> Callable[[Tensor, int], Tensor]:
         try:
             from .radix import largest
 
-            largest(torch.zeros(1, dtype=torch.int32, device=device), 1)
+            largest(torch.zeros(32, dtype=torch.int32, device=device), 1)
             return largest
         except Exception as error:  # Triton, a compiler of C, or whatever else is missing
             log.info("ranking on %s by PyTorch's top-k, because Triton does not work there: %r", device, error)
