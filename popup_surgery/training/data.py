@@ -363,7 +363,7 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
         detail = " ".join(str(death).split()).rstrip(".") or type(death).__name__
         raise DataError(
             f"a worker process of the data loader died: {detail}; where memory is short, data.workers=0 does without"
-        ) from error
+        ) from death
 
 
 def _report() -> RuntimeError | None:
