@@ -134,16 +134,13 @@ def main() -> None:
         ("popup_surgery/conv8", 128),
         ("timm/resnet50", 8),
     ]
-    results = [
-        measure(name, 256 if gpu else batch, arguments.pairs, device)
-        for name, batch in nets
-        if not arguments.only or arguments.only in name
-    ]
     where = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(
-        json.dumps({"device": where, "torch": torch.__version__, "k": K, "steps": results}, indent=2) + "\n"
-    )
+    result = {"device": where, "torch": torch.__version__, "k": K, "steps": (steps := [])}
+    for name, batch in nets:
+        if not arguments.only or arguments.only in name:
+            steps.append(measure(name, 256 if gpu else batch, arguments.pairs, device))
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n")  # what there is, should it be cut off
 
 
 if __name__ == "__main__":

@@ -324,7 +324,7 @@ def test_the_operator_passes_opcheck(kept):
 # CUDA ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and this machine has none")
+@pytest.mark.gpu
 @pytest.mark.parametrize("kept", [0, 1, 60_000, 150_000, LARGE - 1, LARGE])
 @pytest.mark.parametrize("how", ["radix", "topk"])
 def test_cuda_gives_the_cpu_masks_without_waiting_for_the_device(kept, how, monkeypatch):

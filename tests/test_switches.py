@@ -183,7 +183,7 @@ def test_a_compiled_run(first: Result, tmp_path: Path) -> None:
     assert all(torch.equal(state[name], tensor) for name, tensor in result.model.state_dict().items())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU, and this machine has none")
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")  # of the compiler's own
 @pytest.mark.parametrize("learner", ["edge_popup", "supermask"])
 def test_cuda_graphs_take_the_same_steps(learner: str, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_precision_that_the_device_does_not_have(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="float16 needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("clip", ["null", "1.0"])
 def test_float16_scales_its_loss(clip: str, tmp_path: Path) -> None:
     assert short(tmp_path / "run", "training.precision=float16", f"training.clip_norm={clip}").accuracy > 0.8

@@ -1,12 +1,15 @@
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import Stopped
+from ..errors import PopupError, Stopped
 from .shared import busy, messages, show
 from .sweep import Address, DryRun, GpusPerRun, Jobs, OnOption, Seeds, Threads, chosen, estimate, shown
+
+if TYPE_CHECKING:
+    from ..reproduce import Reproduction
 
 
 class Scale(StrEnum):
@@ -38,6 +41,12 @@ def run(
     address: Address = None,
     gpus_per_run: GpusPerRun = None,
     dry_run: DryRun = False,
+    from_: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Draw from an archive of finished runs, as benchmarks/gpu.py writes it; run nothing."
+        ),
+    ] = None,
 ) -> int:
     """Reproduce a figure or table of the paper: run its sweep, draw it, and print it beside the paper's numbers.
 
@@ -58,6 +67,18 @@ def run(
         from .. import reproduce as reproducing
         from ..training.recipe import parse_yaml
 
+        if from_ is not None:
+            given = {
+                "--set": set_,
+                "--only": only,
+                "--seeds": seeds,
+                "--data-dir": data_dir,
+                "--on": on,
+                "--jobs": jobs,
+            }
+            if others := [name for name, value in given.items() if value] + ["--dry-run"] * dry_run:
+                raise PopupError(f"{others[0]} was given with --from, which runs nothing; expected one of them")
+            return _print(reproducing.redraw(figure, from_, output))
         engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
         sweep = reproducing.sweep_of(figure, scale.value, set_ or (), only=only or (), seeds=number, data_dir=data_dir)
@@ -70,6 +91,11 @@ def run(
     except Stopped as error:
         messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
         return error.status
+    return _print(done)
+
+
+def _print(done: "Reproduction") -> int:
+    """Show the table and name the files; the exit status."""
     print("\n".join(line for line in done.table.splitlines() if line))
     show(f"wrote {done.files[0]}, {', '.join(path.suffix for path in done.files[1:-1])} and {done.files[-1].suffix}")
     return 1 if any(outcome.state.value == "failed" for outcome in done.outcomes) else 0

@@ -1,20 +1,22 @@
 """The paper's figures and tables, each one sweep of recipes/paper and a picture of it."""
 
+import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import RecipeError, unknown
+from ..errors import PopupError, RecipeError, RunError, unknown
 from ..files import write_atomically
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
+from ..sweep.archive import Archive
 from ..training.folder import flat
 from ..training.recipe import find, parse_setting, read_yaml
 from .figures import FIGURES, NET, Figure
 from .picture import draw
 from .table import as_json, as_markdown, panel_of, rows, short
 
-__all__ = ["FIGURES", "SCALES", "Reproduction", "Scale", "reproduce", "sweep_of"]
+__all__ = ["FIGURES", "SCALES", "Reproduction", "Scale", "redraw", "reproduce", "sweep_of"]
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,60 @@ def reproduce(
     Raises:
         RunError, Stopped, PopupError: as `sweep.execute`.
     """
-    found, _ = _look_up(figure, scale)
+    _look_up(figure, scale)
     output = Path(output)
     outcomes = execute(sweep, output, engine, report)
-    shown, note = points(outcomes), _note(sweep, scale) + (f"\nset: {'; '.join(settings)}" if settings else "")
+    return _show(figure, scale, outcomes, _note(sweep, scale, settings), output)
+
+
+def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction:
+    """Write a figure and its table from the finished runs in an archive, as `reproduce` does; nothing is run.
+
+    The note under the figure says the device that the archive names, and how many of the figure's runs are there.
+
+    Args:
+        figure: a key of `FIGURES`.
+        archive: a file that `write_archive` wrote, as `benchmarks/gpu.py` does.
+        output: a folder; it is made if it is not there.
+
+    Raises:
+        UnknownName: no such figure.
+        RunError: the file is no archive of runs, or has no run of the figure.
+        PopupError: `output` cannot be written.
+    """
+    found = Archive.open(archive)
+    scale, settings = str(found.about.get("scale", "full")), [str(each) for each in found.about.get("settings", ())]
+    seeds = sorted({outcome.run.seed for outcome in found.outcomes})
+    wanted = sweep_of(figure, scale, seeds=seeds or None)
+    places = {_place(run): number for number, run in enumerate(wanted.runs)}
+    chosen = {
+        places[_place(outcome.run)]: replace(outcome, run=replace(outcome.run, point=wanted.runs[number].point))
+        for outcome in found.outcomes
+        if (number := places.get(_place(outcome.run))) is not None
+    }
+    if not chosen:
+        labels = "; ".join(dict.fromkeys(outcome.run.label for outcome in found.outcomes)) or "no run at all"
+        raise RunError(f"{archive} has no run of {figure}; it has {labels}")
+    outcomes = [chosen[number] for number in sorted(chosen)]
+    note = _note(Sweep(figure, tuple(outcome.run for outcome in outcomes)), scale, settings)
+    device = found.about.get("device", "an unknown device")
+    note += f"\n{len(outcomes)} of {len(wanted.runs)} runs of these seeds, on {device}"
+    output = Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PopupError(f"{output} cannot be written: {error.strerror}") from error
+    return _show(figure, scale, outcomes, note, output)
+
+
+def _place(run: Run) -> tuple[str, str, int]:
+    """Where a run stands in its figure."""
+    return run.label, json.dumps(dict(run.values), sort_keys=True), run.seed
+
+
+def _show(figure: str, scale: str, outcomes: Sequence[Outcome], note: str, output: Path) -> Reproduction:
+    """Write the figure and its table into the folder `output`."""
+    found, shown = FIGURES[figure], points(outcomes)
     table = rows(found, shown)
     text = as_markdown(found, table, note)
     files = [output / f"{figure}-{scale}{suffix}" for suffix in (".md", ".json", ".png", ".svg")]
@@ -192,8 +244,8 @@ def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:
     return FIGURES[figure], SCALES[scale]
 
 
-def _note(sweep: Sweep, scale: str) -> str:
-    """What was run, of all recipes of a sweep."""
+def _note(sweep: Sweep, scale: str, settings: Sequence[str]) -> str:
+    """What was run, of all recipes of a sweep, and the settings that it was run with."""
     data, seeds = [run.recipe.data for run in sweep.runs], len({run.seed for run in sweep.runs})
 
     def each(values: Iterable[int | None]) -> str:
@@ -204,4 +256,5 @@ def _note(sweep: Sweep, scale: str) -> str:
     return (
         f"{scale}; {images}{f' of {each(pixels)} pixels' * bool(pixels)}; batch: {each(d.batch_size for d in data)}; "
         f"epochs: {each(run.recipe.epochs for run in sweep.runs)}; seeds: {seeds}"
+        + (f"\nset: {'; '.join(settings)}" if settings else "")
     )

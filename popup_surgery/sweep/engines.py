@@ -55,10 +55,13 @@ class Local:
     Attributes:
         jobs: runs at a time; if not given, one for each GPU, or without GPUs one for each `threads` cores. GPUs are
             dealt out to them in turn.
+        admit: asked before a run starts. A run that it refuses is asked about again when a place is free; what is
+            refused while nothing runs is left waiting.
     """
 
     jobs: int | None = None
     threads: int = 1
+    admit: Callable[[Run], bool] = lambda run: True
 
     @property
     def places(self) -> int:
@@ -76,13 +79,13 @@ class Local:
             if _held(run, output):
                 log.warning("another process runs in %s; waiting for it", run.folder(output).path)
         try:
-            while running or (waiting and not stop()):
+            while running or (not stop() and any(_held(run, output) or self.admit(run) for run in waiting)):
                 if stop() and not told:
                     told = True
                     for _, child in running.values():
                         child.send_signal(signal.SIGTERM)
                 for place in [] if stop() else [place for place in places if place not in running]:
-                    begun = next((run for run in waiting if not _held(run, output)), None)
+                    begun = next((run for run in waiting if not _held(run, output) and self.admit(run)), None)
                     if begun is None:
                         break
                     waiting.remove(begun)
@@ -91,7 +94,7 @@ class Local:
                         if begun.folder(output).finished:  # by the process that was waited for
                             yield begun, State.FINISHED, ""
                         else:
-                            running[place] = begun, _begin(begun, output, environment | gpu)
+                            running[place] = begun, start_run(begun, output, environment | gpu)
                             yield begun, State.RUNNING, ""
                     except PopupError as error:
                         yield begun, State.FAILED, str(error)
@@ -211,7 +214,8 @@ def _prepare(run: Run, output: Path) -> Path:
     return folder.path
 
 
-def _begin(run: Run, output: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+def start_run(run: Run, output: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """A process `popup-surgery train` in the run's folder in `output`, from its checkpoint where there is one."""
     path = _prepare(run, output)
     command = [sys.executable, "-m", "popup_surgery", "train", f"{path}/recipe.yaml", "-o", str(path), "--resume"]
     with open(path / "log.txt", "wb") as file:

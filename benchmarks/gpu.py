@@ -1,0 +1,639 @@
+"""What a GPU is spent on when one is at hand: checks, a trial, and then the paper's figure 3, in order of value.
+
+    python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data DIR --output OUT
+    python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data DIR --output OUT    # the rest of the day
+
+1. Device and versions, the tests marked `gpu`, and benchmarks/step.py: 90 seconds at most.
+2. A trial: 4, 8 and 16 runs of Conv4 at once under NVIDIA's MPS, 60 seconds at most. The number that gives the most
+   steps a second is taken for what follows.
+3. Conv4 by the paper's protocol, then Conv2, Conv6 and Conv8, then the same with another seed. A run is started only
+   if it will end within the day, and so will those that run beside it. It is an ordinary run of a sweep.
+
+A day is one call or several with the same `--work` folder. A call that ends stops its runs with a checkpoint, and the
+next one resumes them. The day counts the time of its calls, not the time between them.
+
+OUT gets `gpu.json`, all that has been measured (rewritten after every epoch); `runs.zip`, the finished runs, from which
+`popup-surgery reproduce figure3 --from OUT/runs.zip` draws the figure; and the logs `checks.log` and `step.log`.
+
+A machine without a network needs this checkout, PyTorch, torchvision, timm, accelerate, scikit-learn, matplotlib,
+pytest and hypothesis, and as wheels what else is missing there of: pydantic, pydantic-core, annotated-types,
+typing-inspection, filelock, psutil, typer, rich. The data is CIFAR-10 as a folder of `train/<class>/` and
+`validation/<class>/`, or a tar archive of it, which is unpacked into the work folder. Then type, twice the second:
+
+    python -m pip install --no-index --no-deps --target site wheels/*.whl
+    PYTHONPATH=site:. python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data cifar10.tar.xz --output OUT
+"""
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import popup_surgery as ps
+from popup_surgery.errors import PopupError, RunError, Stopped
+from popup_surgery.files import write_atomically
+from popup_surgery.reproduce import sweep_of
+from popup_surgery.sweep import Local, Outcome, Run, State, Sweep, execute
+from popup_surgery.sweep.archive import write_archive
+from popup_surgery.sweep.engines import Events, Stop, start_run
+from popup_surgery.training.recipe import Recipe
+from popup_surgery.zoo import input_size
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = ("conv4", "conv2", "conv6", "conv8")
+SHARES = (0.5, 0.3, 0.7, 0.1, 0.9)  # of weights kept, the most telling first
+SERIES = ("Signed Constant", "dense, SGD", "Kaiming Normal", "dense, Adam")
+ON_GPU = ("training.compile=reduce-overhead", "training.optimizer_kwargs={fused: true}")
+CLOSING = 20.0  # seconds that a call needs at its end, for checkpoints and files
+CHECKS, TRIAL = 90.0, 60.0  # seconds that these phases have
+MARGIN = 1.03  # of a forecast
+LARGEST = 16_000_000  # bytes of a file in OUT
+
+
+# What is run ----------------------------------------------------------------------------------------------------------
+
+
+def runs_of_the_day(
+    scale: str, settings: Sequence[str], networks: Sequence[str], seeds: Sequence[int], data_dir: Path
+) -> Sweep:
+    """The runs of figure 3, and Zhou et al. of figure 6, the most wanted first."""
+    found: dict[str, Run] = {}
+    for seed, network in itertools.product(seeds, networks):
+        own: dict[str, Any] = {"only": [network], "seeds": [seed], "data_dir": data_dir}
+        figure3 = sweep_of("figure3", scale, settings, **own).runs
+        zhou = [run for run in sweep_of("figure6", scale, settings, **own).runs if run.label.startswith("Zhou")]
+        for run in [*sorted(figure3, key=_worth), *zhou]:
+            found.setdefault(run.name, replace(run, point=len(found)))
+    return Sweep("gpu", tuple(found.values()))
+
+
+def _worth(run: Run) -> tuple[int, int]:
+    k = run.values.get("surgery.k")
+    return SERIES.index(run.label), SHARES.index(k) if k in SHARES else len(SHARES)
+
+
+def kind_of(recipe: Recipe) -> str:
+    """The same text for recipes whose steps take about the same time."""
+    learner = "dense" if isinstance(recipe.surgery, str) else recipe.surgery.learner
+    network = f"{recipe.model.name.rsplit('/', 1)[-1]} {json.dumps(recipe.model.kwargs)}"
+    return f"{network}, {learner}, {recipe.training.optimizer}, batch {recipe.data.batch_size}"
+
+
+def flops(recipe: Recipe) -> int:
+    """Operations of one training step of a recipe's network, but for its masks."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = ps.build(recipe.model.name, **recipe.model.kwargs)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.zeros(1, *(recipe.data.input_size or input_size(model) or (3, 32, 32))))
+    return 3 * counter.get_total_flops() * recipe.data.batch_size
+
+
+# When it will end -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that runs or may run: seconds until its first step, and reference steps until its end."""
+
+    start: float
+    work: float
+
+
+@dataclass
+class Forecast:
+    """When runs that share a GPU will end. They share it equally, and their speed together depends on their number.
+
+    Attributes:
+        speeds: reference steps a second of all runs together, by their number, as the trial measured them.
+        start: seconds from a run's start to its first step.
+        costs: of a step of each kind of run, in reference steps; measured, or else from `priors`.
+    """
+
+    speeds: Mapping[int, float]
+    start: float
+    priors: Mapping[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
+
+    def speed(self, count: float) -> float:
+        """Reference steps a second of so many runs; fewer than were tried are each as fast as the fewest that were."""
+        numbers = sorted(self.speeds)
+        return float(np.interp(count, [0, *numbers], [0, *(self.speeds[number] for number in numbers)]))
+
+    def cost(self, kind: str) -> float:
+        return self.costs.get(kind, self.priors.get(kind, 1.0))
+
+    def observe(self, kind: str, steps: float, seconds: Sequence[float], count: float) -> None:
+        """Learn what a step costs, where `count` runs at once took `seconds` for `steps` of this kind each."""
+        if seconds and steps:
+            self.costs[kind] = self.speed(count) / count * statistics.median(seconds) / steps
+
+    def ends(self, jobs: Sequence[Job]) -> list[float]:
+        """Seconds from now until each job ends, if no other starts."""
+        now, left = 0.0, [job.work for job in jobs]
+        found = [0.0] * len(jobs)
+        open_ = set(range(len(jobs)))
+        while open_:
+            active = [i for i in open_ if jobs[i].start <= now]
+            waiting = [jobs[i].start for i in open_ if jobs[i].start > now]
+            if not active:
+                now = min(waiting)
+                continue
+            pace = self.speed(len(active)) / len(active)
+            until = now + min(left[i] for i in active) / pace
+            then = min([until, *waiting])
+            for i in active:
+                left[i] -= (then - now) * pace
+                if left[i] <= 1e-9 * max(jobs[i].work, 1.0):
+                    found[i] = then
+                    open_.remove(i)
+            now = then
+        return found
+
+
+@dataclass
+class Day:
+    """The time there is: of this call, and of the day.
+
+    Attributes:
+        minutes, day_minutes: of a call, and of all calls of the day.
+        before: seconds that earlier calls took.
+    """
+
+    minutes: float
+    day_minutes: float
+    before: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+
+    def __post_init__(self) -> None:
+        self.began = self.clock()
+
+    @property
+    def spent(self) -> float:
+        """Seconds of the day that are over."""
+        return self.before + self.clock() - self.began
+
+    @property
+    def here(self) -> float:
+        """Seconds left to work in this call."""
+        return min(60 * self.minutes - (self.clock() - self.began), 60 * self.day_minutes - self.spent) - CLOSING
+
+    def left(self, start: float) -> float:
+        """Seconds left to work in the whole day, where every further call takes `start` until its runs go on."""
+        total = self.here
+        rest = 60 * self.day_minutes - self.spent - max(total, 0.0) - CLOSING
+        while rest > CLOSING + start:
+            part = min(rest, 60 * self.minutes)
+            total += max(part - CLOSING - start, 0.0)
+            rest -= part
+        return total
+
+
+class Scheduler:
+    """Which run may start, by what the runs before it took.
+
+    Args:
+        done: epochs that a run has behind it, by its name.
+    """
+
+    def __init__(self, day: Day, forecast: Forecast, done: Mapping[str, int]) -> None:
+        self.day, self.forecast, self.done = day, forecast, dict(done)
+        self.running: dict[str, Run] = {}
+        self.since: dict[str, float] = {}  # when a running run started, or when its last epoch ended
+        self.warm: set[str] = set()  # running runs that have ended an epoch since they were started
+        self.seconds: dict[str, float] = {}  # of the last epoch of each running run
+        self.first: dict[str, float] = {}  # from a run's start to the end of its first epoch
+
+    def steps(self, run: Run) -> float:
+        """Steps of one epoch of a run."""
+        return -(-(run.recipe.data.max_train or 50_000) // run.recipe.data.batch_size)
+
+    def job(self, run: Run) -> Job:
+        """What is left of a run."""
+        cost = self.steps(run) * self.forecast.cost(kind_of(run.recipe))
+        work = cost * max(run.recipe.epochs - self.done.get(run.name, 0), 0.01)
+        if run.name not in self.running:
+            return Job(self.forecast.start, work)
+        over = self.day.clock() - self.since[run.name]
+        if run.name not in self.warm:
+            return Job(max(self.forecast.start - over, 0.0), work)
+        return Job(0.0, work - cost * min(over / self.seconds.get(run.name, over or 1.0), 0.99))
+
+    def admits(self, run: Run) -> bool:
+        """Whether a run will end within the day, and with it all those running that would without it."""
+        if self.day.here < self.forecast.start:  # its first step belongs to the next call
+            return False
+        if not self.forecast.speeds:  # nothing is known: the first few runs will tell
+            return len(self.running) < 4
+        jobs = [self.job(other) for other in self.running.values()]
+        before, after = self.forecast.ends(jobs), self.forecast.ends([*jobs, self.job(run)])
+        left = self.day.left(self.forecast.start)
+        return after[-1] * MARGIN <= left and all(
+            new * MARGIN <= left or old * MARGIN > left for old, new in zip(before, after, strict=False)
+        )
+
+    def started(self, run: Run) -> None:
+        self.running[run.name], self.since[run.name] = run, self.day.clock()
+
+    def ended(self, run: Run) -> None:
+        self.running.pop(run.name, None)
+        self.warm.discard(run.name)
+        self.seconds.pop(run.name, None)
+        self.first.pop(run.name, None)
+
+    def epochs(self, run: Run, done: int) -> None:
+        """Note that a run has so many epochs behind it now."""
+        more, now = done - self.done.get(run.name, 0), self.day.clock()
+        if run.name in self.warm and more:
+            self.seconds[run.name] = (now - self.since[run.name]) / more
+            alike = [self.seconds[name] for name in self.seconds if self._alike(name, run)]
+            self.forecast.observe(kind_of(run.recipe), self.steps(run), alike, len(self.running))
+            if run.name in self.first:
+                self.forecast.start = max(self.first.pop(run.name) - self.seconds[run.name], 0.0)
+        elif more == 1:
+            self.first[run.name] = now - self.since[run.name]
+            self.forecast.start = min(self.forecast.start, self.first[run.name])
+        self.done[run.name], self.since[run.name] = done, now
+        self.warm.add(run.name)
+
+    def _alike(self, name: str, run: Run) -> bool:
+        return name in self.running and kind_of(self.running[name].recipe) == kind_of(run.recipe)
+
+
+# What is known of it --------------------------------------------------------------------------------------------------
+
+
+class Ledger:
+    """gpu.json: everything measured so far, in the work folder and in OUT."""
+
+    def __init__(self, work: Path, output: Path, day: dict[str, Any]) -> None:
+        self.work, self.output = work, output
+        for folder in (work, output):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PopupError(f"{folder} cannot be written: {error.strerror}") from error
+        file = work / "gpu.json"
+        self.values: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"day": day}
+        if self.values["day"] != day:
+            key = next(key for key in day if self.values["day"].get(key) != day[key])
+            raise RunError(
+                f"{work} holds a day with {key} {self.values['day'].get(key)!r}, and this one has {day[key]!r}; choose "
+                "another folder with --work"
+            )
+
+    def write(self, day: Day) -> None:
+        self.values["seconds_spent"] = round(day.spent, 1)
+        data = (json.dumps(self.values, indent=1) + "\n").encode()
+        for folder in (self.work, self.output):
+            write_atomically(folder / "gpu.json", data)
+
+
+def epochs_of(run: Run, output: Path) -> list[dict[str, Any]]:
+    """The epochs that a run has written down."""
+    with suppress(OSError):
+        lines = (run.folder(output).path / "metrics.jsonl").read_text().split("\n")[:-1]  # the last may be half written
+        return [json.loads(line) for line in lines]
+    return []
+
+
+# The phases -----------------------------------------------------------------------------------------------------------
+
+
+def check(ledger: Ledger, day: Day) -> None:
+    """Device and versions, the tests of GPUs, a few rounds of step.py."""
+    gpu = torch.cuda.is_available()
+    versions = {name: __import__(name).__version__ for name in ("torch", "torchvision", "timm", "accelerate")}
+    ledger.values |= {
+        "device": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {os.cpu_count()} cores, no GPU",
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda, **versions},
+    }
+    ledger.write(day)
+    end = day.clock() + min(CHECKS, day.here)
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "pytest.mark.gpu" in path.read_text()]
+    log = ledger.output / "checks.log"
+    call = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *files]
+    status = _bounded(call, log, end - day.clock() - 30)
+    lines = log.read_text(errors="replace").strip().splitlines()
+    ledger.values["gpu_tests"] = {"status": status, "says": lines[-1] if lines else ""}
+    ledger.write(day)
+    file = ledger.work / "step.json"
+    only = [] if gpu else ["--only", "conv2"]
+    call = [sys.executable, str(ROOT / "benchmarks/step.py"), "--pairs", "3" if gpu else "1", *only]
+    status = _bounded([*call, "--output", str(file)], ledger.output / "step.log", end - day.clock())
+    ledger.values["step"] = {"status": status, **(json.loads(file.read_text()) if file.exists() else {})}
+    ledger.write(day)
+
+
+def _bounded(call: Sequence[str], log: Path, seconds: float) -> int | str:
+    """The exit status of a command, or that it was cut off."""
+    if seconds <= 1:
+        return "not run, there was no time left"
+    with open(log, "wb") as file:
+        process = subprocess.Popen(call, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT)
+        try:
+            return process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"cut off after {seconds:.0f} s"
+        finally:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def mps(ledger: Ledger) -> Iterator[None]:
+    """Context manager: processes share the GPU through NVIDIA's MPS, where it is there."""
+    program = shutil.which("nvidia-cuda-mps-control") if torch.cuda.is_available() else None
+    ledger.values["mps"] = program is not None and subprocess.run([program, "-d"]).returncode == 0
+    try:
+        yield
+    finally:
+        if ledger.values["mps"] and program:
+            subprocess.run([program], input=b"quit\n", timeout=30, check=False)
+
+
+class Trial:
+    """Runs of Conv4 that are started together and stopped one after another, for their speed by their number."""
+
+    def __init__(self, runs: Sequence[Run], folder: Path, day: Day) -> None:
+        self.runs, self.folder, self.day = runs, folder, day
+        self.end = day.clock() + min(TRIAL, day.here)
+        folder.mkdir(parents=True, exist_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        self.began = day.clock()
+        self.children = {run.name: start_run(run, folder, environment) for run in runs}
+        self.seen: dict[str, list[float]] = {run.name: [] for run in runs}  # when each epoch's line was there
+
+    def look(self) -> None:
+        for run in self.runs:
+            if self.children[run.name].poll() is None:
+                more = len(epochs_of(run, self.folder)) - len(self.seen[run.name])
+                self.seen[run.name] += [self.day.clock()] * more
+        time.sleep(0.02)
+
+    def wait(self, until: Callable[[], bool]) -> bool:
+        """Look until something holds; False where the trial's time is over, or a run has ended."""
+        while not until():
+            if self.day.clock() > self.end or any(child.poll() for child in self.children.values()):
+                return False
+            self.look()
+        return True
+
+    def speed(self, runs: Sequence[Run], seconds: float, steps: float) -> float | None:
+        """Steps a second of `runs` together, over whole epochs in the next seconds or so; None where time is over."""
+        first = {run.name: len(self.seen[run.name]) for run in runs}
+        began = self.day.clock()
+        if not self.wait(lambda: all(len(self.seen[name]) > count for name, count in first.items())):
+            return None
+        over = began + seconds
+        self.wait(lambda: self.day.clock() > over and all(len(self.seen[name]) > n + 1 for name, n in first.items()))
+        total = 0.0
+        for name, count in first.items():
+            lines = self.seen[name][count:]
+            if len(lines) < 2:
+                return None
+            total += steps * (len(lines) - 1) / (lines[-1] - lines[0])
+        return total
+
+    def stop(self, runs: Sequence[Run]) -> None:
+        for run in runs:
+            child = self.children[run.name]
+            if child.poll() is None:
+                child.send_signal(signal.SIGCONT)
+                child.terminate()
+        for run in runs:
+            try:
+                self.children[run.name].wait(10)
+            except subprocess.TimeoutExpired:
+                self.children[run.name].kill()
+            self.children.pop(run.name).wait()
+        self.runs = [run for run in self.runs if run.name in self.children]
+
+
+def trial(ledger: Ledger, day: Day, counts: Sequence[int], settings: Sequence[str], data_dir: Path, tiny: bool) -> None:
+    """Measure how fast 4, 8 and 16 runs at once are, and a few in bfloat16."""
+    small = ["data.max_train=64", "data.max_validation=32", "data.batch_size=16"] if tiny else [
+        "data.max_train=6400", "data.max_validation=1280"
+    ]  # fmt: skip
+    own = [*settings, *small, "data.name=folder", "training.epochs=100000"]
+    values = {"recipe": "cifar10/conv4", "seeds": max(counts)}
+    runs = Sweep.parse(values, settings=own, data_dir=data_dir).runs
+    half: Sequence[Run] = ()
+    if torch.cuda.is_available():
+        in_half = [*own, "training.precision=bfloat16"]
+        half = Sweep.parse(values | {"seeds": min(counts)}, settings=in_half, data_dir=data_dir).runs
+    steps = -(-(runs[0].recipe.data.max_train or 0) // runs[0].recipe.data.batch_size)
+    window = TRIAL / 12
+    result: dict[str, Any] = {"runs": {}, "kind": kind_of(runs[0].recipe), "flops": flops(runs[0].recipe)}
+    ledger.values["trial"] = result
+    folder = ledger.work / "trial"
+    tried = Trial([*runs, *half], folder, day)
+    try:
+        tried.wait(lambda: all(tried.seen[run.name] for run in half))
+        for run in half:  # they wait until their turn comes
+            tried.children[run.name].send_signal(signal.SIGSTOP)
+        if tried.wait(lambda: all(len(tried.seen[run.name]) > 1 for run in runs)):
+            seen = [tried.seen[run.name] for run in runs]
+            # twice, because a whole data set takes longer to read
+            result["start_seconds"] = round(2 * max(2 * lines[0] - lines[1] - tried.began for lines in seen), 2)
+        left = list(runs)
+        for count in sorted(counts, reverse=True):
+            tried.stop(left[count:])
+            left = left[:count]
+            speed = tried.speed(left, window, steps)
+            if speed is not None:
+                result["runs"][str(count)] = round(speed, 2)
+                ledger.write(day)
+        tried.stop(left)
+        for run in half:
+            tried.children[run.name].send_signal(signal.SIGCONT)
+        if half and (speed := tried.speed(half, window, steps)) is not None:
+            result["bfloat16"] = {"runs": len(half), "steps_per_second": round(speed, 2)}
+    finally:
+        tried.stop(list(tried.runs))
+        shutil.rmtree(folder, ignore_errors=True)
+    measured = {int(count): speed for count, speed in result["runs"].items()}
+    result["taken"] = max(measured, key=measured.__getitem__) if measured else min(counts)
+    ledger.write(day)
+
+
+@dataclass(frozen=True)
+class UntilItIsOver(Local):
+    """`Local`, whose runs stop when a call's time is over, too."""
+
+    over: Callable[[], bool] = lambda: False
+
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
+        return super().run(runs, output, lambda: stop() or self.over())
+
+
+def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) -> list[Outcome]:
+    """Run what of the day's runs will end within it, and write everything down as it comes."""
+    output, measured = ledger.work / "runs", ledger.values["trial"]
+    known = {run.name: run for run in sweep.runs}
+    kinds = {kind_of(run.recipe): run.recipe for run in sweep.runs}
+    forecast = Forecast(
+        {int(count): speed for count, speed in measured["runs"].items()},
+        measured.get("start_seconds", 30.0),
+        {kind: flops(recipe) / measured["flops"] for kind, recipe in kinds.items()},
+        dict(ledger.values.get("costs", {})),
+    )
+    done = {name: len(epochs_of(run, output)) for name, run in known.items()}
+    scheduler = Scheduler(day, forecast, done)
+    begun = sorted(
+        sweep.runs, key=lambda run: not 0 < done[run.name] < run.recipe.epochs
+    )  # those first that were stopped
+    entries: dict[str, dict[str, Any]] = ledger.values.setdefault("runs", {})
+
+    def note(outcome: Outcome) -> None:
+        run = outcome.run
+        entry = entries.setdefault(run.name, {"label": run.label, "values": dict(run.values), "seed": run.seed})
+        entry |= {"state": outcome.state.value, "accuracy": [epoch["accuracy"] for epoch in epochs_of(run, output)]}
+        if outcome.state is State.FAILED:
+            entry["error"] = outcome.error
+
+    def report(outcomes: Sequence[Outcome], changed: Outcome | None) -> None:
+        news = False
+        for outcome in outcomes:
+            run = outcome.run
+            if outcome.state is State.RUNNING and (count := len(epochs_of(run, output))) > scheduler.done[run.name]:
+                scheduler.epochs(run, count)
+                note(outcome)
+                news = True
+        if changed is None:
+            if not entries:
+                for outcome in outcomes:
+                    if outcome.state is not State.WAITING:
+                        note(outcome)
+        elif changed.state is State.RUNNING:
+            scheduler.started(changed.run)
+            note(changed)
+            news = True
+        else:
+            scheduler.ended(changed.run)
+            note(changed)
+            news = True
+            _pack(ledger, outcomes, output, about)
+        if news:
+            ledger.values["costs"] = {kind: round(cost, 4) for kind, cost in forecast.costs.items()}
+            ledger.write(day)
+
+    engine = UntilItIsOver(measured["taken"], 1, scheduler.admits, lambda: day.here <= 0)
+    with suppress(Stopped):
+        execute(replace(sweep, runs=tuple(begun)), output, engine, report)
+    outcomes = [Outcome.read(run, output) for run in sweep.runs]
+    for outcome in outcomes:
+        entry = entries.get(outcome.run.name)
+        if outcome.state is not State.WAITING:
+            note(outcome)
+        elif entry is not None and entry["state"] != State.FAILED:
+            note(replace(outcome, state=State.STOPPED))
+    ledger.values["not_started"] = [str(run) for run in sweep.runs if run.name not in entries]
+    _pack(ledger, outcomes, output, about)
+    ledger.write(day)
+    return outcomes
+
+
+def _pack(ledger: Ledger, outcomes: Sequence[Outcome], output: Path, about: Mapping[str, Any]) -> None:
+    left_out = write_archive(ledger.output / "runs.zip", outcomes, output, about, LARGEST)
+    ledger.values["artifacts_left_out"] = left_out
+
+
+def unpacked(data: Path, work: Path) -> Path:
+    """The folder of train/ and validation/ in `data`, which is one, or an archive that is unpacked into `work`."""
+    if not data.exists():
+        raise RunError(f"--data is {data}, which does not exist; expected a folder or a tar archive of images")
+    if data.is_file():
+        folder = work / "data"
+        if not (folder / "whole").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                with tarfile.open(data) as archive:
+                    archive.extractall(folder, filter="data")
+            except (tarfile.TarError, OSError) as error:
+                raise RunError(f"--data {data} cannot be unpacked: {error}") from error
+            (folder / "whole").touch()
+        data = folder
+    for folder in (data, *sorted(path for path in data.iterdir() if path.is_dir())):
+        if (folder / "train").is_dir():
+            return folder.absolute()
+    raise RunError(f"--data {data} has no folder train; expected train/<class>/ and validation/<class>/")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, required=True, help="of this call")
+    parser.add_argument(
+        "--day-minutes", type=float, help="of all calls with this work folder; of this one if not given"
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="CIFAR-10 as folders of images, or a tar archive of them"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder for what is carried away")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the day; runs/gpu if not given")
+    parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny is a rehearsal")
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument(
+        "--trial", nargs="+", type=int, default=[4, 8, 16], help="numbers of runs at once that are tried"
+    )
+    parser.add_argument("--set", action="append", default=[], help="key=value of any recipe key; repeatable")
+    arguments = parser.parse_args()
+    # this checkout is what all processes import
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = [*(ON_GPU if torch.cuda.is_available() else ()), *arguments.set]
+    try:
+        return run_day(arguments, settings)
+    except PopupError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def run_day(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
+    scale, work = arguments.scale, arguments.work.absolute()
+    described = {
+        "scale": scale,
+        "networks": list(arguments.networks),
+        "seeds": arguments.seeds,
+        "settings": [*settings],
+    }
+    ledger = Ledger(work, arguments.output.absolute(), described)
+    day = Day(arguments.minutes, arguments.day_minutes or arguments.minutes, ledger.values.get("seconds_spent", 0.0))
+    ledger.write(day)
+    data_dir = unpacked(arguments.data, work)
+    sweep = runs_of_the_day(scale, settings, arguments.networks, arguments.seeds, data_dir)
+    if "step" not in ledger.values:
+        check(ledger, day)
+    with mps(ledger):
+        if "taken" not in ledger.values.get("trial", {}):
+            trial(ledger, day, arguments.trial, settings, data_dir, scale == "tiny")
+        about = {key: ledger.values[key] for key in ("device", "versions", "mps")} | {
+            "scale": scale,
+            "settings": [*settings],
+        }
+        outcomes = figures(ledger, day, sweep, about)
+    states = [outcome.state for outcome in outcomes]
+    print(
+        f"{states.count(State.FINISHED)} of {len(states)} runs finished, {day.spent / 60:.1f} minutes of the day spent"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""The finished runs of a sweep in one file, which can be carried away and drawn elsewhere.
+
+An archive is a ZIP file of `archive.json` and, for each run, `<name>/recipe.yaml`, `<name>/metrics.jsonl` and its popup
+artifact. Dense weights stay behind; `archive.json` has the numbers of every run.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import PopupError, RunError
+from ..files import write_atomically
+from ..training import Recipe
+from ..training.recipe import parse_yaml
+from .grid import Run
+from .results import Numbers, Outcome, State
+
+FORMAT = 1
+_LARGEST = 1 << 26  # bytes of one text in an archive
+
+
+@dataclass(frozen=True)
+class Archive:
+    """Finished runs, and how they were made.
+
+    Attributes:
+        about: what the writer said of them, such as `device`, `scale` and `settings`.
+        outcomes: the runs with their numbers, in the sweep's order.
+    """
+
+    about: Mapping[str, Any]
+    outcomes: tuple[Outcome, ...]
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Archive":
+        """Read an archive.
+
+        Raises:
+            RunError: the file cannot be read, or is no archive of runs.
+        """
+        try:
+            with zipfile.ZipFile(path) as file:
+                values = json.loads(_text(file, "archive.json"))
+                if values["format"] != FORMAT:
+                    raise RunError(f"{path} has the format {values['format']}; this version reads {FORMAT}")
+                return cls(dict(values["about"]), tuple(_outcome(file, each) for each in values["runs"]))
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+        except RunError:
+            raise
+        except (PopupError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise RunError(f"{path} is no archive of a sweep's runs: {error}") from error
+
+
+def write_archive(
+    path: str | Path, outcomes: Sequence[Outcome], output: Path, about: Mapping[str, Any], limit: int | None = None
+) -> list[str]:
+    """Put the finished runs of a sweep in the folder `output` into an archive.
+
+    Args:
+        about: what to say of them; plain values.
+        limit: the most bytes that the file may have. Artifacts beyond it are left out, the last runs' first.
+
+    Returns the names of the runs whose artifacts were left out.
+
+    Raises:
+        PopupError: the archive cannot be written, or a run cannot be read.
+    """
+    done = [outcome for outcome in outcomes if outcome.state is State.FINISHED and outcome.numbers is not None]
+    runs = [
+        {"name": o.run.name, "label": o.run.label, "values": o.run.values, "seed": o.run.seed}
+        | {"numbers": asdict(o.numbers)}  # type: ignore[arg-type]
+        for o in done
+    ]
+    memory, left_out = io.BytesIO(), []
+    try:
+        with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("archive.json", json.dumps({"format": FORMAT, "about": dict(about), "runs": runs}, indent=1))
+            folders = [outcome.run.folder(output).path for outcome in done]
+            for folder in folders:
+                for name in ("recipe.yaml", "metrics.jsonl"):
+                    file.write(folder / name, f"{folder.name}/{name}")
+            for folder in folders:
+                artifact = folder / "recipe.popup.safetensors"
+                if not artifact.exists():
+                    continue
+                if limit is not None and memory.tell() + artifact.stat().st_size + 400 * len(done) + 4096 > limit:
+                    left_out.append(folder.name)
+                else:
+                    file.write(artifact, f"{folder.name}/{artifact.name}", zipfile.ZIP_STORED)
+    except OSError as error:
+        raise PopupError(f"{error.filename} cannot be read: {error.strerror}") from error
+    write_atomically(path, memory.getvalue())
+    return left_out
+
+
+def _outcome(file: zipfile.ZipFile, values: Mapping[str, Any]) -> Outcome:
+    name = f"{values['name']}/recipe.yaml"
+    recipe = Recipe.parse(parse_yaml(_text(file, name), name), name)
+    run = Run(str(values["label"]), 0, dict(values["values"]), int(values["seed"]), recipe)
+    return Outcome(run, State.FINISHED, Numbers(**{key: float(x) for key, x in values["numbers"].items()}))
+
+
+def _text(file: zipfile.ZipFile, name: str) -> str:
+    with file.open(name) as member:
+        data = member.read(_LARGEST + 1)
+    if len(data) > _LARGEST:
+        raise ValueError(f"{name} is larger than {_LARGEST:,} bytes")
+    return data.decode()
