@@ -64,6 +64,7 @@ CLOSING = 20.0  # seconds that a call needs at its end, for checkpoints and file
 CHECKS, TRIAL = 90.0, 60.0  # seconds that these phases have
 MARGIN = 1.03  # of a forecast
 LARGEST = 16_000_000  # bytes of a file in OUT
+IMAGES = 50_000  # in CIFAR-10's training split
 
 
 # What is run ----------------------------------------------------------------------------------------------------------
@@ -139,11 +140,6 @@ class Forecast:
     def cost(self, kind: str) -> float:
         return self.costs.get(kind, self.priors.get(kind, 1.0))
 
-    def observe(self, kind: str, steps: float, seconds: Sequence[float], count: float) -> None:
-        """Learn what a step costs, where `count` runs at once took `seconds` for `steps` of this kind each."""
-        if seconds and steps:
-            self.costs[kind] = self.speed(count) / count * statistics.median(seconds) / steps
-
     def ends(self, jobs: Sequence[Job]) -> list[float]:
         """Seconds from now until each job ends, if no other starts."""
         now, left = 0.0, [job.work for job in jobs]
@@ -215,28 +211,28 @@ class Scheduler:
     def __init__(self, day: Day, forecast: Forecast, done: Mapping[str, int]) -> None:
         self.day, self.forecast, self.done = day, forecast, dict(done)
         self.running: dict[str, Run] = {}
-        self.since: dict[str, float] = {}  # when a running run started, or when its last epoch ended
-        self.warm: set[str] = set()  # running runs that have ended an epoch since they were started
-        self.seconds: dict[str, float] = {}  # of the last epoch of each running run
-        self.first: dict[str, float] = {}  # from a run's start to the end of its first epoch
+        self.began: dict[str, float] = {}  # when each running run was started
+        self.warm: set[str] = set()  # running runs that have ended an epoch since then
+        self.share: dict[str, float] = {}  # reference steps that each had the time for since its last epoch
+        self.taken: dict[str, tuple[float, float]] = {}  # all of these and the steps, since its first epoch here
+        self.looked = day.clock()
 
     def steps(self, run: Run) -> float:
         """Steps of one epoch of a run."""
-        return -(-(run.recipe.data.max_train or 50_000) // run.recipe.data.batch_size)
+        return -(-(run.recipe.data.max_train or IMAGES) // run.recipe.data.batch_size)
 
     def job(self, run: Run) -> Job:
         """What is left of a run."""
-        cost = self.steps(run) * self.forecast.cost(kind_of(run.recipe))
-        work = cost * max(run.recipe.epochs - self.done.get(run.name, 0), 0.01)
-        if run.name not in self.running:
-            return Job(self.forecast.start, work)
-        over = self.day.clock() - self.since[run.name]
-        if run.name not in self.warm:
-            return Job(max(self.forecast.start - over, 0.0), work)
-        return Job(0.0, work - cost * min(over / self.seconds.get(run.name, over or 1.0), 0.99))
+        epochs = run.recipe.epochs - self.done.get(run.name, 0)
+        work = epochs * self.steps(run) * self.forecast.cost(kind_of(run.recipe))
+        start = self.forecast.start
+        if run.name in self.running:
+            start = 0.0 if run.name in self.warm else max(start - (self.day.clock() - self.began[run.name]), 0.0)
+        return Job(start, max(work - self.share.get(run.name, 0.0), 0.01 * work / epochs))
 
     def admits(self, run: Run) -> bool:
         """Whether a run will end within the day, and with it all those running that would without it."""
+        self._look()
         if self.day.here < self.forecast.start:  # its first step belongs to the next call
             return False
         if not self.forecast.speeds:  # nothing is known: the first few runs will tell
@@ -249,31 +245,42 @@ class Scheduler:
         )
 
     def started(self, run: Run) -> None:
-        self.running[run.name], self.since[run.name] = run, self.day.clock()
+        """Note that a run has started."""
+        self._look()
+        self.running[run.name], self.began[run.name], self.share[run.name] = run, self.day.clock(), 0.0
 
     def ended(self, run: Run) -> None:
+        """Note that a run has ended."""
+        self._look()
         self.running.pop(run.name, None)
         self.warm.discard(run.name)
-        self.seconds.pop(run.name, None)
-        self.first.pop(run.name, None)
+        for values in (self.began, self.share, self.taken):
+            values.pop(run.name, None)
 
     def epochs(self, run: Run, done: int) -> None:
         """Note that a run has so many epochs behind it now."""
-        more, now = done - self.done.get(run.name, 0), self.day.clock()
-        if run.name in self.warm and more:
-            self.seconds[run.name] = (now - self.since[run.name]) / more
-            alike = [self.seconds[name] for name in self.seconds if self._alike(name, run)]
-            self.forecast.observe(kind_of(run.recipe), self.steps(run), alike, len(self.running))
-            if run.name in self.first:
-                self.forecast.start = max(self.first.pop(run.name) - self.seconds[run.name], 0.0)
-        elif more == 1:
-            self.first[run.name] = now - self.since[run.name]
-            self.forecast.start = min(self.forecast.start, self.first[run.name])
-        self.done[run.name], self.since[run.name] = done, now
-        self.warm.add(run.name)
+        self._look()
+        name, more = run.name, done - self.done.get(run.name, 0)
+        if name in self.warm:
+            share, steps = self.taken.get(name, (0.0, 0.0))
+            self.taken[name] = share + self.share[name], steps + more * self.steps(run)
+            alike = [share / steps for other, (share, steps) in self.taken.items() if self._alike(other, run)]
+            self.forecast.costs[kind_of(run.recipe)] = statistics.median(alike)
+        else:
+            self.forecast.start = min(self.forecast.start, self.day.clock() - self.began[name])
+        self.done[name], self.share[name] = done, 0.0
+        self.warm.add(name)
+
+    def _look(self) -> None:
+        """Share the time since the last look among the runs that had it."""
+        now = self.day.clock()
+        active = [n for n in self.running if n in self.warm or now - self.began[n] > self.forecast.start]
+        for name in active:
+            self.share[name] += (now - self.looked) * self.forecast.speed(len(active)) / len(active)
+        self.looked = now
 
     def _alike(self, name: str, run: Run) -> bool:
-        return name in self.running and kind_of(self.running[name].recipe) == kind_of(run.recipe)
+        return kind_of(self.running[name].recipe) == kind_of(run.recipe)
 
 
 # What is known of it --------------------------------------------------------------------------------------------------
