@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn import functional
 
 import popup_surgery as ps
-from popup_surgery.run import quiet
-from popup_surgery.training.data import InMemory
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import start
-from popup_surgery.training.recipe import Data, Training
+from popup_surgery.config.schema import Data, Training
+from popup_surgery.data.open import InMemory
+from popup_surgery.experiment.train import quiet
+from popup_surgery.training.distributed import start
+from popup_surgery.training.trainer import Fit
 
 BATCH, STEPS = 128, 10
 TRAINING = Training(epochs=1, lr=0.01, weight_decay=1e-4, checkpoint_minutes=0)

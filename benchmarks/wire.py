@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import popup_surgery as ps
-from popup_surgery.run import quiet
-from popup_surgery.training.data import InMemory
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import leave, start
-from popup_surgery.training.recipe import Data, Training
+from popup_surgery.config.schema import Data, Training
+from popup_surgery.data.open import InMemory
+from popup_surgery.experiment.train import quiet
+from popup_surgery.training.distributed import leave, start
+from popup_surgery.training.trainer import Fit
 
 NET, BATCH = "timm/resnet50", 4
 TRAINING = Training(epochs=1, lr=0.01, checkpoint_minutes=0)

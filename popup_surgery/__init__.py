@@ -11,26 +11,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ablation": ("Sanity", "sanity"),
+    "analysis.sanity": ("Sanity", "sanity"),
+    "artifact": ("inspect", "load", "save", "start_from", "verify"),
+    "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
         "RecipeError", "RunError", "UnknownName",
     ),
+    "experiment.train": ("Evaluation", "Result", "evaluate", "predict", "train"),
     "learners": ("sampled",),
-    "layers": ("Tracer",),
-    "planning": ("Coverage", "Plan", "plan"),
-    "surgery": ("bake", "convert", "masks"),
-    "zoo": ("Architecture", "build"),
-    "artifact": ("inspect", "load", "save", "start_from", "verify"),
-    "run": ("Evaluation", "Result", "evaluate", "predict", "train"),
-    "training": ("Recipe",),
+    "masking.convert": ("bake", "convert", "masks"),
+    "masking.layer": ("Tracer",),
+    "masking.planning": ("Coverage", "Plan", "plan"),
+    "models.build": ("Architecture", "build"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .ablation import Sanity, sanity
+    from .analysis.sanity import Sanity, sanity
     from .artifact import inspect, load, save, start_from, verify
+    from .config import Recipe
     from .errors import (
         ArtifactError,
         ConversionError,
@@ -42,13 +43,12 @@ if TYPE_CHECKING:
         RunError,
         UnknownName,
     )
-    from .layers import Tracer
+    from .experiment.train import Evaluation, Result, evaluate, predict, train
     from .learners import sampled
-    from .planning import Coverage, Plan, plan
-    from .run import Evaluation, Result, evaluate, predict, train
-    from .surgery import bake, convert, masks
-    from .training import Recipe
-    from .zoo import Architecture, build
+    from .masking.convert import bake, convert, masks
+    from .masking.layer import Tracer
+    from .masking.planning import Coverage, Plan, plan
+    from .models.build import Architecture, build
 
 
 def __getattr__(name: str) -> Any:

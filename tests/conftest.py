@@ -19,8 +19,8 @@ from sklearn.datasets import load_digits
 
 import popup_surgery
 from popup_surgery import train
+from popup_surgery.config.schema import to_yaml
 from popup_surgery.sweep import Run, State
-from popup_surgery.training.recipe import to_yaml
 
 Sizes = tuple[int, int]
 

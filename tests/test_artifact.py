@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from popup_surgery import ArtifactError, PopupError, bake, build, convert, inspect, load, masks, save, verify
-from popup_surgery.files import write_atomically
+from popup_surgery.atomic import write_atomically
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -664,7 +664,7 @@ def test_probe_is_the_output_for_the_drawn_input(tmp_path):
     model.train()
     model(torch.randn(8, 3, 8, 8))
     manifest = save(model, path, probe=shape)
-    from popup_surgery.streams import draw
+    from popup_surgery.weights.streams import draw
 
     (drawn,) = draw("normal", 2 * 3 * 64, 1.0, 6, "other", "probe")
     with torch.no_grad():

@@ -25,9 +25,9 @@ from popup_surgery import (
     plan,
     save,
 )
-from popup_surgery.layers import is_masked, score_name, slots_of
+from popup_surgery.masking.layer import is_masked, score_name, slots_of
 from popup_surgery.selection import kept_count
-from popup_surgery.streams import draw
+from popup_surgery.weights.streams import draw
 
 TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
 TINY_SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}

@@ -17,9 +17,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from popup_surgery import DataError, PopupError, train
-from popup_surgery.run import quiet
-from popup_surgery.training.data import Batches, InMemory, Streamed, _crop, ambient_seed, open_data
-from popup_surgery.training.recipe import Data
+from popup_surgery.config.schema import Data
+from popup_surgery.data.open import Batches, InMemory, Streamed, _crop, ambient_seed, open_data
+from popup_surgery.experiment.train import quiet
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, load, masks, save, verify
-from popup_surgery.layers import is_masked
+from popup_surgery.masking.layer import is_masked
 
 K = 0.4
 NETS = {

@@ -909,7 +909,7 @@ NAMES = [
     ("torchvision", "os"), ("torchvision", "fc"), ("popup_surgery", "resnet18"), ("popup_surgery", "ConvNet"),
     ("popup_surgery", "fc\x00"), ("popup_surgery", "ｆｃ"), ("popup_surgery", "popup_surgery/fc"),
     ("huggingface", "fc"),
-    ("popup_surgery.nets", "fc"), ("os", "system"), ("", "fc"), ("POPUP_SURGERY", "fc"), ("custom", "fc"),
+    ("popup_surgery.models.paper_nets", "fc"), ("os", "system"), ("", "fc"), ("POPUP_SURGERY", "fc"), ("custom", "fc"),
 ]  # fmt: skip
 
 

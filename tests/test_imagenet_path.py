@@ -11,9 +11,9 @@ from PIL import Image
 from test_unreadable import cli_run, lines, started
 
 from popup_surgery import evaluate, inspect
-from popup_surgery.run import quiet
-from popup_surgery.training import Recipe
-from popup_surgery.training.data import Part, Streamed, open_data
+from popup_surgery.config import Recipe
+from popup_surgery.data.open import Part, Streamed, open_data
+from popup_surgery.experiment.train import quiet
 
 CLASSES, VALIDATION = 1000, 1003  # which neither the batch nor the processes divide
 OVERRIDES = [

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, masks, sampled
-from popup_surgery.layers import is_masked, slots_of
 from popup_surgery.learners import LEARNERS
+from popup_surgery.masking.layer import is_masked, slots_of
 from popup_surgery.selection import kept_count
 
 K = 0.4

@@ -37,13 +37,13 @@ from popup_surgery import (
     train,
     verify,
 )
+from popup_surgery.config.schema import to_yaml
+from popup_surgery.data.open import ambient_seed, open_data
 from popup_surgery.errors import Stopped
+from popup_surgery.experiment.train import quiet
 from popup_surgery.learners import LEARNERS, get_learner
-from popup_surgery.run import quiet
-from popup_surgery.training.data import ambient_seed, open_data
+from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketFit
-from popup_surgery.training.processes import start
-from popup_surgery.training.recipe import to_yaml
 from popup_surgery.weights import SCHEMES
 
 # timm's readers hand out open files and leave the closing to the garbage collector
@@ -638,10 +638,10 @@ def test_a_supermask_run_that_was_stopped_ends_in_the_same_file(supermask_run: A
 STEP = """
 import sys, torch
 from popup_surgery import Recipe
-from popup_surgery.run import _network, quiet
-from popup_surgery.training.data import open_data
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import leave, start
+from popup_surgery.experiment.train import _network, quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.training.trainer import Fit
+from popup_surgery.training.distributed import leave, start
 file, accumulate, *overrides = sys.argv[1:]
 recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={accumulate}", *overrides])
 accelerator = start(recipe.training)

@@ -24,7 +24,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import StochasticDepth
 
 from popup_surgery import bake, build, convert, load, plan, save
-from popup_surgery.zoo import KWARGS, architecture
+from popup_surgery.models.build import KWARGS, architecture
 
 K = 0.5
 TEN = {"num_classes": 10}

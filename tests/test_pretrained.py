@@ -30,8 +30,8 @@ from popup_surgery import (
     verify,
 )
 from popup_surgery.artifact.rebuild import values_digest
-from popup_surgery.layers import slots_of
-from popup_surgery.streams import draw
+from popup_surgery.masking.layer import slots_of
+from popup_surgery.weights.streams import draw
 
 NAME = "timm/test_resnet"
 FILE = "subnetwork.popup.safetensors"
@@ -268,7 +268,7 @@ def test_torchvision_weights_come_from_its_cache(classes, tmp_path, monkeypatch)
 
 def test_a_manifest_whose_base_is_not_in_order_is_refused(weights, tmp_path):
     from popup_surgery.artifact.manifest import read_manifest
-    from popup_surgery.artifact.strict import canonical
+    from popup_surgery.artifact.strict_json import canonical
 
     save(convert(build(NAME, pretrained=weights), scheme="pretrained"), tmp_path / FILE)
     good = inspect(tmp_path / FILE).text()

@@ -14,8 +14,8 @@ import torch
 from test_engine import begun, command, run
 
 from popup_surgery import Recipe, evaluate
-from popup_surgery.run import prepare, quiet
-from popup_surgery.training.processes import leave, start
+from popup_surgery.experiment.train import prepare, quiet
+from popup_surgery.training.distributed import leave, start
 
 
 def first_update(file: Path, accumulate: int) -> None:

@@ -13,11 +13,11 @@ from conftest import Here
 from PIL import Image
 
 from popup_surgery import DataError, RecipeError, UnknownName, train
+from popup_surgery.config.schema import shipped, shipped_sweeps
 from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
 from popup_surgery.reproduce.table import rows
 from popup_surgery.sweep import Outcome, Run, State, points
 from popup_surgery.sweep.results import Numbers
-from popup_surgery.training.recipe import shipped, shipped_sweeps
 
 RUNS = {
     "figure3": 240, "figure4": 320, "figure5": 75, "figure6": 280, "figure7": 200, "figure8": 10, "table2": 10,

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from popup_surgery import ConversionError, DataError, bake, build, convert, evaluate, load, masks, sanity, save, train
-from popup_surgery import ablation as module
+from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
 
 # timm's readers hand out open files and leave the closing to the garbage collector
@@ -133,8 +133,8 @@ def test_new_statistics_are_those_of_the_training_images(
     stored = {key: tensor for key, tensor in load(normed).state_dict().items() if "running" in key}
     assert stored
 
-    from popup_surgery.run import quiet, recorded_data
-    from popup_surgery.training.data import open_data
+    from popup_surgery.data.open import open_data
+    from popup_surgery.experiment.train import quiet, recorded_data
 
     data = recorded_data(normed).model_copy(update={"root": str(images)})
     batches = [x for x, *_ in open_data(data, (3, 16, 16), 0, torch.device("cpu"), quiet).train(0)][:2]

@@ -221,7 +221,7 @@ def test_device_path_on_a_large_array():
 
 
 def interpreted(values: np.ndarray, kept: int) -> np.ndarray:
-    from popup_surgery.radix import largest
+    from popup_surgery.selection.radix_triton import largest
 
     return largest(torch.from_numpy(values).view(torch.int32), kept).numpy()
 

@@ -16,9 +16,9 @@ from test_unreadable import cli_run, lines, started, stopping
 from torch import Tensor
 
 from popup_surgery import DataError, PopupError, evaluate, train
+from popup_surgery.data.open import Part
 from popup_surgery.errors import Stopped
-from popup_surgery.run import recorded_data
-from popup_surgery.training.data import Part
+from popup_surgery.experiment.train import recorded_data
 
 CLASSES = ("cat", "dog", "eel")
 PLAIN: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0}
@@ -84,7 +84,7 @@ def known(images: Path, split: str) -> list[bytes]:
 def test_an_epoch_has_each_image_once_in_an_order_of_seed_and_epoch(
     walked: dict[str, Any], images: Path, shuffled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("popup_surgery.training.sources.SHUFFLED", shuffled)
+    monkeypatch.setattr("popup_surgery.data.sources.SHUFFLED", shuffled)
     config = {**walked, **PLAIN, "batch_size": 4, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
     orders = {
         (seed, epoch): ids(joined(opened(seed=seed, **config).train(epoch))[0]) for seed in (0, 1) for epoch in (0, 1)

@@ -13,12 +13,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from popup_surgery import ConversionError, streams
-from popup_surgery.artifact.packing import ones, pack, padding_is_zero, unpack
-from popup_surgery.kinds import kind_of
+from popup_surgery import ConversionError
+from popup_surgery.codecs.bitpack import ones, pack, padding_is_zero, unpack
+from popup_surgery.models.layer_types import kind_of
 from popup_surgery.selection import kept_count, select
-from popup_surgery.streams import DISTRIBUTIONS, PIECE, check_seed, draw, draw_scores, quantiles, words
-from popup_surgery.weights import SCHEMES
+from popup_surgery.weights import SCHEMES, streams
+from popup_surgery.weights.streams import DISTRIBUTIONS, PIECE, check_seed, draw, draw_scores, quantiles, words
 
 VECTORS = json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text(encoding="utf-8"))
 

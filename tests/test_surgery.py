@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from popup_surgery import ConversionError, NothingToConvert, UnknownName, bake, build, convert, masks, plan
-from popup_surgery.layers import is_masked
-from popup_surgery.planning import unwrap
-from popup_surgery.streams import draw, draw_scores
+from popup_surgery.masking.layer import is_masked
+from popup_surgery.masking.planning import unwrap
 from popup_surgery.weights import SCHEMES, register_scheme
+from popup_surgery.weights.streams import draw, draw_scores
 
 OPTIONS = [
     {},

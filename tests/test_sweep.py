@@ -24,8 +24,8 @@ from filelock import FileLock
 
 import popup_surgery
 from popup_surgery import PopupError, RecipeError, RunError, train
+from popup_surgery.config.schema import find, to_yaml
 from popup_surgery.sweep import Local, Outcome, State, Sweep, execute, points
-from popup_surgery.training.recipe import find, to_yaml
 
 Cli = Callable[..., Any]
 DIGITS = {"recipe": "digits", "set": {"training.epochs": 1}}

@@ -31,15 +31,16 @@ from popup_surgery import (
     train,
 )
 from popup_surgery.artifact import stored_masks
+from popup_surgery.config import Recipe
+from popup_surgery.config.schedule import rates
+from popup_surgery.config.schema import Training
+from popup_surgery.data.open import open_data
 from popup_surgery.errors import Stopped
+from popup_surgery.experiment.train import quiet
 from popup_surgery.learners import LEARNERS
-from popup_surgery.run import quiet
-from popup_surgery.training import Recipe, checkpoint
-from popup_surgery.training.data import open_data
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import numerics, start
-from popup_surgery.training.recipe import Training
-from popup_surgery.training.schedule import rates
+from popup_surgery.training import checkpoint
+from popup_surgery.training.distributed import numerics, start
+from popup_surgery.training.trainer import Fit
 
 SHORT = ["training.epochs=2"]
 
@@ -424,7 +425,7 @@ def test_writing_to_a_baked_copy_is_no_write_to_the_network() -> None:
 TWO = """
 import json, os, sys, torch
 from popup_surgery import masks, train
-from popup_surgery.training.loop import Fit
+from popup_surgery.training.trainer import Fit
 wrong = sys.argv[2] == "differ"
 found = []
 end = Fit._end_epoch
@@ -484,6 +485,6 @@ def test_a_process_with_other_masks_stops_the_run_by_its_number(tmp_path: Path) 
     [("gpu[003-006,9],cpu1", "gpu003"), ("node7", "node7"), ("a,b", "a"), ("n[1,4]", "n1"), ("a-b[01-02]-ib", "a-b01")],
 )
 def test_the_first_of_slurms_hosts(nodes: str, first_host: str) -> None:
-    from popup_surgery.training.processes import _first_host
+    from popup_surgery.training.distributed import _first_host
 
     assert _first_host(nodes) == first_host

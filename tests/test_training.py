@@ -36,8 +36,8 @@ from popup_surgery import (
     train,
     verify,
 )
-from popup_surgery.training.recipe import Data, Training
-from popup_surgery.training.schedule import rates
+from popup_surgery.config.schedule import rates
+from popup_surgery.config.schema import Data, Training
 
 SHORT = ["training.epochs=2"]
 
@@ -288,10 +288,10 @@ def test_training_changes_the_scores_and_nothing_else(first: Result) -> None:
 
 
 def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
-    from popup_surgery.run import quiet
-    from popup_surgery.training.data import open_data
-    from popup_surgery.training.loop import Fit
-    from popup_surgery.training.processes import start
+    from popup_surgery.data.open import open_data
+    from popup_surgery.experiment.train import quiet
+    from popup_surgery.training.distributed import start
+    from popup_surgery.training.trainer import Fit
 
     recipe = Recipe.load("digits", ["training.epochs=1"])
     model = convert(build("conv2", width=0.25, in_chans=1, img_size=8), 0.5, scaled=False)

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 import popup_surgery as ps
-from popup_surgery import ConversionError, UnknownName, bake, build, convert, masks, plan, zoo
-from popup_surgery.blank import Blank
-from popup_surgery.survey import all_names, as_json, as_markdown, look, survey
+from popup_surgery import ConversionError, UnknownName, bake, build, convert, masks, plan
+from popup_surgery.analysis.coverage import all_names, as_json, as_markdown, look, survey
+from popup_surgery.models import build as zoo
+from popup_surgery.models.skip_init import Blank
 
 TABLE = Path(__file__).parents[1] / "docs" / "zoo.json"
 BELOW: dict[str, str] = {}  # networks of which less than 99 % of the weights are masked, each with its reason

@@ -2,8 +2,8 @@
 
 from .manifest import Manifest
 from .reader import inspect, load, verify
-from .start import start_from, stored_masks
 from .verification import Verification
+from .warm_start import start_from, stored_masks
 from .writer import save
 
 __all__ = ["Manifest", "Verification", "inspect", "load", "save", "start_from", "stored_masks", "verify"]

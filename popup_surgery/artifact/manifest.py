@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from ..streams import DISTRIBUTIONS
+from ..models.build import Architecture, Base
 from ..weights import BASE
-from ..zoo import Architecture, Base
+from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
-from .strict import canonical, parse
+from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1

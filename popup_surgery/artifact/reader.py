@@ -11,11 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..codecs.bitpack import ones, padding_is_zero
 from ..errors import ArtifactError, ConversionError, PopupError
-from ..filling import fill
-from ..planning import masked_weights, unwrap
-from ..weights import BASE
-from ..zoo import (
+from ..masking.planning import masked_weights, unwrap
+from ..models.build import (
     KWARGS,
     LIBRARIES,
     Architecture,
@@ -28,9 +27,10 @@ from ..zoo import (
     names,
     read_weights,
 )
+from ..weights import BASE
+from ..weights.fill import fill
 from .container import DTYPE_NAMES, DTYPES, Container, Stored, open_file, read_header
 from .manifest import Manifest, read_manifest
-from .packing import ones, padding_is_zero
 from .probe import check_probe
 from .rebuild import (
     Packed,

@@ -8,11 +8,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..filling import pieces_of
-from ..streams import BITS, PIECE, draw, words
+from ..codecs.bitpack import unpack
+from ..weights.fill import pieces_of
+from ..weights.streams import BITS, PIECE, draw, words
 from .container import DTYPES
 from .manifest import Drawn
-from .packing import unpack
 
 Packed = NDArray[np.uint8]
 

@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from ..atomic import write_atomically
+from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError, ConversionError
-from ..files import write_atomically
-from ..filling import equals, pieces_of
-from ..layers import Slot, score_name, slots_of
 from ..learners.sampling import settled
-from ..planning import unconverted, unwrap
-from ..rest import GENERATED, Generated
-from ..streams import draw
+from ..masking.layer import Slot, score_name, slots_of
+from ..masking.planning import unconverted, unwrap
+from ..masking.unmasked import GENERATED, Generated
+from ..models.build import FRESH, PRETRAINED_BASE, Architecture, Base, build_bare, check_kwargs, describe
 from ..weights import BASE
-from ..zoo import FRESH, PRETRAINED_BASE, Architecture, Base, build_bare, check_kwargs, describe
+from ..weights.fill import equals, pieces_of
+from ..weights.streams import draw
 from .container import DTYPE_NAMES, METADATA
 from .manifest import MANIFEST_LIMIT, Constant, Drawn, Manifest, read_manifest
-from .packing import ones, pack
 from .probe import take_probe
 from .rebuild import Packed, masks_digest, tensors_digest, values_digest, weights_digest
-from .strict import canonical
+from .strict_json import canonical
 
 log = logging.getLogger("popup_surgery")
 

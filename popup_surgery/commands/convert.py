@@ -56,11 +56,11 @@ def run(
     if not dry_run:
         new_file(file, force)
     with busy(f"converting {arch}"):
-        from .. import zoo
         from ..artifact import save
         from ..errors import ConversionError
-        from ..planning import plan
-        from ..surgery import convert
+        from ..masking.convert import convert
+        from ..masking.planning import plan
+        from ..models import build as zoo
         from ..weights import PRETRAINED
 
         given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}

@@ -19,7 +19,7 @@ def run(
     98.33 % of 359 validation images of digits
     """
     with busy("loading"):
-        from .. import run as runs
+        from ..experiment import train as runs
 
         data = runs.recorded_data(artifact, set_ or [])
     result = runs.evaluate(artifact, data=data, data_dir=data_dir, base=base, progress=progress)

@@ -23,7 +23,7 @@ def run(
                6    0.1 %
     """
     with busy("loading"):
-        from .. import run as runs
+        from ..experiment import train as runs
 
         found = runs.predict(artifact, images, base=base)
     table = Table.grid(padding=(0, 2, 0, 0))

@@ -41,8 +41,8 @@ def run(
     name = artifact.name.partition(".")[0]
     picture = new_file(output or artifact.with_name(f"{name}.sanity.png"), force)
     with busy("loading"):
-        from .. import run as runs
-        from ..ablation import VALUES, sanity
+        from ..analysis.sanity import VALUES, sanity
+        from ..experiment import train as runs
         from ..plots import draw_sanity
 
         data = runs.recorded_data(artifact, set_ or [])

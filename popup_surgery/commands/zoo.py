@@ -23,10 +23,10 @@ def run(
     wrote zoo.json and zoo.md
     """
     files = [new_file(output / name, force) for name in ("zoo.json", "zoo.md")]
-    from .. import zoo
+    from ..analysis.coverage import all_names, as_json, as_markdown, survey
+    from ..atomic import write_atomically
     from ..errors import PopupError, unknown
-    from ..files import write_atomically
-    from ..survey import all_names, as_json, as_markdown, survey
+    from ..models import build as zoo
 
     if not output.is_dir():
         raise PopupError(f"{output} is no folder; expected one for zoo.json and zoo.md")

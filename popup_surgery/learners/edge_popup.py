@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..selection import Selection, select, select_op
-from ..streams import draw_scores
+from ..weights.streams import draw_scores
 from .base import Learner, masked
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from ..selection import Selection
-from ..streams import PIECE, draw_scores
+from ..weights.streams import PIECE, draw_scores
 from .base import Learner, masked
 from .sampling import named, noise
 

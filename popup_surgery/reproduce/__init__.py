@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
+from ..config.schema import find, parse_setting, read_yaml
 from ..errors import RecipeError, unknown
-from ..files import write_atomically
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
-from ..training.folder import flat
-from ..training.recipe import find, parse_setting, read_yaml
+from ..training.run_folder import flat
 from .figures import FIGURES, NET, Figure
 from .picture import draw
 from .table import as_json, as_markdown, panel_of, rows, short

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
+from ..config import Recipe
+from ..data.open import VALIDATION, Progress, ambient_seed
 from ..errors import PopupError, RunError, Stopped
-from ..run import prepare, quiet
-from ..surgery import bake
-from ..training import Recipe
-from ..training.data import VALIDATION, Progress, ambient_seed
-from ..training.loop import accuracy_of
-from ..training.processes import numerics, start
+from ..experiment.train import prepare, quiet
+from ..masking.convert import bake
+from ..training.distributed import numerics, start
+from ..training.trainer import accuracy_of
 from .grid import Run
 
 STEPS = 5  # that are measured, after one to warm up

@@ -5,12 +5,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..planning import plan
+from ..config.schema import LotteryTicket, Training
+from ..data.open import Batches, Progress
+from ..masking.planning import plan
 from ..selection import kept_count, select
 from .checkpoint import Checkpoint
-from .data import Batches, Progress
-from .loop import Fit
-from .recipe import LotteryTicket, Training
+from .trainer import Fit
 
 
 class TicketFit(Fit):

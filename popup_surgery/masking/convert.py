@@ -10,19 +10,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from . import zoo
-from .errors import ConversionError
-from .filling import equals, fill, pieces_of
-from .layers import Ranking, Slot, drop_hooks, is_masked, masked_class, score_name, slots_of, swap, unswap
-from .learners import Learner, get_learner
-from .learners.base import masked
-from .learners.sampling import settled
+from ..errors import ConversionError
+from ..learners import Learner, get_learner
+from ..learners.base import masked
+from ..learners.sampling import settled
+from ..models import build as zoo
+from ..models.build import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture
+from ..selection import kept_count
+from ..weights import BASE, is_pretrained
+from ..weights.fill import equals, fill, pieces_of
+from ..weights.streams import check_seed, draw
+from .layer import Ranking, Slot, drop_hooks, is_masked, masked_class, score_name, slots_of, swap, unswap
 from .planning import CONVERTED, SETTINGS, Plan, PlannedWeight, Settings, Shares, masked_weights, plan, unwrap
-from .rest import GENERATED, Generated
-from .selection import kept_count
-from .streams import check_seed, draw
-from .weights import BASE, is_pretrained
-from .zoo import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture
+from .unmasked import GENERATED, Generated
 
 log = logging.getLogger("popup_surgery")
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from torch import nn
 
-from .kinds import kind_of
+from ..models.layer_types import kind_of
 
 GENERATED = "_popup_generated"
 

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .artifact import inspect, stored_masks
-from .artifact.reader import load_unmasked
-from .errors import ConversionError
-from .filling import fill
-from .plots import Group
-from .run import data_of, open_for, quiet
-from .streams import draw
-from .training.data import Batches, Progress
-from .training.loop import accuracy_of
-from .training.recipe import Data
-from .weights import BASE
+from ..artifact import inspect, stored_masks
+from ..artifact.reader import load_unmasked
+from ..config.schema import Data
+from ..data.open import Batches, Progress
+from ..errors import ConversionError
+from ..experiment.train import data_of, open_for, quiet
+from ..plots import Group
+from ..training.trainer import accuracy_of
+from ..weights import BASE
+from ..weights.fill import fill
+from ..weights.streams import draw
 
 VALUES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # as in "Weight Agnostic Neural Networks", NeurIPS 2019
 BATCHES = 100  # of training images, for new statistics

@@ -17,7 +17,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from .errors import ConversionError
+from ..errors import ConversionError
 
 
 class ConvNet(nn.Module):

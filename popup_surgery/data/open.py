@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..config.schema import Data
 from ..errors import DataError, unknown
-from .recipe import Data
 from .sources import Key, Numbered, Rows, Shards, Source, Unreadable, reason, some
 
 log = logging.getLogger("popup_surgery")

@@ -13,12 +13,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..atomic import write_atomically
+from ..config.schema import Recipe, read_yaml, to_yaml
 from ..errors import PopupError, RunError
-from ..files import write_atomically
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .loop import Epoch
-from .recipe import Recipe, read_yaml, to_yaml
+from .trainer import Epoch
 
 log = logging.getLogger("popup_surgery")
 

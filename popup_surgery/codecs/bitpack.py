@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..streams import BITS, PIECE
+from ..weights.streams import BITS, PIECE
 
 _ALL = np.where(BITS, np.uint32(0xFFFFFFFF), np.uint32(0))
 

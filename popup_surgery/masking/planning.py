@@ -10,15 +10,15 @@ from typing import Any, Literal, TypedDict, Unpack, cast
 
 from torch import Tensor, nn
 
-from .errors import ConversionError, NothingToConvert, nearest
-from .kinds import Fans, kind_of
-from .layers import Slot, score_name, slots_of
-from .learners import get_learner
-from .rest import Treatment, is_norm, treatment
-from .selection import kept_count
-from .streams import check_seed
-from .weights import BASE, PRETRAINED, get_scheme
-from .zoo import FRESH, KWARGS
+from ..errors import ConversionError, NothingToConvert, nearest
+from ..learners import get_learner
+from ..models.build import FRESH, KWARGS
+from ..models.layer_types import Fans, kind_of
+from ..selection import kept_count
+from ..weights import BASE, PRETRAINED, get_scheme
+from ..weights.streams import check_seed
+from .layer import Slot, score_name, slots_of
+from .unmasked import Treatment, is_norm, treatment
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float]

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import MaskedWeightError
-from .kinds import kind_of
-from .learners import Learner
-from .selection import Selection
+from ..errors import MaskedWeightError
+from ..learners import Learner
+from ..models.layer_types import kind_of
+from ..selection import Selection
 
 SLOTS = "_popup_slots"
 LOADING = "_popup_loading"

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .recipe import Training
+    from .schema import Training
 
 
 def rates(training: "Training") -> Callable[[float, float], float]:

@@ -18,14 +18,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..config.schedule import rates
+from ..config.schema import Training
+from ..data.open import TRAIN, Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
+from ..data.open import seed_generators as _seed
 from ..errors import RunError, Stopped
 from ..learners import sampled
-from ..surgery import bake, masks
+from ..masking.convert import bake, masks
 from .checkpoint import Checkpoint, file_of, pack, unpack
-from .data import TRAIN, Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
-from .data import seed_generators as _seed
-from .recipe import Training
-from .schedule import rates
 
 log = logging.getLogger("popup_surgery")
 

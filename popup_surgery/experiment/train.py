@@ -14,22 +14,22 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from . import __version__
-from .artifact import inspect, load, save, start_from, stored_masks
-from .errors import DataError, RecipeError
-from .files import write_atomically
-from .learners import get_learner
-from .plots import draw_curve, draw_masks
-from .surgery import bake, convert
-from .training import Recipe
-from .training.data import Batches, Progress, ambient_seed, open_data, open_image, warn_of_skipped
-from .training.folder import RunFolder, asked_to_stop, flat
-from .training.loop import Epoch, Fit, accuracy_of
-from .training.lottery_ticket import TicketFit
-from .training.processes import numerics, start
-from .training.recipe import Data, override, parse_data
-from .training.trackers import add, add_table, tracked
-from .zoo import architecture, build, build_bare, input_size
+from .. import __version__
+from ..artifact import inspect, load, save, start_from, stored_masks
+from ..atomic import write_atomically
+from ..config import Recipe
+from ..config.schema import Data, override, parse_data
+from ..data.open import Batches, Progress, ambient_seed, open_data, open_image, warn_of_skipped
+from ..errors import DataError, RecipeError
+from ..learners import get_learner
+from ..masking.convert import bake, convert
+from ..models.build import architecture, build, build_bare, input_size
+from ..plots import draw_curve, draw_masks
+from ..training.distributed import numerics, start
+from ..training.lottery_ticket import TicketFit
+from ..training.run_folder import RunFolder, asked_to_stop, flat
+from ..training.trackers import add, add_table, tracked
+from ..training.trainer import Epoch, Fit, accuracy_of
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..layers import score_name
-from ..planning import masked_weights, unwrap
-from ..surgery import bake, rebuilt
+from ..masking.convert import bake, rebuilt
+from ..masking.layer import score_name
+from ..masking.planning import masked_weights, unwrap
 from .reader import Artifact, fill_network, naming, read
 
 

@@ -14,9 +14,9 @@ from unittest.mock import patch
 import torch
 from torch import nn
 
-from .blank import Blank
-from .errors import ConversionError, nearest, unknown
-from .kinds import kind_of
+from ..errors import ConversionError, nearest, unknown
+from .layer_types import kind_of
+from .skip_init import Blank
 
 _WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 LIBRARIES = ("popup_surgery", "timm", "torchvision")
@@ -107,7 +107,7 @@ def names(library: str) -> list[str]:
         import torchvision
 
         return torchvision.models.list_models()
-    from .nets import NETS
+    from .paper_nets import NETS
 
     return list(NETS)
 
@@ -331,7 +331,7 @@ def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
 
 
 def _build_own(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
-    from .nets import NETS
+    from .paper_nets import NETS
 
     return NETS[name](**kwargs)
 

@@ -22,9 +22,9 @@ from pydantic import (
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
-from ..planning import WITHOUT_K
+from ..masking.planning import WITHOUT_K
+from ..models.build import check_kwargs, resolve
 from ..weights import PRETRAINED, get_scheme, is_pretrained
-from ..zoo import check_kwargs, resolve
 from .schedule import rates
 
 SHIPPED = next(

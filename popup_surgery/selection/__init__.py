@@ -197,7 +197,7 @@ def _largest_on(device: torch.device) -> Callable[[Tensor, int], Tensor]:
     """The radix select where kernels can be built for `device`, else PyTorch's own operators."""
     if device.type == "cuda":
         try:
-            from .radix import largest
+            from .radix_triton import largest
 
             largest(torch.zeros(32, dtype=torch.int32, device=device), 1)
             return largest

@@ -9,8 +9,8 @@ from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
 
-from . import zoo
-from .planning import plan
+from ..masking.planning import plan
+from ..models import build as zoo
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import unknown
+from ..errors import unknown
 from .streams import DISTRIBUTIONS
 
 
