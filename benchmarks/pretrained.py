@@ -18,9 +18,10 @@ import torch
 from accelerate import Accelerator
 
 import popup_surgery as ps
-from popup_surgery.data.open import ambient_seed, open_data
-from popup_surgery.experiment.train import quiet
-from popup_surgery.models.build import read_weights
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.data.seeding import ambient_seed
+from popup_surgery.models.pretrained import read_weights
 from popup_surgery.training.trainer import Fit
 
 SIZE = [3, 32, 32]

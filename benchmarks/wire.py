@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import popup_surgery as ps
 from popup_surgery.config.schema import Data, Training
-from popup_surgery.data.open import InMemory
-from popup_surgery.experiment.train import quiet
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.in_memory import InMemory
 from popup_surgery.training.distributed import leave, start
 from popup_surgery.training.trainer import Fit
 

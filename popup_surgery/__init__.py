@@ -18,12 +18,17 @@ _HOMES = {
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
         "RecipeError", "RunError", "UnknownName",
     ),
-    "experiment.train": ("Evaluation", "Result", "evaluate", "predict", "train"),
+    "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
+    "experiment.results": ("Result",),
+    "experiment.train": ("train",),
     "learners": ("sampled",),
-    "masking.convert": ("bake", "convert", "masks"),
+    "masking.bake": ("bake", "masks"),
+    "masking.convert": ("convert",),
     "masking.layer": ("Tracer",),
-    "masking.planning": ("Coverage", "Plan", "plan"),
-    "models.build": ("Architecture", "build"),
+    "masking.plan": ("Coverage", "Plan"),
+    "masking.planning": ("plan",),
+    "models.architecture": ("Architecture",),
+    "models.build": ("build",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
@@ -43,12 +48,17 @@ if TYPE_CHECKING:
         RunError,
         UnknownName,
     )
-    from .experiment.train import Evaluation, Result, evaluate, predict, train
+    from .experiment.evaluate import Evaluation, evaluate, predict
+    from .experiment.results import Result
+    from .experiment.train import train
     from .learners import sampled
-    from .masking.convert import bake, convert, masks
+    from .masking.bake import bake, masks
+    from .masking.convert import convert
     from .masking.layer import Tracer
-    from .masking.planning import Coverage, Plan, plan
-    from .models.build import Architecture, build
+    from .masking.plan import Coverage, Plan
+    from .masking.planning import plan
+    from .models.architecture import Architecture
+    from .models.build import build
 
 
 def __getattr__(name: str) -> Any:

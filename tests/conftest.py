@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 
 import popup_surgery
 from popup_surgery import train
-from popup_surgery.config.schema import to_yaml
+from popup_surgery.config.yaml import to_yaml
 from popup_surgery.sweep import Run, State
 
 Sizes = tuple[int, int]

@@ -25,7 +25,9 @@ from popup_surgery import (
     plan,
     save,
 )
-from popup_surgery.masking.layer import is_masked, score_name, slots_of
+from popup_surgery.masking.layer import is_masked
+from popup_surgery.masking.ranking import score_name
+from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import kept_count
 from popup_surgery.weights.streams import draw
 

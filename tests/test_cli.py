@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 
 import popup_surgery
 from popup_surgery import build, convert, load, save
-from popup_surgery.config.schema import find, shipped
+from popup_surgery.config.catalog import find, shipped
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo", "sweep",

@@ -18,8 +18,11 @@ from torch import Tensor
 
 from popup_surgery import DataError, PopupError, train
 from popup_surgery.config.schema import Data
-from popup_surgery.data.open import Batches, InMemory, Streamed, _crop, ambient_seed, open_data
-from popup_surgery.experiment.train import quiet
+from popup_surgery.data.batches import Batches, quiet
+from popup_surgery.data.in_memory import InMemory, _crop
+from popup_surgery.data.open import open_data
+from popup_surgery.data.seeding import ambient_seed
+from popup_surgery.data.streamed import Streamed
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")

@@ -19,7 +19,7 @@ import torch
 from popup_surgery import PopupError, RunError, train
 from popup_surgery.config import Recipe
 from popup_surgery.errors import Stopped
-from popup_surgery.experiment.train import run_folder
+from popup_surgery.experiment.setup import run_folder
 from popup_surgery.training import checkpoint
 
 SHORT = ["training.epochs=3", "training.checkpoint_minutes=0.0001"]

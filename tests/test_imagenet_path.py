@@ -12,8 +12,9 @@ from test_unreadable import cli_run, lines, started
 
 from popup_surgery import evaluate, inspect
 from popup_surgery.config import Recipe
-from popup_surgery.data.open import Part, Streamed, open_data
-from popup_surgery.experiment.train import quiet
+from popup_surgery.data.batches import Part, quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.data.streamed import Streamed
 
 CLASSES, VALIDATION = 1000, 1003  # which neither the batch nor the processes divide
 OVERRIDES = [

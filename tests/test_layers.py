@@ -14,7 +14,8 @@ from torch.func import functional_call
 
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, masks, sampled
 from popup_surgery.learners import LEARNERS
-from popup_surgery.masking.layer import is_masked, slots_of
+from popup_surgery.masking.layer import is_masked
+from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import kept_count
 
 K = 0.4

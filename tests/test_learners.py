@@ -37,10 +37,11 @@ from popup_surgery import (
     train,
     verify,
 )
-from popup_surgery.config.schema import to_yaml
-from popup_surgery.data.open import ambient_seed, open_data
+from popup_surgery.config.yaml import to_yaml
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.errors import Stopped
-from popup_surgery.experiment.train import quiet
 from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketFit

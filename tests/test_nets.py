@@ -8,7 +8,8 @@ from torch import nn
 
 import popup_surgery
 from popup_surgery import Architecture, ConversionError, UnknownName, build
-from popup_surgery.models.build import KWARGS, check_kwargs, describe, input_size, names, resolve
+from popup_surgery.models.architecture import KWARGS, check_kwargs, describe, input_size
+from popup_surgery.models.libraries import names, resolve
 from popup_surgery.models.paper_nets import NETS, ConvNet, conv2, conv4, conv6, conv8, fc
 
 WEIGHTS = {"conv2": 4_300_992, "conv4": 2_425_024, "conv6": 2_261_184, "conv8": 5_275_840, "fc": 266_200}

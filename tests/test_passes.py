@@ -24,7 +24,8 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import StochasticDepth
 
 from popup_surgery import bake, build, convert, load, plan, save
-from popup_surgery.models.build import KWARGS, architecture
+from popup_surgery.models.architecture import KWARGS
+from popup_surgery.models.libraries import architecture_of
 
 K = 0.5
 TEN = {"num_classes": 10}
@@ -430,7 +431,7 @@ def _named(name: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True)
     try:
-        return convert(architecture(name, **NETS[name]), K)
+        return convert(architecture_of(name, **NETS[name]), K)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -30,7 +30,7 @@ from popup_surgery import (
     verify,
 )
 from popup_surgery.artifact.rebuild import values_digest
-from popup_surgery.masking.layer import slots_of
+from popup_surgery.masking.state import slots_of
 from popup_surgery.weights.streams import draw
 
 NAME = "timm/test_resnet"

@@ -14,7 +14,8 @@ import torch
 from test_engine import begun, command, run
 
 from popup_surgery import Recipe, evaluate
-from popup_surgery.experiment.train import prepare, quiet
+from popup_surgery.data.batches import quiet
+from popup_surgery.experiment.setup import prepare
 from popup_surgery.training.distributed import leave, start
 
 

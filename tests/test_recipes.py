@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from popup_surgery import PopupError, Recipe, RecipeError, UnknownName
-from popup_surgery.config.schema import find, read_yaml, shipped, to_yaml
+from popup_surgery.config.catalog import find, shipped
+from popup_surgery.config.yaml import read_yaml, to_yaml
 from popup_surgery.learners import LEARNERS
-from popup_surgery.masking.planning import WITHOUT_K
+from popup_surgery.masking.settings import WITHOUT_K
 from popup_surgery.weights import SCHEMES
 
 PAPER = {"cifar10/conv2", "cifar10/conv4", "cifar10/conv6", "cifar10/conv8"}

@@ -13,7 +13,7 @@ from conftest import Here
 from PIL import Image
 
 from popup_surgery import DataError, RecipeError, UnknownName, train
-from popup_surgery.config.schema import shipped, shipped_sweeps
+from popup_surgery.config.catalog import shipped, shipped_sweeps
 from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
 from popup_surgery.reproduce.table import rows
 from popup_surgery.sweep import Outcome, Run, State, points

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from popup_surgery import ConversionError, DataError, bake, build, convert, evaluate, load, masks, sanity, save, train
 from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
+from popup_surgery.config.schema import Data
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -133,8 +134,9 @@ def test_new_statistics_are_those_of_the_training_images(
     stored = {key: tensor for key, tensor in load(normed).state_dict().items() if "running" in key}
     assert stored
 
+    from popup_surgery.data.batches import quiet
     from popup_surgery.data.open import open_data
-    from popup_surgery.experiment.train import quiet, recorded_data
+    from popup_surgery.experiment.evaluate import recorded_data
 
     data = recorded_data(normed).model_copy(update={"root": str(images)})
     batches = [x for x, *_ in open_data(data, (3, 16, 16), 0, torch.device("cpu"), quiet).train(0)][:2]
@@ -238,7 +240,7 @@ def test_what_the_command_refuses(cli: Callable[..., Any], artifact: Path, tmp_p
         assert "Traceback" not in done.err
     assert not artifact.with_name("digits.sanity.png").exists()
     with pytest.raises(DataError, match="does not exist"):
-        sanity(artifact, data=module.Data(name="folder"), data_dir=tmp_path / "nowhere")
+        sanity(artifact, data=Data(name="folder"), data_dir=tmp_path / "nowhere")
 
 
 def test_the_page_shows_what_the_command_prints(

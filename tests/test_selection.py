@@ -13,8 +13,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from popup_surgery import selection
-from popup_surgery.selection import SAMPLE, _select_on_device, kept_count, select
+from popup_surgery.selection import cpu, gpu, kept_count, select
+from popup_surgery.selection.cpu import SAMPLE
+from popup_surgery.selection.gpu import select_on_device
 
 NAN, INF, TINY = math.nan, math.inf, 1.401298464324817e-45  # TINY is the least float32 above 0
 AWKWARD = [0.0, -0.0, TINY, -TINY, 1.17e-38, 1.0, -1.0, 1.0000001192092896, INF, -INF, NAN, -NAN, 3.4028234663852886e38]
@@ -116,7 +117,7 @@ def test_select_is_the_stable_sort(scores, data):
 def test_device_path_gives_the_host_path(scores, data):
     total = sum(score.numel() for score in scores)
     kept = data.draw(st.integers(0, total))
-    assert same(_select_on_device(scores, kept, total), select(scores, kept).masks)
+    assert same(select_on_device(scores, kept, total), select(scores, kept).masks)
 
 
 def test_nan_ranks_above_infinity_and_equal_magnitudes_by_index():
@@ -156,13 +157,13 @@ def test_float64_and_bad_counts_are_refused():
 def sweeps(monkeypatch):
     """The results of `_sweep`, which the fallback calls a second time."""
     results = []
-    real = selection._sweep
+    real = cpu._sweep
 
     def spy(*args):
         results.append(real(*args))
         return results[-1]
 
-    monkeypatch.setattr(selection, "_sweep", spy)
+    monkeypatch.setattr(cpu, "_sweep", spy)
     return results
 
 
@@ -217,7 +218,7 @@ def test_a_sample_that_misleads_falls_back_to_the_exact_threshold(sampled, kept,
 def test_device_path_on_a_large_array():
     score = (torch.randn(LARGE, generator=torch.Generator().manual_seed(5)) * 1000).round()
     for kept in (1, 90_000, 150_001, LARGE - 1):
-        assert torch.equal(_select_on_device([score], kept, LARGE)[0], fast_reference(score, kept))
+        assert torch.equal(select_on_device([score], kept, LARGE)[0], fast_reference(score, kept))
 
 
 def interpreted(values: np.ndarray, kept: int) -> np.ndarray:
@@ -329,8 +330,8 @@ def test_the_operator_passes_opcheck(kept):
 @pytest.mark.parametrize("how", ["radix", "topk"])
 def test_cuda_gives_the_cpu_masks_without_waiting_for_the_device(kept, how, monkeypatch):
     if how == "topk":
-        monkeypatch.setattr(selection, "_largest_on", lambda device: selection._largest_by_topk)
-    elif selection._largest_on(torch.device("cuda", 0)) is selection._largest_by_topk:
+        monkeypatch.setattr(gpu, "_largest_on", lambda device: gpu._largest_by_topk)
+    elif gpu._largest_on(torch.device("cuda", 0)) is gpu._largest_by_topk:
         pytest.skip("Triton builds no kernels here")
     generator = torch.Generator().manual_seed(kept)
     scores = [

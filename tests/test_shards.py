@@ -16,9 +16,9 @@ from test_unreadable import cli_run, lines, started, stopping
 from torch import Tensor
 
 from popup_surgery import DataError, PopupError, evaluate, train
-from popup_surgery.data.open import Part
+from popup_surgery.data.batches import Part
 from popup_surgery.errors import Stopped
-from popup_surgery.experiment.train import recorded_data
+from popup_surgery.experiment.evaluate import recorded_data
 
 CLASSES = ("cat", "dog", "eel")
 PLAIN: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0}

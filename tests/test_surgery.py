@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from popup_surgery import ConversionError, NothingToConvert, UnknownName, bake, build, convert, masks, plan
 from popup_surgery.masking.layer import is_masked
-from popup_surgery.masking.planning import unwrap
+from popup_surgery.masking.walk import unwrap
 from popup_surgery.weights import SCHEMES, register_scheme
 from popup_surgery.weights.streams import draw, draw_scores
 

@@ -24,7 +24,8 @@ from filelock import FileLock
 
 import popup_surgery
 from popup_surgery import PopupError, RecipeError, RunError, train
-from popup_surgery.config.schema import find, to_yaml
+from popup_surgery.config.catalog import find
+from popup_surgery.config.yaml import to_yaml
 from popup_surgery.sweep import Local, Outcome, State, Sweep, execute, points
 
 Cli = Callable[..., Any]

@@ -34,9 +34,9 @@ from popup_surgery.artifact import stored_masks
 from popup_surgery.config import Recipe
 from popup_surgery.config.schedule import rates
 from popup_surgery.config.schema import Training
+from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.errors import Stopped
-from popup_surgery.experiment.train import quiet
 from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start

@@ -288,8 +288,8 @@ def test_training_changes_the_scores_and_nothing_else(first: Result) -> None:
 
 
 def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
+    from popup_surgery.data.batches import quiet
     from popup_surgery.data.open import open_data
-    from popup_surgery.experiment.train import quiet
     from popup_surgery.training.distributed import start
     from popup_surgery.training.trainer import Fit
 

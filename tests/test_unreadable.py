@@ -20,10 +20,11 @@ import torch
 from test_data import AUGMENTED, TARS, joined, opened, pack, recipe
 
 from popup_surgery import DataError, RunError, evaluate, train
-from popup_surgery.data.open import Part, worker_deaths
+from popup_surgery.data.batches import Part
 from popup_surgery.data.sources import Numbered
+from popup_surgery.data.workers import worker_deaths
 from popup_surgery.errors import Stopped
-from popup_surgery.experiment.train import recorded_data
+from popup_surgery.experiment.evaluate import recorded_data
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")

@@ -12,7 +12,8 @@ from torch import nn
 import popup_surgery as ps
 from popup_surgery import ConversionError, UnknownName, bake, build, convert, masks, plan
 from popup_surgery.analysis.coverage import all_names, as_json, as_markdown, look, survey
-from popup_surgery.models import build as zoo
+from popup_surgery.models.architecture import FRESH, PRETRAINED_BASE, describe
+from popup_surgery.models.libraries import names
 from popup_surgery.models.skip_init import Blank
 
 TABLE = Path(__file__).parents[1] / "docs" / "zoo.json"
@@ -26,7 +27,7 @@ def rows():
 
 
 def test_every_network_of_both_libraries_is_planned(rows):
-    assert len(rows) == len(zoo.names("timm")) + len(zoo.names("torchvision")) > 1000
+    assert len(rows) == len(names("timm")) + len(names("torchvision")) > 1000
     assert {row.name: row.refused for row in rows if row.refused} == {}
 
 
@@ -66,7 +67,7 @@ def test_a_name_converts_as_the_built_network_does(name):
     ours, theirs = named.state_dict(), built.state_dict()
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert zoo.describe(named) == zoo.describe(built)
+    assert describe(named) == describe(built)
     buffers = dict(built.named_buffers())
     assert all(torch.equal(value, buffers[key]) for key, value in named.named_buffers())
 
@@ -148,4 +149,4 @@ def test_loading_builds_without_initialising(tmp_path):
 
 def test_baking_a_pretrained_network_forgets_its_base():
     model = bake(convert(build("timm/test_resnet")))
-    assert not [key for key in model.__dict__ if key in (zoo.PRETRAINED_BASE, zoo.FRESH)]
+    assert not [key for key in model.__dict__ if key in (PRETRAINED_BASE, FRESH)]

@@ -10,7 +10,8 @@ from multiprocessing import get_context
 from typing import Any
 
 from ..masking.planning import plan
-from ..models import build as zoo
+from ..models.build import build_bare
+from ..models.libraries import architecture_of, names
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def look(name: str) -> Row:
     """The row of one network, which is built without memory and given up."""
     began = time.perf_counter()
     try:
-        planned = plan(zoo.build_bare(zoo.architecture(name)))
+        planned = plan(build_bare(architecture_of(name)))
     except Exception as error:  # whatever a library's network does when it is built
         return Row(name, refused=f"{type(error).__name__}: {' '.join(str(error).split())}")
     seconds = round(time.perf_counter() - began, 2)
@@ -65,7 +66,7 @@ def survey(names: Sequence[str], jobs: int = 1) -> Iterator[Row]:
 
 def all_names(libraries: Sequence[str]) -> list[str]:
     """Every network of `libraries`, with its library's name."""
-    return [f"{library}/{name}" for library in libraries for name in zoo.names(library)]
+    return [f"{library}/{name}" for library in libraries for name in names(library)]
 
 
 def as_json(rows: Sequence[Row], libraries: Sequence[str]) -> str:

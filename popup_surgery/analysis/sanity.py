@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..artifact import inspect, stored_masks
-from ..artifact.reader import load_unmasked
+from ..artifact.restore import load_unmasked
 from ..config.schema import Data
-from ..data.open import Batches, Progress
+from ..data.batches import Batches, Progress, quiet
 from ..errors import ConversionError
-from ..experiment.train import data_of, open_for, quiet
+from ..experiment.evaluate import data_of
+from ..experiment.setup import open_for
 from ..plots import Group
-from ..training.trainer import accuracy_of
+from ..training.evaluation import accuracy_of
 from ..weights import BASE
 from ..weights.fill import fill
 from ..weights.streams import draw

@@ -1,8 +1,9 @@
 """The popup artifact: a seed and one bit per weight in a safetensors file. Format: docs/artifact-format.md."""
 
 from .manifest import Manifest
-from .reader import inspect, load, verify
-from .verification import Verification
+from .reader import inspect
+from .restore import load
+from .verification import Verification, verify
 from .warm_start import start_from, stored_masks
 from .writer import save
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from ..models.build import Architecture, Base
+from ..models.architecture import Architecture, Base
 from ..weights import BASE
 from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count

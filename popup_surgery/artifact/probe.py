@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..masking.convert import bake
+from ..masking.bake import bake
 from ..weights.fill import fill
 from ..weights.streams import draw
 from .manifest import Probe

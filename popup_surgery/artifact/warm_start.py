@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError
-from ..masking.convert import bake, rebuilt
-from ..masking.layer import score_name
-from ..masking.planning import masked_weights, unwrap
-from .reader import Artifact, fill_network, naming, read
+from ..masking.bake import bake, rebuilt
+from ..masking.ranking import score_name
+from ..masking.walk import masked_weights, unwrap
+from .reader import Artifact, naming, read
+from .restore import fill_network
 
 
 def start_from(model: nn.Module, path: str | Path, *, base: nn.Module | str | Path | None = None) -> None:

@@ -15,10 +15,13 @@ from ..atomic import write_atomically
 from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError, ConversionError
 from ..learners.sampling import settled
-from ..masking.layer import Slot, score_name, slots_of
-from ..masking.planning import unconverted, unwrap
+from ..masking.planning import unconverted
+from ..masking.ranking import score_name
+from ..masking.state import Slot, slots_of
 from ..masking.unmasked import GENERATED, Generated
-from ..models.build import FRESH, PRETRAINED_BASE, Architecture, Base, build_bare, check_kwargs, describe
+from ..masking.walk import unwrap
+from ..models.architecture import FRESH, PRETRAINED_BASE, Architecture, Base, check_kwargs, describe
+from ..models.build import build_bare
 from ..weights import BASE
 from ..weights.fill import equals, pieces_of
 from ..weights.streams import draw

@@ -60,7 +60,8 @@ def run(
         from ..errors import ConversionError
         from ..masking.convert import convert
         from ..masking.planning import plan
-        from ..models import build as zoo
+        from ..models.build import build, build_bare
+        from ..models.libraries import architecture_of
         from ..weights import PRETRAINED
 
         given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
@@ -71,9 +72,9 @@ def run(
         settings |= {"others": others.value, "norm": norm.value}
         if weights is not None and scheme != PRETRAINED:
             raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
-        architecture = zoo.architecture(arch, **kwargs)
-        model = zoo.build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-        planned = plan(model or zoo.build_bare(architecture), k, **settings)
+        architecture = architecture_of(arch, **kwargs)
+        model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+        planned = plan(model or build_bare(architecture), k, **settings)
         if not dry_run:
             save(convert(model or architecture, k, **settings), file)
     if dry_run:

@@ -18,7 +18,8 @@ def run(
     wrote mine.yaml, 601 bytes; popup-surgery train mine.yaml runs it
     """
     from ..atomic import write_atomically
-    from ..config.schema import find, is_sweep, read_yaml, shipped
+    from ..config.catalog import find, is_sweep, shipped
+    from ..config.yaml import read_yaml
     from ..errors import PopupError
 
     if name is None:

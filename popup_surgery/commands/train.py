@@ -15,7 +15,7 @@ from ..errors import RunError, Stopped
 from .shared import STOPPED, busy, progress, show, size
 
 if TYPE_CHECKING:
-    from ..training.trainer import Epoch
+    from ..training.metrics import Epoch
 
 
 def run(
@@ -45,7 +45,7 @@ def run(
     began = time.perf_counter()
     with busy("starting"):
         from ..config import Recipe
-        from ..experiment import train as runs
+        from ..experiment.train import train
         from ..training.distributed import join_slurm, leave
 
         join_slurm()
@@ -67,7 +67,7 @@ def run(
             + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
         )
 
-    result = runs.train(
+    result = train(
         recipe,
         overrides=set_ or (),
         output=output,

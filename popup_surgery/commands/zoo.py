@@ -26,14 +26,14 @@ def run(
     from ..analysis.coverage import all_names, as_json, as_markdown, survey
     from ..atomic import write_atomically
     from ..errors import PopupError, unknown
-    from ..models import build as zoo
+    from ..models.libraries import LIBRARIES
 
     if not output.is_dir():
         raise PopupError(f"{output} is no folder; expected one for zoo.json and zoo.md")
-    libraries = list(dict.fromkeys(libraries or zoo.LIBRARIES))
+    libraries = list(dict.fromkeys(libraries or LIBRARIES))
     for library in libraries:
-        if library not in zoo.LIBRARIES:
-            raise unknown("library", library, zoo.LIBRARIES)
+        if library not in LIBRARIES:
+            raise unknown("library", library, LIBRARIES)
     names = all_names(libraries)
     rows = []
     with progress(len(names), "planning") as advance:

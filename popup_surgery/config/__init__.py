@@ -1,4 +1,4 @@
-"""Recipes: the keys, their types and defaults, and where the shipped files are."""
+"""Recipes: the keys, their types and defaults, and the files that come with the package."""
 
 from .schema import Recipe
 

@@ -1,13 +1,10 @@
 """Recipes: typed YAML, every unknown key and bad value an error, all of them at once."""
 
-import copy
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -22,18 +19,14 @@ from pydantic import (
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
-from ..masking.planning import WITHOUT_K
-from ..models.build import check_kwargs, resolve
+from ..masking.settings import WITHOUT_K
+from ..models.architecture import check_kwargs
+from ..models.libraries import resolve
 from ..weights import PRETRAINED, get_scheme, is_pretrained
+from .catalog import find, is_sweep
+from .overrides import override
 from .schedule import rates
-
-SHIPPED = next(
-    folder
-    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
-    if folder.is_dir()
-)
-
-SWEEPS = "paper/"  # their names begin so
+from .yaml import read_yaml
 
 
 def _known(look_up: Any) -> Any:
@@ -361,112 +354,6 @@ def _validated(cls: type[_S], values: Any, name: str) -> _S:
         found = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("literal['none']",)]
         head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
         raise RecipeError(head + "\n".join(found)) from None
-
-
-def override(values: Any, overrides: Iterable[str]) -> Any:
-    """Plain values of a recipe with `key=value` overrides; what was given stays as it is."""
-    values = copy.deepcopy(values)
-    for setting in overrides:
-        assign(values, *parse_setting(setting))
-    return values
-
-
-def parse_setting(setting: str) -> tuple[str, Any]:
-    """Key and value of `key=value`, whose value is YAML."""
-    key, equals, value = setting.partition("=")
-    key = key.strip()
-    if not equals:
-        raise RecipeError(f"--set {setting!r} has no value; expected key=value, such as training.epochs=3")
-    if not key or key.endswith("."):
-        raise RecipeError(f"--set {setting!r} names no key; expected key=value, such as training.epochs=3")
-    return key, parse_yaml(value, f"--set {setting}")
-
-
-def assign(values: dict[str, Any], key: str, value: Any) -> None:
-    """Set the value of a key such as `training.epochs`, in place."""
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if not isinstance(values.get(parent), dict):
-            values[parent] = {}
-        values = values[parent]
-    values[leaf] = value
-
-
-def find(name: str | Path) -> Path:
-    """The file of a recipe: a path to a YAML file, or the name of a shipped one."""
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RecipeError(f"there is no recipe file {path}")
-        return path
-    if str(name) not in shipped() + shipped_sweeps():
-        raise unknown("recipe", str(name), shipped() + shipped_sweeps())
-    return SHIPPED / f"{name}.yaml"
-
-
-def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return [name for name in _files() if not name.startswith(SWEEPS)]
-
-
-def shipped_sweeps() -> list[str]:
-    """Names of the sweeps that come with the package."""
-    return [name for name in _files() if name.startswith(SWEEPS)]
-
-
-def _files() -> list[str]:
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
-
-
-def read_yaml(path: Path, expected: str = "model, surgery, data and training") -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read: {error}") from None
-    values = parse_yaml(text, str(path))
-    if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no mapping; expected {expected}")
-    return values
-
-
-def is_sweep(values: Mapping[str, Any]) -> bool:
-    """Whether the mapping of a YAML file is a sweep, and no recipe."""
-    return bool({"recipe", "runs"} & values.keys())
-
-
-def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that `read_yaml` reads back to the same values."""
-    return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for a string, where people mean a number, and the last of two equal keys."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        if twice := {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {min(twice)!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Dumper(yaml.SafeDumper):
-    pass
-
-
-_FLOAT = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?|[-+]?\.inf|\.nan", re.IGNORECASE)
-for _class in (_Loader, _Dumper):
-    _class.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(rf"^(?:{_FLOAT.pattern})$", re.I), list("-+0123456789.")
-    )
-
-
-def parse_yaml(text: str, what: str) -> Any:
-    """The value of YAML text; `RecipeError` calls it `what`."""
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{what} is no YAML: {' '.join(str(error).split())}") from None
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {

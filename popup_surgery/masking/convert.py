@@ -1,6 +1,5 @@
-"""Turn a network into a hidden one and back: `convert` does what a plan says, `bake` ends in plain layers."""
+"""Turn a network into a hidden one: `convert` does what a plan says."""
 
-import copy
 import logging
 from collections.abc import Iterator
 from typing import Unpack, cast
@@ -12,17 +11,21 @@ from torch import Tensor, nn
 
 from ..errors import ConversionError
 from ..learners import Learner, get_learner
-from ..learners.base import masked
-from ..learners.sampling import settled
-from ..models import build as zoo
-from ..models.build import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture
+from ..models.architecture import DESCRIPTION, Architecture
+from ..models.build import build, build_blank, build_described
+from ..models.libraries import architecture_of
 from ..selection import kept_count
 from ..weights import BASE, is_pretrained
-from ..weights.fill import equals, fill, pieces_of
+from ..weights.fill import fill, pieces_of
 from ..weights.streams import check_seed, draw
-from .layer import Ranking, Slot, drop_hooks, is_masked, masked_class, score_name, slots_of, swap, unswap
-from .planning import CONVERTED, SETTINGS, Plan, PlannedWeight, Settings, Shares, masked_weights, plan, unwrap
+from .layer import masked_class, swap
+from .plan import Plan, PlannedWeight
+from .planning import plan
+from .ranking import Ranking, drop_hooks
+from .settings import Settings, Shares
+from .state import CONVERTED, SETTINGS, Slot, slots_of
 from .unmasked import GENERATED, Generated
+from .walk import masked_weights, unwrap
 
 log = logging.getLogger("popup_surgery")
 
@@ -80,7 +83,7 @@ def convert(
     if torch.is_inference_mode_enabled():
         raise ConversionError("convert was called under torch.inference_mode, where its scores could never learn")
     if isinstance(architecture, str):
-        architecture = zoo.architecture(architecture)
+        architecture = architecture_of(architecture)
     if isinstance(model, str | Architecture):
         model = _build(model, k, settings)
     planned = plan(model, k, **settings)
@@ -103,63 +106,20 @@ def convert(
     return model
 
 
-def bake(model: nn.Module) -> nn.Module:
-    """A plain copy of a converted network: original classes and `state_dict` keys, effective weights, all trainable.
-
-    The copy shares no memory with `model`, which stays as it is. Of a learner that samples it is the network that a
-    file would hold, or within `sampled` that sample.
-    """
-    core = unwrap(model)
-    memo: dict[int, object] = {}
-    with torch.no_grad(), settled():
-        for _, module, name, slot in masked_weights(core):
-            raw, effective = module._parameters[name], slot.read(module, name)
-            if slot.ranking.learner.rescale:
-                effective = rebuilt(module, name, slot, slot.ranking.mask(slot.index))
-            # `data` of a plain tensor: a write to the copy is none to the masked weight
-            memo[id(raw)] = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
-            memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
-            memo[id(slot.ranking)] = Ranking(slot.ranking.learner, 0)
-        for module in core.modules():  # a network may keep results of its last pass, which no copy can be made of
-            for value in module.__dict__.values():
-                for kept in value if isinstance(value, list | tuple) else [value]:
-                    if isinstance(kept, Tensor) and not kept.is_leaf:
-                        memo[id(kept)] = kept.detach().clone()
-    baked = copy.deepcopy(core, memo)
-    for module in baked.modules():
-        if is_masked(module):
-            unswap(module)
-        for mark in (GENERATED, CONVERTED, SETTINGS, PRETRAINED_BASE, FRESH):
-            module.__dict__.pop(mark, None)
-        drop_hooks(module)
-    for parameter in baked.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return baked
-
-
-def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The mask of each masked weight, by the weight's `state_dict` key: bool, of the weight's shape, a copy.
-
-    Of a learner that samples they are those that a file would hold, or within `sampled` those of that sample.
-    """
-    with settled():
-        return {key: slot.ranking.mask(slot.index).clone() for key, _, _, slot in masked_weights(unwrap(model))}
-
-
 def _build(described: str | Architecture, k: Shares | None, settings: Settings) -> nn.Module:
     """The network of that name for conversion with these settings: whatever conversion will not fill is initialised."""
-    architecture = zoo.architecture(described) if isinstance(described, str) else described
+    architecture = architecture_of(described) if isinstance(described, str) else described
     if is_pretrained(settings.get("scheme", "")):
-        return zoo.build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
+        return build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
     seed = check_seed(settings.get("seed", 0))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, blank = zoo.build_blank(architecture)
+        model, blank = build_blank(architecture)
         left = [other.owner for other in plan(model, k, **settings).rest if other.treatment.action == "left"]
         if not any(blank.is_blank(cast(Tensor, module._parameters[name])) for module, name in left):
             return model
         torch.manual_seed(seed)
-        return zoo.build_described(architecture)
+        return build_described(architecture)
 
 
 def _apply(core: nn.Module, planned: Plan) -> None:
@@ -226,20 +186,6 @@ def _synchronise(model: nn.Module) -> None:
             # as after unpickling, which makes a new reducer for the parameters that require a gradient
             module.__setstate__(module.__dict__ | {"process_group": group, "reducer": None, "logger": None})
             module.process_group = group
-
-
-def rebuilt(module: nn.Module, name: str, slot: Slot, mask: Tensor) -> Tensor:
-    """A drawn or pretrained weight under `mask` as a file gives it, to the bit."""
-
-    def drawn(std: float) -> Iterator[NDArray[np.float32]]:
-        return draw(slot.distribution, weight.numel(), std, slot.seed, "weight", slot.stream)
-
-    weight = cast(Tensor, module._parameters[name]).detach()
-    factor = slot.ranking.learner.factor(mask)
-    if factor != 1 and equals(weight, drawn(slot.std)):  # else it was loaded, and there will be no file
-        weight, factor = fill(torch.empty_like(weight), drawn(slot.std * factor)), 1.0
-    weight = masked(weight, mask)
-    return weight * factor if factor != 1 else weight
 
 
 def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Parameter:

@@ -6,189 +6,17 @@ the layer or outside. The raw weight stays in `_parameters`, frozen, and the sco
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
-from ..learners import Learner
 from ..models.layer_types import kind_of
-from ..selection import Selection
+from .ranking import score_name
+from .state import SLOTS, Slot
 
-SLOTS = "_popup_slots"
 LOADING = "_popup_loading"
-
-
-def score_name(name: str) -> str:
-    """The name of the score parameter that belongs to the weight `name`."""
-    return f"{name}_score"
-
-
-class Ranking:
-    """The weights that are ranked together: one layer's, or with `scope="global"` all of a network's.
-
-    The mask is kept from one read to the next, and each read makes sure that it still is the scores' own: a tensor's
-    version counter would not tell, because a fused optimiser and a write to `.data` leave it alone.
-    """
-
-    def __init__(self, learner: Learner, kept: int) -> None:
-        self.learner = learner
-        self.kept = kept
-        self.members: list[tuple[nn.Module, str]] = []
-        self.streams: list[str] = []
-        self._selection: Selection | None = None
-        self._held: list[Tensor] | None = None  # the scores, while a forward of the root runs
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_selection": None, "_held": None}
-
-    def add(self, module: nn.Module, name: str, stream: str) -> int:
-        """Rank the weight `name` of `module` here too. Returns its place."""
-        self.members.append((module, name))
-        self.streams.append(stream)
-        return len(self.members) - 1
-
-    def scores(self) -> list[Tensor]:
-        return [_parameter(module, score_name(name)) for module, name in self.members]
-
-    def mask(self, index: int) -> Tensor:
-        """The mask of member `index`: bool, of its weight's shape."""
-        scores = self.scores()
-        if torch.compiler.is_compiling() or _under_transform(scores):
-            return self.learner.trace([score.detach() for score in scores], self.kept, self.streams)[index]
-        held = self._held is not None and all(a is b for a, b in zip(self._held, scores, strict=True))
-        if self._selection is None or not self._selection.holds(scores, index if held else None):
-            with torch.inference_mode(False):  # a mask must outlive the mode
-                self._selection = self.learner.select(scores, self.kept, self.streams)
-        return self._selection.masks[index]
-
-    def hold_during_forward(self, root: nn.Module) -> None:
-        """Check all scores once at the start of each forward of `root`; in it each read checks its own alone."""
-        root.register_forward_pre_hook(_Hold(self, True))
-        root.register_forward_hook(_Hold(self, False), always_call=True)
-
-
-class _Hold:
-    """Forward hook that starts or ends the holding of a ranking's masks."""
-
-    def __init__(self, ranking: Ranking, start: bool) -> None:
-        self.ranking, self.start = ranking, start
-
-    def __call__(self, module: nn.Module, *_: Any) -> None:
-        ranking = self.ranking
-        if torch.compiler.is_compiling():
-            return
-        ranking._held = None
-        if self.start:
-            ranking.mask(0)
-            ranking._held = ranking.scores()
-
-
-def drop_hooks(module: nn.Module) -> None:
-    """Take the hooks of a ranking off `module`."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for handle in [handle for handle, hook in hooks.items() if isinstance(hook, _Hold)]:
-            del hooks[handle]
-            module._forward_hooks_always_called.pop(handle, None)
-
-
-@dataclass
-class Slot:
-    """One masked weight of a layer: where it came from, and how it is ranked.
-
-    Attributes:
-        stream: the stream name that its weights and scores were drawn under.
-        fan_in: inputs summed into one output.
-        std: the weights' standard deviation.
-        k: the share that was asked for, None where the learner takes none; `scaled` weights were widened by √(1/k).
-        ranking, index: the group that it is ranked in, and its place there.
-    """
-
-    stream: str
-    seed: int
-    scheme: str
-    scaled: bool
-    k: float | None
-    distribution: str
-    std: float
-    fan_in: float
-    ranking: Ranking
-    index: int
-    _watch: tuple[Tensor, int] | None = field(default=None, repr=False)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_watch": None}
-
-    def read(self, module: nn.Module, name: str) -> Tensor:
-        """The masked weight: a fresh tensor at each read, with the learner's gradient to the score."""
-        weight, score = _parameter(module, name), _parameter(module, score_name(name))
-        learner = self.ranking.learner
-        if torch.compiler.is_compiling():
-            return learner.effective(weight, score, self.ranking.mask(self.index))
-        if torch.jit.is_tracing():
-            raise MaskedWeightError(
-                f"{name} of {type(module).__name__} was read by torch.jit.trace, which would freeze its mask; trace "
-                "bake(model)"
-            )
-        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
-            raise MaskedWeightError(
-                f"{name} of {type(module).__name__} was read by a torch.fx tracer, which would freeze its mask; trace "
-                "with popup_surgery.Tracer, which takes masked layers as leaves, or trace bake(model)"
-            )
-        watch, self._watch = self._watch, None
-        if watch is not None and watch[0]._version != watch[1]:
-            raise MaskedWeightError(
-                f"the masked weight {self.stream!r} was written to in place, and the write is lost: a masked weight is "
-                f"made anew from its scores at each read; change {score_name(name)}, or bake(model) first"
-            )
-        effective = learner.effective(weight, score, self.ranking.mask(self.index))
-        if effective.is_inference() or _under_transform([effective]):
-            return effective
-        # a tensor without memory that shares the version counter
-        witness = effective.detach()
-        witness.data = torch.empty(0, dtype=effective.dtype, device=effective.device)
-        self._watch = witness, witness._version
-        return effective.as_subclass(MaskedWeight)
-
-
-class MaskedWeight(Tensor):
-    """What a masked weight reads as: a plain tensor to every function, whose `.data` hides no write."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().__reduce_ex__(protocol)
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        if self.requires_grad:
-            raise RuntimeError("a masked weight that has a gradient cannot be copied; detach it first")
-        return self.detach().clone()
-
-    @property
-    def data(self) -> Tensor:
-        return self.detach()  # shares the version counter, which `data` of a plain tensor does not
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        raise MaskedWeightError(
-            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is made "
-            "anew from its scores at each read; change the scores, or bake(model) first"
-        )
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    parameter = module._parameters[name]
-    assert parameter is not None
-    return parameter
-
-
-def _under_transform(tensors: list[Tensor]) -> bool:
-    """Whether a tensor is no plain one: a torch.func wrapper, a fake or another subclass that NumPy cannot read."""
-    return any(
-        type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
-    )
 
 
 class Masked:
@@ -300,11 +128,6 @@ def unswap(module: nn.Module) -> None:
 def is_masked(module: nn.Module) -> bool:
     """Whether `module` itself is a swapped layer."""
     return isinstance(module, Masked)
-
-
-def slots_of(module: nn.Module) -> dict[str, Slot]:
-    """The masked weights of a swapped layer, by parameter name; empty for any other module."""
-    return module.__dict__.get(SLOTS, {})
 
 
 class Tracer(torch.fx.Tracer):

@@ -1,239 +1,23 @@
 """What conversion will do to a network: matched first, printed if asked for, and nothing touched."""
 
 import fnmatch
-import io
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypedDict, Unpack, cast
+from collections.abc import Sequence
+from typing import Any, Unpack, cast
 
 from torch import Tensor, nn
 
 from ..errors import ConversionError, NothingToConvert, nearest
 from ..learners import get_learner
-from ..models.build import FRESH, KWARGS
+from ..models.architecture import FRESH, KWARGS
 from ..models.layer_types import Fans, kind_of
 from ..selection import kept_count
 from ..weights import BASE, PRETRAINED, get_scheme
-from ..weights.streams import check_seed
-from .layer import Slot, score_name, slots_of
+from .plan import Plan, PlannedRest, PlannedWeight
+from .ranking import score_name
+from .settings import DEFAULTS, Patterns, Settings, Shares, by_pattern, checked, own_copy
+from .state import CONVERTED, SETTINGS, slots_of
 from .unmasked import Treatment, is_norm, treatment
-
-Patterns = str | Sequence[str] | None
-Shares = float | Mapping[str, float]
-Schemes = str | Mapping[str, str]
-
-SETTINGS = "_popup_settings"
-CONVERTED = "_popup_converted"
-
-
-class Settings(TypedDict, total=False):
-    """The keyword arguments of `convert` and `plan`, which explain them; a converted network keeps its own."""
-
-    scheme: Schemes
-    scaled: bool
-    seed: int
-    learner: str
-    learner_options: Mapping[str, Any]
-    scope: Literal["layer", "global"]
-    include: Patterns
-    exclude: Patterns
-    others: Literal["frozen", "train"]
-    norm: Literal["frozen", "train"]
-
-
-DEFAULTS: dict[str, Any] = {
-    "k": 0.3,
-    "scheme": "signed_kaiming_constant",
-    "scaled": True,
-    "seed": 0,
-    "learner": "edge_popup",
-    "learner_options": {},
-    "scope": "layer",
-    "include": None,
-    "exclude": None,
-    "others": "frozen",
-    "norm": "frozen",
-}
-WITHOUT_K = {"k": None, "scaled": False, "scope": "layer"}  # what learners that take no k allow
-_WORDS = {"scope": ("layer", "global"), "others": ("frozen", "train"), "norm": ("frozen", "train")}
-
-
-@dataclass(frozen=True)
-class PlannedWeight:
-    """One weight that will be masked.
-
-    Attributes:
-        key: its `state_dict` key, the first of several; its stream's name.
-        layer: its layer's class.
-        shape: of the weight and of its scores.
-        k, kept: the share asked for, and the number of weights that gives (`scope="global"` spreads the sum freely);
-            None where the learner takes no k.
-        scheme, distribution, std: where its values come from; of pretrained ones the distribution is `base`, std 0.
-        fan_in: inputs summed into one output.
-        owners: every (module, parameter name) that holds it.
-    """
-
-    key: str
-    layer: str
-    shape: tuple[int, ...]
-    k: float | None
-    kept: int | None
-    scheme: str
-    distribution: str
-    std: float
-    fan_in: float
-    owners: tuple[tuple[nn.Module, str], ...]
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class PlannedRest:
-    """One parameter that will not be masked.
-
-    Attributes:
-        key, shape, owner: its `state_dict` key, its shape, and the (module, parameter name) that holds it.
-        treatment: what becomes of it, or became of it where it is `done`.
-        train: whether it is trained.
-        done: an earlier conversion saw its module.
-    """
-
-    key: str
-    shape: tuple[int, ...]
-    owner: tuple[nn.Module, str]
-    treatment: Treatment
-    train: bool
-    done: bool
-
-    @property
-    def numel(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """A network's parameters by what becomes of them: numbers of elements by `state_dict` key.
-
-    `left` ones keep the values that they have. `missed` are those of them that look like weights, with two dimensions
-    or more above 1, and that no kind of layer claims.
-    """
-
-    masked: dict[str, int]
-    generated: dict[str, int]
-    constant: dict[str, int]
-    left: dict[str, int]
-    missed: dict[str, int]
-
-    @property
-    def total(self) -> int:
-        """All parameters, each once."""
-        return sum(sum(group.values()) for group in (self.masked, self.generated, self.constant, self.left))
-
-    def share(self, group: str) -> float:
-        """The share of all parameters in `masked`, `generated`, `constant` or `left`: 0 … 1."""
-        return sum(getattr(self, group).values()) / max(self.total, 1)
-
-    @property
-    def of_weights(self) -> float:
-        """The share of weights that are masked: those masked and those missed make up the whole."""
-        masked, missed = sum(self.masked.values()), sum(self.missed.values())
-        return masked / max(masked + missed, 1)
-
-    def __str__(self) -> str:
-        groups = ("masked", "generated", "constant", "left")
-        return ", ".join(f"{name} {self.share(name):.2%}" for name in groups) + f" of {self.total:,} parameters"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `convert` will do to a network, printable as a table.
-
-    Attributes:
-        masked: the weights to be masked, in `state_dict` order.
-        rest: all other parameters.
-        before: elements of the weights that are masked already, by `state_dict` key.
-        settings: all arguments of `convert`.
-    """
-
-    masked: tuple[PlannedWeight, ...]
-    rest: tuple[PlannedRest, ...]
-    before: dict[str, int]
-    settings: dict[str, Any]
-
-    @property
-    def weights(self) -> int:
-        """How many weights are to be masked."""
-        return sum(weight.numel for weight in self.masked)
-
-    @property
-    def kept(self) -> int:
-        """How many of them take part, as far as k says so."""
-        return sum(weight.kept or 0 for weight in self.masked)
-
-    @property
-    def coverage(self) -> Coverage:
-        """What becomes of each parameter, in numbers."""
-        groups: dict[str, dict[str, int]] = {"constant": {}, "generated": {}, "left": {}}
-        for other in self.rest:
-            groups[other.treatment.action][other.key] = other.numel
-        missed = {
-            other.key: other.numel
-            for other in self.rest
-            if other.treatment.action == "left" and sum(size > 1 for size in other.shape) > 1
-        }
-        masked = self.before | {weight.key: weight.numel for weight in self.masked}
-        return Coverage(masked, **groups, missed=missed)
-
-    def totals(self) -> str:
-        """The totals in three lines."""
-        rest = sum(other.numel for other in self.rest)
-        settings, coverage = self.settings, self.coverage
-        scheme = settings["scheme"]
-        schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
-        if settings["scaled"] and (not self.masked or any(weight.distribution != BASE for weight in self.masked)):
-            schemes += ", scaled"
-        before = f", {len(self.before)} masked before" if self.before else ""
-        kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
-        if settings["k"] is None:
-            kept = "as many kept as the scores say"
-        return (
-            f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
-            f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
-            "parameters are masked\n"
-            f"{schemes}, seed {settings['seed']}, {settings['learner']}, "
-            f"ranked {'over all layers' if settings['scope'] == 'global' else 'layer by layer'}"
-        )
-
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        headings = "layer", "class", "shape", "weights", "kept", "fan_in", "std"
-        table = Table(*headings, box=None, header_style="")
-        for weight in self.masked:
-            shape = " × ".join(map(str, weight.shape))
-            std = "pretrained" if weight.distribution == BASE else f"{weight.std:.5g}"
-            kept = "" if weight.kept is None else f"{weight.kept:,}"
-            numbers = f"{weight.numel:,}", kept, f"{weight.fan_in:g}", std
-            table.add_row(weight.key, weight.layer, shape, *numbers)
-        for column in table.columns[3:]:
-            column.justify = "right"
-        left = Table("not masked", "shape", "becomes", "because", box=None, header_style="")
-        for other in self.rest:
-            action, value = other.treatment.action, other.treatment.value
-            becomes = {"constant": f"{value:g}", "generated": f"normal, std {value:g}", "left": "stays"}[action]
-            becomes += ", trained" if other.train else ", frozen" if action == "left" else ""
-            left.add_row(other.key, " × ".join(map(str, other.shape)), becomes, other.treatment.why)
-        longest = max(len(key) for key in [*(w.key for w in self.masked), *(r.key for r in self.rest), ""])
-        console = Console(file=io.StringIO(), width=longest + 120, color_system=None)
-        tables = ([table] if self.masked else []) + ([left] if self.rest else [])
-        console.print(*tables, f"{self.coverage}\n{self.totals()}", sep="\n", highlight=False)
-        text = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines())
+from .walk import masked_weights, unwrap
 
 
 def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]) -> Plan:
@@ -251,8 +35,8 @@ def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]
         raise TypeError(f"convert has no argument {min(unknown)!r}; {hint}")
     before = core.__dict__.get(SETTINGS)
     if before is None:
-        return _plan(core, _checked(given), first=True)
-    for name, value in ((name, _own(value)) for name, value in given.items()):
+        return _plan(core, checked(given), first=True)
+    for name, value in ((name, own_copy(value)) for name, value in given.items()):
         if value != before[name]:
             raise ConversionError(
                 f"the network was converted with {name}={before[name]!r}, which {value!r} cannot change; "
@@ -273,77 +57,6 @@ def unconverted(core: nn.Module) -> list[str]:
     return found
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and `torch.compile` wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
-            model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
-        else:
-            return model
-
-
-def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:
-    """Each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot."""
-    seen = set()
-    for prefix, module in core.named_modules():
-        for name, slot in slots_of(module).items():
-            if id(module._parameters[name]) not in seen:
-                seen.add(id(module._parameters[name]))
-                yield f"{prefix}.{name}" if prefix else name, module, name, slot
-
-
-def _checked(given: dict[str, Any]) -> dict[str, Any]:
-    """All settings, each of its type; a k or a scheme without a pattern for the rest has the default there."""
-    settings = DEFAULTS | given
-    if not get_learner(settings["learner"], settings["learner_options"]).takes_k:
-        for name, expected in WITHOUT_K.items():
-            if given.get(name, expected) != expected:
-                raise ConversionError(
-                    f"{name} is {given[name]!r}; expected {expected!r}; {settings['learner']} takes no k, its scores "
-                    "decide what is kept"
-                )
-        settings |= WITHOUT_K
-    k = settings["k"]
-    for name, words in _WORDS.items():
-        if settings[name] not in words:
-            raise ConversionError(f"{name} is {settings[name]!r}; expected {' or '.join(map(repr, words))}")
-    for pattern, share in _by_pattern(settings, "k").items() if k is not None else ():
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
-            where = f" for {pattern!r}" if isinstance(k, Mapping) else ""
-            raise ConversionError(f"k{where} is {share!r}; expected a number above 0 and up to 1, the share kept")
-    for name in _by_pattern(settings, "scheme").values():
-        if name != PRETRAINED:
-            get_scheme(name)
-    if settings["scope"] == "global" and len(set(_by_pattern(settings, "k").values())) > 1:
-        raise ConversionError("scope='global' ranks all layers together and takes one k, not one for each pattern")
-    if settings["scope"] == "global":
-        k = next(iter(_by_pattern(settings, "k").values()))
-    return {name: _own(value) for name, value in settings.items()} | {
-        "k": _own(k),
-        "seed": check_seed(settings["seed"]),
-    }
-
-
-def _own(value: Any) -> Any:
-    """A copy that no caller can change later, equal for equal patterns."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    return value if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
-
-
-def _by_pattern(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """The setting `name` by glob pattern, `*` first unless it is given elsewhere."""
-    value = settings[name]
-    if not isinstance(value, Mapping):
-        return {"*": value}
-    for pattern in value:
-        if not isinstance(pattern, str):
-            raise ConversionError(f"{name} has the key {pattern!r}; expected a glob pattern on layer names")
-    return dict(value) if "*" in value else {"*": DEFAULTS[name], **value}
-
-
 def _fans(core: nn.Module) -> dict[tuple[str, str], Fans]:
     return {(name, p): f for name, module in core.named_modules() for p, f in _maskable(name, module).items()}
 
@@ -356,7 +69,7 @@ def _chosen(fans: dict[tuple[str, str], Fans], settings: dict[str, Any], check: 
         for what, given in patterns.items():
             _check_patterns(given, layers, what)
         for what in ("k", "scheme"):
-            _check_patterns([p for p in _by_pattern(settings, what) if p != "*"], layers, what)
+            _check_patterns([p for p in by_pattern(settings, what) if p != "*"], layers, what)
     include, exclude = (_several(settings[what]) for what in ("include", "exclude"))
     chosen = {
         (name, parameter): fan
@@ -426,7 +139,7 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
         )
     chosen = _chosen(fans, settings, check=first)
     layers = {name for name, _ in chosen}
-    shares, schemes = _by_pattern(settings, "k"), _by_pattern(settings, "scheme")
+    shares, schemes = by_pattern(settings, "k"), by_pattern(settings, "scheme")
     fresh = core.__dict__.get(FRESH, ()) if first else tuple(layers)
     before = {key: module._parameters[name].numel() for key, module, name, _ in masked_weights(core)}  # type: ignore[union-attr]
     if before and first and settings["scope"] == "global":

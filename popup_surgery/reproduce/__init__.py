@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..atomic import write_atomically
-from ..config.schema import find, parse_setting, read_yaml
+from ..config.catalog import find
+from ..config.overrides import parse_setting
+from ..config.yaml import read_yaml
 from ..errors import RecipeError, unknown
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
 from ..training.run_folder import flat

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from filelock import FileLock, Timeout
 
 from ..atomic import write_atomically
-from ..config.schema import to_yaml
+from ..config.yaml import to_yaml
 from ..errors import PopupError, Stopped
 from ..experiment.train import train
 from .grid import Run

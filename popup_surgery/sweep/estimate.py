@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from ..config import Recipe
-from ..data.open import VALIDATION, Progress, ambient_seed
+from ..data.batches import VALIDATION, Progress, quiet
+from ..data.seeding import ambient_seed
 from ..errors import PopupError, RunError, Stopped
-from ..experiment.train import prepare, quiet
-from ..masking.convert import bake
+from ..experiment.setup import prepare
+from ..masking.bake import bake
 from ..training.distributed import numerics, start
-from ..training.trainer import accuracy_of
+from ..training.evaluation import accuracy_of
 from .grid import Run
 
 STEPS = 5  # that are measured, after one to warm up

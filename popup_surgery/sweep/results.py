@@ -13,7 +13,7 @@ from typing import Any
 
 from ..atomic import write_atomically
 from ..errors import PopupError
-from ..experiment.train import counts
+from ..experiment.results import counts
 from .grid import Run, as_text
 
 

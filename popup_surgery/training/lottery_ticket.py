@@ -6,7 +6,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.schema import LotteryTicket, Training
-from ..data.open import Batches, Progress
+from ..data.batches import Batches, Progress
 from ..masking.planning import plan
 from ..selection import kept_count, select
 from .checkpoint import Checkpoint

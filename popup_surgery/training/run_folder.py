@@ -14,11 +14,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..atomic import write_atomically
-from ..config.schema import Recipe, read_yaml, to_yaml
+from ..config.schema import Recipe
+from ..config.yaml import read_yaml, to_yaml
 from ..errors import PopupError, RunError
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .trainer import Epoch
+from .metrics import Epoch
 
 log = logging.getLogger("popup_surgery")
 

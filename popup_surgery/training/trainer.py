@@ -2,12 +2,11 @@
 
 import hashlib
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -20,50 +19,20 @@ from torch.nn import functional
 
 from ..config.schedule import rates
 from ..config.schema import Training
-from ..data.open import TRAIN, Batch, Batches, Part, Progress, warn_of_skipped, worker_deaths
-from ..data.open import seed_generators as _seed
+from ..data.batches import TRAIN, Batches, Part, Progress
+from ..data.reading import warn_of_skipped
+from ..data.seeding import seed_generators as _seed
+from ..data.workers import worker_deaths
 from ..errors import RunError, Stopped
 from ..learners import sampled
-from ..masking.convert import bake, masks
+from ..masking.bake import bake, masks
 from .checkpoint import Checkpoint, file_of, pack, unpack
+from .evaluation import right_answers
+from .metrics import Epoch, LayerMask
 
 log = logging.getLogger("popup_surgery")
 
 Packed = np.ndarray[Any, np.dtype[np.uint8]]
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One line of metrics.jsonl. Shares are 0 … 1; `accuracy` is on the validation images.
-
-    `changed` is the share of mask bits that are other than an epoch before, 0 where nothing is masked; `skipped` counts
-    images of both splits that could not be read and were left out.
-    """
-
-    epoch: int
-    lr: float
-    train_loss: float
-    train_accuracy: float
-    accuracy: float
-    changed: float
-    seconds: float
-    images_per_second: float
-    skipped: int = 0
-
-    def line(self) -> dict[str, Any]:
-        """As JSON, null for what is not finite."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
-
-
-@dataclass(frozen=True)
-class LayerMask:
-    """One weight's mask: the share that is kept, the share of bits other than an epoch before, and of the kept weights
-    the share that the initial mask keeps too; all 0 … 1."""
-
-    name: str
-    density: float
-    changed: float
-    overlap: float
 
 
 class Fit:
@@ -307,7 +276,7 @@ class Fit:
         with sampled(self.training.seed, self.epoch):
             baked = bake(self.core)
         batches = self.data.validation(self.part)
-        correct, images = _right_answers(baked, batches, self.accelerator.autocast)
+        correct, images = right_answers(baked, batches, self.accelerator.autocast)
         counts = self.accelerator.reduce(torch.tensor([correct, images], device=self.accelerator.device), "sum")
         skipped = self._skipped()
         if not seen or not counts[1]:
@@ -439,26 +408,6 @@ class Fit:
         frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
         entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
-
-
-@worker_deaths()
-def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[float, int]:
-    """Share of images that a plain network classifies rightly, in eval mode, and how many images there were."""
-    correct, seen = _right_answers(model, batches, autocast)
-    if not seen:
-        raise RunError("the data set has no validation images")
-    return correct / seen, seen
-
-
-def _right_answers(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[int, int]:
-    model.eval()
-    seen, correct = 0, None
-    with torch.inference_mode(), autocast():
-        for images, labels in batches:
-            right: Tensor = (model(images).argmax(1) == labels).sum()
-            correct = right if correct is None else correct + right
-            seen += len(labels)
-    return int(correct or 0), seen
 
 
 def _ones(bits: Packed) -> int:

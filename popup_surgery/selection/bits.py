@@ -1,0 +1,19 @@
+"""Magnitudes of float32 numbers as integers: their bit patterns without the sign order like they do."""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
+PIECE = 1 << 16  # elements a sweep holds in cache
+
+Bits = NDArray[np.int32]
+
+
+def bits_of(score: Tensor) -> Bits:
+    return score.detach().contiguous().view(-1).view(torch.int32).numpy()
+
+
+def in_pieces(array: NDArray) -> list[NDArray]:
+    return [array[i : i + PIECE] for i in range(0, len(array), PIECE)]
