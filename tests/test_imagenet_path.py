@@ -12,7 +12,7 @@ from test_unreadable import cli_run, lines, started
 
 from popup_surgery import evaluate, inspect
 from popup_surgery.config import Recipe
-from popup_surgery.data.batches import Part, quiet
+from popup_surgery.data.batches import ProcessShard, quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.data.streamed import Streamed
 
@@ -65,9 +65,11 @@ def test_two_processes_see_each_image_once(imagenet: Path) -> None:
     config = Recipe.load("imagenet/resnet50", [f"data.root={imagenet}", *OVERRIDES]).data
     data = open_data(config, (3, 32, 32), 0, torch.device("cpu"), quiet)
     assert isinstance(data, Streamed)
-    seen = [label for rank in (0, 1) for _, labels in data.validation(Part(rank, 2)) for label in labels.tolist()]
+    seen = [
+        label for rank in (0, 1) for _, labels in data.validation(ProcessShard(rank, 2)) for label in labels.tolist()
+    ]
     assert sorted(seen) == sorted(i % CLASSES for i in range(VALIDATION))
-    parts = [list(data.train(1, Part(rank, 2))) for rank in (0, 1)]
+    parts = [list(data.train(1, ProcessShard(rank, 2))) for rank in (0, 1)]
     assert [len(labels) for part in parts for _, labels, _ in part] == [128, 128, 128, 116] * 2
     assert sorted(label for part in parts for _, labels, _ in part for label in labels.tolist()) == list(range(CLASSES))
     images = torch.cat([images for part in parts for images, _, _ in part])

@@ -44,7 +44,7 @@ from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.errors import Stopped
 from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
-from popup_surgery.training.lottery_ticket import TicketFit
+from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
 
 # timm's readers hand out open files and leave the closing to the garbage collector
@@ -641,13 +641,14 @@ import sys, torch
 from popup_surgery import Recipe
 from popup_surgery.experiment.train import _network, quiet
 from popup_surgery.data.open import open_data
-from popup_surgery.training.trainer import Fit
+from popup_surgery.training.trainer import Trainer
 from popup_surgery.training.distributed import leave, start
 file, accumulate, *overrides = sys.argv[1:]
 recipe = Recipe.load("digits", ["training.epochs=1", f"training.accumulate={accumulate}", *overrides])
 accelerator = start(recipe.training)
 model = _network(recipe)
-fit = Fit(model, open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet), recipe.training, accelerator, quiet)
+data = open_data(recipe.data, (1, 8, 8), 0, accelerator.device, quiet)
+fit = Trainer(model, data, recipe.training, accelerator, quiet)
 fit._one_step(fit.data.train(0, fit.part))
 if accelerator.is_main_process:
     torch.save({n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, file)
@@ -754,7 +755,7 @@ def test_what_is_pruned_does_not_come_back_even_before_a_weight_of_zero() -> Non
     assert recipe.lottery_ticket is not None
     net = build_digits()
     parts = digits_data(recipe), recipe.training, start(recipe.training), quiet
-    fit = TicketFit(net, *parts, recipe.lottery_ticket)
+    fit = TicketTrainer(net, *parts, recipe.lottery_ticket)
     with torch.no_grad():
         for weight in net.parameters():
             weight.zero_()

@@ -16,7 +16,7 @@ from test_unreadable import cli_run, lines, started, stopping
 from torch import Tensor
 
 from popup_surgery import DataError, PopupError, evaluate, train
-from popup_surgery.data.batches import Part
+from popup_surgery.data.batches import ProcessShard
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
 
@@ -114,7 +114,7 @@ def test_workers_change_nothing(walked: dict[str, Any], workers: int) -> None:
 def test_processes_share_each_batch(walked: dict[str, Any], processes: int, accumulate: int, workers: int) -> None:
     config = {**walked, **AUGMENTED, "batch_size": 4}
     whole = list(opened(**config).train(2))
-    parts = [Part(rank, processes, accumulate) for rank in range(processes)]
+    parts = [ProcessShard(rank, processes, accumulate) for rank in range(processes)]
     pieces = [list(opened(**config, workers=workers).train(2, part)) for part in parts]
     assert {len(found) for found in pieces} == {len(whole) * accumulate}
     for batch, (pixels, labels, _) in enumerate(whole):
@@ -141,7 +141,7 @@ def test_validation_counts_each_image_once(walked: dict[str, Any], images: Path,
     config = {**walked, **PLAIN, "batch_size": 2, "workers": workers}
     seen, labels = [], []
     for rank in range(processes):
-        for pixels, some in opened(**config, train=False).validation(Part(rank, processes)):
+        for pixels, some in opened(**config, train=False).validation(ProcessShard(rank, processes)):
             seen += ids(pixels)
             labels += some.tolist()
     assert sorted(seen) == sorted(known(images, "validation"))

@@ -15,10 +15,10 @@ from torch import nn
 
 from popup_surgery import ConversionError
 from popup_surgery.codecs.bitpack import ones, pack, padding_is_zero, unpack
-from popup_surgery.models.layer_types import kind_of
+from popup_surgery.models.layer_types import layer_type_of
 from popup_surgery.selection import kept_count, select
 from popup_surgery.weights import SCHEMES, streams
-from popup_surgery.weights.streams import DISTRIBUTIONS, PIECE, check_seed, draw, draw_scores, quantiles, words
+from popup_surgery.weights.streams import CHUNK, DISTRIBUTIONS, check_seed, draw, draw_scores, quantiles, words
 
 VECTORS = json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text(encoding="utf-8"))
 
@@ -118,7 +118,7 @@ def test_fans(vector):
     make, name = LAYERS[vector["layer"]]
     layer = make()
     assert list(layer.get_parameter(name).shape) == vector["shape"]
-    kind = kind_of(layer)
+    kind = layer_type_of(layer)
     assert kind is not None
     fans = kind.weights(layer)[name]
     assert (fans.fan_in, fans.fan_out) == (vector["fan_in"], vector["fan_out"])
@@ -134,7 +134,7 @@ def test_fans(vector):
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
 def test_fans_of_the_other_dimensions(layer, fan_in, fan_out):
-    fans = kind_of(layer).weights(layer)["weight"]
+    fans = layer_type_of(layer).weights(layer)["weight"]
     assert (fans.fan_in, fans.fan_out) == (fan_in, fan_out)
 
 
@@ -224,7 +224,7 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one(distribution, short, mo
 def test_the_size_of_the_pieces_changes_no_value(distribution, numel, words_, seed):
     whole = values(draw(distribution, numel, 0.5, seed, "other", "x"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "PIECE", 64 * words_)
+        patch.setattr(streams, "CHUNK", 64 * words_)
         pieces = list(draw(distribution, numel, 0.5, seed, "other", "x"))
     assert all(len(piece) <= 64 * words_ for piece in pieces)
     assert len(pieces) == -(-numel // (64 * words_))
@@ -233,13 +233,13 @@ def test_the_size_of_the_pieces_changes_no_value(distribution, numel, words_, se
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_pieces_meet_without_a_seam(distribution):
-    assert PIECE % 64 == 0
-    *_, last = draw(distribution, PIECE + 100, 0.5, 7, "weight", "seam")
+    assert CHUNK % 64 == 0
+    *_, last = draw(distribution, CHUNK + 100, 0.5, 7, "weight", "seam")
     assert len(last) == 100
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "PIECE", 4 * PIECE)
-        (whole,) = draw(distribution, PIECE + 100, 0.5, 7, "weight", "seam")
-    assert np.array_equal(last, whole[PIECE:])
+        patch.setattr(streams, "CHUNK", 4 * CHUNK)
+        (whole,) = draw(distribution, CHUNK + 100, 0.5, 7, "weight", "seam")
+    assert np.array_equal(last, whole[CHUNK:])
 
 
 @given(seed=SEEDS, name=NAMES, other=NAMES)
@@ -315,8 +315,8 @@ def test_packing_follows_row_major_order_whatever_the_strides():
 
 
 def test_unpacking_in_pieces_has_no_seam():
-    n = PIECE + 13
+    n = CHUNK + 13
     mask = np.random.default_rng(0).random(n) < 0.5
     pieces = list(unpack(pack(mask), n))
-    assert [len(piece) for piece in pieces] == [PIECE, 13]
+    assert [len(piece) for piece in pieces] == [CHUNK, 13]
     assert np.array_equal(np.concatenate(pieces).astype(bool), mask)

@@ -40,7 +40,7 @@ from popup_surgery.errors import Stopped
 from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start
-from popup_surgery.training.trainer import Fit
+from popup_surgery.training.trainer import Trainer
 
 SHORT = ["training.epochs=2"]
 
@@ -54,11 +54,11 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Result:
     return short(tmp_path_factory.mktemp("first") / "run")
 
 
-def fit(*overrides: str) -> Fit:
+def fit(*overrides: str) -> Trainer:
     recipe = Recipe.load("digits", ["training.epochs=1", *overrides])
     data = open_data(recipe.data, (1, 8, 8), 0, torch.device("cpu"), quiet)
     model = build("conv2", width=0.25, in_chans=1, img_size=8)
-    return Fit(convert(model, 0.5), data, recipe.training, start(recipe.training), quiet)
+    return Trainer(convert(model, 0.5), data, recipe.training, start(recipe.training), quiet)
 
 
 # schedules
@@ -294,7 +294,7 @@ def test_favoured_scores_select_the_mask(values: list[list[float]], rng: Any) ->
     chosen = [torch.tensor([rng.random() < 0.5 for _ in row]) for row in values]
     count = int(sum(mask.sum() for mask in chosen))
     learner = LEARNERS["edge_popup"]
-    moved = learner.favour(scores, chosen)
+    moved = learner.seed_from_mask(scores, chosen)
     if count:
         assert all(map(torch.equal, learner.select(moved, count).masks, chosen))
     for one, other in zip(scores, moved, strict=True):
@@ -425,17 +425,17 @@ def test_writing_to_a_baked_copy_is_no_write_to_the_network() -> None:
 TWO = """
 import json, os, sys, torch
 from popup_surgery import masks, train
-from popup_surgery.training.trainer import Fit
+from popup_surgery.training.trainer import Trainer
 wrong = sys.argv[2] == "differ"
 found = []
-end = Fit._end_epoch
+end = Trainer._end_epoch
 def look(self, after):
     end(self, after)
     if wrong and self.part.rank == 1:
         with torch.no_grad():
             next(p for p in self.core.parameters() if p.requires_grad).neg_().add_(1)
     found.append({k: m.flatten().tolist() for k, m in masks(self.core).items()})
-Fit._end_epoch = look
+Trainer._end_epoch = look
 train("digits", overrides=["training.epochs=3", "model.kwargs.width=0.1"], output=sys.argv[1])
 with open(f"{sys.argv[1]}-{os.environ['SLURM_PROCID']}.json", "w") as file:
     json.dump(found, file)

@@ -291,13 +291,13 @@ def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
     from popup_surgery.data.batches import quiet
     from popup_surgery.data.open import open_data
     from popup_surgery.training.distributed import start
-    from popup_surgery.training.trainer import Fit
+    from popup_surgery.training.trainer import Trainer
 
     recipe = Recipe.load("digits", ["training.epochs=1"])
     model = convert(build("conv2", width=0.25, in_chans=1, img_size=8), 0.5, scaled=False)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     data = open_data(recipe.data, (1, 8, 8), 0, torch.device("cpu"), quiet)
-    Fit(model, data, recipe.training, start(recipe.training), quiet).run(lambda epoch: None)
+    Trainer(model, data, recipe.training, start(recipe.training), quiet).run(lambda epoch: None)
     after = dict(model.named_parameters())
     assert [name for name in before if not torch.equal(before[name], after[name])] == [
         name for name in before if name.endswith("_score")

@@ -20,7 +20,7 @@ import torch
 from test_data import AUGMENTED, TARS, joined, opened, pack, recipe
 
 from popup_surgery import DataError, RunError, evaluate, train
-from popup_surgery.data.batches import Part
+from popup_surgery.data.batches import ProcessShard
 from popup_surgery.data.sources import Numbered
 from popup_surgery.data.workers import worker_deaths
 from popup_surgery.errors import Stopped
@@ -153,7 +153,7 @@ def test_processes_and_pieces_share_what_remains_of_a_batch(copied: Path, worker
     alone = opened(on_error="skip", workers=workers, **config)
     whole = drain(alone, "train")
     parts = [opened(on_error="skip", workers=workers, **config) for _ in range(2)]
-    pieces = [drain(data, "train", part=Part(rank, 2, 2)) for rank, data in enumerate(parts)]
+    pieces = [drain(data, "train", part=ProcessShard(rank, 2, 2)) for rank, data in enumerate(parts)]
     assert [len(found) for found in pieces] == [6, 6]
     empty = 0
     for batch, (images, labels, weight) in enumerate(whole):
@@ -193,7 +193,7 @@ def test_an_image_that_only_fills_a_piece_is_counted_once(copied: Path) -> None:
     assert len(samples) == 6
     last, _ = list(both[0].sources["train"].keys([0, 0]))[-1]
     Path(samples[last][0]).unlink()
-    pieces = [drain(data, "train", part=Part(rank, 2)) for rank, data in enumerate(both)]
+    pieces = [drain(data, "train", part=ProcessShard(rank, 2)) for rank, data in enumerate(both)]
     assert [found[-1][2] for found in pieces] == [0, 0]
     assert sum(data.skipped for data in both) == 1
 
@@ -210,7 +210,7 @@ def test_validation_counts_what_can_be_read(copied: Path, in_memory: bool, worke
     assert torch.equal(same, labels[[0, 1, 4]])
     assert data.skipped == 3
     assert data.left_out.startswith(f"{copied}/validation/dog/0.png cannot be read")
-    shares = [joined(opened(on_error="skip", **config).validation(Part(rank, 2)))[1] for rank in (0, 1)]
+    shares = [joined(opened(on_error="skip", **config).validation(ProcessShard(rank, 2)))[1] for rank in (0, 1)]
     assert sorted(torch.cat(shares).tolist()) == sorted(same.tolist())
 
 
@@ -222,7 +222,7 @@ def test_images_in_memory_are_counted_in_each_epoch_by_the_first_process(copied:
     data.skipped = 0
     drain(data, "train", first=2)
     assert data.skipped == 0, "an epoch that is gone on with has them in its checkpoint"
-    drain(data, "train", part=Part(1, 2))
+    drain(data, "train", part=ProcessShard(1, 2))
     assert data.skipped == 0
 
 

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from typing import Any
 
 from ..masking.planning import plan
-from ..models.build import build_bare
+from ..models.build import build_meta
 from ..models.libraries import architecture_of, names
 
 
@@ -46,7 +46,7 @@ def look(name: str) -> Row:
     """The row of one network, which is built without memory and given up."""
     began = time.perf_counter()
     try:
-        planned = plan(build_bare(architecture_of(name)))
+        planned = plan(build_meta(architecture_of(name)))
     except Exception as error:  # whatever a library's network does when it is built
         return Row(name, refused=f"{type(error).__name__}: {' '.join(str(error).split())}")
     seconds = round(time.perf_counter() - began, 2)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConversionError
 from ..masking.walk import masked_weights, unwrap
-from ..models.build import build_bare, build_blank, build_described
+from ..models.build import build_architecture, build_meta, build_uninitialised
 from ..weights.fill import fill
 from .base_weights import base_weights, library_tag
 from .compare import check_architecture, common_dtype, compare
@@ -57,9 +57,11 @@ def fill_network(artifact: Artifact, model: nn.Module | None, base: nn.Module | 
         tag = library_tag(manifest) if manifest.base is not None and base is None else None
         dtype = common_dtype(artifact)
         try:
-            bare = build_bare(manifest.architecture)
+            bare = build_meta(manifest.architecture)
             compare(artifact, bare.to(dtype) if dtype else bare)
-            network = build_described(manifest.architecture, tag) if tag else build_blank(manifest.architecture)[0]
+            network = (
+                build_architecture(manifest.architecture, tag) if tag else build_uninitialised(manifest.architecture)[0]
+            )
         except ConversionError as error:
             raise ArtifactError(f"the architecture cannot be built: {error}") from error
         core = network.to(dtype) if dtype else network

@@ -59,7 +59,7 @@ def start_from(model: nn.Module, path: str | Path, *, base: nn.Module | str | Pa
         for ranking in rankings.values():
             scores = ranking.scores()
             chosen = [by_score[id(score)].to(score.device) for score in scores]
-            for score, moved in zip(scores, ranking.learner.favour(scores, chosen), strict=True):
+            for score, moved in zip(scores, ranking.learner.seed_from_mask(scores, chosen), strict=True):
                 score.copy_(moved)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from ..weights.streams import BITS, PIECE
+from ..weights.streams import BITS, CHUNK
 
 _ALL = np.where(BITS, np.uint32(0xFFFFFFFF), np.uint32(0))
 
@@ -16,9 +16,9 @@ def pack(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
 
 
 def unpack(packed: NDArray[np.uint8], n: int) -> Iterator[NDArray[np.uint32]]:
-    """The `n` bits of a packed mask, all 32 bits of an element 1 or 0, in pieces of uint32 [at most PIECE]."""
-    for start in range(0, n, PIECE):
-        count = min(PIECE, n - start)
+    """The `n` bits of a packed mask, all 32 bits of an element 1 or 0, in pieces of uint32 [at most CHUNK]."""
+    for start in range(0, n, CHUNK):
+        count = min(CHUNK, n - start)
         yield np.take(_ALL, packed[start // 8 : -(-(start + count) // 8)], axis=0).reshape(-1)[:count]
 
 

@@ -60,7 +60,7 @@ def run(
         from ..errors import ConversionError
         from ..masking.convert import convert
         from ..masking.planning import plan
-        from ..models.build import build, build_bare
+        from ..models.build import build, build_meta
         from ..models.libraries import architecture_of
         from ..weights import PRETRAINED
 
@@ -74,7 +74,7 @@ def run(
             raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
         architecture = architecture_of(arch, **kwargs)
         model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-        planned = plan(model or build_bare(architecture), k, **settings)
+        planned = plan(model or build_meta(architecture), k, **settings)
         if not dry_run:
             save(convert(model or architecture, k, **settings), file)
     if dry_run:

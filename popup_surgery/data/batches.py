@@ -16,7 +16,7 @@ TRAIN, VALIDATION = "train", "validation"  # what a split is for, whatever it is
 
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, Tensor, float]
-Piece = tuple[Sequence[Key], float]  # images of one batch and the share of it that they are
+MicroBatch = tuple[Sequence[Key], float]  # images of one batch and the share of it that they are
 
 
 class Progress(Protocol):
@@ -26,7 +26,7 @@ class Progress(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class ProcessShard:
     """The part of each batch that falls to one of several processes, in so many pieces one after another."""
 
     rank: int = 0
@@ -51,7 +51,7 @@ class Part:
             yield (piece, len(piece) / len(batch)) if len(piece) else (batch[:1], 0.0)
 
 
-WHOLE = Part()
+WHOLE = ProcessShard()
 
 
 class Batches(Protocol):
@@ -69,14 +69,14 @@ class Batches(Protocol):
     skipped: int
     left_out: str
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+    def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         """`part` of the training images from the batch `first` on, in the epoch's order, augmented.
 
         The third value is the share of its whole batch that a piece is; less where images of it are left out, and 0,
         with one image of zeros, where all are.
         """
 
-    def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+    def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         """The validation images that fall to a process of `part`, each of them once."""
 
     def steps(self, role: str = TRAIN) -> int | None:

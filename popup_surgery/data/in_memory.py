@@ -10,8 +10,8 @@ from torch.nn import functional
 
 from ..config.schema import Data
 from ..errors import DataError
-from .batches import TRAIN, VALIDATION, WHOLE, Batch, Part, Prepared, Progress, TrainBatch
-from .reading import Pieces, chunks, read_pieces
+from .batches import TRAIN, VALIDATION, WHOLE, Batch, Prepared, ProcessShard, Progress, TrainBatch
+from .reading import MicroBatches, chunks, read_pieces
 from .sources import Source, Unreadable
 from .transforms import ToBytes
 
@@ -38,7 +38,7 @@ class InMemory(Prepared):
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self.missing = missing  # every process has read all images, so that the first alone counts these
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+    def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)
@@ -55,7 +55,7 @@ class InMemory(Prepared):
                 )
                 yield self.normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
 
-    def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+    def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         if part.rank == 0:
             self._leave_out(self.missing.get(VALIDATION, ()))
         images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
@@ -84,7 +84,7 @@ def decode(
     images = torch.empty((count, *input_size), dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)
     start, missing = 0, []
-    pieces = Pieces(source, ToBytes(config, input_size), input_size, [])
+    pieces = MicroBatches(source, ToBytes(config, input_size), input_size, [])
     plan = ((chunk, 1.0) for chunk in chunks(source.keys(None), 500))
     with progress(-(-count // 500), f"reading {role} images") as step:
         for part, label, weight, unreadable in read_pieces(pieces, plan, config):

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..config.schema import Data
 from ..errors import DataError
-from .batches import Piece
+from .batches import MicroBatch
 from .seeding import ambient_seed, seed_generators
 from .sources import Source, Unreadable, reason
 from .transforms import pillow_mode
@@ -21,14 +21,14 @@ log = logging.getLogger("popup_surgery")
 _T = TypeVar("_T")
 
 
-class Pieces(Dataset):
-    """Pieces of batches, read and transformed: each image under a seed of its own, whatever process reads it."""
+class MicroBatches(Dataset):
+    """Parts of batches, read and transformed: each image under a seed of its own, whatever process reads it."""
 
     def __init__(self, source: Source, transform: Any, input_size: tuple[int, int, int], entropy: list[int]) -> None:
         self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
         self.mode = pillow_mode(input_size)
 
-    def __getitem__(self, piece: Piece) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
+    def __getitem__(self, piece: MicroBatch) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
         keys, weight = piece
         with ambient_seed(self.entropy, gpu=False):
             found = [self._read(number, key) for number, key in keys]
@@ -50,7 +50,7 @@ class Pieces(Dataset):
 
 
 def read_pieces(
-    pieces: Pieces, plan: Iterable[Piece], config: Data, pin_memory: bool = False
+    pieces: MicroBatches, plan: Iterable[MicroBatch], config: Data, pin_memory: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, float, list[Unreadable]]]:
     """The pieces of a plan in its order, read by worker processes."""
     loader = DataLoader(

@@ -8,8 +8,8 @@ import torch
 
 from ..config.schema import Data
 from ..errors import DataError
-from .batches import TRAIN, VALIDATION, WHOLE, Batch, Part, Piece, Prepared, TrainBatch
-from .reading import Pieces, chunks, read_pieces
+from .batches import TRAIN, VALIDATION, WHOLE, Batch, MicroBatch, Prepared, ProcessShard, TrainBatch
+from .reading import MicroBatches, chunks, read_pieces
 from .sources import Source
 from .transforms import mean_std
 
@@ -55,18 +55,18 @@ class Streamed(Prepared):
                 f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
             ) from error
 
-    def train(self, epoch: int, part: Part = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+    def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         entropy, size = [self.seed, epoch], self.config.batch_size
         keys = islice(self.sources[TRAIN].keys(entropy), first * size, None)
         return self._batches(TRAIN, entropy, (piece for batch in chunks(keys, size) for piece in part.cut(batch)))
 
-    def validation(self, part: Part = WHOLE) -> Iterator[Batch]:
+    def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         keys = islice(self.sources[VALIDATION].keys(None), part.rank, None, part.processes)
         plan = ((chunk, 1.0) for chunk in chunks(keys, self.config.batch_size))
         return ((images, labels) for images, labels, weight in self._batches(VALIDATION, [], plan) if weight)
 
-    def _batches(self, role: str, entropy: list[int], plan: Iterator[Piece]) -> Iterator[TrainBatch]:
-        pieces = Pieces(self.sources[role], self.transforms[role], self.input_size, entropy)
+    def _batches(self, role: str, entropy: list[int], plan: Iterator[MicroBatch]) -> Iterator[TrainBatch]:
+        pieces = MicroBatches(self.sources[role], self.transforms[role], self.input_size, entropy)
         for images, labels, weight, missing in read_pieces(pieces, plan, self.config, self.device.type == "cuda"):
             self._leave_out(missing)
             images = self.normalise(images.to(self.device, non_blocking=True))

@@ -18,13 +18,13 @@ from ..config import Recipe
 from ..data.batches import Batches
 from ..learners import get_learner
 from ..masking.bake import bake
-from ..models.build import build, build_bare
+from ..models.build import build, build_meta
 from ..models.libraries import architecture_of
 from ..plots import draw_curve, draw_masks
 from ..training.evaluation import accuracy_of
 from ..training.metrics import Epoch
 from ..training.run_folder import RunFolder
-from ..training.trainer import Fit
+from ..training.trainer import Trainer
 from .setup import start_masks
 
 
@@ -58,7 +58,7 @@ def counts(run: RunFolder) -> tuple[int, int]:
         return manifest.weights, manifest.kept
     other = _masks_file(run)
     found = load_file(other) if other is not None else start_masks(recipe)
-    return mask_counts(build_bare(architecture_of(recipe.model.name, **recipe.model.kwargs)), found)
+    return mask_counts(build_meta(architecture_of(recipe.model.name, **recipe.model.kwargs)), found)
 
 
 def write_dense(model: nn.Module, path: Path) -> int:
@@ -68,12 +68,14 @@ def write_dense(model: nn.Module, path: Path) -> int:
     return len(tensors)
 
 
-def write_results(run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, size: tuple[int, int, int]) -> None:
-    file, history = run.results[-1], fit.history
+def write_results(
+    run: RunFolder, recipe: Recipe, model: nn.Module, trainer: Trainer, size: tuple[int, int, int]
+) -> None:
+    file, history = run.results[-1], trainer.history
     name = file.partition(".")[0]
     draw_curve(run.path / "curve.png", name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
     if "masks.png" in run.results:
-        layers = fit.layers()
+        layers = trainer.layers()
         draw_masks(
             run.path / "masks.png",
             name,
@@ -86,11 +88,18 @@ def write_results(run: RunFolder, recipe: Recipe, model: nn.Module, fit: Fit, si
         surgery = recipe.surgery
         # where a learner samples, the file holds another network than the last epoch's sample
         if surgery != "none" and get_learner(surgery.learner).samples:
-            accuracy, _ = accuracy_of(bake(model).to(fit.accelerator.device), fit.data.validation(), nullcontext)
-        save(model, run.path / file, provenance=_provenance(recipe, accuracy, len(history), fit.data), probe=(1, *size))
+            accuracy, _ = accuracy_of(
+                bake(model).to(trainer.accelerator.device), trainer.data.validation(), nullcontext
+            )
+        save(
+            model,
+            run.path / file,
+            provenance=_provenance(recipe, accuracy, len(history), trainer.data),
+            probe=(1, *size),
+        )
         return
     if (other := _masks_file(run)) is not None:
-        write_atomically(other, serialize({key: mask.cpu() for key, mask in fit.masks().items()}))
+        write_atomically(other, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))
     write_dense(bake(model), run.path / file)
 
 

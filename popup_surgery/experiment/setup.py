@@ -17,9 +17,9 @@ from ..masking.convert import convert
 from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
-from ..training.lottery_ticket import TicketFit
+from ..training.lottery_ticket import TicketTrainer
 from ..training.run_folder import RunFolder
-from ..training.trainer import Fit
+from ..training.trainer import Trainer
 
 
 def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
@@ -39,7 +39,7 @@ def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
     return RunFolder(path, recipe, (*pictures, *masks, f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"))
 
 
-def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Fit, tuple[int, int, int]]:
+def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:
     """Network, data and optimiser of a recipe, ready for the first step, and the size of the images."""
     model = _network(recipe)
     size = image_size(recipe.data, model)
@@ -47,8 +47,8 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     _check_classes(model, data, size)
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
-        return TicketFit(*parts, recipe.lottery_ticket), size
-    return Fit(*parts, start_masks(recipe)), size
+        return TicketTrainer(*parts, recipe.lottery_ticket), size
+    return Trainer(*parts, start_masks(recipe)), size
 
 
 def with_seed(recipe: Recipe) -> Recipe:

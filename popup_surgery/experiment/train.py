@@ -74,26 +74,26 @@ def train(
         ambient_seed([recipe.training.seed]),
         asked_to_stop() as stop,
     ):
-        fit, size = prepare(recipe, accelerator, progress if main else quiet)
+        trainer, size = prepare(recipe, accelerator, progress if main else quiet)
         (checkpoint,) = broadcast_object_list([run.begin() if main else None])
         if checkpoint is not None:
-            fit.restore(checkpoint)
+            trainer.restore(checkpoint)
 
         def ended(epoch: Epoch) -> None:
             if main:
                 run.add(epoch)
                 if accelerator.trackers:
-                    add(accelerator, epoch, fit.layers())
+                    add(accelerator, epoch, trainer.layers())
                 after_epoch(epoch)
 
-        history = fit.run(ended, run.keep, stop)
-        model = accelerator.unwrap_model(fit.model, keep_fp32_wrapper=False).cpu()
+        history = trainer.run(ended, run.keep, stop)
+        model = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu()
         if main:
-            write_results(run, recipe, model, fit, size)
-            weights, kept = mask_counts(model, fit.masks())
+            write_results(run, recipe, model, trainer, size)
+            weights, kept = mask_counts(model, trainer.masks())
             result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": kept, "file": file}
             add_table(accelerator, result)
             run.finish()
         accelerator.wait_for_everyone()
-    found = mask_counts(model, fit.masks())
+    found = mask_counts(model, trainer.masks())
     return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *found)

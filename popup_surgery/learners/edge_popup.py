@@ -29,7 +29,7 @@ class EdgePopup(Learner):
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
         return select(scores, kept)
 
-    def trace(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
+    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         return select_op(list(scores), kept)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:

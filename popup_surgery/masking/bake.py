@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..learners.base import masked
-from ..learners.sampling import settled
+from ..learners.sampling import as_saved
 from ..models.architecture import FRESH, PRETRAINED_BASE
 from ..weights.fill import equals, fill
 from ..weights.streams import draw
 from .layer import is_masked, unswap
-from .ranking import Ranking, drop_hooks, score_name
-from .state import CONVERTED, SETTINGS, Slot
+from .ranking import RankGroup, drop_hooks, score_name
+from .state import CONVERTED, SETTINGS, MaskedParam
 from .unmasked import GENERATED
 from .walk import masked_weights, unwrap
 
@@ -29,7 +29,7 @@ def bake(model: nn.Module) -> nn.Module:
     """
     core = unwrap(model)
     memo: dict[int, object] = {}
-    with torch.no_grad(), settled():
+    with torch.no_grad(), as_saved():
         for _, module, name, slot in masked_weights(core):
             raw, effective = module._parameters[name], slot.read(module, name)
             if slot.ranking.learner.rescale:
@@ -37,7 +37,7 @@ def bake(model: nn.Module) -> nn.Module:
             # `data` of a plain tensor: a write to the copy is none to the masked weight
             memo[id(raw)] = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
             memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
-            memo[id(slot.ranking)] = Ranking(slot.ranking.learner, 0)
+            memo[id(slot.ranking)] = RankGroup(slot.ranking.learner, 0)
         for module in core.modules():  # a network may keep results of its last pass, which no copy can be made of
             for value in module.__dict__.values():
                 for kept in value if isinstance(value, list | tuple) else [value]:
@@ -60,11 +60,11 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
     Of a learner that samples they are those that a file would hold, or within `sampled` those of that sample.
     """
-    with settled():
+    with as_saved():
         return {key: slot.ranking.mask(slot.index).clone() for key, _, _, slot in masked_weights(unwrap(model))}
 
 
-def rebuilt(module: nn.Module, name: str, slot: Slot, mask: Tensor) -> Tensor:
+def rebuilt(module: nn.Module, name: str, slot: MaskedParam, mask: Tensor) -> Tensor:
     """A drawn or pretrained weight under `mask` as a file gives it, to the bit."""
 
     def drawn(std: float) -> Iterator[NDArray[np.float32]]:

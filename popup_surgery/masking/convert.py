@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConversionError
 from ..learners import Learner, get_learner
 from ..models.architecture import DESCRIPTION, Architecture
-from ..models.build import build, build_blank, build_described
+from ..models.build import build, build_architecture, build_uninitialised
 from ..models.libraries import architecture_of
 from ..selection import kept_count
 from ..weights import BASE, is_pretrained
@@ -21,9 +21,9 @@ from ..weights.streams import check_seed, draw
 from .layer import masked_class, swap
 from .plan import Plan, PlannedWeight
 from .planning import plan
-from .ranking import Ranking, drop_hooks
+from .ranking import RankGroup, drop_hooks
 from .settings import Settings, Shares
-from .state import CONVERTED, SETTINGS, Slot, slots_of
+from .state import CONVERTED, SETTINGS, MaskedParam, slots_of
 from .unmasked import GENERATED, Generated
 from .walk import masked_weights, unwrap
 
@@ -114,12 +114,12 @@ def _build(described: str | Architecture, k: Shares | None, settings: Settings) 
     seed = check_seed(settings.get("seed", 0))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, blank = build_blank(architecture)
+        model, blank = build_uninitialised(architecture)
         left = [other.owner for other in plan(model, k, **settings).rest if other.treatment.action == "left"]
         if not any(blank.is_blank(cast(Tensor, module._parameters[name])) for module, name in left):
             return model
         torch.manual_seed(seed)
-        return build_described(architecture)
+        return build_architecture(architecture)
 
 
 def _apply(core: nn.Module, planned: Plan) -> None:
@@ -134,17 +134,17 @@ def _apply(core: nn.Module, planned: Plan) -> None:
     for owner, held_names in names.items():
         masked_class(type(owner), tuple(held_names))
 
-    slots: dict[nn.Module, dict[str, Slot]] = {}
+    slots: dict[nn.Module, dict[str, MaskedParam]] = {}
     new_scores: dict[nn.Module, dict[str, nn.Parameter]] = {}
     for weight, score in zip(planned.masked, scores, strict=True):
         module, name = weight.owners[0]
         if weight.distribution != BASE:
             _draw(module, name, weight.distribution, weight.std, settings["seed"], "weight", weight.key)
-        ranking = Ranking(learner, weight.kept or 0)
+        ranking = RankGroup(learner, weight.kept or 0)
         index = ranking.add(module, name, weight.key)
         for owner, held in weight.owners:
             cast(Tensor, owner._parameters[held]).requires_grad_(False)
-            slots.setdefault(owner, {})[held] = Slot(
+            slots.setdefault(owner, {})[held] = MaskedParam(
                 weight.key, settings["seed"], weight.scheme, settings["scaled"] and weight.distribution != BASE,
                 weight.k, weight.distribution, weight.std, weight.fan_in, ranking, index,
             )  # fmt: skip
@@ -203,7 +203,7 @@ def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Pa
 
 def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:
     """One ranking for all masked weights of `core`, in place of those that they had."""
-    ranking = Ranking(learner, 0)
+    ranking = RankGroup(learner, 0)
     place: dict[int, int] = {}
     for _, module, name, slot in masked_weights(core):
         place[id(module._parameters[name])] = ranking.add(module, name, slot.stream)

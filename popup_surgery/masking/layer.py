@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
-from ..models.layer_types import kind_of
+from ..models.layer_types import layer_type_of
 from .ranking import score_name
-from .state import SLOTS, Slot
+from .state import SLOTS, MaskedParam
 
 LOADING = "_popup_loading"
 
@@ -87,8 +87,9 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     if key not in _CLASSES:
         # A tracer that takes the original class as a leaf by its module takes this one too.
         namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base}
-        kind = kind_of(base)
-        bases = (Masked, kind.mixin, base) if kind is not None and kind.mixin is not None else (Masked, base)
+        layer_type = layer_type_of(base)
+        mixin = None if layer_type is None else layer_type.mixin
+        bases = (Masked, base) if mixin is None else (Masked, mixin, base)
         _CLASSES[key] = type(f"Masked{base.__name__}", bases, namespace | {n: _property(n) for n in names})
     return _CLASSES[key]
 
@@ -105,7 +106,7 @@ def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
     return cls.__new__(cls)
 
 
-def swap(module: nn.Module, slots: dict[str, Slot], scores: dict[str, nn.Parameter]) -> None:
+def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.Parameter]) -> None:
     """Turn `module` into a masked layer, in place. It keeps its parameters; `scores` join them."""
     for name, score in scores.items():
         module.register_parameter(score_name(name), score)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..weights import BASE
-from .unmasked import Treatment
+from .unmasked import UnmaskedRule
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class PlannedRest:
     key: str
     shape: tuple[int, ...]
     owner: tuple[nn.Module, str]
-    treatment: Treatment
+    treatment: UnmaskedRule
     train: bool
     done: bool
 
@@ -70,7 +70,7 @@ class Coverage:
     """A network's parameters by what becomes of them: numbers of elements by `state_dict` key.
 
     `left` ones keep the values that they have. `missed` are those of them that look like weights, with two dimensions
-    or more above 1, and that no kind of layer claims.
+    or more above 1, and that no type of layer claims.
     """
 
     masked: dict[str, int]

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 from ..errors import ConversionError, NothingToConvert, nearest
 from ..learners import get_learner
 from ..models.architecture import FRESH, KWARGS
-from ..models.layer_types import Fans, kind_of
+from ..models.layer_types import Fans, layer_type_of
 from ..selection import kept_count
 from ..weights import BASE, PRETRAINED, get_scheme
 from .plan import Plan, PlannedRest, PlannedWeight
 from .ranking import score_name
 from .settings import DEFAULTS, Patterns, Settings, Shares, by_pattern, checked, own_copy
 from .state import CONVERTED, SETTINGS, slots_of
-from .unmasked import Treatment, is_norm, treatment
+from .unmasked import UnmaskedRule, is_norm, treatment
 from .walk import masked_weights, unwrap
 
 
@@ -110,13 +110,13 @@ def _last_match(name: str, by_pattern: dict[str, Any]) -> Any:
 
 
 def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
-    kind = kind_of(module)
-    if kind is None:
+    layer_type = layer_type_of(module)
+    if layer_type is None:
         return {}
     if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
         raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
     scores = {score_name(p) for p in slots_of(module)}
-    found = {p: fan for p, fan in kind.weights(module).items() if p not in scores}
+    found = {p: fan for p, fan in layer_type.weights(module).items() if p not in scores}
     return {p: fan for p, fan in found.items() if _is_weight(f"{name}.{p}", module._parameters.get(p))}
 
 
@@ -166,9 +166,9 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
             drawn = any(n in layers and _scheme(n, schemes, fresh) != PRETRAINED for n, _, _ in held)
             done = module.__dict__.get(CONVERTED)
             if done is not None:
-                how = done.get(parameter, Treatment("left", "came into the module after its conversion"))
+                how = done.get(parameter, UnmaskedRule("left", "came into the module after its conversion"))
             elif PRETRAINED in schemes.values() and not drawn:
-                how = Treatment("left", "pretrained")
+                how = UnmaskedRule("left", "pretrained")
             else:  # a bias may belong to several modules, of which one is masked
                 owner = next(((m, p) for n, m, p in held if n in layers), (module, parameter))
                 how = treatment(*owner, swapped=any(n in layers for n, _, _ in held))

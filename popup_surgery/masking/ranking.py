@@ -14,7 +14,7 @@ def score_name(name: str) -> str:
     return f"{name}_score"
 
 
-class Ranking:
+class RankGroup:
     """The weights that are ranked together: one layer's, or with `scope="global"` all of a network's.
 
     The mask is kept from one read to the next, and each read makes sure that it still is the scores' own: a tensor's
@@ -45,7 +45,7 @@ class Ranking:
         """The mask of member `index`: bool, of its weight's shape."""
         scores = self.scores()
         if torch.compiler.is_compiling() or under_transform(scores):
-            return self.learner.trace([score.detach() for score in scores], self.kept, self.streams)[index]
+            return self.learner.select_traced([score.detach() for score in scores], self.kept, self.streams)[index]
         held = self._held is not None and all(a is b for a, b in zip(self._held, scores, strict=True))
         if self._selection is None or not self._selection.holds(scores, index if held else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
@@ -61,7 +61,7 @@ class Ranking:
 class _Hold:
     """Forward hook that starts or ends the holding of a ranking's masks."""
 
-    def __init__(self, ranking: Ranking, start: bool) -> None:
+    def __init__(self, ranking: RankGroup, start: bool) -> None:
         self.ranking, self.start = ranking, start
 
     def __call__(self, module: nn.Module, *_: Any) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
 from .masked_weight import MaskedWeight
-from .ranking import Ranking, parameter_of, score_name, under_transform
+from .ranking import RankGroup, parameter_of, score_name, under_transform
 
 SLOTS = "_popup_slots"
 SETTINGS = "_popup_settings"
@@ -16,7 +16,7 @@ CONVERTED = "_popup_converted"
 
 
 @dataclass
-class Slot:
+class MaskedParam:
     """One masked weight of a layer: where it came from, and how it is ranked.
 
     Attributes:
@@ -35,7 +35,7 @@ class Slot:
     distribution: str
     std: float
     fan_in: float
-    ranking: Ranking
+    ranking: RankGroup
     index: int
     _watch: tuple[Tensor, int] | None = field(default=None, repr=False)
 
@@ -74,6 +74,6 @@ class Slot:
         return effective.as_subclass(MaskedWeight)
 
 
-def slots_of(module: nn.Module) -> dict[str, Slot]:
+def slots_of(module: nn.Module) -> dict[str, MaskedParam]:
     """The masked weights of a swapped layer, by parameter name; empty for any other module."""
     return module.__dict__.get(SLOTS, {})

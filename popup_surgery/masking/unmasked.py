@@ -6,13 +6,13 @@ from typing import Literal
 
 from torch import nn
 
-from ..models.layer_types import kind_of
+from ..models.layer_types import layer_type_of
 
 GENERATED = "_popup_generated"
 
 
 @dataclass(frozen=True)
-class Treatment:
+class UnmaskedRule:
     """What conversion does with one unmasked parameter.
 
     Attributes:
@@ -55,26 +55,26 @@ def is_norm(module: nn.Module) -> bool:
     return bool(named) and all(sum(size > 1 for size in t.shape) <= 1 for t in own)
 
 
-def treatment(module: nn.Module, name: str, swapped: bool) -> Treatment:
+def treatment(module: nn.Module, name: str, swapped: bool) -> UnmaskedRule:
     """What to do with the unmasked parameter `name` of `module`, whose weights are masked if it is `swapped`."""
-    kind = kind_of(module)
-    if kind is not None:
-        if swapped and name in kind.biases(module):
-            return Treatment("constant", "bias of a masked layer")
+    layer_type = layer_type_of(module)
+    if layer_type is not None:
+        if swapped and name in layer_type.biases(module):
+            return UnmaskedRule("constant", "bias of a masked layer")
         if not swapped:
-            return Treatment("left", "layer is not to be converted")
+            return UnmaskedRule("left", "layer is not to be converted")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return Treatment("generated", "embedding", 1.0)
+        return UnmaskedRule("generated", "embedding", 1.0)
     if is_norm(module):
         if name == "weight":
             centred = _CENTRED.fullmatch(type(module).__name__)
-            return Treatment("constant", "scale of a norm", 0.0 if centred else 1.0)
+            return UnmaskedRule("constant", "scale of a norm", 0.0 if centred else 1.0)
         if name == "bias":
-            return Treatment("constant", "bias of a norm")
+            return UnmaskedRule("constant", "bias of a norm")
     if _SCALES.search(name) or type(module).__name__.endswith("LayerScale"):
-        return Treatment("constant", "scale of a branch, which would be dead at its first value", 1.0)
+        return UnmaskedRule("constant", "scale of a branch, which would be dead at its first value", 1.0)
     if _BIASES.search(name):
-        return Treatment("constant", "bias of a masked layer")
+        return UnmaskedRule("constant", "bias of a masked layer")
     if _POSITIONS.search(name):
-        return Treatment("generated", "position embedding or token", 0.02)
-    return Treatment("left", "belongs to no layer that can be masked")
+        return UnmaskedRule("generated", "position embedding or token", 0.02)
+    return UnmaskedRule("left", "belongs to no layer that can be masked")

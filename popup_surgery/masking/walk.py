@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .state import Slot, slots_of
+from .state import MaskedParam, slots_of
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -18,7 +18,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, Slot]]:
+def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, MaskedParam]]:
     """Each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot."""
     seen = set()
     for prefix, module in core.named_modules():

@@ -35,18 +35,18 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
     """
     described = architecture_of(name, **kwargs)
     if pretrained is False or pretrained is None:
-        return build_described(described)
+        return build_architecture(described)
     if isinstance(pretrained, Path) or (isinstance(pretrained, str) and Path(pretrained).suffix in WEIGHT_FILES):
-        model, tag = build_described(described), ""
+        model, tag = build_architecture(described), ""
         fill_from(model, read_weights(Path(pretrained)), str(pretrained))
     else:
         tag = check_tag(described, None if pretrained is True else pretrained)
-        model = build_described(described, tag)
+        model = build_architecture(described, tag)
     model.__dict__[PRETRAINED_BASE] = Base(described.library, described.version, described.name, tag)
     return model
 
 
-def build_described(architecture: Architecture, tag: str | None = None) -> nn.Module:
+def build_architecture(architecture: Architecture, tag: str | None = None) -> nn.Module:
     """The network that `architecture` describes, of checked names and arguments, with the pretrained weights `tag`."""
     library, name = architecture.library, architecture.name
     try:
@@ -62,24 +62,24 @@ def build_described(architecture: Architecture, tag: str | None = None) -> nn.Mo
     return model
 
 
-def build_bare(architecture: Architecture) -> nn.Module:
-    """As `build_described`, without memory: parameters on the meta device."""
+def build_meta(architecture: Architecture) -> nn.Module:
+    """As `build_architecture`, without memory: parameters on the meta device."""
     try:
         with torch.device("meta"), Blank():
-            return build_described(architecture)
+            return build_architecture(architecture)
     except ConversionError as error:
         if not isinstance(error.__cause__, NotImplementedError):
             raise
     from accelerate import init_empty_weights
 
     with init_empty_weights():  # torchvision's regnets read values while they are built; only parameters are left out
-        return build_described(architecture)
+        return build_architecture(architecture)
 
 
-def build_blank(architecture: Architecture) -> tuple[nn.Module, Blank]:
-    """As `build_described`, without its random initialisation; the second value tells what is not initialised."""
+def build_uninitialised(architecture: Architecture) -> tuple[nn.Module, Blank]:
+    """As `build_architecture`, without its random initialisation; the second value tells what is not initialised."""
     with Blank() as blank:
-        return build_described(architecture), blank
+        return build_architecture(architecture), blank
 
 
 @contextmanager

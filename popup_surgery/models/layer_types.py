@@ -1,4 +1,4 @@
-"""Which parameters of a module are weights, and their fans: one entry for each kind of layer."""
+"""Which parameters of a module are weights, and their fans: one entry for each type of layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ class Fans:
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of layer.
+class LayerType:
+    """A type of layer.
 
     Args:
-        types: instances of these, subclasses too, are layers of this kind; a class of a library that may not be there,
+        types: instances of these, subclasses too, are layers of this type; a class of a library that may not be there,
             or that is slow to import, by its full name.
         weights: the fans of each maskable weight of such a layer, by parameter name.
         biases: parameter names of its biases.
@@ -35,7 +35,7 @@ class Kind:
     mixin: type | None = None
 
     def covers(self, cls: type) -> bool:
-        """Whether instances of `cls` are layers of this kind."""
+        """Whether instances of `cls` are layers of this type."""
         mro = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
         return any(t in mro if isinstance(t, str) else issubclass(cls, t) for t in self.types)
 
@@ -98,23 +98,23 @@ def _recurrent_biases(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in module._parameters if name.startswith(("bias_ih", "bias_hh")))
 
 
-KINDS = [
-    Kind((nn.Linear,), _linear),
-    Kind((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
-    Kind((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
-    Kind(
+LAYER_TYPES = [
+    LayerType((nn.Linear,), _linear),
+    LayerType((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    LayerType((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    LayerType(
         (nn.MultiheadAttention,),
         lambda module: _packed(module, _ATTENTION),
         biases=lambda module: ("in_proj_bias", "bias_k", "bias_v"),
     ),
-    Kind((nn.RNNBase,), lambda module: _packed(module, _RECURRENT), _recurrent_biases, RecurrentWeights),
-    Kind((nn.RNNCellBase,), lambda module: _packed(module, _RECURRENT), _recurrent_biases),
-    Kind(("timm.layers.cond_conv2d.CondConv2d",), _conv),
-    Kind(("transformers.pytorch_utils.Conv1D",), _conv1d_of_transformers),
+    LayerType((nn.RNNBase,), lambda module: _packed(module, _RECURRENT), _recurrent_biases, RecurrentWeights),
+    LayerType((nn.RNNCellBase,), lambda module: _packed(module, _RECURRENT), _recurrent_biases),
+    LayerType(("timm.layers.cond_conv2d.CondConv2d",), _conv),
+    LayerType(("transformers.pytorch_utils.Conv1D",), _conv1d_of_transformers),
 ]
 
 
-def kind_of(layer: nn.Module | type) -> Kind | None:
-    """The kind of layer that a module is, or that a class makes; None if it is none."""
+def layer_type_of(layer: nn.Module | type) -> LayerType | None:
+    """The type of layer that a module is, or that a class makes; None if it is none."""
     cls = layer if isinstance(layer, type) else type(layer)
-    return next((kind for kind in KINDS if kind.covers(cls)), None)
+    return next((each for each in LAYER_TYPES if each.covers(cls)), None)

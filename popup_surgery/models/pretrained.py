@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ConversionError, unknown
 from .architecture import FRESH, Architecture
-from .layer_types import kind_of
+from .layer_types import layer_type_of
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -70,7 +70,7 @@ def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
         )
     fresh = {name.rpartition(".")[0] for name in other}
     for name in other:
-        if kind_of(model.get_submodule(name.rpartition(".")[0])) is None:
+        if layer_type_of(model.get_submodule(name.rpartition(".")[0])) is None:
             shapes = f"{tuple(state[name].shape)}; the network's is {tuple(own[name].shape)}"
             raise ConversionError(f"{name!r} of {what} is {shapes}, and only a layer may have another size")
     model.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)

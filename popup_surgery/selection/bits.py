@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
-PIECE = 1 << 16  # elements a sweep holds in cache
+CHUNK = 1 << 16  # elements a sweep holds in cache
 
 Bits = NDArray[np.int32]
 
@@ -16,4 +16,4 @@ def bits_of(score: Tensor) -> Bits:
 
 
 def in_pieces(array: NDArray) -> list[NDArray]:
-    return [array[i : i + PIECE] for i in range(0, len(array), PIECE)]
+    return [array[i : i + CHUNK] for i in range(0, len(array), CHUNK)]

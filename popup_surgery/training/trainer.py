@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from ..config.schedule import rates
 from ..config.schema import Training
-from ..data.batches import TRAIN, Batches, Part, Progress
+from ..data.batches import TRAIN, Batches, ProcessShard, Progress
 from ..data.reading import warn_of_skipped
 from ..data.seeding import seed_generators as _seed
 from ..data.workers import worker_deaths
@@ -35,7 +35,7 @@ log = logging.getLogger("popup_surgery")
 Packed = np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class Fit:
+class Trainer:
     """Training of whatever of a model requires a gradient: a converted network's scores, or a plain one's weights.
 
     Everything random in a step is a function of (seed, epoch, step, process), so that no generator's state is kept.
@@ -58,7 +58,7 @@ class Fit:
 
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
-        self.part = Part(accelerator.process_index, accelerator.num_processes, training.accumulate)
+        self.part = ProcessShard(accelerator.process_index, accelerator.num_processes, training.accumulate)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         options = training.optimizer_kwargs.copy()
         if training.optimizer in ("sgd", "momentum"):

@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .streams import PIECE
+from .streams import CHUNK
 
 
 def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
@@ -27,9 +27,9 @@ def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of `tensor` in row-major order, in tensors of at most PIECE on the CPU."""
+    """The elements of `tensor` in row-major order, in tensors of at most CHUNK on the CPU."""
     flat = tensor.detach().reshape(-1)
-    return (flat[start : start + PIECE].cpu() for start in range(0, flat.numel(), PIECE))
+    return (flat[start : start + CHUNK].cpu() for start in range(0, flat.numel(), CHUNK))
 
 
 def equals(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> bool:

@@ -16,7 +16,7 @@ from ..errors import ConversionError
 
 PERSON = b"popup-surgery/v1"
 QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
-PIECE = 1 << 17  # elements made at a time, so that they stay in cache; of 64, so that pieces meet at whole words
+CHUNK = 1 << 17  # elements made at a time, so that they stay in cache; of 64, so that pieces meet at whole words
 
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)  # of each byte
 
@@ -49,7 +49,7 @@ def quantiles() -> Floats:
 
 
 def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, name: str) -> Iterator[Floats]:
-    """The values of one tensor in row-major order, in pieces of float32 [at most PIECE].
+    """The values of one tensor in row-major order, in pieces of float32 [at most CHUNK].
 
     Args:
         distribution: a key of `DISTRIBUTIONS`.
@@ -67,8 +67,8 @@ def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Flo
 
 
 def _pieces(numel: int, bits: int, values: Values, generator: np.random.Philox) -> Iterator[Floats]:
-    for start in range(0, numel, PIECE):
-        count = min(PIECE, numel - start)
+    for start in range(0, numel, CHUNK):
+        count = min(CHUNK, numel - start)
         raw = generator.random_raw(-(-count * bits // 64)) if bits else np.empty(0, np.uint64)
         yield values(raw.astype("<u8", copy=False).view(np.uint8), count)
 
