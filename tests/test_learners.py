@@ -639,8 +639,9 @@ def test_a_supermask_run_that_was_stopped_ends_in_the_same_file(supermask_run: A
 STEP = """
 import sys, torch
 from popup_surgery import Recipe
-from popup_surgery.experiment.train import _network, quiet
+from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
+from popup_surgery.experiment.setup import _network
 from popup_surgery.training.trainer import Trainer
 from popup_surgery.training.distributed import leave, start
 file, accumulate, *overrides = sys.argv[1:]
