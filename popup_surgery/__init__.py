@@ -8,6 +8,8 @@ popup_surgery` is light and the command line answers without torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .deprecated import OLD, install
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -61,7 +63,12 @@ if TYPE_CHECKING:
     from .models.build import build
 
 
+install()
+
+
 def __getattr__(name: str) -> Any:
+    if name in OLD:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..deprecated import link_methods
 from ..selection import Selection
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -33,6 +35,10 @@ class Learner(ABC):
     samples: bool = False
     learns_weights: bool = False
     rescale: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        link_methods(cls)
 
     @abstractmethod
     def initial_scores(
@@ -88,6 +94,9 @@ class Learner(ABC):
     def describe_sample(self) -> str:
         """Which of its networks `masks`, `bake` and `save` take, for people."""
         return "the only network"
+
+
+link_methods(Learner)
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
