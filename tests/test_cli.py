@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -508,74 +508,3 @@ def test_a_folder_of_other_classes(cli: Cli, tmp_path: Path, make_images: Callab
     call = ("train", "digits", "--set", "data.name=folder", "--data-dir", tmp_path / "data", "-o", tmp_path / "run")
     refused(cli(*call), "other classes")
     assert not (tmp_path / "run").exists()
-
-
-# the package's layers
-
-LEVELS = (
-    ("errors", "files"),
-    ("streams", "radix"),
-    ("weights", "selection", "filling", "learners", "kinds", "blank"),
-    ("layers", "nets", "zoo", "rest"),
-    ("planning",),
-    ("surgery",),
-    ("artifact", "training", "plots", "survey"),
-    ("run",),
-    ("ablation", "sweep"),
-    ("reproduce",),
-    ("commands",),
-    ("__main__",),
-)
-LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
-
-
-def imports(path: Path, top: str) -> Iterator[tuple[int, str]]:
-    """Line and top-level name of each module of the package that a file imports, inside functions too."""
-    depth = len(path.relative_to(PACKAGE).parts) - 1
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom):
-            parts = (node.module or "").split(".") if node.module else []
-            if node.level == 0 and parts[:1] == ["popup_surgery"]:
-                parts = parts[1:]
-            elif node.level != depth + 1:
-                if node.level:
-                    yield node.lineno, top
-                continue
-            for name in parts[:1] or [alias.name for alias in node.names]:
-                yield node.lineno, name
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                if alias.name.split(".")[0] == "popup_surgery":
-                    yield node.lineno, alias.name.split(".")[1] if "." in alias.name else "__init__"
-
-
-def test_imports_point_one_way() -> None:
-    seen, wrong = set(), []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        top = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if top == "__init__":
-            continue
-        assert top in LEVEL, f"{top} has no place in the order; give it one"
-        for line, name in imports(path, top):
-            if name.startswith("__version__") or name == top:
-                continue
-            seen.add((top, name))
-            assert name in LEVEL, f"{path}:{line} imports {name}"
-            if LEVEL[name] > LEVEL[top] or {name, top} == {"artifact", "training"}:
-                wrong.append(f"{path.relative_to(ROOT)}:{line}: {top} imports {name}")
-    assert ("run", "training") in seen
-    assert ("commands", "run") in seen, "imports inside functions are seen"
-    assert ("layers", "learners") in seen
-    assert not wrong, "\n".join(wrong)
-
-
-def test_no_two_modules_import_each_other() -> None:
-    edges: dict[str, set[str]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        top = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if top != "__init__":
-            edges.setdefault(top, set()).update(name for _, name in imports(path, top) if name in LEVEL and name != top)
-    while leaves := [name for name, targets in edges.items() if not targets & edges.keys()]:
-        for name in leaves:
-            del edges[name]
-    assert not edges, f"a circle among {sorted(edges)}"
