@@ -11,12 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from test_engine import begun, command, run
 
 from popup_surgery import Recipe, evaluate
 from popup_surgery.data.batches import quiet
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.training.distributed import leave, start
+from support import TESTS, digits_begun, digits_command, run_digits
 
 
 def first_update(file: Path, accumulate: int) -> None:
@@ -40,7 +40,8 @@ def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Pat
         else:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
             words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
             done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment)
             assert done.returncode == 0, done.stderr
         results.append(torch.load(file, weights_only=True))
@@ -50,7 +51,7 @@ def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Pat
 
 
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
-    done = run(tmp_path / "run", "--num-processes", "2")
+    done = run_digits(tmp_path / "run", "--num-processes", "2")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 1/3") == 1  # one of them speaks
     file = tmp_path / "run" / "digits.popup.safetensors"
@@ -68,7 +69,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
-    interpreter, *words = command(tmp_path / "run")
+    interpreter, *words = digits_command(tmp_path / "run")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
         [interpreter, "-m", *LAUNCHERS[launcher], *words], capture_output=True, text=True, timeout=180, env=environment
@@ -80,14 +81,14 @@ def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
 
 def test_deepspeed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    done = run(tmp_path / "run")
+    done = run_digits(tmp_path / "run")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*DeepSpeed.*\n", done.stderr), done.stderr
 
 
 @pytest.mark.fault
 def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
-    process = begun(tmp_path / "run", "--num-processes", "2", "--set", "training.epochs=2000")
+    process = digits_begun(tmp_path / "run", "--num-processes", "2", "--set", "training.epochs=2000")
     family = psutil.Process(process.pid).children(recursive=True)
     victim = next(child for child in family if child.environ().get("RANK") == "1")
     victim.kill()

@@ -19,8 +19,7 @@ from torch import nn
 
 from popup_surgery import ArtifactError, PopupError, bake, build, convert, inspect, load, masks, save, verify
 from popup_surgery.atomic import write_atomically
-
-GOLDEN = Path(__file__).parent / "golden"
+from support import GOLDEN
 
 
 def state_digest(state: dict[str, torch.Tensor]) -> str:

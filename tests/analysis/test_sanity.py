@@ -17,11 +17,11 @@ from popup_surgery import ConversionError, DataError, bake, build, convert, eval
 from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
 from popup_surgery.config.schema import Data
+from support import ROOT
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
 
-ROOT = Path(__file__).parents[1]
 State = dict[str, Tensor]
 
 

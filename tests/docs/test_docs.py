@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +10,7 @@ import timm
 from safetensors.torch import save_file
 
 import popup_surgery as ps
-
-ROOT = Path(__file__).parents[1]
+from support import ROOT
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -9,15 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
-from test_data import AUGMENTED, TARS, joined, opened, pack, recipe
 
 from popup_surgery import DataError, RunError, evaluate, train
 from popup_surgery.data.batches import ProcessShard
@@ -25,6 +22,7 @@ from popup_surgery.data.sources import Numbered
 from popup_surgery.data.workers import worker_deaths
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
+from support import AUGMENTED, TARS, TESTS, cli_run, joined, lines, opened, pack, recipe, started, stopping
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
@@ -238,10 +236,6 @@ def test_a_split_of_which_nothing_can_be_read(copied: Path, tmp_path: Path, spli
 # runs
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_metrics_count_what_was_skipped_and_one_warning_names_it(
     copied: Path, tmp_path: Path, in_memory: bool, caplog: pytest.LogCaptureFixture
@@ -268,10 +262,6 @@ def test_nothing_is_said_where_nothing_is_skipped(cli: Any, copied: Path, tmp_pa
     damaged(copied, "train/dog/0.png")
     outcome = cli("train", tmp_path / "recipe.yaml", "-o", tmp_path / "again")
     assert re.search(r"left  1 skipped$", outcome.out, re.MULTILINE)
-
-
-def cli_run(folder: Path, recipe: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "popup_surgery", "train", str(recipe), "-o", str(folder), *more]
 
 
 @pytest.fixture
@@ -324,17 +314,6 @@ def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
         assert said.startswith("the checkpoint was taken with 120 training images and goes on with 119: ")
 
 
-def stopping(after: int) -> Callable[..., Any]:
-    """A `Progress` that stops the run after so many steps."""
-    steps = count(1)
-
-    def step() -> None:
-        if next(steps) == after:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    return lambda total, what: nullcontext(step)
-
-
 def test_skipped_images_are_counted_once_however_often_a_run_stops(many: Path, tmp_path: Path) -> None:
     damaged(tmp_path / "images", "train/cat/0.png", "train/eel/7.jpg", "train/dog/3.jpg", "validation/dog/1.jpg")
     skip = ["data.on_error=skip"]
@@ -348,22 +327,6 @@ def test_skipped_images_are_counted_once_however_often_a_run_stops(many: Path, t
 
 
 # worker processes
-
-
-def started(folder: Path, recipe: Path, *more: str) -> subprocess.Popen[str]:
-    """A run in a process group of its own that has kept a checkpoint since it began."""
-    before = set((folder / "checkpoints").glob("*.json"))
-    process = subprocess.Popen(
-        cli_run(folder, recipe, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-        start_new_session=True,
-    )  # fmt: skip
-    until = time.monotonic() + 120
-    while not set((folder / "checkpoints").glob("*.json")) - before:
-        if process.poll() is not None:
-            break
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    return process
 
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -414,12 +377,12 @@ def test_workers_end_with_a_run_that_is_killed(many: Path, tmp_path: Path) -> No
 def test_workers_end_with_a_process_that_fails(images: Path) -> None:
     """As it exits it tells them to end; the error still holds the loader then."""
     script = (
-        "from test_data import opened\n"
+        "from support import opened\n"
         f"data = opened(name='folder', root={str(images)!r}, in_memory=False, batch_size=4, workers=2)\n"
         "for batch in data.train(0): 1 / 0\n"
     )
     words = [sys.executable, "-c", script]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parent)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=TESTS)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,9 @@ from popup_surgery.models.layer_types import layer_type_of
 from popup_surgery.selection import kept_count, select
 from popup_surgery.weights import SCHEMES, streams
 from popup_surgery.weights.streams import CHUNK, DISTRIBUTIONS, check_seed, draw, draw_scores, quantiles, words
+from support import GOLDEN
 
-VECTORS = json.loads((Path(__file__).parent / "golden" / "vectors.json").read_text(encoding="utf-8"))
+VECTORS = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 SEEDS = st.integers(0, 2**64 - 1)

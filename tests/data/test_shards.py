@@ -11,14 +11,13 @@ from typing import Any
 import pytest
 import torch
 import webdataset
-from test_data import AUGMENTED, joined, opened, recipe
-from test_unreadable import cli_run, lines, started, stopping
 from torch import Tensor
 
 from popup_surgery import DataError, PopupError, evaluate, train
 from popup_surgery.data.batches import ProcessShard
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
+from support import AUGMENTED, cli_run, joined, lines, opened, recipe, started, stopping
 
 CLASSES = ("cat", "dog", "eel")
 PLAIN: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0}

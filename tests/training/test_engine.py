@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,38 +20,12 @@ from popup_surgery.config import Recipe
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.setup import run_folder
 from popup_surgery.training import checkpoint
-
-SHORT = ["training.epochs=3", "training.checkpoint_minutes=0.0001"]
-
-
-def command(folder: Path, *more: str) -> list[str]:
-    sets = [word for setting in SHORT for word in ("--set", setting)]
-    return [sys.executable, "-m", "popup_surgery", "train", "digits", "-o", str(folder), *sets, *more]
-
-
-def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *more), capture_output=True, text=True, timeout=180)
+from support import SHORT, digits_begun, run_digits, wait_for
 
 
 def resume(folder: Path) -> bytes:
     """Go on with a run, in this process. The file that it ends in."""
     return train("digits", overrides=SHORT, output=folder, resume=True).file.read_bytes()
-
-
-def begun(folder: Path, *more: str) -> subprocess.Popen[str]:
-    """A run that has kept a checkpoint since it began, or has ended."""
-    before = set((folder / "checkpoints").glob("*.json"))
-    process = subprocess.Popen(command(folder, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-    wait_for(process, lambda: set((folder / "checkpoints").glob("*.json")) - before)
-    return process
-
-
-def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> None:
-    """Until `what` holds or the process has ended."""
-    until = time.monotonic() + 120
-    while not what() and process.poll() is None:
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +40,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @pytest.mark.fault
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through: bytes, tmp_path: Path) -> None:
-    process = begun(tmp_path / "run")
+    process = digits_begun(tmp_path / "run")
     process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 75
@@ -94,7 +67,7 @@ def test_a_stop_that_comes_with_the_end_of_an_epoch_waits_for_no_step(through: b
 def test_kills_at_random_moments_change_nothing(through: bytes, tmp_path: Path) -> None:
     pause = random.Random(0)
     for kill in range(4):
-        process = begun(tmp_path / "run", "--resume")
+        process = digits_begun(tmp_path / "run", "--resume")
         if kill % 2:
             wait_for(process, lambda: list((tmp_path / "run" / "checkpoints").glob(".*.part")))
         else:
@@ -110,7 +83,7 @@ def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(throu
     first = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
     assert first.file.read_bytes() == through
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    again = run(tmp_path / "run", "--resume")
+    again = run_digits(tmp_path / "run", "--resume")
     assert again.returncode == 0
     assert "finished already" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
@@ -125,7 +98,7 @@ def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(throu
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed with two checkpoints in it."""
     folder = tmp_path_factory.mktemp("killed") / "run"
-    process = begun(folder)
+    process = digits_begun(folder)
     wait_for(process, lambda: len(list((folder / "checkpoints").glob("*.json"))) >= 2)
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -210,7 +183,7 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(stopped: Path) -> Non
 
 @pytest.mark.fault
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    process = begun(tmp_path / "run")
+    process = digits_begun(tmp_path / "run")
     with pytest.raises(RunError, match="another process runs in"):
         train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
     process.kill()
@@ -233,7 +206,7 @@ def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
     """During a checkpoint: it ends with what did not fit, those before stay, and the run goes on from them."""
     disk = small_disk(tmp_path, "1m")
     try:
-        process = begun(disk / "run")
+        process = digits_begun(disk / "run")
         ballast = disk / "ballast"
         with open(ballast, "wb", buffering=0) as file:
             try:
@@ -260,7 +233,7 @@ def test_a_disk_that_is_full(tmp_path: Path, through: bytes) -> None:
 def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
     disk = small_disk(tmp_path, "4m")
     try:
-        process = begun(disk / "run")
+        process = digits_begun(disk / "run")
         process.kill()
         process.communicate()
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -314,7 +287,7 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_run_goes_on_with_other_processes_and_says_what_that_changes(stopped: Path) -> None:
-    done = run(stopped, "--resume", "--num-processes", "2")
+    done = run_digits(stopped, "--resume", "--num-processes", "2")
     assert done.returncode == 0, done.stderr
     assert "taken by 1 processes and goes on with 2" in done.stderr
     with pytest.raises(PopupError):

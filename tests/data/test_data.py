@@ -1,10 +1,8 @@
 """Images into batches: every image once, in an order and with an augmentation that only (seed, epoch, image) decide."""
 
-import io
 import random
 import shutil
 import struct
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,40 +15,14 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from popup_surgery import DataError, PopupError, train
-from popup_surgery.config.schema import Data
-from popup_surgery.data.batches import Batches, quiet
+from popup_surgery.data.batches import Batches
 from popup_surgery.data.in_memory import InMemory, _crop
-from popup_surgery.data.open import open_data
 from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.data.streamed import Streamed
+from support import AUGMENTED, GREY, TARS, joined, opened, pack, recipe
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
-
-CPU = torch.device("cpu")
-RGB, GREY = (3, 16, 16), (1, 8, 8)
-
-
-def opened(size: tuple[int, int, int] = RGB, seed: int = 0, train: bool = True, **config: Any) -> Any:
-    return open_data(Data(**{"workers": 0, **config}), size, seed, CPU, quiet, train)
-
-
-def joined(batches: Any) -> tuple[Tensor, Tensor]:
-    images, labels, *_ = zip(*batches)
-    return torch.cat(images), torch.cat(labels)
-
-
-def recipe(root: Path, **data: Any) -> dict[str, Any]:
-    """One epoch of a tiny network on a folder of 16 × 16 images of three classes."""
-    return {
-        "model": {
-            "name": "popup_surgery/fc",
-            "kwargs": {"width": 0.05, "in_chans": 3, "img_size": 16, "num_classes": 3},
-        },
-        "surgery": {"k": 0.5, "scaled": False},
-        "data": {"name": "folder", "root": str(root), "batch_size": 4, "workers": 0, **data},
-        "training": {"epochs": 1, "lr": 0.1},
-    }
 
 
 # digits
@@ -194,9 +166,6 @@ def test_a_folder_in_memory_holds_the_files_pixels(images: Path) -> None:
     wanted = sorted(pixels(file).numpy().tobytes() for file in (images / "train").glob("*/*"))
     assert sorted(image.mul(255).round().to(torch.uint8).numpy().tobytes() for image in seen) == wanted
     assert data.steps() == 4
-
-
-AUGMENTED = {"scale": [0.3, 1.0], "ratio": [0.8, 1.25], "hflip": 0.5, "auto_augment": "rand-m5-n2", "color_jitter": 0.3}
 
 
 def test_streamed_batches_are_the_same_from_0_and_2_workers(images: Path) -> None:
@@ -528,19 +497,6 @@ def test_a_torchvision_set_that_is_not_there_says_how_to_fetch_it(tmp_path: Path
     with pytest.raises(DataError, match=r"--data-dir|data\.root"):
         opened((3, 32, 32), name=name)
     assert not list(tmp_path.iterdir())
-
-
-def pack(path: Path, folder: Path, classes: tuple[str, ...] = ("cat", "dog", "eel")) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name in classes:
-            for file in sorted((folder / name).iterdir()):
-                content = file.read_bytes()
-                member = tarfile.TarInfo(f"{name}/{file.name}")
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-
-
-TARS = {"name": "folder", "train_split": "train.tar", "val_split": "validation.tar", "batch_size": 4}
 
 
 @pytest.mark.parametrize("workers", [0, 2])

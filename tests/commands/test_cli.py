@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import write_digit
 from packaging.requirements import Requirement
 
 import popup_surgery
 from popup_surgery import build, convert, load, save
 from popup_surgery.config.catalog import find, shipped
+from support import write_digit
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo", "sweep",

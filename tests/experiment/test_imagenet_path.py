@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_unreadable import cli_run, lines, started
 
 from popup_surgery import evaluate, inspect
 from popup_surgery.config import Recipe
 from popup_surgery.data.batches import ProcessShard, quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.data.streamed import Streamed
+from support import cli_run, lines, started
 
 CLASSES, VALIDATION = 1000, 1003  # which neither the batch nor the processes divide
 OVERRIDES = [

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Here
 from PIL import Image
 
 from popup_surgery import DataError, RecipeError, UnknownName, train
@@ -18,6 +17,7 @@ from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
 from popup_surgery.reproduce.table import rows
 from popup_surgery.sweep import Outcome, Run, State, points
 from popup_surgery.sweep.results import Numbers
+from support import Here
 
 RUNS = {
     "figure3": 240, "figure4": 320, "figure5": 75, "figure6": 280, "figure7": 200, "figure8": 10, "table2": 10,

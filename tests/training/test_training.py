@@ -478,7 +478,7 @@ def test_a_call_within_a_folder_without_rights_to_write(tmp_path: Path, make_ima
 
 
 def test_predict_names_the_classes_of_images(digits_run: Result, images: Path, tmp_path: Path) -> None:
-    from conftest import write_digit
+    from support import write_digit
 
     for label in (3, 7):
         write_digit(tmp_path / f"{label}.png", label)

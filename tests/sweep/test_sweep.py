@@ -19,7 +19,6 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import Here
 from filelock import FileLock
 
 import popup_surgery
@@ -27,6 +26,7 @@ from popup_surgery import PopupError, RecipeError, RunError, train
 from popup_surgery.config.catalog import find
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.sweep import Local, Outcome, State, Sweep, execute, points
+from support import ROOT, Here
 
 Cli = Callable[..., Any]
 DIGITS = {"recipe": "digits", "set": {"training.epochs": 1}}
@@ -170,7 +170,7 @@ def test_a_folders_name_depends_on_what_decides_the_result_alone() -> None:
 
 
 def test_the_sweeps_of_the_documentation() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "sweeps.md").read_text()
+    page = (ROOT / "docs" / "sweeps.md").read_text()
     found = [yaml.safe_load(block) for block in re.findall(r"\n\n((?:    .*\n)+)", page) if "    seeds:" in block]
     assert [len(Sweep.parse(values).runs) for values in found] == [2 * 2 * 5, 3 * (3 + 1)]
 
