@@ -13,6 +13,7 @@ from .reader import Artifact
 
 
 def check_architecture(architecture: Architecture) -> None:
+    """`ArtifactError` unless a library builds this architecture, with arguments within their bounds."""
     library, name = architecture.library, architecture.name
     if library == "custom":
         raise ArtifactError(

@@ -80,6 +80,7 @@ def _as_it_is(piece: _T) -> _T:
 
 
 def chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """`items` in lists of `size`, the last of what is left."""
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk

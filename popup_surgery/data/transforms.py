@@ -43,10 +43,12 @@ class ToBytes:
 
 
 def mean_std(config: Data, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, for images scaled to 0 … 1: the recipe's, or the usual ones."""
     mean = config.mean or (DEFAULT_MEAN if channels == 3 else [0.5] * channels)
     std = config.std or (DEFAULT_STD if channels == 3 else [0.5] * channels)
     return tuple(mean), tuple(std)
 
 
 def pillow_mode(input_size: tuple[int, int, int]) -> str:
+    """The mode of Pillow's images for `input_size`."""
     return "L" if input_size[0] == 1 else "RGB"

@@ -83,6 +83,7 @@ def _fresh_network(recipe: Recipe) -> nn.Module:
 
 
 def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of a network's images: the recipe's, or else the network's own."""
     size = data.input_size or input_size(model)
     if size is None:
         raise DataError(

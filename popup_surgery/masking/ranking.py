@@ -83,6 +83,7 @@ def drop_hooks(module: nn.Module) -> None:
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """The parameter `name` of `module`, as it is stored: a masked weight raw."""
     parameter = module._parameters[name]
     assert parameter is not None
     return parameter

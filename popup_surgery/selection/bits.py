@@ -12,8 +12,10 @@ Bits = NDArray[np.int32]
 
 
 def bits_of(score: Tensor) -> Bits:
+    """The bit patterns of a score's elements in row-major order, without a copy where it is contiguous."""
     return score.detach().contiguous().view(-1).view(torch.int32).numpy()
 
 
 def in_pieces(array: NDArray) -> list[NDArray]:
+    """`array` in pieces that stay in cache."""
     return [array[i : i + CHUNK] for i in range(0, len(array), CHUNK)]

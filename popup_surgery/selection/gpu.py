@@ -14,6 +14,7 @@ RADIX_LIMIT = 2**31 - 4096  # elements; the kernels count in int32
 
 
 def select_on_device(scores: Sequence[Tensor], kept: int, total: int) -> list[Tensor]:
+    """The masks of `scores`, without the host waiting for the device."""
     if kept in (0, total):
         return [torch.full_like(score, kept > 0, dtype=torch.bool) for score in scores]
     device = scores[0].device

@@ -21,6 +21,7 @@ def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[
 
 
 def right_answers(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[int, int]:
+    """How many images a plain network classifies rightly, in eval mode, and how many there were."""
     model.eval()
     seen, correct = 0, None
     with torch.inference_mode(), autocast():

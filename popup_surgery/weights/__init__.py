@@ -1,4 +1,4 @@
-"""Weight schemes: which distribution a layer's weights come from, and how wide it is (paper, section 4)."""
+"""Where weights come from: a scheme gives a layer its distribution and its width (paper, section 4), a stream the values."""
 
 import math
 from collections.abc import Mapping
