@@ -1,4 +1,4 @@
-"""Where weights come from: a scheme gives a layer its distribution and its width (paper, section 4), a stream the values."""
+"""Where weights come from: schemes give a distribution and its width (paper, section 4), streams the values."""
 
 import math
 from collections.abc import Mapping
