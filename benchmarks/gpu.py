@@ -46,14 +46,14 @@ import numpy as np
 import torch
 
 import popup_surgery as ps
+from popup_surgery.atomic import write_atomically
+from popup_surgery.config import Recipe
 from popup_surgery.errors import PopupError, RunError, Stopped
-from popup_surgery.files import write_atomically
+from popup_surgery.models.architecture import input_size
 from popup_surgery.reproduce import sweep_of
 from popup_surgery.sweep import Local, Outcome, Run, State, Sweep, execute
 from popup_surgery.sweep.archive import write_archive
 from popup_surgery.sweep.engines import Events, Stop, start_run
-from popup_surgery.training.recipe import Recipe
-from popup_surgery.zoo import input_size
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("conv4", "conv2", "conv6", "conv8")

@@ -25,9 +25,10 @@ import torch
 from PIL import Image
 from timm.data import create_dataset, create_loader
 
-from popup_surgery.run import quiet
-from popup_surgery.training.data import DEFAULT_MEAN, DEFAULT_STD, open_data
-from popup_surgery.training.recipe import Data
+from popup_surgery.config.schema import Data
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.data.transforms import DEFAULT_MEAN, DEFAULT_STD
 
 SIZE = (3, 224, 224)
 SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]

@@ -18,10 +18,11 @@ import torch
 from accelerate import Accelerator
 
 import popup_surgery as ps
-from popup_surgery.run import quiet
-from popup_surgery.training.data import ambient_seed, open_data
-from popup_surgery.training.loop import Fit
-from popup_surgery.zoo import read_weights
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.data.seeding import ambient_seed
+from popup_surgery.models.pretrained import read_weights
+from popup_surgery.training.trainer import Trainer
 
 SIZE = [3, 32, 32]
 
@@ -58,7 +59,7 @@ def probe(values: dict[str, Any], weights: Path) -> float:
         for parameter in model.get_classifier().parameters():
             parameter.requires_grad_(True)
         data = open_data(parsed.data, tuple(SIZE), 0, accelerator.device, quiet)
-        return Fit(model, data, parsed.training, accelerator, quiet).run(lambda epoch: None)[-1].accuracy
+        return Trainer(model, data, parsed.training, accelerator, quiet).run(lambda epoch: None)[-1].accuracy
 
 
 def main() -> None:

@@ -3,8 +3,8 @@
     python benchmarks/train.py [--pairs 9] [--output benchmarks/results/train.json]
 
 Conv4, batch 128, images of CIFAR-10's size, made from a seed. One network is trained by a plain loop of forward,
-backward and step, the same by `Fit`, and its hidden form by `Fit`; they take epochs of ten steps in turn. Peak memory
-is that of processes of their own, on a CPU (Linux) less what they held before the network was built.
+backward and step, the same by `Trainer`, and its hidden form by `Trainer`; they take epochs of ten steps in turn. Peak
+memory is that of processes of their own, on a CPU (Linux) less what they held before the network was built.
 """
 
 import argparse
@@ -24,11 +24,11 @@ from torch import nn
 from torch.nn import functional
 
 import popup_surgery as ps
-from popup_surgery.run import quiet
-from popup_surgery.training.data import InMemory
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import start
-from popup_surgery.training.recipe import Data, Training
+from popup_surgery.config.schema import Data, Training
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.in_memory import InMemory
+from popup_surgery.training.distributed import start
+from popup_surgery.training.trainer import Trainer
 
 BATCH, STEPS = 128, 10
 TRAINING = Training(epochs=1, lr=0.01, weight_decay=1e-4, checkpoint_minutes=0)
@@ -63,11 +63,11 @@ def looped(model: nn.Module) -> Callable[[], None]:
     data = InMemory(
         config, (3, 32, 32), 0, accelerator.device, {"train": split, "validation": split}, list("0123456789")
     )
-    fit = Fit(model, data, TRAINING, accelerator, quiet)
+    trainer = Trainer(model, data, TRAINING, accelerator, quiet)
 
     def epoch() -> None:
-        fit.batch = 0
-        fit._train_epoch(lambda *_: None, lambda: False)
+        trainer.batch = 0
+        trainer._train_epoch(lambda *_: None, lambda: False)
 
     return epoch
 

@@ -19,11 +19,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import popup_surgery as ps
-from popup_surgery.run import quiet
-from popup_surgery.training.data import InMemory
-from popup_surgery.training.loop import Fit
-from popup_surgery.training.processes import leave, start
-from popup_surgery.training.recipe import Data, Training
+from popup_surgery.config.schema import Data, Training
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.in_memory import InMemory
+from popup_surgery.training.distributed import leave, start
+from popup_surgery.training.trainer import Trainer
 
 NET, BATCH = "timm/resnet50", 4
 TRAINING = Training(epochs=1, lr=0.01, checkpoint_minutes=0)
@@ -41,7 +41,7 @@ def popup(images: torch.Tensor, labels: torch.Tensor) -> int:
     split = {"train": (images, labels), "validation": (images, labels)}
     names = [str(i) for i in range(1000)]
     data = InMemory(config, tuple(images.shape[1:]), 0, accelerator.device, split, names)
-    Fit(model, data, TRAINING, accelerator, quiet)._train_epoch(lambda *_: None, lambda: False)
+    Trainer(model, data, TRAINING, accelerator, quiet)._train_epoch(lambda *_: None, lambda: False)
     return gradients(model)
 
 

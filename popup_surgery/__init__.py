@@ -8,29 +8,37 @@ popup_surgery` is light and the command line answers without torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .deprecated import OLD, install
+
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ablation": ("Sanity", "sanity"),
+    "analysis.sanity": ("Sanity", "sanity"),
+    "artifact": ("inspect", "load", "save", "start_from", "verify"),
+    "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
         "RecipeError", "RunError", "UnknownName",
     ),
+    "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
+    "experiment.results": ("Result",),
+    "experiment.train": ("train",),
     "learners": ("sampled",),
-    "layers": ("Tracer",),
-    "planning": ("Coverage", "Plan", "plan"),
-    "surgery": ("bake", "convert", "masks"),
-    "zoo": ("Architecture", "build"),
-    "artifact": ("inspect", "load", "save", "start_from", "verify"),
-    "run": ("Evaluation", "Result", "evaluate", "predict", "train"),
-    "training": ("Recipe",),
+    "masking.bake": ("bake", "masks"),
+    "masking.convert": ("convert",),
+    "masking.layer": ("Tracer",),
+    "masking.plan": ("Coverage", "Plan"),
+    "masking.planning": ("plan",),
+    "models.architecture": ("Architecture",),
+    "models.build": ("build",),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from .ablation import Sanity, sanity
+    from .analysis.sanity import Sanity, sanity
     from .artifact import inspect, load, save, start_from, verify
+    from .config import Recipe
     from .errors import (
         ArtifactError,
         ConversionError,
@@ -42,16 +50,25 @@ if TYPE_CHECKING:
         RunError,
         UnknownName,
     )
-    from .layers import Tracer
+    from .experiment.evaluate import Evaluation, evaluate, predict
+    from .experiment.results import Result
+    from .experiment.train import train
     from .learners import sampled
-    from .planning import Coverage, Plan, plan
-    from .run import Evaluation, Result, evaluate, predict, train
-    from .surgery import bake, convert, masks
-    from .training import Recipe
-    from .zoo import Architecture, build
+    from .masking.bake import bake, masks
+    from .masking.convert import convert
+    from .masking.layer import Tracer
+    from .masking.plan import Coverage, Plan
+    from .masking.planning import plan
+    from .models.architecture import Architecture
+    from .models.build import build
+
+
+install()
 
 
 def __getattr__(name: str) -> Any:
+    if name in OLD:
+        return import_module(f".{name}", __name__)
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

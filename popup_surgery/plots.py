@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .atomic import write_atomically
 
 
 def draw_curve(path: Path, title: str, train: Sequence[float], validation: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""What test files share: one full run of the digits recipe, folders of images, and the command line in-process."""
+"""Fixtures: one full run of the digits recipe, folders of images, and the command line in-process."""
 
 import os
 
@@ -7,31 +7,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from sklearn.datasets import load_digits
 
 import popup_surgery
-from popup_surgery import train
-from popup_surgery.sweep import Run, State
-from popup_surgery.training.recipe import to_yaml
-
-Sizes = tuple[int, int]
-
-
-class Outcome(NamedTuple):
-    """What a call of the command line gave."""
-
-    status: int
-    out: str
-    err: str
+from support import Outcome, write_images
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -52,43 +35,6 @@ def artifact(digits_run: popup_surgery.Result, tmp_path: Path, monkeypatch: pyte
     work.mkdir()
     monkeypatch.chdir(work)
     return Path(shutil.copy(digits_run.file, work / "digits.popup.safetensors"))
-
-
-class Here:
-    """Runs in this process, one after another: quick, and what every other engine must give."""
-
-    def ready(self) -> AbstractContextManager[object]:
-        return nullcontext()
-
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
-        for run in runs:
-            file = output / f"{run.name}.yaml"
-            file.write_text(to_yaml(run.recipe.dump()))
-            recipe = file.rename(output / "recipe.yaml")
-            train(recipe, output=output / run.name)
-            recipe.unlink()
-            yield run, State.FINISHED, ""
-
-
-def write_images(
-    root: Path, classes: tuple[str, ...] = ("cat", "dog", "eel"), count: int = 5, size: Sizes = (16, 16), seed: int = 0
-) -> None:
-    """`count` images of noise, in turn PNG and JPEG, in each folder root/<class>; `size` is height and width."""
-    generator = np.random.default_rng(seed)
-    for place, name in enumerate(classes):
-        folder = root / name
-        folder.mkdir(parents=True)
-        for i in range(count):
-            pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
-            pixels[:, :, 0] = 60 * place % 256
-            Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
-
-
-def write_digit(path: Path, label: int) -> None:
-    """The first of scikit-learn's digits that is a `label` and for validation, as an image file."""
-    digits = load_digits()
-    place = next(i for i in range(0, len(digits.target), 5) if digits.target[i] == label)
-    Image.fromarray((digits.images[place] * 255 / 16).astype(np.uint8)).save(path)
 
 
 @pytest.fixture

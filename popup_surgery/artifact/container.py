@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import ArtifactError
-from .strict import parse
+from .strict_json import parse
 
 HEADER_LIMIT = 16 << 20
 DIMENSIONS_LIMIT = 64  # as NumPy's and PyTorch's

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from ..errors import ArtifactError
-from ..streams import DISTRIBUTIONS
+from ..models.architecture import Architecture, Base
 from ..weights import BASE
-from ..zoo import Architecture, Base
+from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
-from .strict import canonical, parse
+from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
@@ -24,7 +24,7 @@ PROBE_LIMIT = 4 << 20  # elements of the input, as of one image of 1,024 pixels 
 
 
 @dataclass(frozen=True)
-class Drawn:
+class TensorSpec:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
     `kept` is the number of ones in its mask, None where the tensor is not masked. A masked tensor of the distribution
@@ -82,8 +82,8 @@ class Manifest:
 
     architecture: Architecture
     seed: int
-    masked: tuple[Drawn, ...]
-    generated: tuple[Drawn, ...]
+    masked: tuple[TensorSpec, ...]
+    generated: tuple[TensorSpec, ...]
     constants: dict[str, Constant]
     aliases: dict[str, str]
     masks_sha256: str
@@ -246,7 +246,7 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
-def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
+def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} is {_short(entry)}; expected an object")
 
@@ -273,7 +273,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> Drawn:
     if distribution == BASE and "std" in entry:
         raise ArtifactError(f"{where}.std is {_short(entry['std'])}; expected none, as the distribution is {BASE!r}")
     std = 0.0 if distribution == BASE else get("std", "a float above 0 that float32 can hold", _standard_deviation)
-    return Drawn(
+    return TensorSpec(
         name=name,
         stream=get("stream", "a string", _string),
         shape=tuple(entry["shape"]),

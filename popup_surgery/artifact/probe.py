@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..filling import fill
-from ..streams import draw
-from ..surgery import bake
+from ..masking.bake import bake
+from ..weights.fill import fill
+from ..weights.streams import draw
 from .manifest import Probe
 
 VALUES = 16

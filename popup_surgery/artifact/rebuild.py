@@ -8,22 +8,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..filling import pieces_of
-from ..streams import BITS, PIECE, draw, words
+from ..codecs.bitpack import unpack
+from ..weights.fill import pieces_of
+from ..weights.streams import BITS, CHUNK, draw, words
 from .container import DTYPES
-from .manifest import Drawn
-from .packing import unpack
+from .manifest import TensorSpec
 
 Packed = NDArray[np.uint8]
 
 
-def generated_pieces(entry: Drawn, seed: int) -> Iterator[NDArray[np.float32]]:
+def generated_pieces(entry: TensorSpec, seed: int) -> Iterator[NDArray[np.float32]]:
     """Values of an unmasked tensor, in pieces of float32."""
     return draw(entry.distribution, entry.numel, entry.std, seed, "other", entry.stream)
 
 
 def effective_pieces(
-    entry: Drawn, seed: int, mask: Packed, base: Tensor | None = None
+    entry: TensorSpec, seed: int, mask: Packed, base: Tensor | None = None
 ) -> Iterator[NDArray[np.float32]]:
     """Effective weights in pieces of float32: the weight, drawn or `base`'s, where the bit is 1, +0.0 elsewhere."""
     if entry.distribution == "signed_constant":
@@ -38,20 +38,20 @@ def effective_pieces(
         yield (piece.view(np.uint32) & bits).view(np.float32)  # bit by bit, so that no −0.0 comes out
 
 
-def _signed_pieces(entry: Drawn, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
+def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
     """As `effective_pieces`: half a byte of signs and half a byte of the mask give four weights at once."""
     signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
     four = np.where(kept, np.where(signs, np.float32(entry.std), np.float32(-entry.std)), np.float32(0))
     generator = words(seed, "weight", entry.stream)
-    for start in range(0, entry.numel, PIECE):
-        count = min(PIECE, entry.numel - start)
+    for start in range(0, entry.numel, CHUNK):
+        count = min(CHUNK, entry.numel - start)
         bits = mask[start // 8 : -(-(start + count) // 8)]
         raw = generator.random_raw(-(-count // 64)).astype("<u8", copy=False).view(np.uint8)[: len(bits)]
         halves = np.stack([bits << 4 | raw & 15, bits & 240 | raw >> 4], axis=1)
         yield np.take(four, halves.reshape(-1), axis=0).reshape(-1)[:count]
 
 
-def weights_digest(entries: list[tuple[Drawn, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:
+def weights_digest(entries: list[tuple[TensorSpec, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:
     """SHA-256 over the effective weights, rounded to their dtype and widened to float32; `base` by name."""
     digest = hashlib.sha256()
     for entry, mask in entries:

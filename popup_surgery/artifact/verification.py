@@ -1,6 +1,17 @@
-"""What `verify` found."""
+"""Rebuild what a file describes and compare: `verify`."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import ArtifactError
+from ..masking.walk import unwrap
+from .base_weights import base_weights
+from .probe import check_probe
+from .reader import naming, read
+from .rebuild import values_digest, weights_digest
+from .restore import fill_network
 
 
 @dataclass(frozen=True)
@@ -15,3 +26,59 @@ class Verification:
     def __str__(self) -> str:
         width = max(len(name) for name, _, _ in self.checks)
         return "\n".join(f"{'ok  ' if holds else 'FAIL'}  {name:{width}}  {word}" for name, holds, word in self.checks)
+
+
+def verify(
+    path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None
+) -> Verification:
+    """Rebuild everything that a file describes and compare it with the file's digests and its probe.
+
+    Args:
+        path: the file.
+        model: as for `load`; without it a `custom` network's weights are verified, and its architecture is not.
+        base: as for `load`.
+
+    Returns:
+        Each check with its outcome; true where all hold.
+
+    Raises:
+        ArtifactError: the file is damaged, or is no popup artifact.
+    """
+    with naming(path):
+        artifact = read(path)
+        manifest = artifact.manifest
+        checks = [("manifest, masks, stored tensors", True, "match their digests")]
+        entries = [(entry, artifact.masks[entry.name]) for entry in manifest.masked]
+        word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
+        if manifest.base is None:
+            same = weights_digest(entries, manifest.seed, {}) == manifest.weights_sha256
+            checks.append(_weights_check(same, f"{word}seed {manifest.seed}"))
+        library, name = manifest.architecture.library, manifest.architecture.name
+        if model is None and library == "custom":
+            if manifest.base is not None and base is None:
+                checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
+            elif manifest.base is not None:
+                weights = base_weights(manifest, None, base)
+                same = weights_digest(entries, manifest.seed, weights) == manifest.weights_sha256
+                checks.append(_weights_check(same, f"{word}the base"))
+            checks.append(("architecture", True, f"custom ({name}): not checked, no module was given"))
+            return Verification(tuple(checks))
+        if model is None and base is None and manifest.base is not None and not manifest.base.tag:
+            checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
+            return Verification(tuple(checks))
+        try:
+            network = fill_network(artifact, model, base)
+        except ArtifactError as error:
+            return Verification((*checks, ("architecture", False, str(error))))
+        if manifest.base is not None:
+            tensors = unwrap(network).state_dict()
+            same = values_digest(tensors[entry.name] for entry in manifest.masked) == manifest.weights_sha256
+            checks.append(_weights_check(same, f"{word}the base {manifest.base.name} {manifest.base.tag}".rstrip()))
+        checks.append(("architecture", True, f"{library}/{name} takes every tensor"))
+        if (probe := manifest.probe) is not None:
+            checks.append(("probe", *check_probe(network, manifest.seed, probe)))
+        return Verification(tuple(checks))
+
+
+def _weights_check(same: bool, word: str) -> tuple[str, bool, str]:
+    return "masked weights", same, word if same else f"{word}, do not match weights_sha256"

@@ -11,22 +11,25 @@ import torch
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from ..atomic import write_atomically
+from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError, ConversionError
-from ..files import write_atomically
-from ..filling import equals, pieces_of
-from ..layers import Slot, score_name, slots_of
-from ..learners.sampling import settled
-from ..planning import unconverted, unwrap
-from ..rest import GENERATED, Generated
-from ..streams import draw
+from ..learners.sampling import as_saved
+from ..masking.planning import unconverted
+from ..masking.ranking import score_name
+from ..masking.state import MaskedParam, slots_of
+from ..masking.unmasked import GENERATED, Generated
+from ..masking.walk import unwrap
+from ..models.architecture import FRESH, PRETRAINED_BASE, Architecture, Base, check_kwargs, describe
+from ..models.build import build_meta
 from ..weights import BASE
-from ..zoo import FRESH, PRETRAINED_BASE, Architecture, Base, build_bare, check_kwargs, describe
+from ..weights.fill import equals, pieces_of
+from ..weights.streams import draw
 from .container import DTYPE_NAMES, METADATA
-from .manifest import MANIFEST_LIMIT, Constant, Drawn, Manifest, read_manifest
-from .packing import ones, pack
+from .manifest import MANIFEST_LIMIT, Constant, Manifest, TensorSpec, read_manifest
 from .probe import take_probe
 from .rebuild import Packed, masks_digest, tensors_digest, values_digest, weights_digest
-from .strict import canonical
+from .strict_json import canonical
 
 log = logging.getLogger("popup_surgery")
 
@@ -58,7 +61,7 @@ def save(
         PopupError: the file cannot be written; what was there is as it was.
     """
     core = unwrap(model)
-    with settled():
+    with as_saved():
         manifest, tensors = _describe(core, provenance or {}, probe)
     try:
         text = canonical(manifest.text())
@@ -93,11 +96,11 @@ def _describe(
             f"the learner {dense} trains the weights themselves, which no seed gives back; write "
             "bake(model).state_dict() as an ordinary file of weights, as train does"
         )
-    if shown := {learner.shown() for learner in learners if learner.samples}:
+    if shown := {learner.describe_sample() for learner in learners if learner.samples}:
         provenance = provenance | {"mask": ", ".join(sorted(shown))}
     entries = core.state_dict(keep_vars=True)
-    masked: list[tuple[Drawn, Packed]] = []
-    drawn: list[Drawn] = []
+    masked: list[tuple[TensorSpec, Packed]] = []
+    drawn: list[TensorSpec] = []
     constants: dict[str, Constant] = {}
     aliases: dict[str, str] = {}
     stored: dict[str, Tensor] = {}
@@ -158,7 +161,7 @@ def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architectur
         found = replace(described, kwargs=kwargs)
         try:
             check_kwargs(kwargs)
-            built = build_bare(found).state_dict()
+            built = build_meta(found).state_dict()
         except ConversionError:
             continue
         if {name: tensor.shape for name, tensor in built.items()} == shapes:
@@ -179,9 +182,9 @@ def _base(core: nn.Module) -> Base:
     return replace(base, tag="") if kept & set(core.__dict__.get(FRESH, ())) else base
 
 
-def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generated]]:
+def _origins(core: nn.Module) -> tuple[dict[int, MaskedParam | None], dict[int, Generated]]:
     """By tensor identity: the slot of a masked weight, None for a score; and where a generated tensor came from."""
-    slots: dict[int, Slot | None] = {}
+    slots: dict[int, MaskedParam | None] = {}
     generated: dict[int, Generated] = {}
     for module in core.modules():
         for name, slot in slots_of(module).items():
@@ -192,7 +195,7 @@ def _origins(core: nn.Module) -> tuple[dict[int, Slot | None], dict[int, Generat
     return slots, generated
 
 
-def _masked_entry(name: str, weight: Tensor, slot: Slot) -> tuple[Drawn, Packed]:
+def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorSpec, Packed]:
     if slot.distribution == BASE and weight.dtype == torch.float64:
         raise ArtifactError(
             f"{name!r} is a pretrained weight of float64; cast the network to float32 before it is saved"
@@ -211,15 +214,17 @@ def _masked_entry(name: str, weight: Tensor, slot: Slot) -> tuple[Drawn, Packed]
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
     shape = tuple(weight.shape)
-    return Drawn(name, slot.stream, shape, dtype, slot.distribution, std, kept, note), packed
+    return TensorSpec(name, slot.stream, shape, dtype, slot.distribution, std, kept, note), packed
 
 
-def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> Drawn | None:
+def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:
     """None where the tensor has been changed since, and must be stored."""
     pieces = draw(origin.distribution, tensor.numel(), origin.std, origin.seed, "other", origin.stream)
     if origin.seed != seed or not tensor.numel() or not equals(tensor, pieces):
         return None
-    return Drawn(name, origin.stream, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], origin.distribution, origin.std)
+    return TensorSpec(
+        name, origin.stream, tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], origin.distribution, origin.std
+    )
 
 
 def _constant(tensor: Tensor) -> Constant | None:

@@ -56,11 +56,12 @@ def run(
     if not dry_run:
         new_file(file, force)
     with busy(f"converting {arch}"):
-        from .. import zoo
         from ..artifact import save
         from ..errors import ConversionError
-        from ..planning import plan
-        from ..surgery import convert
+        from ..masking.convert import convert
+        from ..masking.planning import plan
+        from ..models.build import build, build_meta
+        from ..models.libraries import architecture_of
         from ..weights import PRETRAINED
 
         given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
@@ -71,9 +72,9 @@ def run(
         settings |= {"others": others.value, "norm": norm.value}
         if weights is not None and scheme != PRETRAINED:
             raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
-        architecture = zoo.architecture(arch, **kwargs)
-        model = zoo.build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-        planned = plan(model or zoo.build_bare(architecture), k, **settings)
+        architecture = architecture_of(arch, **kwargs)
+        model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+        planned = plan(model or build_meta(architecture), k, **settings)
         if not dry_run:
             save(convert(model or architecture, k, **settings), file)
     if dry_run:

@@ -19,8 +19,8 @@ def run(
     98.33 % of 359 validation images of digits
     """
     with busy("loading"):
-        from .. import run as runs
+        from ..experiment.evaluate import evaluate, recorded_data
 
-        data = runs.recorded_data(artifact, set_ or [])
-    result = runs.evaluate(artifact, data=data, data_dir=data_dir, base=base, progress=progress)
+        data = recorded_data(artifact, set_ or [])
+    result = evaluate(artifact, data=data, data_dir=data_dir, base=base, progress=progress)
     show(f"{100 * result.accuracy:.2f} % of {result.images:,} validation images of {result.data}")

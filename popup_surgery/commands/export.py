@@ -21,7 +21,7 @@ def run(
     new_file(output, force)
     with busy("rebuilding"):
         from ..artifact import inspect, load
-        from ..run import write_dense
+        from ..experiment.results import write_dense
 
         architecture = inspect(artifact).architecture
         count = write_dense(load(artifact, base=base), output)

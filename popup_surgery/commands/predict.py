@@ -23,9 +23,9 @@ def run(
                6    0.1 %
     """
     with busy("loading"):
-        from .. import run as runs
+        from ..experiment.evaluate import predict
 
-        found = runs.predict(artifact, images, base=base)
+        found = predict(artifact, images, base=base)
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column()
     table.add_column()

@@ -17,9 +17,10 @@ def run(
     $ popup-surgery recipes digits -o mine.yaml
     wrote mine.yaml, 601 bytes; popup-surgery train mine.yaml runs it
     """
+    from ..atomic import write_atomically
+    from ..config.catalog import find, is_sweep, shipped
+    from ..config.yaml import read_yaml
     from ..errors import PopupError
-    from ..files import write_atomically
-    from ..training.recipe import find, is_sweep, read_yaml, shipped
 
     if name is None:
         if output is not None:

@@ -65,7 +65,7 @@ def run(
     """
     with busy("starting"):
         from .. import reproduce as reproducing
-        from ..training.recipe import parse_yaml
+        from ..config.yaml import parse_yaml
 
         if from_ is not None:
             given = {

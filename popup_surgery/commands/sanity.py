@@ -41,11 +41,11 @@ def run(
     name = artifact.name.partition(".")[0]
     picture = new_file(output or artifact.with_name(f"{name}.sanity.png"), force)
     with busy("loading"):
-        from .. import run as runs
-        from ..ablation import VALUES, sanity
+        from ..analysis.sanity import VALUES, sanity
+        from ..experiment.evaluate import recorded_data
         from ..plots import draw_sanity
 
-        data = runs.recorded_data(artifact, set_ or [])
+        data = recorded_data(artifact, set_ or [])
     values = value or VALUES
     found = sanity(artifact, data=data, data_dir=data_dir, base=base, repeats=repeats, values=values, progress=progress)
     draw_sanity(picture, name, found.groups(), found.chance)

@@ -67,7 +67,7 @@ def run(
     """
     with busy("starting"):
         from .. import sweep as sweeps
-        from ..training.recipe import parse_yaml
+        from ..config.yaml import parse_yaml
 
         engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")

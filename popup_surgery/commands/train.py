@@ -15,7 +15,7 @@ from ..errors import RunError, Stopped
 from .shared import STOPPED, busy, progress, show, size
 
 if TYPE_CHECKING:
-    from ..training.loop import Epoch
+    from ..training.metrics import Epoch
 
 
 def run(
@@ -44,9 +44,9 @@ def run(
         return launch(num_processes, sys.argv[1:])
     began = time.perf_counter()
     with busy("starting"):
-        from .. import run as runs
-        from ..training import Recipe
-        from ..training.processes import join_slurm, leave
+        from ..config import Recipe
+        from ..experiment.train import train
+        from ..training.distributed import join_slurm, leave
 
         join_slurm()
         first = os.environ.get("RANK", "0") == "0"
@@ -67,7 +67,7 @@ def run(
             + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
         )
 
-    result = runs.train(
+    result = train(
         recipe,
         overrides=set_ or (),
         output=output,
@@ -99,7 +99,7 @@ def launch(processes: int, arguments: list[str]) -> int:
     import psutil
     import torch
 
-    from ..training.folder import SIGNALS
+    from ..training.run_folder import SIGNALS
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:

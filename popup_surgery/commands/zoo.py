@@ -23,17 +23,17 @@ def run(
     wrote zoo.json and zoo.md
     """
     files = [new_file(output / name, force) for name in ("zoo.json", "zoo.md")]
-    from .. import zoo
+    from ..analysis.coverage import all_names, as_json, as_markdown, survey
+    from ..atomic import write_atomically
     from ..errors import PopupError, unknown
-    from ..files import write_atomically
-    from ..survey import all_names, as_json, as_markdown, survey
+    from ..models.libraries import LIBRARIES
 
     if not output.is_dir():
         raise PopupError(f"{output} is no folder; expected one for zoo.json and zoo.md")
-    libraries = list(dict.fromkeys(libraries or zoo.LIBRARIES))
+    libraries = list(dict.fromkeys(libraries or LIBRARIES))
     for library in libraries:
-        if library not in zoo.LIBRARIES:
-            raise unknown("library", library, zoo.LIBRARIES)
+        if library not in LIBRARIES:
+            raise unknown("library", library, LIBRARIES)
     names = all_names(libraries)
     rows = []
     with progress(len(names), "planning") as advance:

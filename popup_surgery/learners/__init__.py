@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from ..deprecated import warn_of_methods
 from ..errors import ConversionError, nearest, unknown
 from .base import Learner
 from .dnw import DNW
@@ -31,6 +32,7 @@ def register_learner(name: str, learner: Learner) -> None:
     """Make `learner` known as `name`; a name that is taken fails at once."""
     if name in LEARNERS:
         raise ValueError(f"the learner {name!r} is registered already")
+    warn_of_methods(learner)
     LEARNERS[name] = learner
 
 

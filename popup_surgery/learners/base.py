@@ -2,12 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..deprecated import link_methods
 from ..selection import Selection
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -22,7 +24,7 @@ class Learner(ABC):
     Attributes:
         takes_k: a share of weights that is kept is asked for; else the scores alone decide how many take part.
         trains: the scores are to be trained; else they stay as they were drawn.
-        samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `shown` says.
+        samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `describe_sample` says.
         learns_weights: the scores are the weights that the network computes with, so that no file of a seed and a mask
             can hold them.
         rescale: `effective` multiplies what is kept by `factor`; a file holds weights drawn that much wider.
@@ -33,6 +35,10 @@ class Learner(ABC):
     samples: bool = False
     learns_weights: bool = False
     rescale: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        link_methods(cls)
 
     @abstractmethod
     def initial_scores(
@@ -54,14 +60,14 @@ class Learner(ABC):
         """
 
     @abstractmethod
-    def trace(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
+    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         """The masks of `select`, by operators alone, for compilers and tracers."""
 
     @abstractmethod
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """The weight that the network computes with, differentiable in `score`: shape and dtype of `weight`."""
 
-    def favour(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """The same scores in other places, so that the weights in `masks` come before all others and are kept.
 
         Args:
@@ -85,9 +91,12 @@ class Learner(ABC):
         """n / Σm for the mask m of n weights where the learner rescales, else 1."""
         return mask.numel() / max(int(mask.sum()), 1) if self.rescale else 1.0
 
-    def shown(self) -> str:
+    def describe_sample(self) -> str:
         """Which of its networks `masks`, `bake` and `save` take, for people."""
         return "the only network"
+
+
+link_methods(Learner)
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

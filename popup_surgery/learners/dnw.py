@@ -31,7 +31,7 @@ class DNW(EdgePopup):
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(score, mask, weight.dtype)
 
-    def favour(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """The weights of `masks`, and 0 for all others."""
         return [torch.where(mask, score.detach(), 0.0) for score, mask in zip(scores, masks, strict=True)]
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..selection import Selection, select, select_op
-from ..streams import draw_scores
+from ..weights.streams import draw_scores
 from .base import Learner, masked
 
 
@@ -29,7 +29,7 @@ class EdgePopup(Learner):
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
         return select(scores, kept)
 
-    def trace(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
+    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         return select_op(list(scores), kept)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:

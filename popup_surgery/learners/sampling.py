@@ -9,7 +9,7 @@ from torch import Tensor
 
 # of the process and not of a thread: autograd recomputes checkpointed forwards in threads of its own
 _name: str | None = None
-_settled = False
+_as_saved = False
 
 
 @contextmanager
@@ -28,14 +28,14 @@ def sampled(*name: int) -> Iterator[None]:
 
 
 @contextmanager
-def settled() -> Iterator[None]:
+def as_saved() -> Iterator[None]:
     """Within it such a learner shows the network that a file would hold, instead of another one at each read."""
-    global _settled
-    before, _settled = _settled, True
+    global _as_saved
+    before, _as_saved = _as_saved, True
     try:
         yield
     finally:
-        _settled = before
+        _as_saved = before
 
 
 def named(held: int | None) -> str | None:
@@ -44,7 +44,7 @@ def named(held: int | None) -> str | None:
     Args:
         held: the sample that a file would hold; None for the most probable network.
     """
-    return str(held) if _name is None and _settled and held is not None else _name
+    return str(held) if _name is None and _as_saved and held is not None else _name
 
 
 def noise(like: Tensor, stream: str, held: int | None) -> Tensor | None:
@@ -54,7 +54,7 @@ def noise(like: Tensor, stream: str, held: int | None) -> Tensor | None:
     """
     name = named(held)
     if name is None:
-        return None if _settled else torch.rand_like(like)
+        return None if _as_saved else torch.rand_like(like)
     digest = hashlib.blake2b(f"{name}/{stream}".encode(), digest_size=8).digest()
     generator = torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.rand(like.shape, generator=generator, device=like.device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from ..selection import Selection
-from ..streams import PIECE, draw_scores
+from ..weights.streams import CHUNK, draw_scores
 from .base import Learner, masked
 from .sampling import named, noise
 
@@ -58,23 +58,23 @@ class Supermask(Learner):
     ) -> Iterator[NDArray[np.float32]]:
         if self.init == "uniform":
             return draw_scores(numel, fan_in, seed, name)
-        return (np.full(min(PIECE, numel - start), self.init, np.float32) for start in range(0, numel, PIECE))
+        return (np.full(min(CHUNK, numel - start), self.init, np.float32) for start in range(0, numel, CHUNK))
 
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
         return _Sample(tuple(_choose(s, name, self.sample) for s, name in zip(scores, names, strict=True)), -1, -1)
 
-    def trace(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
+    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         return [choose_op(score, name, self.sample) for score, name in zip(scores, names, strict=True)]
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask, self.rescale)
 
-    def favour(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+    def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """The same scores with other signs, so that the most probable network is that of `masks`."""
         above = [score.detach().abs().clamp(min=torch.finfo(torch.float32).tiny) for score in scores]
         return [torch.where(mask, score, -score) for mask, score in zip(masks, above, strict=True)]
 
-    def shown(self) -> str:
+    def describe_sample(self) -> str:
         name = named(self.sample)
         return "the most probable network" if name is None else f"the sample {name}"
 

@@ -6,12 +6,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
+from ..config.catalog import find
+from ..config.overrides import parse_setting
+from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, RunError, unknown
-from ..files import write_atomically
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
 from ..sweep.archive import Archive
-from ..training.folder import flat
-from ..training.recipe import find, parse_setting, read_yaml
+from ..training.run_folder import flat
 from .figures import FIGURES, NET, Figure
 from .picture import draw
 from .table import as_json, as_markdown, panel_of, rows, short

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..data.open import check_root
 from ..errors import PopupError, RunError, Stopped
-from ..training.data import check_root
-from ..training.folder import asked_to_stop
+from ..training.run_folder import asked_to_stop
 from .engines import Engine, Local, OnRay
 from .grid import Run, Sweep, as_text
 from .results import Outcome, Point, State, points, write

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
+from ..config import Recipe
+from ..config.yaml import parse_yaml
 from ..errors import PopupError, RunError
-from ..files import write_atomically
-from ..training import Recipe
-from ..training.recipe import parse_yaml
 from .grid import Run
 from .results import Numbers, Outcome, State
 

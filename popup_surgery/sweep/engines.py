@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from filelock import FileLock, Timeout
 
+from ..atomic import write_atomically
+from ..config.yaml import to_yaml
 from ..errors import PopupError, Stopped
-from ..files import write_atomically
-from ..run import train
-from ..training.recipe import to_yaml
+from ..experiment.train import train
 from .grid import Run
 from .results import State
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from ..config import Recipe
+from ..data.batches import VALIDATION, Progress, quiet
+from ..data.seeding import ambient_seed
 from ..errors import PopupError, RunError, Stopped
-from ..run import prepare, quiet
-from ..surgery import bake
-from ..training import Recipe
-from ..training.data import VALIDATION, Progress, ambient_seed
-from ..training.loop import accuracy_of
-from ..training.processes import numerics, start
+from ..experiment.setup import prepare
+from ..masking.bake import bake
+from ..training.distributed import numerics, start
+from ..training.evaluation import accuracy_of
 from .grid import Run
 
 STEPS = 5  # that are measured, after one to warm up
@@ -31,7 +32,7 @@ _ALIKE = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class LayerType:
     """Runs whose steps take the same time.
 
     Attributes:
@@ -49,7 +50,7 @@ class Kind:
         return self.start + run.recipe.epochs * self.epoch
 
 
-def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[Kind]:
+def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[LayerType]:
     """The kinds of `runs`, each measured in a process of its own with so many threads.
 
     Raises:
@@ -72,7 +73,7 @@ def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -
                     busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
             except (PopupError, BrokenExecutor) as error:
                 raise RunError(f"{alike[0]} cannot be measured: {error}") from error
-            found.append(Kind(tuple(alike), time.perf_counter() - began - busy, *measured))
+            found.append(LayerType(tuple(alike), time.perf_counter() - began - busy, *measured))
             advance()
     return found
 
@@ -82,7 +83,7 @@ def _measure(values: dict[str, Any]) -> tuple[float, float, float]:
     recipe = Recipe.parse(values)
     accelerator = start(recipe.training)
     with numerics(recipe.training), ambient_seed([recipe.training.seed]):
-        fit, _ = prepare(recipe, accelerator, quiet)
+        trainer, _ = prepare(recipe, accelerator, quiet)
         times = [time.perf_counter()]
 
         def enough() -> bool:
@@ -92,13 +93,13 @@ def _measure(values: dict[str, Any]) -> tuple[float, float, float]:
             return len(times) > STEPS + 1
 
         with suppress(Stopped):
-            fit.run(lambda epoch: None, stop=enough)
+            trainer.run(lambda epoch: None, stop=enough)
         steps = [after - before for before, after in pairwise(times)]
         began = time.perf_counter()
         batches = 3
-        accuracy_of(bake(fit.core), islice(fit.data.validation(), batches), accelerator.autocast)
+        accuracy_of(bake(trainer.core), islice(trainer.data.validation(), batches), accelerator.autocast)
         ended = time.perf_counter()
-    count, rest = fit.data.steps(), fit.data.steps(VALIDATION)
+    count, rest = trainer.data.steps(), trainer.data.steps(VALIDATION)
     if count is None or rest is None:
         raise RunError("its data set does not say how many images it has")
     step = median(steps[1:] or steps)

@@ -10,11 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..config import Recipe
+from ..config.catalog import find
+from ..config.overrides import assign, parse_setting
+from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, nearest
-from ..run import run_folder, with_seed
-from ..training import Recipe
-from ..training.folder import RunFolder, fingerprint
-from ..training.recipe import assign, find, parse_setting, read_yaml
+from ..experiment.setup import run_folder, with_seed
+from ..training.run_folder import RunFolder, fingerprint
 
 KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may stand beside `runs`, for all of them
 SEEDS = ("surgery.seed", "training.seed")

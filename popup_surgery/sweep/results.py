@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from ..atomic import write_atomically
 from ..errors import PopupError
-from ..files import write_atomically
-from ..run import counts
+from ..experiment.results import counts
 from .grid import Run, as_text
 
 

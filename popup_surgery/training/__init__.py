@@ -1,5 +1,1 @@
-"""Learning a mask: the recipe says how, the data feeds it, the loop does it."""
-
-from .recipe import Recipe
-
-__all__ = ["Recipe"]
+"""Learning a mask: the loop, its processes, its checkpoints and the folder of a run."""

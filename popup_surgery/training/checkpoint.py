@@ -15,8 +15,8 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ..atomic import write_atomically
 from ..errors import RunError
-from ..files import write_atomically
 
 FORMAT = 1
 KEPT = 2

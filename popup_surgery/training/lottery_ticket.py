@@ -5,15 +5,15 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..planning import plan
+from ..config.schema import LotteryTicket, Training
+from ..data.batches import Batches, Progress
+from ..masking.planning import plan
 from ..selection import kept_count, select
 from .checkpoint import Checkpoint
-from .data import Batches, Progress
-from .loop import Fit
-from .recipe import LotteryTicket, Training
+from .trainer import Trainer
 
 
-class TicketFit(Fit):
+class TicketTrainer(Trainer):
     """Iterative magnitude pruning of a plain network, with rewinding, in rounds of a whole training each.
 
     "The Lottery Ticket Hypothesis", ICLR 2019, section 1; "Stabilizing the Lottery Ticket Hypothesis", 2019, where
@@ -23,7 +23,7 @@ class TicketFit(Fit):
     keeps the same share, where the authors prune output layers at half the rate; rounds see the images in other orders.
 
     Args:
-        ticket: what to keep, and how; all else as for `Fit`.
+        ticket: what to keep, and how; all else as for `Trainer`.
 
     Raises:
         ConversionError: the network has no weights to prune, or a layer would keep none.

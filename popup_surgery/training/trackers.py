@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from .loop import Epoch, LayerMask
+from .metrics import Epoch, LayerMask
 
 PROJECT = "popup-surgery"
 

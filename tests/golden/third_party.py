@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from popup_surgery.kinds import KINDS, Fans, Kind
+from popup_surgery.streams import DISTRIBUTIONS, draw_scores
 from torch import Tensor, nn
 
 from popup_surgery import ConversionError, bake, convert, inspect, load, masks, sampled, save, start_from, train, verify
-from popup_surgery.kinds import KINDS, Fans, Kind
 from popup_surgery.learners import LEARNERS, EdgePopup, Learner, get_learner, register_learner
 from popup_surgery.learners.base import masked
 from popup_surgery.learners.sampling import noise
 from popup_surgery.selection import Selection
-from popup_surgery.streams import DISTRIBUTIONS, draw_scores
 from popup_surgery.weights import SCHEMES, Scheme, register_scheme
 
 CALLED: set[str] = set()

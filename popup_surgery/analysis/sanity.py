@@ -1,0 +1,179 @@
+"""What a found subnetwork owes to its weights, its mask and its statistics: the same file, put together otherwise."""
+
+import statistics
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..artifact import inspect, stored_masks
+from ..artifact.restore import load_unmasked
+from ..config.schema import Data
+from ..data.batches import Batches, Progress, quiet
+from ..errors import ConversionError
+from ..experiment.evaluate import data_of
+from ..experiment.setup import open_for
+from ..plots import Group
+from ..training.evaluation import accuracy_of
+from ..weights import BASE
+from ..weights.fill import fill
+from ..weights.streams import draw
+
+VALUES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # as in "Weight Agnostic Neural Networks", NeurIPS 2019
+BATCHES = 100  # of training images, for new statistics
+
+AS_IT_IS, SEEDS, SHUFFLED, INVERTED, SHARED = "as it is", "other seeds", "mask shuffled", "mask inverted", "all weights"
+
+
+@dataclass(frozen=True)
+class Variation:
+    """One network made of a subnetwork's parts.
+
+    Attributes:
+        change: what is other than in the file: `as it is`, `other seeds`, `mask shuffled`, `mask inverted`, or
+            `all weights`, which are one value then.
+        value: that value; the seed of the weights or of the shuffle; None where there is none.
+        accuracy: on the validation images, 0 … 1.
+        recalibrated: the same with the running statistics of BatchNorm taken anew from training images; None where the
+            network has none.
+    """
+
+    change: str
+    value: float | None
+    accuracy: float
+    recalibrated: float | None
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """What `sanity` found, on `images` images of the data set `data`; `chance` is 1 / classes, 0 where unknown."""
+
+    variations: tuple[Variation, ...]
+    images: int
+    data: str
+    chance: float
+
+    def groups(self) -> list[Group]:
+        """The accuracies that belong together: those of one change, and of one shared value."""
+        found: dict[str, tuple[list[float], list[float]]] = {}
+        for one in self.variations:
+            name = f"{one.change} {one.value:g}".replace("-", "−") if one.change == SHARED else one.change
+            accuracies, recalibrated = found.setdefault(name, ([], []))
+            accuracies.append(one.accuracy)
+            recalibrated += [] if one.recalibrated is None else [one.recalibrated]
+        return [Group(name, *both) for name, both in found.items()]
+
+    def __str__(self) -> str:
+        groups = self.groups()
+        lines = [("network", "accuracy", "with new statistics" if groups[0].recalibrated else "")]
+        for group in groups:
+            several = f" ({len(group.accuracies)})" if len(group.accuracies) > 1 else ""
+            lines.append((group.name + several, _percent(group.accuracies), _percent(group.recalibrated)))
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
+        chance = f"; chance is {100 * self.chance:.2f} %" if self.chance else ""
+        return "\n".join([*text, f"{self.images:,} validation images of {self.data}{chance}"])
+
+
+def _percent(shares: Sequence[float]) -> str:
+    if not shares:
+        return ""
+    spread = f" ± {100 * statistics.stdev(shares):.2f}" if len(shares) > 1 else ""
+    return f"{100 * statistics.fmean(shares):.2f}{spread} %"
+
+
+def sanity(
+    path: str | Path,
+    *,
+    data: Data | None = None,
+    data_dir: str | Path | None = None,
+    base: str | Path | nn.Module | None = None,
+    repeats: int = 5,
+    values: Sequence[float] = VALUES,
+    progress: Progress = quiet,
+) -> Sanity:
+    """Accuracy of the subnetwork in a popup artifact, and of what is left of it when one of its parts is another.
+
+    Measured are the network as it is; with drawn weights of other seeds under the same mask; with the mask shuffled
+    within each layer; with the mask inverted; and with all weights one shared value. Where it has BatchNorm, each of
+    them also with running statistics of its own, over at most 100 batches of training images.
+
+    Args:
+        path: the file.
+        data, data_dir, base: as for `evaluate`; training images are read only where there is BatchNorm.
+        repeats: how many other seeds, those that follow the file's, and how many shuffles.
+        values: of the shared weight.
+
+    Raises:
+        ArtifactError, DataError: as for `evaluate`.
+        ConversionError: `repeats` is no integer from 1.
+    """
+    if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
+        raise ConversionError(f"repeats is {repeats!r}; expected an integer from 1")
+    data, manifest = data_of(path, data, data_dir), inspect(path)
+    model = load_unmasked(path, base=base).to("cuda" if torch.cuda.is_available() else "cpu")
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    batches = open_for(model, data, progress, train=bool(norms))
+    weights = {entry.name: model.get_parameter(entry.name) for entry in manifest.masked}
+    first = {name: weight.detach().clone() for name, weight in weights.items()}
+    masks = {name: mask.to(first[name].device) for name, mask in stored_masks(path).items()}
+
+    def put(change: str, value: float | None) -> None:
+        for place, entry in enumerate(manifest.masked):
+            weight, mask = first[entry.name], masks[entry.name]
+            if change == SEEDS and entry.distribution != BASE:
+                pieces = draw(entry.distribution, entry.numel, entry.std, int(value or 0), "weight", entry.stream)
+                weight = fill(torch.empty_like(weight), pieces)
+            elif change == SHUFFLED:
+                order = torch.from_numpy(np.random.default_rng([int(value or 0), place]).permutation(mask.numel()))
+                mask = mask.view(-1)[order.to(mask.device)].view(mask.shape)
+            elif change == INVERTED:
+                mask = ~mask
+            elif change == SHARED:
+                weight = torch.full_like(weight, value or 0.0)
+            weights[entry.name].detach().copy_(torch.where(mask, weight, 0.0))
+
+    drawn = any(entry.distribution != BASE for entry in manifest.masked)
+    changes: list[tuple[str, float | None]] = [(AS_IT_IS, None)]
+    changes += [(SEEDS, (manifest.seed + 1 + i) % 2**64) for i in range(repeats if drawn else 0)]
+    changes += [*((SHUFFLED, i) for i in range(repeats)), (INVERTED, None), *((SHARED, float(v)) for v in values)]
+    found, images = [], 0
+    with progress(len(changes), "measuring") as advance:
+        for change, value in changes:
+            put(change, value)
+            accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
+            recalibrated = None
+            if norms:
+                with _new_statistics(model, norms, batches):
+                    recalibrated, _ = accuracy_of(model, batches.validation(), nullcontext)
+            found.append(Variation(change, value, accuracy, recalibrated))
+            advance()
+    classes = len(batches.classes or manifest.provenance.get("classes") or [])
+    return Sanity(tuple(found), images, data.name, 1 / classes if classes else 0.0)
+
+
+@contextmanager
+def _new_statistics(model: nn.Module, norms: list[_BatchNorm], batches: Batches) -> Iterator[None]:
+    """Within it the running statistics of `norms` are averages over training images."""
+    before: list[tuple[float | None, dict[str, Tensor]]] = []
+    for norm in norms:
+        before.append((norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}))
+        norm.reset_running_stats()
+        norm.momentum = None  # each batch counts the same
+        norm.train()
+    with torch.no_grad():
+        for images, *_ in islice(batches.train(0), BATCHES):
+            model(images)
+    model.eval()
+    try:
+        yield
+    finally:
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.load_state_dict(buffers, strict=False)

@@ -1,0 +1,60 @@
+"""The pretrained weights that a file's masks are for."""
+
+from pathlib import Path
+from typing import cast
+
+from torch import Tensor, nn
+
+from ..errors import ArtifactError, ConversionError, PopupError
+from ..masking.walk import unwrap
+from ..models.architecture import Base
+from ..models.pretrained import check_tag, read_weights
+from ..weights import BASE
+from .container import DTYPES
+from .manifest import Manifest
+from .rebuild import values_digest
+
+
+def library_tag(manifest: Manifest) -> str:
+    """The tag of the library's weights that the masks are for."""
+    architecture, base = manifest.architecture, cast(Base, manifest.base)
+    if not base.tag or (base.library, base.name) != (architecture.library, architecture.name):
+        raise ArtifactError(
+            f"the masks are for weights of {base.library[:60]}/{base.name[:60]} that no library has; pass the network "
+            "or the file that holds them as `base` (--base)"
+        )
+    try:
+        return check_tag(architecture, base.tag)
+    except PopupError as error:
+        raise ArtifactError(f"base.tag: {error}") from error
+
+
+def base_weights(manifest: Manifest, core: nn.Module | None, base: nn.Module | str | Path | None) -> dict[str, Tensor]:
+    """The weights under the masks that are not the seed's, by name, after their digest was checked."""
+    if manifest.base is None:
+        return {}
+    if isinstance(base, str | Path):
+        try:
+            source = read_weights(Path(base))
+        except ConversionError as error:
+            raise ArtifactError(f"base: {error}") from error
+    else:
+        holder = core if base is None else base
+        if not isinstance(holder, nn.Module):
+            raise ArtifactError(f"base is a {type(holder).__name__}; expected a network, or a file of weights")
+        source = unwrap(holder).state_dict(keep_vars=True)
+    found = {}
+    for entry in manifest.masked:
+        if entry.distribution == BASE:
+            tensor = source.get(entry.name)
+            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape or tensor.is_meta:
+                has = f"{tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "nothing"
+                raise ArtifactError(f"the base has {has} for {entry.name!r}; expected {entry.shape}")
+            found[entry.name] = tensor.detach().to(DTYPES[entry.dtype])
+    if (digest := values_digest(found.values())) != manifest.base.sha256:
+        of = f"{manifest.base.library}/{manifest.base.name} {manifest.base.tag}".rstrip()
+        raise ArtifactError(
+            f"the masks are for other weights: those of {of} with the SHA-256 {manifest.base.sha256[:12]}…, and the "
+            f"base at hand has {digest[:12]}…"
+        )
+    return found

@@ -1,0 +1,1 @@
+"""Masks to bytes and back."""

@@ -1,0 +1,46 @@
+"""The recipes and sweeps that come with the package."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import RecipeError, unknown
+
+SHIPPED = next(
+    folder
+    for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
+    if folder.is_dir()
+)
+
+SWEEPS = "paper/"  # their names begin so
+
+
+def find(name: str | Path) -> Path:
+    """The file of a recipe: a path to a YAML file, or the name of a shipped one."""
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise RecipeError(f"there is no recipe file {path}")
+        return path
+    if str(name) not in shipped() + shipped_sweeps():
+        raise unknown("recipe", str(name), shipped() + shipped_sweeps())
+    return SHIPPED / f"{name}.yaml"
+
+
+def shipped() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return [name for name in _files() if not name.startswith(SWEEPS)]
+
+
+def shipped_sweeps() -> list[str]:
+    """Names of the sweeps that come with the package."""
+    return [name for name in _files() if name.startswith(SWEEPS)]
+
+
+def _files() -> list[str]:
+    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+
+
+def is_sweep(values: Mapping[str, Any]) -> bool:
+    """Whether the mapping of a YAML file is a sweep, and no recipe."""
+    return bool({"recipe", "runs"} & values.keys())

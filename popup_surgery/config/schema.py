@@ -1,0 +1,378 @@
+"""Recipes: typed YAML, every unknown key and bad value an error, all of them at once."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from ..errors import PopupError, RecipeError, nearest, unknown
+from ..learners import get_learner
+from ..masking.settings import WITHOUT_K
+from ..models.architecture import check_kwargs
+from ..models.libraries import resolve
+from ..weights import PRETRAINED, get_scheme, is_pretrained
+from .catalog import find, is_sweep
+from .overrides import override
+from .schedule import rates
+from .yaml import read_yaml
+
+
+def _known(look_up: Any) -> Any:
+    def check(name: str) -> str:
+        try:
+            look_up(name)
+        except PopupError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+def _schemes(scheme: str | dict[str, str]) -> str | dict[str, str]:
+    for name in scheme.values() if isinstance(scheme, dict) else [scheme]:
+        if name != PRETRAINED:
+            _known(get_scheme).func(name)
+    return scheme
+
+
+def _optimizer(name: str) -> None:
+    import timm.optim
+
+    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
+    if name not in known:
+        raise unknown("optimizer", name, known)
+
+
+def _options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if "learner" in info.data:
+        _known(lambda name: get_learner(name, options)).func(info.data["learner"])
+    return options
+
+
+def _shares(k: Any) -> Any:
+    if k is None:
+        return k
+    shares = k.values() if isinstance(k, dict) else [k]
+    keys = list(k) if isinstance(k, dict) else []
+    if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
+        isinstance(key, str) for key in keys
+    ):
+        raise ValueError("expected a number above 0 and up to 1, or such numbers by pattern on layer names")
+    return k
+
+
+Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+class _Missing(ValueError):
+    """A key that is missing for the sake of another."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+_S = TypeVar("_S", bound=_Section)
+
+
+class Model(_Section):
+    """The network: a name that `build` knows, its arguments, and its weights.
+
+    Attributes:
+        pretrained: as for `build`.
+        init_from: a popup artifact to go on from: its seed, and scores that begin with its mask; with `surgery: none`
+            its weights, of which those that take part are trained.
+    """
+
+    name: Annotated[str, _known(resolve)]
+    pretrained: bool | str = False
+    init_from: str | None = None
+    kwargs: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _recordable(self) -> "Model":
+        try:
+            check_kwargs(self.kwargs)
+        except PopupError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+class Surgery(_Section):
+    """The arguments of `convert`. A recipe states `scaled`, and `k` where the learner takes one."""
+
+    learner: Annotated[str, _known(get_learner)] = "edge_popup"
+    learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = {}
+    k: Annotated[float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True)] = None
+    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes)] = "signed_kaiming_constant"
+    scaled: bool
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    scope: Literal["layer", "global"] = "layer"
+    include: str | list[str] | None = None
+    exclude: str | list[str] | None = None
+    others: Literal["frozen", "train"] = "frozen"
+    norm: Literal["frozen", "train"] = "frozen"
+
+    @field_validator("k", "scaled", "scope")
+    @classmethod
+    def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
+        learner, name = info.data.get("learner"), str(info.field_name)
+        if learner is None:
+            return value
+        if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
+            expected = json.dumps(WITHOUT_K[name])
+            raise ValueError(f"expected {expected}; {learner} takes no k, its scores decide what is kept")
+        if name == "k" and value is None and get_learner(learner).takes_k:
+            raise _Missing
+        return value
+
+
+class Data(_Section):
+    """A data set and how its images become batches.
+
+    Attributes:
+        name: `digits`, or a name of timm's: `torch/cifar10`, `folder` (of folders, or of tar files named by the two
+            splits, such as `train.tar`), `hfds/…`, `hfids/…` (streamed), or `wds/…` for shards that the two splits
+            name, such as `train-{0000..0146}.tar`.
+        root: its folder, for `hfds` and `hfids` that of its cache; `digits` needs none.
+        download: let the data set's library fetch it.
+        max_train, max_validation: so many images at most, chosen by lot, the same for every seed; null for all.
+        input_size: channels, height, width; the network's own where null.
+        mean, std: of each channel, for images scaled to 0 … 1.
+        in_memory: hold the decoded images as uint8; null decides by their size and whether `scale`, `auto_augment` or
+            `re_prob` ask for work on single images.
+        pad, hflip: in memory: random crop after padding with so many zero pixels, and probability of a flip.
+        scale, ratio, hflip, color_jitter, auto_augment, re_prob, crop_pct, interpolation: else: timm's transforms.
+        workers: processes that decode, for each process that trains.
+        on_error: what an image that cannot be read does: `stop` the run with its name, or `skip`, left out and counted.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    download: bool = False
+    train_split: str = "train"
+    val_split: str = "validation"
+    max_train: Annotated[int, Field(ge=1)] | None = None
+    max_validation: Annotated[int, Field(ge=1)] | None = None
+    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
+    input_size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None = None
+    mean: list[Finite] | None = None
+    std: list[Positive] | None = None
+    in_memory: bool | None = None
+    pad: Annotated[int, Field(ge=0, le=1024)] = 0
+    hflip: Fraction = 0.0
+    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
+    color_jitter: Annotated[float, Field(ge=0)] = 0.0
+    auto_augment: str | None = None
+    re_prob: Fraction = 0.0
+    crop_pct: Share = 0.875
+    interpolation: str = "bilinear"
+    workers: Annotated[int, Field(ge=0, le=256)] = 2
+    on_error: Literal["stop", "skip"] = "stop"
+
+
+class Training(_Section):
+    """Optimiser, schedule and length.
+
+    Attributes:
+        optimizer, optimizer_kwargs: a name of timm's and its further arguments; `momentum` and `nesterov` reach those
+            that have them.
+        schedule, schedule_kwargs: `constant`, or a name of timm's with further arguments of `create_scheduler_v2`,
+            over the epochs after `warmup_epochs`.
+        schedule_per: the rate moves once an `epoch`, as in the paper, or at each `step`.
+        mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode: timm's `Mixup`, with alphas of 0 for none; images are
+            mixed with others of their process's piece of the batch.
+        accumulate: pieces into which each process cuts its part of a batch, to save memory; `data.batch_size` is the
+            whole batch's, over all processes and pieces.
+        clip_norm: the largest norm of all gradients together; null for none.
+        checkpoint_minutes: a checkpoint is kept after each epoch, and within one so often; 0 for never.
+        precision: of the forward pass; scores and their ranking are always float32.
+        compile: `torch.compile`; true, or the name of a mode of it.
+        channels_last: keep images and convolutions' weights channels last.
+        sync_batchnorm: batch statistics over all processes, on GPUs.
+        deterministic: only algorithms that give the same result each time; on the CPU all do.
+        trackers: of Accelerate, by name: `tensorboard`, `wandb`, `mlflow`, `trackio`.
+        seed: of the order of images, augmentation and dropout, and of a dense network's weights.
+    """
+
+    epochs: Annotated[int, Field(ge=1)]
+    optimizer: Annotated[str, _known(_optimizer)] = "sgd"
+    optimizer_kwargs: dict[str, Any] = {}
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = False
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    schedule: Literal["cosine", "constant", "step", "multistep", "poly", "tanh"] = "cosine"
+    schedule_kwargs: dict[str, Any] = {}
+    schedule_per: Literal["epoch", "step"] = "epoch"
+    warmup_epochs: Annotated[int, Field(ge=0)] = 0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    mixup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    cutmix: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    mixup_prob: Fraction = 1.0
+    mixup_switch_prob: Fraction = 0.5
+    mixup_mode: Literal["batch", "pair", "elem"] = "batch"
+    accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
+    clip_norm: Positive | None = None
+    checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    channels_last: bool = False
+    sync_batchnorm: bool = False
+    deterministic: bool = False
+    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+
+    @model_validator(mode="after")
+    def _arguments(self) -> "Training":
+        try:
+            rates(self)(0.0, 1.0)
+        except Exception as error:
+            raise ValueError(f"schedule_kwargs are no arguments of timm's {self.schedule} schedule: {error}") from None
+        return self
+
+
+class LotteryTicket(_Section):
+    """Iterative magnitude pruning with rewinding of a dense network (Frankle and Carbin, 2019).
+
+    Attributes:
+        k: share of each layer's weights that is kept in the end.
+        rounds: how often it is pruned, each time by the same share, after `training.epochs` at first and as many, but
+            for `rewind_epoch`, between prunings and at the end.
+        rewind_epoch: what is left goes back to its value after so many epochs of the first training; 0 is the start.
+    """
+
+    k: Share
+    rounds: Annotated[int, Field(ge=1, le=1000)]
+    rewind_epoch: Annotated[int, Field(ge=0)] = 0
+
+    def epochs(self, epochs: int) -> int:
+        """All epochs, where a training has `epochs`."""
+        return epochs + self.rounds * (epochs - self.rewind_epoch)
+
+
+class Recipe(_Section):
+    """Everything that decides a run: network, surgery (`none` trains it densely), data and training."""
+
+    model: Model
+    surgery: Surgery | Literal["none"]
+    lottery_ticket: LotteryTicket | None = None
+    data: Data = Data()
+    training: Training
+
+    @field_validator("surgery", mode="before")
+    @classmethod
+    def _word(cls, value: Any) -> Any:
+        if isinstance(value, str) and value != "none":
+            raise ValueError("expected the word none, or k, scaled and the other arguments of convert")
+        return value
+
+    @model_validator(mode="after")
+    def _weights(self) -> "Recipe":
+        if self.surgery != "none":
+            scheme = self.surgery.scheme
+            wanted = is_pretrained(scheme)
+            if wanted and not self.model.pretrained:
+                raise ValueError("surgery.scheme pretrained needs model.pretrained: true, a tag, or a file of weights")
+            if self.model.pretrained and not wanted:
+                raise ValueError(f"surgery.scheme {scheme} would overwrite the weights of model.pretrained")
+        return self
+
+    @model_validator(mode="after")
+    def _ticket(self) -> "Recipe":
+        if (ticket := self.lottery_ticket) is not None:
+            if self.surgery != "none" or self.model.init_from is not None:
+                raise ValueError("lottery_ticket trains a dense network; it needs surgery: none and no model.init_from")
+            if ticket.rewind_epoch >= self.training.epochs:
+                raise ValueError(
+                    f"lottery_ticket.rewind_epoch is {ticket.rewind_epoch}; expected less than training.epochs, "
+                    f"{self.training.epochs}"
+                )
+        return self
+
+    @property
+    def epochs(self) -> int:
+        """The epochs of the whole run."""
+        epochs = self.training.epochs
+        return epochs if self.lottery_ticket is None else self.lottery_ticket.epochs(epochs)
+
+    @classmethod
+    def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
+        """A recipe from plain values. `RecipeError` lists everything that is wrong with them."""
+        return _validated(cls, values, name)
+
+    @classmethod
+    def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
+        """The recipe called `name`, shipped or a YAML file, with `key=value` overrides such as `training.epochs=3`.
+
+        Raises:
+            UnknownName: no such recipe.
+            RecipeError: it is no YAML, or has mistakes; all of them are listed.
+        """
+        values = read_yaml(find(name))
+        if is_sweep(values):
+            raise RecipeError(f"{name} is a sweep; popup-surgery sweep {name} runs it")
+        return cls.parse(override(values, overrides), str(name))
+
+    def dump(self) -> dict[str, Any]:
+        """Plain values of all keys."""
+        return self.model_dump()
+
+
+def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:
+    """A data section from plain values, with `data.key=value` overrides. `RecipeError` lists all mistakes."""
+    overrides = list(overrides)
+    if other := [setting for setting in overrides if not setting.startswith("data.")]:
+        raise RecipeError(f"--set {other[0]!r} is no key of the data section; expected data.key=value")
+    return _validated(_DataOnly, override({"data": section}, overrides), name).data
+
+
+class _DataOnly(_Section):
+    data: Data
+
+
+def _validated(cls: type[_S], values: Any, name: str) -> _S:
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        found = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("literal['none']",)]
+        head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
+        raise RecipeError(head + "\n".join(found)) from None
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
+}  # fmt: skip
+
+
+def _sentence(error: Any) -> str:
+    path = [str(part) for part in error["loc"] if part not in ("Surgery", "float", "dict[str,float]")]
+    path = [part for part in path if not part.startswith(("dict[", "function-", "constrained"))]
+    key = ".".join(path) or "the recipe"
+    if error["type"] == "extra_forbidden":
+        known = _SECTIONS[path[0]].model_fields if len(path) > 1 else _SECTIONS
+        return f"{key} is no key of a recipe; nearest: {nearest(path[-1], known)}"
+    if error["type"] == "missing" or isinstance(error.get("ctx", {}).get("error"), _Missing):
+        return f"{key} is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if error["type"] == "value_error" and len(path) < 2:  # of several keys, which it names
+        return f"{key}: {message}" if path else message
+    value = repr(error["input"])
+    return f"{key} is {value if len(value) < 60 else value[:57] + '...'}: {message}"

@@ -1,0 +1,98 @@
+"""Decoded images held in memory, cropped and flipped a batch at a time."""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..config.schema import Data
+from ..errors import DataError
+from .batches import TRAIN, VALIDATION, WHOLE, Batch, Prepared, ProcessShard, Progress, TrainBatch
+from .reading import MicroBatches, chunks, read_pieces
+from .sources import Source, Unreadable
+from .transforms import ToBytes
+
+
+class InMemory(Prepared):
+    """Decoded images held as uint8 on the device, cropped and flipped there a batch at a time."""
+
+    def __init__(
+        self,
+        config: Data,
+        input_size: tuple[int, int, int],
+        seed: int,
+        device: torch.device,
+        splits: dict[str, Batch],
+        classes: list[str],
+        missing: Mapping[str, list[Unreadable]] = MappingProxyType({}),
+    ) -> None:
+        for images, _ in splits.values():
+            if tuple(images.shape[1:]) != input_size:
+                found, wanted = " × ".join(map(str, images.shape[1:])), " × ".join(map(str, input_size))
+                raise DataError(f"the images of {config.name} are {found}; the network expects {wanted}")
+        counts = {role: len(labels) for role, (_, labels) in splits.items()}
+        super().__init__(config, input_size, seed, device, classes, counts)
+        self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
+        self.missing = missing  # every process has read all images, so that the first alone counts these
+
+    def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+        images, labels = self.splits[TRAIN]
+        generator = np.random.default_rng([self.seed, epoch])
+        pad, count = self.config.pad, len(labels)
+        order = generator.permutation(count)
+        shifts = generator.integers(0, 2 * pad + 1, (count, 2))
+        flips = generator.random(count) < self.config.hflip
+        if first == 0 and part.rank == 0:
+            self._leave_out(self.missing.get(TRAIN, ()))
+        size = self.config.batch_size
+        for start in range(first * size, count, size):
+            for chosen, weight in part.cut(order[start : start + size]):
+                index, shift, flip = (
+                    torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
+                )
+                yield self.normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
+
+    def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
+        if part.rank == 0:
+            self._leave_out(self.missing.get(VALIDATION, ()))
+        images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
+        size = self.config.batch_size
+        for pixels, label in zip(images.split(size), labels.split(size), strict=True):
+            yield self.normalise(pixels), label
+
+
+def _crop(images: Tensor, pad: int, shift: Tensor, flip: Tensor) -> Tensor:
+    """Windows of zero-padded images at `shift`, int [batch, 2] in 0 … 2·pad, mirrored where `flip`, bool [batch]."""
+    batch, channels, height, width = images.shape
+    padded = functional.pad(images, (pad,) * 4)
+    rows = shift[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(batch, width)
+    columns = shift[:, 1:] + torch.where(flip[:, None], columns.flip(1), columns)
+    first = torch.arange(batch, device=images.device)[:, None, None, None]
+    second = torch.arange(channels, device=images.device)[None, :, None, None]
+    return padded[first, second, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def decode(
+    source: Source, config: Data, input_size: tuple[int, int, int], progress: Progress, role: str
+) -> tuple[Batch, list[Unreadable]]:
+    """A split's images, uint8, and labels; and what of it could not be read."""
+    count = source.count or 0
+    images = torch.empty((count, *input_size), dtype=torch.uint8)
+    labels = torch.empty(count, dtype=torch.int64)
+    start, missing = 0, []
+    pieces = MicroBatches(source, ToBytes(config, input_size), input_size, [])
+    plan = ((chunk, 1.0) for chunk in chunks(source.keys(None), 500))
+    with progress(-(-count // 500), f"reading {role} images") as step:
+        for part, label, weight, unreadable in read_pieces(pieces, plan, config):
+            missing += unreadable
+            end = start + len(label) if weight else start
+            images[start:end], labels[start:end] = part[: end - start], label[: end - start]
+            start = end
+            step()
+    if not start:
+        raise DataError("; ".join([f"no {role} image of data set {config.name} can be read", *map(str, missing[:1])]))
+    return (images[:start], labels[:start]), missing

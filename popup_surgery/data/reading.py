@@ -1,0 +1,86 @@
+"""Reading images in worker processes, each under a seed of its own."""
+
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from ..config.schema import Data
+from ..errors import DataError
+from .batches import MicroBatch
+from .seeding import ambient_seed, seed_generators
+from .sources import Source, Unreadable, reason
+from .transforms import pillow_mode
+from .workers import outlive_signals, worker_deaths
+
+log = logging.getLogger("popup_surgery")
+_T = TypeVar("_T")
+
+
+class MicroBatches(Dataset):
+    """Parts of batches, read and transformed: each image under a seed of its own, whatever process reads it."""
+
+    def __init__(self, source: Source, transform: Any, input_size: tuple[int, int, int], entropy: list[int]) -> None:
+        self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
+        self.mode = pillow_mode(input_size)
+
+    def __getitem__(self, piece: MicroBatch) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
+        keys, weight = piece
+        with ambient_seed(self.entropy, gpu=False):
+            found = [self._read(number, key) for number, key in keys]
+        missing = [image for image in found if weight and isinstance(image, Unreadable)]
+        images = [image for image in found if not isinstance(image, Unreadable)]
+        if not images:
+            return torch.zeros(1, *self.input_size), torch.zeros(1, dtype=torch.int64), 0.0, missing
+        return *default_collate(images), weight * len(images) / len(found), missing
+
+    def _read(self, number: int, key: Any) -> tuple[Tensor, int] | Unreadable:
+        seed_generators([*self.entropy, number], gpu=False)
+        try:
+            image, label = self.source.read(key)
+            if image.mode != self.mode:
+                image = image.convert(self.mode)
+            return self.transform(image), int(label)
+        except Exception as error:  # whatever a damaged file makes a decoder raise
+            return Unreadable(self.source.name(key), reason(error))
+
+
+def read_pieces(
+    pieces: MicroBatches, plan: Iterable[MicroBatch], config: Data, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor, float, list[Unreadable]]]:
+    """The pieces of a plan in its order, read by worker processes."""
+    loader = DataLoader(
+        pieces,
+        sampler=plan,
+        batch_size=None,
+        collate_fn=_as_it_is,
+        num_workers=config.workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),
+        worker_init_fn=outlive_signals,
+    )
+    with worker_deaths(ConnectionError, EOFError, FileNotFoundError):
+        for images, labels, weight, missing in loader:
+            if missing and config.on_error == "stop":
+                raise DataError(f"{missing[0]}; data.on_error=skip leaves such images out")
+            yield images, labels, weight, missing
+
+
+def warn_of_skipped(count: int, first: str) -> None:
+    """Say how many images were left out, and why the first of them."""
+    log.warning("left out %d image%s that could not be read; the first: %s", count, "s" * (count != 1), first)
+
+
+def _as_it_is(piece: _T) -> _T:
+    return piece
+
+
+def chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
+    """`items` in lists of `size`, the last of what is left."""
+    items = iter(items)
+    while chunk := list(islice(items, size)):
+        yield chunk

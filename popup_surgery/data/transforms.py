@@ -1,0 +1,54 @@
+"""From an image to a normalised tensor."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config.schema import Data
+
+DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Normalise:
+    """uint8 images, [..., channels, height, width], to float32 of mean 0 and deviation 1 or so; others as they are."""
+
+    def __init__(self, config: Data, input_size: tuple[int, int, int], device: torch.device) -> None:
+        mean, std = mean_std(config, input_size[0])
+        self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8:
+            return images
+        return images.float().sub_(self.mean).div_(self.std)
+
+
+class ToBytes:
+    """A PIL image as uint8 [channels, height, width], resized and centre-cropped where it has another size."""
+
+    def __init__(self, config: Data, input_size: tuple[int, int, int]) -> None:
+        from timm.data import create_transform
+
+        self.size = input_size[1:]
+        self.resize = create_transform(
+            input_size, crop_pct=config.crop_pct, interpolation=config.interpolation, normalize=False
+        )
+
+    def __call__(self, image: Any) -> Tensor:
+        if image.size == self.size[::-1]:
+            pixels = np.array(image)
+            return torch.from_numpy(pixels.reshape(*self.size, -1)).permute(2, 0, 1)
+        return self.resize(image)
+
+
+def mean_std(config: Data, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of each channel, for images scaled to 0 … 1: the recipe's, or the usual ones."""
+    mean = config.mean or (DEFAULT_MEAN if channels == 3 else [0.5] * channels)
+    std = config.std or (DEFAULT_STD if channels == 3 else [0.5] * channels)
+    return tuple(mean), tuple(std)
+
+
+def pillow_mode(input_size: tuple[int, int, int]) -> str:
+    """The mode of Pillow's images for `input_size`."""
+    return "L" if input_size[0] == 1 else "RGB"

@@ -1,0 +1,111 @@
+"""What a file's network says of images: its accuracy, and the classes of single ones."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..artifact import inspect, load
+from ..config.schema import Data, parse_data
+from ..data.batches import Progress, quiet
+from ..data.open import open_image
+from ..data.reading import warn_of_skipped
+from ..errors import DataError
+from ..training.evaluation import accuracy_of
+from .setup import image_size, open_for
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of an artifact, 0 … 1, over `images` images of the data set `data`."""
+
+    accuracy: float
+    images: int
+    data: str
+    images_per_second: float
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    data: Data | None = None,
+    data_dir: str | Path | None = None,
+    base: str | Path | nn.Module | None = None,
+    progress: Progress = quiet,
+) -> Evaluation:
+    """Accuracy of the network in a popup artifact on the validation images of the data set it was trained on.
+
+    Args:
+        path: the file.
+        data: another data set; without it the one that the file's provenance names.
+        data_dir: the data set's folder.
+        base: the weights under the mask, as for `load`.
+
+    Raises:
+        ArtifactError: the file is damaged, or its architecture is `custom`.
+        DataError: the file names no data set, or the data set is missing or is not what the network expects; an
+            image cannot be read.
+    """
+    data = data_of(path, data, data_dir)
+    model = load(path, base=base).to("cuda" if torch.cuda.is_available() else "cpu")
+    batches = open_for(model, data, progress, train=False)
+    began = time.perf_counter()
+    accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
+    if batches.skipped:
+        warn_of_skipped(batches.skipped, batches.left_out)
+    return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
+
+
+def predict(
+    path: str | Path, images: Sequence[str | Path], *, base: str | Path | nn.Module | None = None, top: int = 5
+) -> list[list[tuple[str, float]]]:
+    """The `top` most probable classes of each image, by name where the file has names, with probabilities of 0 … 1.
+
+    Args:
+        path: an artifact that `train` wrote, which knows how images are prepared for its network.
+        images: files that Pillow reads.
+        base: the weights under the mask, as for `load`.
+
+    Raises:
+        ArtifactError: as `load`.
+        DataError: an image cannot be read, or the file does not say how images are prepared.
+    """
+    data, model = recorded_data(path), load(path, base=base)
+    size = image_size(data, model)
+    batch = torch.stack([open_image(Path(image), data, size) for image in images])
+    with torch.inference_mode():
+        probabilities = model(batch).float().softmax(1)
+    classes = inspect(path).provenance.get("classes") or [str(i) for i in range(probabilities.shape[1])]
+    values, indices = probabilities.topk(min(top, len(classes)))
+    return [
+        [(str(classes[i]), float(value)) for i, value in zip(row, found, strict=True)]
+        for row, found in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def data_of(path: str | Path, data: Data | None, data_dir: str | Path | None) -> Data:
+    """`data`, or what a file's provenance names, in the folder `data_dir` where it is given."""
+    data = recorded_data(path) if data is None else data
+    return data if data_dir is None else data.model_copy(update={"root": str(data_dir)})
+
+
+def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
+    """The data section of the recipe in a file's provenance, with `data.key=value` overrides.
+
+    Neither a folder nor leave to download is taken from the file, which a stranger may have written.
+    """
+    recipe = inspect(path).provenance.get("recipe")
+    section = recipe.get("data") if isinstance(recipe, dict) else None
+    if not isinstance(section, dict) and not overrides:
+        raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")
+    section = section if isinstance(section, dict) else {}
+    name = str(section.get("name"))
+    if name.partition("/")[0] in ("hfds", "hfids", "wds") and not any("data.name" in o for o in overrides):
+        raise DataError(
+            f"{path} names the remote data set {name}; fetch it with --set data.name={name} if you trust it"
+        )
+    return parse_data(section | {"root": None, "download": False}, overrides, str(path))

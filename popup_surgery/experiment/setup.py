@@ -1,0 +1,115 @@
+"""What a recipe names, made: network, data, trainer and folder."""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..artifact import inspect, load, start_from, stored_masks
+from ..config import Recipe
+from ..config.schema import Data
+from ..data.batches import Batches, Progress
+from ..data.open import open_data
+from ..errors import DataError, RecipeError
+from ..learners import get_learner
+from ..masking.convert import convert
+from ..models.architecture import input_size
+from ..models.build import build
+from ..models.libraries import architecture_of
+from ..training.lottery_ticket import TicketTrainer
+from ..training.run_folder import RunFolder
+from ..training.trainer import Trainer
+
+
+def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
+    """The images of `data` for a plain network, on its device; `DataError` where they are not for it."""
+    size = image_size(data, model)
+    batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
+    _check_classes(model, batches, size)
+    return batches
+
+
+def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
+    """The folder of a run, which ends with the file `<stem>.popup.safetensors`, or dense `<stem>.safetensors`."""
+    dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
+    masked = recipe.surgery != "none" or recipe.lottery_ticket is not None
+    pictures = ("curve.png", "masks.png") if masked else ("curve.png",)
+    masks = (f"{stem}.masks.safetensors",) if masked and dense else ()
+    return RunFolder(path, recipe, (*pictures, *masks, f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"))
+
+
+def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:
+    """Network, data and optimiser of a recipe, ready for the first step, and the size of the images."""
+    model = _network(recipe)
+    size = image_size(recipe.data, model)
+    data = open_data(recipe.data, size, recipe.training.seed, accelerator.device, progress)
+    _check_classes(model, data, size)
+    parts = model, data, recipe.training, accelerator, progress
+    if recipe.lottery_ticket is not None:
+        return TicketTrainer(*parts, recipe.lottery_ticket), size
+    return Trainer(*parts, start_masks(recipe)), size
+
+
+def with_seed(recipe: Recipe) -> Recipe:
+    """The recipe, with the seed of the file that it goes on from."""
+    file, surgery = recipe.model.init_from, recipe.surgery
+    if file is None or surgery == "none":
+        return recipe
+    seed = inspect(file).seed
+    if "seed" in surgery.model_fields_set and surgery.seed != seed:
+        raise RecipeError(f"surgery.seed is {surgery.seed}; the subnetwork of model.init_from {file} is of seed {seed}")
+    return recipe.model_copy(update={"surgery": surgery.model_copy(update={"seed": seed})})
+
+
+def _network(recipe: Recipe) -> nn.Module:
+    """The network of a recipe: converted, or for `surgery: none` plain; with the mask of the file it goes on from."""
+    model, file = _fresh_network(recipe), recipe.model.init_from
+    if file is not None:
+        base = recipe.model.pretrained if isinstance(recipe.model.pretrained, str) else None
+        if recipe.surgery == "none":
+            load(file, model, base=base)
+        else:
+            start_from(model, file, base=base)
+    return model
+
+
+def _fresh_network(recipe: Recipe) -> nn.Module:
+    described = recipe.model
+    if recipe.surgery == "none" or described.pretrained:
+        model = build(described.name, pretrained=described.pretrained, **described.kwargs)
+        return convert(model, **recipe.surgery.model_dump()) if recipe.surgery != "none" else model
+    return convert(architecture_of(described.name, **described.kwargs), **recipe.surgery.model_dump())
+
+
+def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
+    """Channels, height and width of a network's images: the recipe's, or else the network's own."""
+    size = data.input_size or input_size(model)
+    if size is None:
+        raise DataError(
+            "the network does not say what images it expects; set data.input_size: [channels, height, width]"
+        )
+    return tuple(size)  # type: ignore[return-value]
+
+
+def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) -> None:
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, *size, device=device))
+    except RuntimeError as error:
+        shape = " × ".join(map(str, size))
+        raise DataError(f"the network does not take images of {shape}: {error}") from error
+    if data.classes and tuple(output.shape) != (1, len(data.classes)):
+        found = output.shape[1] if output.ndim == 2 else f"of {tuple(output.shape[1:])}"
+        raise DataError(
+            f"the data set has {len(data.classes)} classes; the network has {found} outputs; set "
+            f"model.kwargs.num_classes={len(data.classes)}"
+        )
+
+
+def start_masks(recipe: Recipe) -> dict[str, Tensor]:
+    """The masks that the weights of a dense run stay in, where it goes on from a file."""
+    file = recipe.model.init_from
+    return stored_masks(file) if file is not None and recipe.surgery == "none" else {}

@@ -1,0 +1,99 @@
+"""A run from recipe to file."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from ..config import Recipe
+from ..config.overrides import override
+from ..data.batches import Progress, quiet
+from ..data.seeding import ambient_seed
+from ..masking.bake import bake
+from ..training.distributed import numerics, start
+from ..training.metrics import Epoch
+from ..training.run_folder import asked_to_stop, flat
+from ..training.trackers import add, add_table, tracked
+from .results import Result, finished_result, mask_counts, write_results
+from .setup import prepare, run_folder, with_seed
+
+
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    output: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: Progress = quiet,
+    after_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> Result:
+    """Train a mask as a recipe says, and write recipe.yaml, metrics.jsonl, the pictures and the artifact.
+
+    Args:
+        recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
+        overrides: `key=value` of any recipe key, such as `training.epochs=3`.
+        output: a folder that holds no run yet; `runs/<recipe>` if not given.
+        data_dir: the data set's folder, in place of the recipe's `data.root`.
+        resume: go on with the run in `output` from its newest whole checkpoint; start one where there is none.
+        progress, after_epoch: called while it runs, to show something.
+
+    Raises:
+        RecipeError, UnknownName: what is wrong with the recipe, all of it.
+        DataError: the data set is missing, or is not what the network expects; an image cannot be read; a worker
+            process of the loader died.
+        RunError: `output` holds a run already, or one of another recipe; another process runs in it; the loss is not
+            finite.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint is kept.
+        PopupError: the folder cannot be written.
+    """
+    name = "run"
+    if isinstance(recipe, str | Path):
+        name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
+        recipe = Recipe.load(recipe, overrides)
+    else:
+        values = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe
+        recipe = Recipe.parse(override(values, overrides))
+    recipe = with_seed(recipe)
+    if data_dir is not None:
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
+    folder = Path(output) if output is not None else Path("runs") / name
+    run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
+    file = run.results[-1]
+    if resume and run.finished:
+        return finished_result(run, recipe)
+
+    accelerator = start(recipe.training, folder)
+    main = accelerator.is_main_process
+    with (
+        run.held(resume) if main else nullcontext(),
+        tracked(accelerator, folder, flat(recipe.dump())) if main else nullcontext(),
+        numerics(recipe.training),
+        ambient_seed([recipe.training.seed]),
+        asked_to_stop() as stop,
+    ):
+        trainer, size = prepare(recipe, accelerator, progress if main else quiet)
+        (checkpoint,) = broadcast_object_list([run.begin() if main else None])
+        if checkpoint is not None:
+            trainer.restore(checkpoint)
+
+        def ended(epoch: Epoch) -> None:
+            if main:
+                run.add(epoch)
+                if accelerator.trackers:
+                    add(accelerator, epoch, trainer.layers())
+                after_epoch(epoch)
+
+        history = trainer.run(ended, run.keep, stop)
+        model = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu()
+        if main:
+            write_results(run, recipe, model, trainer, size)
+            weights, kept = mask_counts(model, trainer.masks())
+            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": kept, "file": file}
+            add_table(accelerator, result)
+            run.finish()
+        accelerator.wait_for_everyone()
+    found = mask_counts(model, trainer.masks())
+    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *found)

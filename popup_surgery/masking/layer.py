@@ -1,0 +1,138 @@
+"""What a swapped layer is: the layer's own class, except that its weight is read through a mask.
+
+A swapped layer keeps its parameters, its `state_dict` keys and its forward. Its class becomes a subclass, made once for
+each original class, with a property where the weight was: whoever reads `layer.weight` meets the masked weight, inside
+the layer or outside. The raw weight stays in `_parameters`, frozen, and the score joins it as `<weight>_score`.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import MaskedWeightError
+from ..models.layer_types import layer_type_of
+from .ranking import score_name
+from .state import SLOTS, MaskedParam
+
+LOADING = "_popup_loading"
+
+
+class Masked:
+    """Mixin of every swapped layer, in front of its original class."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get(SLOTS, ()) and LOADING not in self.__dict__:
+            raise MaskedWeightError(
+                f"{name} of {type(self).__name__} is masked and cannot be assigned; change {score_name(name)}, "
+                "load_state_dict, or bake(model) first"
+            )
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__.get(SLOTS, ()):
+            raise MaskedWeightError(
+                f"{name} of {type(self).__name__} is masked and cannot be deleted; bake(model) first"
+            )
+        super().__delattr__(name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As nn.Module's, but scores stay float32 whatever dtype the network is cast to."""
+        scores = [self._parameters[score_name(name)] for name in self.__dict__[SLOTS]]  # type: ignore[attr-defined]
+        scores += [score.grad for score in scores if score.grad is not None]
+
+        def apply(tensor: Tensor) -> Tensor:
+            applied = fn(tensor)
+            if applied.dtype != tensor.dtype and any(tensor is score for score in scores):
+                applied = torch.empty_like(tensor, device="meta") if applied.is_meta else tensor.to(applied.device)
+            return applied
+
+        return super()._apply(apply, recurse)  # type: ignore[misc]
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, *rest: Any
+    ) -> None:
+        """As nn.Module's, which may assign; a plain checkpoint, that has no scores, leaves the scores as they are."""
+        self.__dict__[LOADING] = True
+        try:
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)  # type: ignore[misc]
+        finally:
+            del self.__dict__[LOADING]
+        for name in self.__dict__[SLOTS]:
+            score = self._parameters[score_name(name)]  # type: ignore[attr-defined]
+            if score.dtype != torch.float32:  # assigned from a checkpoint of another dtype
+                score.data = score.data.float()
+            if prefix + name in state_dict and prefix + score_name(name) in missing:
+                missing.remove(prefix + score_name(name))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        state = super().__reduce_ex__(2)[2:]
+        return (_new, (type(self)._popup_base, tuple(self.__dict__[SLOTS])), *state)  # type: ignore[attr-defined]
+
+    def extra_repr(self) -> str:
+        shares = ", ".join(
+            f"{name} masked" + ("" if slot.k is None else f", k={slot.k:g}")
+            for name, slot in self.__dict__[SLOTS].items()
+        )
+        return ", ".join(filter(None, [super().extra_repr(), shares]))  # type: ignore[misc]
+
+
+_CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
+
+
+def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+    """The subclass of `base` whose parameters `names` are read through their masks; the same one at each call."""
+    key = base, names
+    if key not in _CLASSES:
+        # A tracer that takes the original class as a leaf by its module takes this one too.
+        namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base}
+        layer_type = layer_type_of(base)
+        mixin = None if layer_type is None else layer_type.mixin
+        bases = (Masked, base) if mixin is None else (Masked, mixin, base)
+        _CLASSES[key] = type(f"Masked{base.__name__}", bases, namespace | {n: _property(n) for n in names})
+    return _CLASSES[key]
+
+
+def _property(name: str) -> property:
+    def read(self: nn.Module) -> Tensor:
+        return self.__dict__[SLOTS][name].read(self, name)
+
+    return property(read, doc=f"The masked `{name}`, read-only.")
+
+
+def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
+    cls = masked_class(base, names)
+    return cls.__new__(cls)
+
+
+def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.Parameter]) -> None:
+    """Turn `module` into a masked layer, in place. It keeps its parameters; `scores` join them."""
+    for name, score in scores.items():
+        module.register_parameter(score_name(name), score)
+    module.__dict__[SLOTS] = slots
+    if isinstance(module, nn.RNNBase):
+        module.__dict__.pop("_flat_weights", None)  # or it would hold the weights beside those that are loaded later
+    module.__class__ = masked_class(type(module), tuple(slots))
+
+
+def unswap(module: nn.Module) -> None:
+    """Turn a masked layer back into its original class, in place, with its raw weights."""
+    slots = module.__dict__.pop(SLOTS)
+    module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
+    for name in slots:
+        del module._parameters[score_name(name)]
+    if isinstance(module, nn.RNNBase):
+        module._init_flat_weights()
+
+
+def is_masked(module: nn.Module) -> bool:
+    """Whether `module` itself is a swapped layer."""
+    return isinstance(module, Masked)
+
+
+class Tracer(torch.fx.Tracer):
+    """A torch.fx tracer that takes masked layers as leaves, so that their masks stay alive in the graph."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return is_masked(m) or super().is_leaf_module(m, module_qualified_name)

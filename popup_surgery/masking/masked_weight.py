@@ -1,0 +1,33 @@
+"""What a masked weight reads as."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MaskedWeightError
+
+
+class MaskedWeight(Tensor):
+    """What a masked weight reads as: a plain tensor to every function, whose `.data` hides no write."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        if self.requires_grad:
+            raise RuntimeError("a masked weight that has a gradient cannot be copied; detach it first")
+        return self.detach().clone()
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()  # shares the version counter, which `data` of a plain tensor does not
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        raise MaskedWeightError(
+            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is made "
+            "anew from its scores at each read; change the scores, or bake(model) first"
+        )

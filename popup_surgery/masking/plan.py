@@ -1,0 +1,187 @@
+"""A plan: what becomes of each parameter, printable as a table."""
+
+import io
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..weights import BASE
+from .unmasked import UnmaskedRule
+
+
+@dataclass(frozen=True)
+class PlannedWeight:
+    """One weight that will be masked.
+
+    Attributes:
+        key: its `state_dict` key, the first of several; its stream's name.
+        layer: its layer's class.
+        shape: of the weight and of its scores.
+        k, kept: the share asked for, and the number of weights that gives (`scope="global"` spreads the sum freely);
+            None where the learner takes no k.
+        scheme, distribution, std: where its values come from; of pretrained ones the distribution is `base`, std 0.
+        fan_in: inputs summed into one output.
+        owners: every (module, parameter name) that holds it.
+    """
+
+    key: str
+    layer: str
+    shape: tuple[int, ...]
+    k: float | None
+    kept: int | None
+    scheme: str
+    distribution: str
+    std: float
+    fan_in: float
+    owners: tuple[tuple[nn.Module, str], ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class PlannedRest:
+    """One parameter that will not be masked.
+
+    Attributes:
+        key, shape, owner: its `state_dict` key, its shape, and the (module, parameter name) that holds it.
+        treatment: what becomes of it, or became of it where it is `done`.
+        train: whether it is trained.
+        done: an earlier conversion saw its module.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    owner: tuple[nn.Module, str]
+    treatment: UnmaskedRule
+    train: bool
+    done: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """A network's parameters by what becomes of them: numbers of elements by `state_dict` key.
+
+    `left` ones keep the values that they have. `missed` are those of them that look like weights, with two dimensions
+    or more above 1, and that no type of layer claims.
+    """
+
+    masked: dict[str, int]
+    generated: dict[str, int]
+    constant: dict[str, int]
+    left: dict[str, int]
+    missed: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        """All parameters, each once."""
+        return sum(sum(group.values()) for group in (self.masked, self.generated, self.constant, self.left))
+
+    def share(self, group: str) -> float:
+        """The share of all parameters in `masked`, `generated`, `constant` or `left`: 0 … 1."""
+        return sum(getattr(self, group).values()) / max(self.total, 1)
+
+    @property
+    def of_weights(self) -> float:
+        """The share of weights that are masked: those masked and those missed make up the whole."""
+        masked, missed = sum(self.masked.values()), sum(self.missed.values())
+        return masked / max(masked + missed, 1)
+
+    def __str__(self) -> str:
+        groups = ("masked", "generated", "constant", "left")
+        return ", ".join(f"{name} {self.share(name):.2%}" for name in groups) + f" of {self.total:,} parameters"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `convert` will do to a network, printable as a table.
+
+    Attributes:
+        masked: the weights to be masked, in `state_dict` order.
+        rest: all other parameters.
+        before: elements of the weights that are masked already, by `state_dict` key.
+        settings: all arguments of `convert`.
+    """
+
+    masked: tuple[PlannedWeight, ...]
+    rest: tuple[PlannedRest, ...]
+    before: dict[str, int]
+    settings: dict[str, Any]
+
+    @property
+    def weights(self) -> int:
+        """How many weights are to be masked."""
+        return sum(weight.numel for weight in self.masked)
+
+    @property
+    def kept(self) -> int:
+        """How many of them take part, as far as k says so."""
+        return sum(weight.kept or 0 for weight in self.masked)
+
+    @property
+    def coverage(self) -> Coverage:
+        """What becomes of each parameter, in numbers."""
+        groups: dict[str, dict[str, int]] = {"constant": {}, "generated": {}, "left": {}}
+        for other in self.rest:
+            groups[other.treatment.action][other.key] = other.numel
+        missed = {
+            other.key: other.numel
+            for other in self.rest
+            if other.treatment.action == "left" and sum(size > 1 for size in other.shape) > 1
+        }
+        masked = self.before | {weight.key: weight.numel for weight in self.masked}
+        return Coverage(masked, **groups, missed=missed)
+
+    def totals(self) -> str:
+        """The totals in three lines."""
+        rest = sum(other.numel for other in self.rest)
+        settings, coverage = self.settings, self.coverage
+        scheme = settings["scheme"]
+        schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
+        if settings["scaled"] and (not self.masked or any(weight.distribution != BASE for weight in self.masked)):
+            schemes += ", scaled"
+        before = f", {len(self.before)} masked before" if self.before else ""
+        kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
+        if settings["k"] is None:
+            kept = "as many kept as the scores say"
+        return (
+            f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
+            f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
+            "parameters are masked\n"
+            f"{schemes}, seed {settings['seed']}, {settings['learner']}, "
+            f"ranked {'over all layers' if settings['scope'] == 'global' else 'layer by layer'}"
+        )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        headings = "layer", "class", "shape", "weights", "kept", "fan_in", "std"
+        table = Table(*headings, box=None, header_style="")
+        for weight in self.masked:
+            shape = " × ".join(map(str, weight.shape))
+            std = "pretrained" if weight.distribution == BASE else f"{weight.std:.5g}"
+            kept = "" if weight.kept is None else f"{weight.kept:,}"
+            numbers = f"{weight.numel:,}", kept, f"{weight.fan_in:g}", std
+            table.add_row(weight.key, weight.layer, shape, *numbers)
+        for column in table.columns[3:]:
+            column.justify = "right"
+        left = Table("not masked", "shape", "becomes", "because", box=None, header_style="")
+        for other in self.rest:
+            action, value = other.treatment.action, other.treatment.value
+            becomes = {"constant": f"{value:g}", "generated": f"normal, std {value:g}", "left": "stays"}[action]
+            becomes += ", trained" if other.train else ", frozen" if action == "left" else ""
+            left.add_row(other.key, " × ".join(map(str, other.shape)), becomes, other.treatment.why)
+        longest = max(len(key) for key in [*(w.key for w in self.masked), *(r.key for r in self.rest), ""])
+        console = Console(file=io.StringIO(), width=longest + 120, color_system=None)
+        tables = ([table] if self.masked else []) + ([left] if self.rest else [])
+        console.print(*tables, f"{self.coverage}\n{self.totals()}", sep="\n", highlight=False)
+        text = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines())

@@ -1,0 +1,147 @@
+"""Networks that know their own description, with, without or before their initialisation."""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+
+from ..errors import ConversionError
+from .architecture import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture, Base
+from .libraries import architecture_of
+from .pretrained import WEIGHT_FILES, check_tag, fill_from, read_weights
+from .skip_init import Blank
+
+
+def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) -> nn.Module:
+    """A network that knows its own description, so that `save` can record it.
+
+    Args:
+        name: `timm/…`, `torchvision/…`, `popup_surgery/conv4`, or the bare name of one of them.
+        pretrained: False for the network's own random initialisation; True for the library's default weights; one of
+            its tags, such as `a1_in1k`; or a file of weights, safetensors or a checkpoint that unpickles no code. A
+            classifier of another size than theirs stays random, and conversion draws it from the seed.
+        kwargs: arguments of the network, of those that an artifact can record: `KWARGS`.
+
+    Raises:
+        UnknownName: no such network or tag.
+        ConversionError: an argument that an artifact cannot record, or that the network does not take; weights that
+            cannot be had, or that are not for this network.
+    """
+    described = architecture_of(name, **kwargs)
+    if pretrained is False or pretrained is None:
+        return build_architecture(described)
+    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and Path(pretrained).suffix in WEIGHT_FILES):
+        model, tag = build_architecture(described), ""
+        fill_from(model, read_weights(Path(pretrained)), str(pretrained))
+    else:
+        tag = check_tag(described, None if pretrained is True else pretrained)
+        model = build_architecture(described, tag)
+    model.__dict__[PRETRAINED_BASE] = Base(described.library, described.version, described.name, tag)
+    return model
+
+
+def build_architecture(architecture: Architecture, tag: str | None = None) -> nn.Module:
+    """The network that `architecture` describes, of checked names and arguments, with the pretrained weights `tag`."""
+    library, name = architecture.library, architecture.name
+    try:
+        with _quiet():
+            model = _BUILDERS[library](name, tag, **architecture.kwargs)
+    except ConversionError:
+        raise
+    except Exception as error:
+        given = ", ".join(f"{key}={value!r}" for key, value in architecture.kwargs.items()) or "its defaults"
+        weights = f" and the weights {tag}" if tag else ""
+        raise ConversionError(f"{library}/{name} cannot be built with {given}{weights}: {error}") from error
+    model.__dict__[DESCRIPTION] = architecture
+    return model
+
+
+def build_meta(architecture: Architecture) -> nn.Module:
+    """As `build_architecture`, without memory: parameters on the meta device."""
+    try:
+        with torch.device("meta"), Blank():
+            return build_architecture(architecture)
+    except ConversionError as error:
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():  # torchvision's regnets read values while they are built; only parameters are left out
+        return build_architecture(architecture)
+
+
+def build_uninitialised(architecture: Architecture) -> tuple[nn.Module, Blank]:
+    """As `build_architecture`, without its random initialisation; the second value tells what is not initialised."""
+    with Blank() as blank:
+        return build_architecture(architecture), blank
+
+
+@contextmanager
+def _quiet() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations between the libraries, nothing that a user could act on
+        yield
+
+
+def _build_timm(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
+    import timm
+
+    if not tag:
+        return timm.create_model(name, pretrained=False, **kwargs)
+    with _missing_keys() as missing:
+        model = timm.create_model(f"{name}.{tag}", pretrained=True, **kwargs)
+    # with another number of classes timm loads what it can
+    model.__dict__[FRESH] = tuple({key.rpartition(".")[0] for key in missing})
+    return model
+
+
+@contextmanager
+def _missing_keys() -> Iterator[list[str]]:
+    """The keys that weights loaded within it lacked."""
+    missing: list[str] = []
+    load = nn.Module.load_state_dict
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = load(self, *args, **kwargs)
+        missing.extend(result.missing_keys)
+        return result
+
+    with patch.object(nn.Module, "load_state_dict", watched):
+        yield missing
+
+
+def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
+    import torchvision
+
+    builder = torchvision.models.get_model_builder(name)
+    if "weights_backbone" in inspect.signature(builder).parameters:
+        kwargs = {"weights_backbone": None, **kwargs}
+    if not tag:
+        return builder(weights=None, **kwargs)
+    classes = kwargs.pop("num_classes", None)
+    model = builder(weights=torchvision.models.get_model_weights(name)[tag], **kwargs)
+    if getattr(model, "transform_input", False):
+        raise ConversionError(f"torchvision/{name} transforms its input for {tag}, which no file records; try timm's")
+    if classes is not None:
+        state, model = model.state_dict(), builder(weights=None, num_classes=classes, **kwargs)
+        fill_from(model, state, f"{name} {tag}")
+    return model
+
+
+def _build_own(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
+    from .paper_nets import NETS
+
+    return NETS[name](**kwargs)
+
+
+_BUILDERS: dict[str, Callable[..., nn.Module]] = {
+    "popup_surgery": _build_own,
+    "timm": _build_timm,
+    "torchvision": _build_torchvision,
+}

@@ -1,0 +1,120 @@
+"""Which parameters of a module are weights, and their fans: one entry for each type of layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Fans:
+    """How many inputs are summed into one output of a weight, and how many outputs one input reaches."""
+
+    fan_in: float
+    fan_out: float
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """A type of layer.
+
+    Args:
+        types: instances of these, subclasses too, are layers of this type; a class of a library that may not be there,
+            or that is slow to import, by its full name.
+        weights: the fans of each maskable weight of such a layer, by parameter name.
+        biases: parameter names of its biases.
+        mixin: a class that comes before the layer's own once it is masked, where the layer reads its weights by
+            another way than `self.<name>`.
+    """
+
+    types: tuple[type[nn.Module] | str, ...]
+    weights: Callable[[Any], dict[str, Fans]]
+    biases: Callable[[Any], tuple[str, ...]] = lambda module: ("bias",)
+    mixin: type | None = None
+
+    def covers(self, cls: type) -> bool:
+        """Whether instances of `cls` are layers of this type."""
+        mro = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
+        return any(t in mro if isinstance(t, str) else issubclass(cls, t) for t in self.types)
+
+
+class RecurrentWeights:
+    """Mixin of masked recurrent layers, whose forward takes its weights from a list made beforehand."""
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self._flat_weights_names]  # type: ignore[attr-defined]
+
+    @_flat_weights.setter
+    def _flat_weights(self, value: object) -> None:
+        pass  # made anew at each read
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    def flatten_parameters(self) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state | {"_flat_weight_refs": []})  # type: ignore[arg-type]
+
+
+def _linear(module: nn.Linear) -> dict[str, Fans]:
+    return {"weight": Fans(float(module.in_features), float(module.out_features))}
+
+
+def _conv(module: Any) -> dict[str, Fans]:
+    volume = float(prod(module.kernel_size))
+    return {"weight": Fans(module.in_channels // module.groups * volume, module.out_channels * volume)}
+
+
+def _conv_transpose(module: Any) -> dict[str, Fans]:
+    volume, stride = prod(module.kernel_size), prod(module.stride)
+    per_group = module.in_channels // module.groups
+    return {"weight": Fans(per_group * volume / stride, module.out_channels * volume / stride)}
+
+
+def _conv1d_of_transformers(module: Any) -> dict[str, Fans]:
+    fan_in, fan_out = map(float, module._parameters["weight"].shape)
+    return {"weight": Fans(fan_in, fan_out)}
+
+
+def _packed(module: nn.Module, names: tuple[str, ...]) -> dict[str, Fans]:
+    """The two-dimensional weights (outputs, inputs) called `names…`."""
+    found = {name: tensor for name, tensor in module._parameters.items() if name.startswith(names)}
+    return {n: Fans(float(t.shape[1]), float(t.shape[0])) for n, t in found.items() if t is not None}
+
+
+_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+_RECURRENT = ("weight_ih", "weight_hh", "weight_hr")
+
+
+def _recurrent_biases(module: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name in module._parameters if name.startswith(("bias_ih", "bias_hh")))
+
+
+LAYER_TYPES = [
+    LayerType((nn.Linear,), _linear),
+    LayerType((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    LayerType((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    LayerType(
+        (nn.MultiheadAttention,),
+        lambda module: _packed(module, _ATTENTION),
+        biases=lambda module: ("in_proj_bias", "bias_k", "bias_v"),
+    ),
+    LayerType((nn.RNNBase,), lambda module: _packed(module, _RECURRENT), _recurrent_biases, RecurrentWeights),
+    LayerType((nn.RNNCellBase,), lambda module: _packed(module, _RECURRENT), _recurrent_biases),
+    LayerType(("timm.layers.cond_conv2d.CondConv2d",), _conv),
+    LayerType(("transformers.pytorch_utils.Conv1D",), _conv1d_of_transformers),
+]
+
+
+def layer_type_of(layer: nn.Module | type) -> LayerType | None:
+    """The type of layer that a module is, or that a class makes; None if it is none."""
+    cls = layer if isinstance(layer, type) else type(layer)
+    return next((each for each in LAYER_TYPES if each.covers(cls)), None)

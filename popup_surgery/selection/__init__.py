@@ -1,0 +1,112 @@
+"""The one exact top-k by magnitude: which weights take part (paper, section 3; ties by the lower index).
+
+Magnitudes of float32 numbers order like their bit patterns without the sign, so everything here compares integers.
+On the CPU a sample brackets the threshold, one sweep over cache-sized pieces counts what lies above the bracket and
+collects what lies within, and only those few are partitioned (Floyd and Rivest, "Expected time bounds for selection",
+1975). On a GPU a radix select finds the threshold without the host knowing it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .bits import MAGNITUDE, bits_of, in_pieces
+from .cpu import select_on_host
+from .gpu import select_on_device
+
+
+def kept_count(n: int, k: float) -> int:
+    """How many of `n` weights a share `k` keeps: n − int((1 − k)·n), in float64."""
+    return n - int((1 - k) * n)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The masks of a group of scores, and on the CPU what it takes to tell that they still hold.
+
+    Attributes:
+        masks: bool, one for each score, of its shape and strides.
+        threshold: bit pattern of the smallest kept magnitude.
+        last: index, over the group's flattened scores in row-major order, of the last kept weight at the threshold.
+    """
+
+    masks: tuple[Tensor, ...]
+    threshold: int
+    last: int
+
+    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
+        """True only where `select(scores)` would give these masks again; about a quarter of a selection's work.
+
+        It compares with the known threshold, and so may say no where all magnitudes have moved together. A group off
+        the CPU is never said to hold: the answer would make the host wait for the device.
+
+        Args:
+            scores: the group, as for `select`.
+            only: look at this member alone.
+        """
+        if len(scores) != len(self.masks):
+            return False
+        start = 0
+        for i, (score, mask) in enumerate(zip(scores, self.masks, strict=True)):
+            if only not in (None, i):
+                start += mask.numel()
+                continue
+            if score.device.type != "cpu" or mask.device.type != "cpu" or score.shape != mask.shape:
+                return False
+            bits, kept = bits_of(score), mask.contiguous().view(-1).numpy()
+            ties = min(max(self.last + 1 - start, 0), len(bits))  # up to here a tie is kept, after it dropped
+            for part, threshold in ((slice(0, ties), self.threshold), (slice(ties, None), self.threshold + 1)):
+                for piece, known in zip(in_pieces(bits[part]), in_pieces(kept[part]), strict=True):
+                    if not np.array_equal((piece & MAGNITUDE) >= threshold, known):
+                        return False
+            start += len(bits)
+        return True
+
+
+def select(scores: Sequence[Tensor], kept: int) -> Selection:
+    """Keep exactly `kept` of the group's weights: those with the largest |score|, of equal ones the lower index.
+
+    Args:
+        scores: float32 tensors of any shape and strides, ranked together in this order.
+        kept: 0 … the number of all elements.
+
+    Never sorts. A NaN ranks above infinity.
+
+    Raises:
+        ValueError: a score is not float32, or `kept` is out of range.
+    """
+    total = sum(score.numel() for score in scores)
+    if any(score.dtype != torch.float32 for score in scores):
+        raise ValueError(f"scores are ranked in float32, not {[str(score.dtype) for score in scores]}")
+    if not 0 <= kept <= total:
+        raise ValueError(f"kept is {kept}; expected 0 to {total}, the number of scores")
+    if all(score.device.type == "cpu" for score in scores):
+        return Selection(*select_on_host(scores, kept, total))
+    return Selection(tuple(select_on_device(scores, kept, total)), threshold=-1, last=-1)
+
+
+@torch.library.custom_op("popup_surgery::select", mutates_args=())
+def select_op(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """`select(scores, kept).masks` as one operator that compilers and tracers take whole."""
+    return list(select(scores, kept).masks)
+
+
+@select_op.register_fake
+def _(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    return [torch.empty_like(score, dtype=torch.bool) for score in scores]
+
+
+@select_op.register_vmap
+def _(info: Any, in_dims: Any, scores: Sequence[Tensor], kept: int) -> tuple[list[Tensor], list[int]]:
+    """Scores stacked along a dimension, as of an ensemble, are ranked each for itself."""
+    dims = in_dims[0]
+    rows = [score if dim is None else score.movedim(dim, 0) for score, dim in zip(scores, dims, strict=True)]
+    each = [
+        select_op([row if dim is None else row[i] for row, dim in zip(rows, dims, strict=True)], kept)
+        for i in range(info.batch_size)
+    ]
+    return [torch.stack(masks) for masks in zip(*each, strict=True)], [0] * len(scores)

@@ -1,0 +1,53 @@
+"""The threshold on a GPU: a radix select in Triton, or PyTorch's top-k where Triton does not work."""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from .bits import MAGNITUDE
+
+log = logging.getLogger("popup_surgery")
+RADIX_LIMIT = 2**31 - 4096  # elements; the kernels count in int32
+
+
+def select_on_device(scores: Sequence[Tensor], kept: int, total: int) -> list[Tensor]:
+    """The masks of `scores`, without the host waiting for the device."""
+    if kept in (0, total):
+        return [torch.full_like(score, kept > 0, dtype=torch.bool) for score in scores]
+    device = scores[0].device
+    flat = [s.detach().contiguous().view(-1).view(torch.int32).to(device) for s in scores]
+    bits = flat[0] if len(flat) == 1 else torch.cat(flat)
+    largest = _largest_on(device) if total < RADIX_LIMIT else _largest_by_topk
+    parts = largest(bits, kept).split([score.numel() for score in scores])
+    masks = [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+    if len(scores) == 1 and masks[0].stride() == scores[0].stride():
+        return masks
+    # an operator's results share no memory
+    return [torch.empty_like(s, dtype=torch.bool).copy_(mask) for s, mask in zip(scores, masks, strict=True)]
+
+
+@cache
+def _largest_on(device: torch.device) -> Callable[[Tensor, int], Tensor]:
+    """The radix select where kernels can be built for `device`, else PyTorch's own operators."""
+    if device.type == "cuda":
+        try:
+            from .radix_triton import largest
+
+            largest(torch.zeros(32, dtype=torch.int32, device=device), 1)
+            return largest
+        except Exception as error:  # Triton, a compiler of C, or whatever else is missing
+            log.info("ranking on %s by PyTorch's top-k, because Triton does not work there: %r", device, error)
+    return _largest_by_topk
+
+
+def _largest_by_topk(bits: Tensor, kept: int) -> Tensor:
+    bits = bits & MAGNITUDE
+    if kept <= len(bits) // 2:
+        threshold = bits.topk(kept, sorted=False).values.amin()
+    else:
+        threshold = bits.topk(len(bits) - kept + 1, largest=False, sorted=False).values.amax()
+    above, ties = bits > threshold, bits == threshold
+    return above | (ties & (ties.cumsum(0) <= kept - above.sum()))

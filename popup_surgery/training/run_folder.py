@@ -1,0 +1,203 @@
+"""A run's folder: whose it is, what is in it, and where it goes on."""
+
+import hashlib
+import json
+import logging
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..atomic import write_atomically
+from ..config.schema import Recipe
+from ..config.yaml import read_yaml, to_yaml
+from ..errors import PopupError, RunError
+from . import checkpoint
+from .checkpoint import Checkpoint
+from .metrics import Epoch
+
+log = logging.getLogger("popup_surgery")
+
+# what may be other when a run goes on: no result depends on it, or only the images that cannot be read do
+_FREE = {
+    "data.root",
+    "data.workers",
+    "data.download",
+    "data.on_error",
+    "training.checkpoint_minutes",
+    "training.trackers",
+}
+SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder.
+        recipe: what is to run in it.
+        results: names of the files that a run ends with, the last of which says that it is finished.
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, results: Sequence[str]) -> None:
+        self.path, self.recipe, self.results = path, recipe, results
+        self.checkpoints = path / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether a run ended here."""
+        return (self.path / self.results[-1]).exists()
+
+    @contextmanager
+    def held(self, resume: bool) -> Iterator[None]:
+        """Hold the folder for this process; the hold ends with the process, however that ends.
+
+        Raises:
+            RunError: another process holds it; there is a run and `resume` is not given, or one of another recipe or
+                name.
+            PopupError: the folder cannot be written.
+        """
+        there = [name for name in ("recipe.yaml", "metrics.jsonl", *self.results) if (self.path / name).exists()]
+        if there and not resume:
+            raise RunError(
+                f"{self.path} holds a run already; go on with it by --resume, choose another folder with --output, or "
+                "remove it"
+            )
+        if "recipe.yaml" in there:
+            self.check_recipe()
+        elif there:
+            raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
+        others = [file.name for file in self.path.glob("*.safetensors") if file.name not in self.results]
+        if "metrics.jsonl" in there and others and not self.checkpoints.exists():
+            raise RunError(
+                f"{self.path} holds a finished run, whose file is {min(others)}, and this one would end in "
+                f"{self.results[-1]}; choose another folder with --output"
+            )
+        new = not self.path.exists()
+        lock = FileLock(self.path / "lock", timeout=0)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise RunError(f"another process runs in {self.path}; wait for it, or choose another folder") from None
+        except OSError as error:
+            raise PopupError(f"{self.path} cannot be written: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            (self.path / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another's
+            lock.release()
+            if new and not any(self.path.iterdir()):
+                self.path.rmdir()
+
+    def begin(self) -> Checkpoint | None:
+        """The newest whole checkpoint; without one a new run's recipe is written.
+
+        Raises:
+            RunError: there are checkpoints, and none of them is whole, or they are of another recipe.
+        """
+        for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
+            left.unlink(missing_ok=True)
+        found = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
+        for number, path in enumerate(found):
+            try:
+                whole = checkpoint.read(path)
+            except RunError as error:
+                log.warning("%s; trying the one before", error)
+                continue
+            self._check_same(path, whole.state["recipe"])  # recipe.yaml may have been edited since
+            for damaged in found[:number]:
+                checkpoint.discard(damaged)
+            self._write_metrics([Epoch(**line) for line in whole.state["history"]])
+            return whole
+        if found:
+            raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
+        text = to_yaml(self.recipe.dump())
+        write_atomically(self.path / "recipe.yaml", text.encode())
+        self._write_metrics([])
+        return None
+
+    def keep(self, step: int, taken: Checkpoint) -> None:
+        """Write a checkpoint."""
+        taken.state["recipe"] = self.recipe.dump()
+        checkpoint.write(self.checkpoints, step, taken)
+
+    def add(self, epoch: Epoch) -> None:
+        """Write an epoch's line of metrics."""
+        try:
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(epoch.line()) + "\n")
+        except OSError as error:
+            raise PopupError(f"{self.path}/metrics.jsonl cannot be written: {error.strerror}") from error
+
+    def finish(self) -> None:
+        """Remove what only a run that goes on needs."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics."""
+        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+
+    def _write_metrics(self, epochs: Sequence[Epoch]) -> None:
+        text = "".join(json.dumps(epoch.line()) + "\n" for epoch in epochs)
+        write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def check_recipe(self) -> None:
+        """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""
+        self._check_same(self.path / "recipe.yaml", read_yaml(self.path / "recipe.yaml"))
+
+    def _check_same(self, source: Path, values: dict[str, Any]) -> None:
+        before, now = flat(Recipe.parse(values, str(source)).dump()), flat(self.recipe.dump())
+        differ = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
+        if differ:
+            key = differ[0]
+            more = f", and {', '.join(differ[1:])}" if differ[1:] else ""
+            raise RunError(
+                f"the run in {self.path} is of another recipe: {key} is {before.get(key)!r} there and "
+                f"{now.get(key)!r} here{more}"
+            )
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of all that a run's result depends on: equal for recipes that a run may go on with."""
+    values = {}
+    for section, inner in recipe.dump().items():
+        for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
+            values[f"{section}.{key}"] = value
+    # inside a value the order stays, since the last pattern of a k counts; 1.0 is the same as 1
+    text = json.dumps([(key, value) for key, value in sorted(values.items()) if key not in _FREE], default=str)
+    plain = json.loads(text, parse_float=lambda digits: int(x) if (x := float(digits)).is_integer() else x)
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Within it SIGTERM, SIGINT and SIGUSR1 are noted, for a run to end after its step; a second SIGINT interrupts."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and seen:
+            raise KeyboardInterrupt
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in SIGNALS}
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by keys such as `training.lr`."""
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {key: value for name, inner in values.items() for key, value in flat(inner, f"{prefix}{name}.").items()}

@@ -1,0 +1,65 @@
+"""Where weights come from: schemes give a distribution and its width (paper, section 4), streams the values."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import unknown
+from .streams import DISTRIBUTIONS
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A distribution and its standard deviation √(gain² / fan).
+
+    Args:
+        distribution: a key of `streams.DISTRIBUTIONS`.
+        xavier: the fan is fan_in + fan_out; else it is fan_in (Kaiming).
+        gain2: the squared gain: that of ReLU, or 1.0 for LeCun's, which the paper (section 4.4) compares with.
+    """
+
+    distribution: str
+    xavier: bool = False
+    gain2: float = 2.0
+
+    def std(self, fan_in: float, fan_out: float, k: float, scaled: bool) -> float:
+        """Standard deviation in float64; `scaled` multiplies it by √(1/k), which keeps a layer's output variance."""
+        std = math.sqrt(self.gain2 / (fan_in + fan_out if self.xavier else fan_in))
+        return std * math.sqrt(1.0 / k) if scaled else std
+
+
+SCHEMES: dict[str, Scheme] = {}
+PRETRAINED = "pretrained"  # the scheme of weights that stay as they are (Piggyback, ECCV 2018) …
+BASE = "base"  # … and what a file says in place of their distribution
+
+
+def is_pretrained(scheme: str | Mapping[str, str]) -> bool:
+    """Whether a scheme, or one of schemes by pattern, keeps pretrained weights."""
+    return PRETRAINED in (scheme.values() if isinstance(scheme, Mapping) else [scheme])
+
+
+def register_scheme(name: str, scheme: Scheme) -> None:
+    """Make `scheme` known as `name`; a name or a distribution that clashes fails at once."""
+    if name in SCHEMES or name == PRETRAINED:
+        raise ValueError(f"the scheme {name!r} is registered already")
+    if scheme.distribution not in DISTRIBUTIONS:
+        raise unknown("distribution", scheme.distribution, DISTRIBUTIONS)
+    SCHEMES[name] = scheme
+
+
+def get_scheme(name: str) -> Scheme:
+    """The scheme called `name`; `UnknownName` lists the nearest."""
+    if not isinstance(name, str) or name not in SCHEMES:
+        raise unknown("scheme", name, [*SCHEMES, PRETRAINED])
+    return SCHEMES[name]
+
+
+register_scheme("signed_kaiming_constant", Scheme("signed_constant"))
+register_scheme("unsigned_kaiming_constant", Scheme("unsigned_constant"))
+register_scheme("kaiming_normal", Scheme("normal"))
+register_scheme("kaiming_uniform", Scheme("uniform"))
+register_scheme("lecun_normal", Scheme("normal", gain2=1.0))
+register_scheme("lecun_uniform", Scheme("uniform", gain2=1.0))
+register_scheme("xavier_normal", Scheme("normal", xavier=True))
+register_scheme("xavier_uniform", Scheme("uniform", xavier=True))
+register_scheme("signed_xavier_constant", Scheme("signed_constant", xavier=True))

@@ -1,0 +1,40 @@
+"""Pieces of values into a tensor, and out of it, without a second tensor of its size."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .streams import CHUNK
+
+
+def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
+    """Fill `tensor`, of any dtype, device and strides, with float32 values in row-major order, rounded to nearest."""
+    if tensor.is_meta:
+        return tensor
+    with torch.no_grad():
+        target = tensor.detach()
+        flat = target.view(-1) if target.is_contiguous() else torch.empty_like(target.reshape(-1))
+        start = 0
+        for piece in pieces:
+            flat[start : start + len(piece)] = torch.from_numpy(piece)
+            start += len(piece)
+        if not target.is_contiguous():
+            target.copy_(flat.view(target.shape))
+    return tensor
+
+
+def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of `tensor` in row-major order, in tensors of at most CHUNK on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    return (flat[start : start + CHUNK].cpu() for start in range(0, flat.numel(), CHUNK))
+
+
+def equals(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> bool:
+    """Whether `fill` with these pieces would leave `tensor` as it is."""
+    return all(
+        torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
+        for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
+    )

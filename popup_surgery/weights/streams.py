@@ -1,0 +1,110 @@
+"""From a seed and a tensor's name to its values: section 1 of docs/artifact-format.md.
+
+NumPy alone, so that the values depend on no device, library default or order of traversal.
+"""
+
+import hashlib
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConversionError
+
+PERSON = b"popup-surgery/v1"
+QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
+CHUNK = 1 << 17  # elements made at a time, so that they stay in cache; of 64, so that pieces meet at whole words
+
+BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)  # of each byte
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Values = Callable[[Bytes, int], Floats]
+
+
+def check_seed(seed: object) -> int:
+    """`seed` if it is an integer in 0 … 2⁶⁴ − 1, else `ConversionError`."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise ConversionError(f"seed is {seed!r}; expected an integer from 0 to 2**64 - 1")
+    return int(seed)
+
+
+def words(seed: int, purpose: str, name: str) -> np.random.Philox:
+    """The generator of a tensor's words: Philox4x64-10 under a BLAKE2b key of the seed, the purpose and the name."""
+    digest = hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=16, person=PERSON).digest()
+    return np.random.Philox(key=np.frombuffer(digest, "<u8"))
+
+
+@lru_cache(maxsize=1)
+def quantiles() -> Floats:
+    """The standard normal's quantiles Φ⁻¹((i + ½) / 65536): float32 [65536], checked against its digest."""
+    inverse = statistics.NormalDist().inv_cdf
+    table = np.array([inverse((i + 0.5) / 65536) for i in range(65536)], "<f4")
+    if hashlib.sha256(table.tobytes()).hexdigest() != QUANTILES_SHA256:
+        raise RuntimeError("this platform computes another normal quantile table than the specification's")
+    return table
+
+
+def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, name: str) -> Iterator[Floats]:
+    """The values of one tensor in row-major order, in pieces of float32 [at most CHUNK].
+
+    Args:
+        distribution: a key of `DISTRIBUTIONS`.
+        std: standard deviation, float64, > 0.
+        purpose: `weight`, `other` or `score`.
+        name: the tensor's stream name.
+    """
+    bits, values = DISTRIBUTIONS[distribution]
+    return _pieces(numel, bits, values(std), words(seed, purpose, name))
+
+
+def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Floats]:
+    """Initial scores, U(−1/√fan_in, 1/√fan_in), in pieces as `draw`'s (Kaiming uniform, a = √5)."""
+    return _pieces(numel, 32, _symmetric(1.0 / math.sqrt(fan_in)), words(seed, "score", name))
+
+
+def _pieces(numel: int, bits: int, values: Values, generator: np.random.Philox) -> Iterator[Floats]:
+    for start in range(0, numel, CHUNK):
+        count = min(CHUNK, numel - start)
+        raw = generator.random_raw(-(-count * bits // 64)) if bits else np.empty(0, np.uint64)
+        yield values(raw.astype("<u8", copy=False).view(np.uint8), count)
+
+
+def _symmetric(bound: float) -> Values:
+    def values(raw: Bytes, count: int) -> Floats:
+        u = raw.view("<u4")[:count] >> np.uint32(8)
+        steps = (2 * u.astype(np.int32) + np.int32(1 - 2**24)).astype(np.float32)
+        steps *= np.float32(2**-24)  # exact, so that the one rounding is the next product's
+        steps *= np.float32(bound)
+        return steps
+
+    return values
+
+
+def _signed_constant(std: float) -> Values:
+    eight = np.where(BITS, np.float32(std), np.float32(-std))  # a byte's elements at once
+    return lambda raw, count: np.take(eight, raw[: -(-count // 8)], axis=0).reshape(-1)[:count]
+
+
+def _unsigned_constant(std: float) -> Values:
+    return lambda raw, count: np.full(count, std, np.float32)
+
+
+def _normal(std: float) -> Values:
+    return lambda raw, count: quantiles()[raw.view("<u2")[:count]] * np.float32(std)
+
+
+def _uniform(std: float) -> Values:
+    return _symmetric(std * math.sqrt(3.0))
+
+
+# bits that an element takes from the stream, and the values that a standard deviation makes of the bytes
+DISTRIBUTIONS: dict[str, tuple[int, Callable[[float], Values]]] = {
+    "signed_constant": (1, _signed_constant),
+    "unsigned_constant": (0, _unsigned_constant),
+    "normal": (16, _normal),
+    "uniform": (32, _uniform),
+}

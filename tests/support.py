@@ -1,0 +1,186 @@
+"""What several test files use: digits and images as files, runs in this process and in others, and what they left."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from popup_surgery import train
+from popup_surgery.config.schema import Data
+from popup_surgery.config.yaml import to_yaml
+from popup_surgery.data.batches import quiet
+from popup_surgery.data.open import open_data
+from popup_surgery.sweep import Run, State
+
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
+GOLDEN = TESTS / "golden"
+
+Sizes = tuple[int, int]
+
+
+class Outcome(NamedTuple):
+    """What a call of the command line gave."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Here:
+    """Runs in this process, one after another: quick, and what every other engine must give."""
+
+    def ready(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
+        for run in runs:
+            file = output / f"{run.name}.yaml"
+            file.write_text(to_yaml(run.recipe.dump()))
+            recipe = file.rename(output / "recipe.yaml")
+            train(recipe, output=output / run.name)
+            recipe.unlink()
+            yield run, State.FINISHED, ""
+
+
+def write_images(
+    root: Path, classes: tuple[str, ...] = ("cat", "dog", "eel"), count: int = 5, size: Sizes = (16, 16), seed: int = 0
+) -> None:
+    """`count` images of noise, in turn PNG and JPEG, in each folder root/<class>; `size` is height and width."""
+    generator = np.random.default_rng(seed)
+    for place, name in enumerate(classes):
+        folder = root / name
+        folder.mkdir(parents=True)
+        for i in range(count):
+            pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
+            pixels[:, :, 0] = 60 * place % 256
+            Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+def write_digit(path: Path, label: int) -> None:
+    """The first of scikit-learn's digits that is a `label` and for validation, as an image file."""
+    digits = load_digits()
+    place = next(i for i in range(0, len(digits.target), 5) if digits.target[i] == label)
+    Image.fromarray((digits.images[place] * 255 / 16).astype(np.uint8)).save(path)
+
+
+CPU = torch.device("cpu")
+
+
+RGB, GREY = (3, 16, 16), (1, 8, 8)
+
+
+def opened(size: tuple[int, int, int] = RGB, seed: int = 0, train: bool = True, **config: Any) -> Any:
+    return open_data(Data(**{"workers": 0, **config}), size, seed, CPU, quiet, train)
+
+
+def joined(batches: Any) -> tuple[Tensor, Tensor]:
+    images, labels, *_ = zip(*batches)
+    return torch.cat(images), torch.cat(labels)
+
+
+def recipe(root: Path, **data: Any) -> dict[str, Any]:
+    """One epoch of a tiny network on a folder of 16 × 16 images of three classes."""
+    return {
+        "model": {
+            "name": "popup_surgery/fc",
+            "kwargs": {"width": 0.05, "in_chans": 3, "img_size": 16, "num_classes": 3},
+        },
+        "surgery": {"k": 0.5, "scaled": False},
+        "data": {"name": "folder", "root": str(root), "batch_size": 4, "workers": 0, **data},
+        "training": {"epochs": 1, "lr": 0.1},
+    }
+
+
+AUGMENTED = {"scale": [0.3, 1.0], "ratio": [0.8, 1.25], "hflip": 0.5, "auto_augment": "rand-m5-n2", "color_jitter": 0.3}
+
+
+def pack(path: Path, folder: Path, classes: tuple[str, ...] = ("cat", "dog", "eel")) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name in classes:
+            for file in sorted((folder / name).iterdir()):
+                content = file.read_bytes()
+                member = tarfile.TarInfo(f"{name}/{file.name}")
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+TARS = {"name": "folder", "train_split": "train.tar", "val_split": "validation.tar", "batch_size": 4}
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def cli_run(folder: Path, recipe: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "popup_surgery", "train", str(recipe), "-o", str(folder), *more]
+
+
+def stopping(after: int) -> Callable[..., Any]:
+    """A `Progress` that stops the run after so many steps."""
+    steps = count(1)
+
+    def step() -> None:
+        if next(steps) == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return lambda total, what: nullcontext(step)
+
+
+def started(folder: Path, recipe: Path, *more: str) -> subprocess.Popen[str]:
+    """A run in a process group of its own that has kept a checkpoint since it began."""
+    before = set((folder / "checkpoints").glob("*.json"))
+    process = subprocess.Popen(
+        cli_run(folder, recipe, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    until = time.monotonic() + 120
+    while not set((folder / "checkpoints").glob("*.json")) - before:
+        if process.poll() is not None:
+            break
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return process
+
+
+SHORT = ["training.epochs=3", "training.checkpoint_minutes=0.0001"]
+
+
+def digits_command(folder: Path, *more: str) -> list[str]:
+    sets = [word for setting in SHORT for word in ("--set", setting)]
+    return [sys.executable, "-m", "popup_surgery", "train", "digits", "-o", str(folder), *sets, *more]
+
+
+def run_digits(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(digits_command(folder, *more), capture_output=True, text=True, timeout=180)
+
+
+def digits_begun(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """A run that has kept a checkpoint since it began, or has ended."""
+    before = set((folder / "checkpoints").glob("*.json"))
+    process = subprocess.Popen(digits_command(folder, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    wait_for(process, lambda: set((folder / "checkpoints").glob("*.json")) - before)
+    return process
+
+
+def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> None:
+    """Until `what` holds or the process has ended."""
+    until = time.monotonic() + 120
+    while not what() and process.poll() is None:
+        assert time.monotonic() < until
+        time.sleep(0.005)
