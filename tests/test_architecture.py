@@ -35,6 +35,7 @@ TOO_LONG = {
     "analysis/sanity.py:sanity",
     "artifact/writer.py:_describe",
     "commands/convert.py:run",
+    "commands/reproduce.py:run",
     "commands/train.py:run",
     "experiment/train.py:train",
     "masking/convert.py:convert",
