@@ -419,17 +419,17 @@ class Trial:
         return total
 
     def stop(self, runs: Sequence[Run]) -> None:
+        """End runs, in ten seconds at most."""
+        end = time.monotonic() + 10
         for run in runs:
-            child = self.children[run.name]
-            if child.poll() is None:
-                child.send_signal(signal.SIGCONT)
-                child.terminate()
+            self.children[run.name].send_signal(signal.SIGCONT)
+            self.children[run.name].terminate()
         for run in runs:
-            try:
-                self.children[run.name].wait(10)
-            except subprocess.TimeoutExpired:
-                self.children[run.name].kill()
-            self.children.pop(run.name).wait()
+            child = self.children.pop(run.name)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(max(end - time.monotonic(), 0))
+            child.kill()
+            child.wait()
         self.runs = [run for run in self.runs if run.name in self.children]
 
 
