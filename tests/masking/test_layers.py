@@ -5,6 +5,9 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from popup_surgery import MaskedWeightError, Tracer, bake, convert, masks, sampl
 from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.state import slots_of
-from popup_surgery.selection import kept_count
+from popup_surgery.selection import Selection, kept_count
 
 K = 0.4
 
@@ -53,7 +56,7 @@ every_learner = pytest.mark.parametrize("learner", LEARNERS)
 
 
 @pytest.fixture(autouse=True)
-def one_sample():
+def one_sample() -> Iterator[None]:
     """What a learner must keep to it keeps for each sample, so that those that sample show one here."""
     with sampled(0):
         yield
@@ -116,14 +119,14 @@ def reverse(score: Tensor) -> Tensor:
 
 
 @pytest.fixture
-def rankings(monkeypatch):
+def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the calls of `select` by the learner edge_popup."""
     from popup_surgery.learners import edge_popup
 
     calls: list[int] = []
     real = edge_popup.select
 
-    def spy(scores, kept):
+    def spy(scores: list[Tensor], kept: int) -> Selection:
         calls.append(kept)
         return real(scores, kept)
 
@@ -136,7 +139,7 @@ def rankings(monkeypatch):
 
 @every_learner
 @every_layer
-def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind, learner):
+def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind: str, learner: str) -> None:
     layer, _ = make(kind, learner)
     mask = masks(layer)["weight"]
     weight = layer.weight
@@ -152,7 +155,7 @@ def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind, learner):
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_zeros_are_positive_in_every_dtype(kind, dtype):
+def test_zeros_are_positive_in_every_dtype(kind: str, dtype: torch.dtype) -> None:
     layer, _ = make(kind)
     layer.to(dtype)
     mask, weight = masks(layer)["weight"], layer.weight
@@ -162,7 +165,7 @@ def test_zeros_are_positive_in_every_dtype(kind, dtype):
 
 
 @every_layer
-def test_mask_is_the_top_k_by_magnitude(kind):
+def test_mask_is_the_top_k_by_magnitude(kind: str) -> None:
     layer, _ = make(kind)
     assert torch.equal(layer.weight, right(layer))
     assert masks(layer)["weight"].sum() == kept_count(raw(layer).numel(), K)
@@ -170,7 +173,7 @@ def test_mask_is_the_top_k_by_magnitude(kind):
 
 @every_learner
 @every_layer
-def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind, learner):
+def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind: str, learner: str) -> None:
     plain = LAYERS[kind][0]()
     layer, x = make(kind, learner)
     assert isinstance(layer, type(plain))
@@ -184,7 +187,7 @@ def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind, learner
 
 @every_learner
 @every_layer
-def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind, learner):
+def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
     plain = LAYERS[kind][0]()
     with torch.no_grad():
@@ -197,7 +200,7 @@ def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind, lear
 
 @every_learner
 @every_layer
-def test_only_scores_require_a_gradient(kind, learner):
+def test_only_scores_require_a_gradient(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["weight_score"] * trains(learner)
     assert layer.weight_score.dtype == torch.float32
@@ -211,7 +214,7 @@ def test_only_scores_require_a_gradient(kind, learner):
 
 
 @every_layer
-def test_gradient_goes_straight_through(kind):
+def test_gradient_goes_straight_through(kind: str) -> None:
     layer, x = make(kind)
     plain = bake(layer)
     plain(x).square().sum().backward()
@@ -223,7 +226,7 @@ def test_gradient_goes_straight_through(kind):
     assert grad[~mask].any()
 
 
-def test_gradient_at_a_score_of_zero_is_zero():
+def test_gradient_at_a_score_of_zero_is_zero() -> None:
     layer, x = make("Linear")
     layer.weight_score.data[0, 0] = 0
     layer(x).square().sum().backward()
@@ -231,7 +234,7 @@ def test_gradient_at_a_score_of_zero_is_zero():
     assert layer.weight_score.grad[0, 1] != 0
 
 
-def test_a_raw_weight_that_learns_too_gets_its_masked_gradient():
+def test_a_raw_weight_that_learns_too_gets_its_masked_gradient() -> None:
     layer, x = make("Linear")
     plain = bake(layer)
     raw(layer).requires_grad_(True)
@@ -258,7 +261,7 @@ def saved(layer: nn.Module) -> nn.Module:
 @every_learner
 @every_layer
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
-def test_a_copy_computes_the_same_and_lives_alone(kind, learner, copied):
+def test_a_copy_computes_the_same_and_lives_alone(kind: str, learner: str, copied: Callable[..., Any]) -> None:
     layer, x = make(kind, learner)
     before = layer(x)
     other = copied(layer)
@@ -277,7 +280,7 @@ def test_a_copy_computes_the_same_and_lives_alone(kind, learner, copied):
 @every_learner
 @every_layer
 @pytest.mark.parametrize("assign", [False, True])
-def test_state_dict_round_trip(kind, learner, assign):
+def test_state_dict_round_trip(kind: str, learner: str, assign: bool) -> None:
     layer, x = make(kind, learner)
     other, _ = make(kind, learner, seed=7)
     assert not torch.equal(layer(x), other(x))
@@ -291,7 +294,7 @@ def test_state_dict_round_trip(kind, learner, assign):
 
 @every_layer
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_plain_checkpoint_goes_into_a_masked_layer(kind, assign):
+def test_a_plain_checkpoint_goes_into_a_masked_layer(kind: str, assign: bool) -> None:
     layer, _ = make(kind)
     score = layer.weight_score.detach().clone()
     plain = LAYERS[kind][0]()
@@ -302,19 +305,19 @@ def test_a_plain_checkpoint_goes_into_a_masked_layer(kind, assign):
     assert not raw(layer).requires_grad
 
 
-def test_a_checkpoint_without_the_weight_is_missing_both_keys():
+def test_a_checkpoint_without_the_weight_is_missing_both_keys() -> None:
     layer, _ = make("Linear")
     with pytest.raises(RuntimeError, match=r'"weight", "weight_score"'):
         layer.load_state_dict({"bias": torch.zeros(5)})
 
 
-def test_a_masked_checkpoint_does_not_go_into_a_plain_layer():
+def test_a_masked_checkpoint_does_not_go_into_a_plain_layer() -> None:
     layer, _ = make("Linear")
     with pytest.raises(RuntimeError, match="weight_score"):
         nn.Linear(6, 5).load_state_dict(layer.state_dict())
 
 
-def test_pickle_opens_in_a_fresh_process(tmp_path):
+def test_pickle_opens_in_a_fresh_process(tmp_path: Path) -> None:
     cases = [(*make(kind), None) for kind in LAYERS]
     cases.append((convert(sequential(), K, scope="global"), images(), None))
     cases = [(layer, x, layer(x).detach()) for layer, x, _ in cases]
@@ -336,7 +339,7 @@ def test_pickle_opens_in_a_fresh_process(tmp_path):
 
 
 @pytest.fixture
-def compiler():
+def compiler() -> Iterator[Callable[..., Any]]:
     torch._dynamo.reset()
     yield lambda model, backend="aot_eager": torch.compile(model, fullgraph=True, backend=backend)
     torch._dynamo.reset()
@@ -344,7 +347,7 @@ def compiler():
 
 @every_learner
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d", "ConvTranspose1d", "StdConv2d"])
-def test_compiled_layer_equals_eager(kind, learner, compiler):
+def test_compiled_layer_equals_eager(kind: str, learner: str, compiler: Callable[..., Any]) -> None:
     layer, x = make(kind, learner)
     compiled = compiler(layer)
     for _ in range(2):
@@ -359,7 +362,7 @@ def test_compiled_layer_equals_eager(kind, learner, compiler):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_compiled_network_equals_eager(scope, compiler):
+def test_compiled_network_equals_eager(scope: str, compiler: Callable[..., Any]) -> None:
     net, x = convert(Block(), K, scope=scope).eval(), images()
     compiled = compiler(net)
     for _ in range(2):
@@ -376,7 +379,7 @@ def test_compiled_network_equals_eager(scope, compiler):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
-def test_inductor_equals_eager(compiler):
+def test_inductor_equals_eager(compiler: Callable[..., Any]) -> None:
     layer, x = make("Linear")
     net = nn.Sequential(layer, nn.ReLU())
     compiled = compiler(net, "inductor")
@@ -387,13 +390,13 @@ def test_inductor_equals_eager(compiler):
     torch.testing.assert_close(by_compiled, by_eager)
 
 
-def test_reading_the_weight_in_a_compiled_function(compiler):
+def test_reading_the_weight_in_a_compiled_function(compiler: Callable[..., Any]) -> None:
     layer, x = make("Linear")
     torch.testing.assert_close(compiler(lambda x: x @ layer.weight.t())(x), x @ right(layer).t())
 
 
 @every_layer
-def test_functional_call_with_other_scores(kind):
+def test_functional_call_with_other_scores(kind: str) -> None:
     layer, x = make(kind)
     before = layer(x)
     other = copy.deepcopy(layer)
@@ -409,7 +412,7 @@ def test_functional_call_with_other_scores(kind):
 
 
 @every_layer
-def test_functional_call_with_other_weights(kind):
+def test_functional_call_with_other_weights(kind: str) -> None:
     layer, x = make(kind)
     other = copy.deepcopy(layer)
     other._parameters["weight"].data.mul_(3)
@@ -418,7 +421,7 @@ def test_functional_call_with_other_weights(kind):
 
 @every_learner
 @every_layer
-def test_func_grad(kind, learner):
+def test_func_grad(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
     layer.weight_score.requires_grad_()
     layer(x).square().sum().backward()
@@ -428,7 +431,7 @@ def test_func_grad(kind, learner):
     assert torch.equal(layer(x), bake(layer)(x))  # nothing of the transform stays
 
 
-def test_func_grad_sees_the_scores_that_it_is_given():
+def test_func_grad_sees_the_scores_that_it_is_given() -> None:
     layer, x = make("Linear")
     layer(x)
     other = copy.deepcopy(layer)
@@ -439,7 +442,7 @@ def test_func_grad_sees_the_scores_that_it_is_given():
     torch.testing.assert_close(got, other.weight_score.grad)
 
 
-def test_vmap_over_inputs_gives_one_gradient_each():
+def test_vmap_over_inputs_gives_one_gradient_each() -> None:
     layer, x = make("Linear")
     score = layer.weight_score.detach().clone()
 
@@ -453,7 +456,7 @@ def test_vmap_over_inputs_gives_one_gradient_each():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_symbolic_trace_takes_masked_layers_as_leaves(scope):
+def test_symbolic_trace_takes_masked_layers_as_leaves(scope: str) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     graph = torch.fx.symbolic_trace(net)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
@@ -464,7 +467,7 @@ def test_symbolic_trace_takes_masked_layers_as_leaves(scope):
     assert torch.equal(graph(x), bake(net)(x))
 
 
-def test_our_tracer_takes_layers_of_other_libraries_as_leaves():
+def test_our_tracer_takes_layers_of_other_libraries_as_leaves() -> None:
     net, x = convert(Block(), K).eval(), images()
     graph = torch.fx.GraphModule(net, Tracer().trace(net))
     assert next(node.target for node in graph.graph.nodes if node.op == "call_module") == "stem"
@@ -472,7 +475,7 @@ def test_our_tracer_takes_layers_of_other_libraries_as_leaves():
     assert torch.equal(graph(x), bake(net)(x))
 
 
-def test_a_plain_tracer_that_would_freeze_a_mask_says_which_to_take():
+def test_a_plain_tracer_that_would_freeze_a_mask_says_which_to_take() -> None:
     net = convert(Block(), K)
     with pytest.raises(MaskedWeightError, match=r"popup_surgery\.Tracer"):
         torch.fx.symbolic_trace(net)
@@ -480,7 +483,7 @@ def test_a_plain_tracer_that_would_freeze_a_mask_says_which_to_take():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_baked_network_exports(scope):
+def test_a_baked_network_exports(scope: str) -> None:
     net, x = convert(Block(), K, scope=scope).eval(), images()
     exported = torch.export.export(bake(net), (x,)).module()
     assert torch.equal(exported(x), net(x))
@@ -490,7 +493,7 @@ def test_a_baked_network_exports(scope):
 
 
 @every_layer
-def test_assignment_and_deletion_are_refused(kind):
+def test_assignment_and_deletion_are_refused(kind: str) -> None:
     layer, _ = make(kind)
     before = layer.weight.clone()
     with pytest.raises(MaskedWeightError, match=r"weight of Masked.*cannot be assigned.*weight_score"):
@@ -506,7 +509,7 @@ def test_assignment_and_deletion_are_refused(kind):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("how", ["kept", "died", "view", "detached", "copy", "init"])
-def test_a_write_in_place_is_found_at_the_next_read(how, grad):
+def test_a_write_in_place_is_found_at_the_next_read(how: str, grad: bool) -> None:
     layer, x = make("Linear")
     before = layer.weight.detach().clone()
     kept_alive = []
@@ -530,7 +533,7 @@ def test_a_write_in_place_is_found_at_the_next_read(how, grad):
 
 
 @every_layer
-def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind):
+def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind: str) -> None:
     layer, x = make(kind)
     before, mask, weights = layer(x), masks(layer)["weight"], raw(layer).clone()
     layer.weight.data.zero_()
@@ -551,14 +554,14 @@ def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind):
     assert torch.equal(layer.weight, right(layer))
 
 
-def test_writing_to_a_returned_mask_does_no_harm():
+def test_writing_to_a_returned_mask_does_no_harm() -> None:
     layer, x = make("Linear")
     before = layer(x)
     masks(layer)["weight"].fill_(True)
     assert torch.equal(layer(x), before)
 
 
-def test_every_read_is_a_fresh_tensor_with_a_gradient():
+def test_every_read_is_a_fresh_tensor_with_a_gradient() -> None:
     layer, _ = make("Linear")
     first, second = layer.weight, layer.weight
     assert first.data_ptr() != second.data_ptr()
@@ -570,7 +573,7 @@ def test_every_read_is_a_fresh_tensor_with_a_gradient():
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
-def test_casts_leave_scores_in_float32_to_the_bit(cast):
+def test_casts_leave_scores_in_float32_to_the_bit(cast: str) -> None:
     net, x = convert(sequential(), K), images()
     net(x).sum().backward()
     before = [(layer.weight_score.detach().clone(), layer.weight_score.grad.clone()) for layer in layers_of(net)]
@@ -591,7 +594,7 @@ def test_casts_leave_scores_in_float32_to_the_bit(cast):
     assert torch.equal(net[0].weight_score, before[0][0])
 
 
-def test_autocast_reads_and_trains():
+def test_autocast_reads_and_trains() -> None:
     net, x = convert(sequential(), K), images()
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x)
@@ -602,7 +605,7 @@ def test_autocast_reads_and_trains():
     assert net[0].weight_score.grad.any()
 
 
-def test_channels_last():
+def test_channels_last() -> None:
     net, x = convert(sequential(), K), images()
     before, chosen = net(x), masks(net)
     net.to(memory_format=torch.channels_last)
@@ -617,7 +620,7 @@ def test_channels_last():
     assert torch.equal(net[0].weight, right(net[0]))
 
 
-def test_convert_a_channels_last_network_gives_the_same_network():
+def test_convert_a_channels_last_network_gives_the_same_network() -> None:
     plain = convert(sequential(), K)
     other = convert(sequential().to(memory_format=torch.channels_last), K)
     assert other[0].weight_score.is_contiguous(memory_format=torch.channels_last)
@@ -626,7 +629,7 @@ def test_convert_a_channels_last_network_gives_the_same_network():
     assert all(torch.equal(mask, masks(other)[key]) for key, mask in masks(plain).items())
 
 
-def test_to_meta_and_back():
+def test_to_meta_and_back() -> None:
     layer, _ = make("Linear")
     layer.to("meta").half()
     assert layer.weight_score.is_meta
@@ -635,7 +638,7 @@ def test_to_meta_and_back():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_inference_mode_and_training_after_it(scope):
+def test_inference_mode_and_training_after_it(scope: str) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     with torch.inference_mode():
         inferred = net(x)
@@ -646,7 +649,7 @@ def test_inference_mode_and_training_after_it(scope):
         assert torch.equal(net(x), inferred)
 
 
-def test_inference_mode_before_training_raw_weights_too():
+def test_inference_mode_before_training_raw_weights_too() -> None:
     layer, x = make("Linear")
     raw(layer).requires_grad_(True)
     with torch.inference_mode():
@@ -658,7 +661,7 @@ def test_inference_mode_before_training_raw_weights_too():
 # which modules ---------------------------------------------------------------------------------------------------
 
 
-def test_the_root_itself_and_a_module_used_twice():
+def test_the_root_itself_and_a_module_used_twice() -> None:
     layer, _ = make("Linear")
     assert is_masked(layer)
     net, x = convert(Block(), K).eval(), images()
@@ -680,7 +683,7 @@ class Tied(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def test_one_parameter_under_two_names_stays_one(rankings):
+def test_one_parameter_under_two_names_stays_one(rankings: list[int]) -> None:
     net, x = convert(Tied(), K), torch.randn(3, 5)
     assert raw(net.first) is raw(net.second)
     assert net.first.weight_score is net.second.weight_score
@@ -701,7 +704,7 @@ def test_one_parameter_under_two_names_stays_one(rankings):
         assert torch.equal(net.second.weight, right(net.second))
 
 
-def test_an_embedding_tied_to_a_linear_layer_meets_the_mask():
+def test_an_embedding_tied_to_a_linear_layer_meets_the_mask() -> None:
     class Tongue(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -722,7 +725,7 @@ def test_an_embedding_tied_to_a_linear_layer_meets_the_mask():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_multihead_attention_meets_the_mask_of_its_projection(training):
+def test_multihead_attention_meets_the_mask_of_its_projection(training: bool) -> None:
     net, x = convert(nn.MultiheadAttention(8, 2, batch_first=True), K).train(training), torch.randn(2, 3, 8)
     assert is_masked(net.out_proj)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
@@ -735,7 +738,7 @@ def test_multihead_attention_meets_the_mask_of_its_projection(training):
     assert net.in_proj_weight_score.grad.any()
 
 
-def test_transformer_encoder_layer_meets_the_masks_on_its_fast_path():
+def test_transformer_encoder_layer_meets_the_masks_on_its_fast_path() -> None:
     net = convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), K).eval()
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
@@ -755,7 +758,7 @@ SMALL = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize("name", SMALL)
-def test_networks_that_read_weights_outside_the_layer_meet_the_mask(name):
+def test_networks_that_read_weights_outside_the_layer_meet_the_mask(name: str) -> None:
     import timm
 
     sizes = SMALL[name]
@@ -784,7 +787,7 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> Non
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_a_training_step_ranks_each_layer_once(optimizer, rankings):
+def test_a_training_step_ranks_each_layer_once(optimizer: type, rankings: list[int]) -> None:
     net = convert(Block(), K)
     assert len(rankings) == 0
     stepping = optimizer([layer.weight_score for layer in layers_of(net)], lr=0.1)
@@ -794,7 +797,7 @@ def test_a_training_step_ranks_each_layer_once(optimizer, rankings):
         assert len(rankings) == 3  # also the layer that reads its weight twice, and the one used twice
 
 
-def test_reads_without_a_change_rank_no_more(rankings):
+def test_reads_without_a_change_rank_no_more(rankings: list[int]) -> None:
     net = convert(Block(), K)
     for layer in layers_of(net):
         for _ in range(4):
@@ -806,7 +809,7 @@ def test_reads_without_a_change_rank_no_more(rankings):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_evaluation_after_training_ranks_no_more(scope, rankings):
+def test_evaluation_after_training_ranks_no_more(scope: str, rankings: list[int]) -> None:
     net = convert(Block(), K, scope=scope)
     stepping = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], lr=0.1)
     step(net, stepping)
@@ -827,7 +830,7 @@ def test_evaluation_after_training_ranks_no_more(scope, rankings):
     assert len(rankings) == (1 if scope == "global" else 3)
 
 
-def test_a_weight_change_needs_no_ranking(rankings):
+def test_a_weight_change_needs_no_ranking(rankings: list[int]) -> None:
     layer, _ = make("Linear")
     assert layer.weight.any()
     raw(layer).data.mul_(2)
@@ -835,7 +838,7 @@ def test_a_weight_change_needs_no_ranking(rankings):
     assert len(rankings) == 1
 
 
-def optimizers():
+def optimizers() -> Iterator[Any]:
     for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         for flags in ({"foreach": False}, {"foreach": True}, {"fused": True}):
             yield pytest.param(kind, flags, id=f"{kind.__name__} {' '.join(f'{k}={v}' for k, v in flags.items())}")
@@ -844,7 +847,9 @@ def optimizers():
 @pytest.mark.parametrize(("kind", "flags"), list(optimizers()))
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("inference", [False, True])
-def test_after_an_optimiser_step_the_mask_is_right(kind, flags, scope, inference, rankings):
+def test_after_an_optimiser_step_the_mask_is_right(
+    kind: type, flags: dict[str, Any], scope: str, inference: bool, rankings: list[int]
+) -> None:
     net = convert(Block(), K, scope=scope)
     more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     stepping = kind([layer.weight_score for layer in layers_of(net)], lr=0.05, **more, **flags)
@@ -862,39 +867,39 @@ def test_after_an_optimiser_step_the_mask_is_right(kind, flags, scope, inference
     assert changed >= 2, "the steps changed no mask, so that a stale one would not be seen"
 
 
-def _numpy_write(layer, new):
+def _numpy_write(layer: nn.Module, new: Tensor) -> None:
     layer.weight_score.detach().numpy()[...] = new.numpy()
 
 
-def _storage_write(layer, new):
+def _storage_write(layer: nn.Module, new: Tensor) -> None:
     held = torch.empty(0).set_(layer.weight_score.untyped_storage(), 0, new.shape)
     held.copy_(new)
 
 
-def _data_replaced(layer, new):
+def _data_replaced(layer: nn.Module, new: Tensor) -> None:
     layer.weight_score.data = new
 
 
-def _attribute(layer, new):
+def _attribute(layer: nn.Module, new: Tensor) -> None:
     layer.weight_score = nn.Parameter(new)
 
 
-def _in_place(layer, new):
+def _in_place(layer: nn.Module, new: Tensor) -> None:
     with torch.no_grad():
         layer.weight_score.copy_(new)
 
 
-def _under_inference(layer, new):
+def _under_inference(layer: nn.Module, new: Tensor) -> None:
     with torch.inference_mode():
         layer.weight_score.copy_(new)
 
 
-def _data_under_inference(layer, new):
+def _data_under_inference(layer: nn.Module, new: Tensor) -> None:
     with torch.inference_mode():
         layer.weight_score.data.copy_(new)
 
 
-def _one_entry(layer, new):
+def _one_entry(layer: nn.Module, new: Tensor) -> None:
     score = layer.weight_score.data
     lowest = score.abs().argmin()
     score.view(-1)[lowest] = -score.abs().max() * 2
@@ -924,7 +929,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_each_kind_of_change_the_next_read_has_the_right_mask(change, scope, rankings):
+def test_after_each_kind_of_change_the_next_read_has_the_right_mask(
+    change: str, scope: str, rankings: list[int]
+) -> None:
     net = convert(sequential(), K, scope=scope)
     for read in ("outside", "forward"):
         for layer in layers_of(net):
@@ -947,7 +954,7 @@ def test_after_each_kind_of_change_the_next_read_has_the_right_mask(change, scop
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_functional_call_and_back(scope):
+def test_functional_call_and_back(scope: str) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     before = net(x)
     other = copy.deepcopy(net)
@@ -968,7 +975,7 @@ def test_functional_call_and_back(scope):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
-def test_copies_diverge(copied, scope):
+def test_copies_diverge(copied: Callable[..., Any], scope: str) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     before = net(x)
     other = copied(net)
@@ -985,7 +992,7 @@ def test_copies_diverge(copied, scope):
 # scope="global" --------------------------------------------------------------------------------------------------
 
 
-def test_global_masks_are_the_top_k_of_all_layers(rankings):
+def test_global_masks_are_the_top_k_of_all_layers(rankings: list[int]) -> None:
     net = convert(Block(), K, scope="global")
     weights = right_globally(net)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers_of(net), weights, strict=True))
@@ -994,7 +1001,7 @@ def test_global_masks_are_the_top_k_of_all_layers(rankings):
     assert len(rankings) == 1
 
 
-def test_a_change_of_another_layer_changes_this_mask():
+def test_a_change_of_another_layer_changes_this_mask() -> None:
     net = convert(sequential(), K, scope="global")
     before = net[3].weight.detach().clone()
     net[0].weight_score.data.fill_(1e6)
@@ -1003,7 +1010,7 @@ def test_a_change_of_another_layer_changes_this_mask():
     assert torch.equal(net[3].weight, right_globally(net)[1])
 
 
-def test_a_global_training_step_ranks_once(rankings):
+def test_a_global_training_step_ranks_once(rankings: list[int]) -> None:
     net = convert(Block(), K, scope="global")
     stepping = torch.optim.Adam([layer.weight_score for layer in layers_of(net)], lr=0.1, fused=True)
     for seed in range(4):
@@ -1012,7 +1019,7 @@ def test_a_global_training_step_ranks_once(rankings):
         assert len(rankings) == 1
 
 
-def test_a_forward_that_fails_leaves_no_stale_global_mask():
+def test_a_forward_that_fails_leaves_no_stale_global_mask() -> None:
     net = convert(sequential(), K, scope="global")
     with pytest.raises(RuntimeError):
         net(torch.zeros(2, 3, 9, 9))
@@ -1021,7 +1028,7 @@ def test_a_forward_that_fails_leaves_no_stale_global_mask():
     assert torch.equal(net[0].weight, right_globally(net)[0])
 
 
-def test_a_hook_that_changes_scores_before_a_forward_is_seen():
+def test_a_hook_that_changes_scores_before_a_forward_is_seen() -> None:
     net, x = convert(sequential(), K, scope="global"), images()
     net(x)
     new = reverse(net[0].weight_score)
@@ -1029,7 +1036,7 @@ def test_a_hook_that_changes_scores_before_a_forward_is_seen():
     assert torch.equal(net(x), bake(net)(x))
 
 
-def test_scores_replaced_within_a_forward_are_seen():
+def test_scores_replaced_within_a_forward_are_seen() -> None:
     class Hyper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1046,7 +1053,7 @@ def test_scores_replaced_within_a_forward_are_seen():
     assert torch.equal(net(x), other(x))
 
 
-def test_parts_of_a_global_network_run_alone():
+def test_parts_of_a_global_network_run_alone() -> None:
     net, x = convert(sequential(), K, scope="global"), images()
     net(x)
     net[3].weight_score.data.mul_(1000)
@@ -1055,7 +1062,7 @@ def test_parts_of_a_global_network_run_alone():
     assert torch.equal(net.forward(x), bake(net)(x))
 
 
-def test_bake_of_a_global_network_leaves_no_hooks():
+def test_bake_of_a_global_network_leaves_no_hooks() -> None:
     net = convert(Block(), K, scope="global")
     plain = bake(net)
     fresh = Block()

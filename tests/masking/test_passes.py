@@ -451,42 +451,42 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcom
 
 
 @every_net
-def test_the_output_is_that_of_the_plain_network(name, outcomes):
+def test_the_output_is_that_of_the_plain_network(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert outcomes[name].result().error <= 1e-5
 
 
 @every_net
-def test_every_score_tensor_learns(name, outcomes):
+def test_every_score_tensor_learns(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     expected = [key for net, key in DEAD if net == name]
     assert sorted(outcomes[name].result().dead) == sorted(expected)  # an exception that is none any more fails too
 
 
 @every_net
-def test_two_inputs_give_two_outputs(name, outcomes):
+def test_two_inputs_give_two_outputs(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert outcomes[name].result().differ
 
 
 @every_net
 @pytest.mark.parametrize("what", ["state", "buffers", "output"])
-def test_a_file_gives_the_plain_network(name, what, outcomes):
+def test_a_file_gives_the_plain_network(name: str, what: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert not outcomes[name].result().found[what]
 
 
 @every_net
-def test_built_by_name_it_is_the_same_network(name, outcomes):
+def test_built_by_name_it_is_the_same_network(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert not outcomes[name].result().found["by name"]
 
 
-def test_exceptions_are_of_networks_that_are_tested():
+def test_exceptions_are_of_networks_that_are_tested() -> None:
     assert {net for net, _ in DEAD} <= NETS.keys()
 
 
-def test_every_timm_file_is_covered():
+def test_every_timm_file_is_covered() -> None:
     covered = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in TIMM}
     assert sorted(covered) == sorted(timm.list_modules())
 
 
-def test_every_torchvision_family_is_covered():
+def test_every_torchvision_family_is_covered() -> None:
     def family(name: str) -> str:
         return torchvision.models.get_model_builder(name).__module__
 
