@@ -31,7 +31,8 @@ from popup_surgery.data.open import open_data
 from popup_surgery.data.transforms import DEFAULT_MEAN, DEFAULT_STD
 
 SIZE = (3, 224, 224)
-SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]
+SCALE: Any = [0.08, 1.0]
+RATIO: Any = [3 / 4, 4 / 3]
 
 
 def write_images(root: Path, count: int) -> float:

@@ -53,7 +53,7 @@ def probe(values: dict[str, Any], weights: Path) -> float:
     parsed = ps.Recipe.parse(values)
     accelerator = Accelerator()
     with ambient_seed([0]):
-        model = ps.build(parsed.model.name, pretrained=weights, **parsed.model.kwargs)
+        model: Any = ps.build(parsed.model.name, pretrained=weights, **parsed.model.kwargs)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in model.get_classifier().parameters():

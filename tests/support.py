@@ -8,11 +8,11 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,12 +26,14 @@ from popup_surgery.config.yaml import to_yaml
 from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.sweep import Run, State
+from popup_surgery.sweep.engines import Events, Stop
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
 
 Sizes = tuple[int, int]
+Scope = Literal["layer", "global"]
 
 
 class Outcome(NamedTuple):
@@ -48,7 +50,7 @@ class Here:
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         for run in runs:
             file = output / f"{run.name}.yaml"
             file.write_text(to_yaml(run.recipe.dump()))
@@ -107,7 +109,13 @@ def recipe(root: Path, **data: Any) -> dict[str, Any]:
     }
 
 
-AUGMENTED = {"scale": [0.3, 1.0], "ratio": [0.8, 1.25], "hflip": 0.5, "auto_augment": "rand-m5-n2", "color_jitter": 0.3}
+AUGMENTED: dict[str, Any] = {
+    "scale": [0.3, 1.0],
+    "ratio": [0.8, 1.25],
+    "hflip": 0.5,
+    "auto_augment": "rand-m5-n2",
+    "color_jitter": 0.3,
+}
 
 
 def pack(path: Path, folder: Path, classes: tuple[str, ...] = ("cat", "dog", "eel")) -> None:
@@ -120,7 +128,7 @@ def pack(path: Path, folder: Path, classes: tuple[str, ...] = ("cat", "dog", "ee
                 archive.addfile(member, io.BytesIO(content))
 
 
-TARS = {"name": "folder", "train_split": "train.tar", "val_split": "validation.tar", "batch_size": 4}
+TARS: dict[str, Any] = {"name": "folder", "train_split": "train.tar", "val_split": "validation.tar", "batch_size": 4}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

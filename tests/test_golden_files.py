@@ -438,7 +438,7 @@ def saved(net: nn.Module, tmp_path: Path) -> Path:
 
 def test_a_network_of_torch_save_is_completed_by_convert() -> None:
     """It knows the settings that it was converted with."""
-    net = opened("global")
+    net: Any = opened("global")
     net[4] = nn.Linear(54, 3)
     convert(net, k=0.4, scheme="kaiming_uniform", seed=5, scope="global")
     assert set(masks(net)) == {"0.weight", "4.weight"}

@@ -192,7 +192,7 @@ def test_tied_weight_is_an_alias(tmp_path: Path, other_surroundings: Callable[[]
     assert manifest.aliases == {"head.weight": "words.weight"}
     assert [entry.name for entry in manifest.masked] == ["words.weight", "mix.weight"]
     other_surroundings()
-    loaded = load(tmp_path / "net", Sentence(tie=True))
+    loaded: Any = load(tmp_path / "net", Sentence(tie=True))
     assert loaded.head.weight is loaded.words.weight
     assert_same_state(loaded, bake(model))
     assert verify(tmp_path / "net", Sentence(tie=True))
@@ -215,7 +215,7 @@ def test_embeddings_and_positions_are_generated(tmp_path: Path, other_surroundin
 
 
 def test_a_generated_tensor_that_was_changed_is_stored(tmp_path: Path) -> None:
-    model = convert(Sentence(), seed=2)
+    model: Any = convert(Sentence(), seed=2)
     with torch.no_grad():
         model.words.weight[3, 4] += 1
     manifest = save(model, tmp_path / "net")
@@ -319,7 +319,7 @@ def test_the_network_handed_over_is_filled_in_place(tmp_path: Path) -> None:
     model = convert(small(), seed=1)
     save(model, tmp_path / "net")
     mine = small().train()
-    weight = mine[0].weight
+    weight: Any = mine[0].weight
     assert load(tmp_path / "net", mine) is mine
     assert mine[0].weight is weight
     assert torch.equal(weight, bake(model)[0].weight)
@@ -413,7 +413,7 @@ def test_unconverted_network(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["sign of one", "loaded"])
 def test_weights_that_are_not_the_seeds_any_more(how: str, tmp_path: Path) -> None:
-    model = convert(small(), seed=1)
+    model: Any = convert(small(), seed=1)
     if how == "loaded":
         model.load_state_dict(convert(small(), seed=2).state_dict())
     else:
@@ -706,7 +706,7 @@ def test_another_writer_may_record_fewer_outputs(tmp_path: Path) -> None:
 
 
 def test_no_probe_unless_asked_for_or_where_the_output_is_not_finite(tmp_path: Path) -> None:
-    model = convert(small(), seed=6)
+    model: Any = convert(small(), seed=6)
     assert save(model, tmp_path / "net").probe is None
     assert "probe" not in manifest_of(tmp_path / "net")[0]
     with torch.no_grad():

@@ -33,8 +33,16 @@ from popup_surgery.masking.ranking import score_name
 from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import kept_count
 from popup_surgery.weights.streams import draw
+from support import Scope
 
-TINY_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 5}
+TINY_VIT: dict[str, Any] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 48,
+    "depth": 2,
+    "num_heads": 3,
+    "num_classes": 5,
+}
 TINY_SWIN = {"img_size": 32, "embed_dim": 16, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
 
 
@@ -51,9 +59,10 @@ def noise(*shape: int, seed: int = 1) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def right(module: nn.Module, name: str) -> Tensor:
+def right(module: Any, name: str) -> Tensor:
     """The weight that the network should compute with, by a stable sort of its scores."""
-    slot, weight = slots_of(module)[name], module._parameters[name].detach()
+    slot: Any = slots_of(module)[name]
+    weight = module._parameters[name].detach()
     score = module._parameters[score_name(name)].detach().reshape(-1)
     kept = score.abs().argsort(descending=True, stable=True)[: kept_count(score.numel(), slot.k)]
     mask = torch.zeros_like(score, dtype=torch.bool)
@@ -71,10 +80,11 @@ def values(distribution: str, tensor: Tensor, std: float, seed: int, purpose: st
 
 @pytest.mark.parametrize("cls", [StdConv2d, ScaledStdConv2d])
 def test_weight_standardisation_acts_on_the_masked_weight(cls) -> None:
-    layer, x = convert(cls(4, 6, 3, padding=1), 0.5), noise(2, 4, 5, 5)
+    layer: Any = convert(cls(4, 6, 3, padding=1), 0.5)
+    x = noise(2, 4, 5, 5)
     weight = right(layer, "weight")
     assert masks(layer)["weight"].float().mean() == 0.5  # density is the mask's, not the standardised weight's
-    flat = weight.reshape(6, -1)
+    flat: Any = weight.reshape(6, -1)
     variance, mean = torch.var_mean(flat, 1, correction=0, keepdim=True)
     scale = layer.scale if cls is ScaledStdConv2d else 1.0
     standardised = ((flat - mean) / (variance + layer.eps).sqrt() * scale).view_as(weight)
@@ -163,7 +173,8 @@ def test_packed_and_recurrent_weights_are_masked(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.filterwarnings("ignore:RNN module weights are not part of single contiguous chunk")
 def test_a_recurrent_layer_follows_its_scores_and_its_dtype() -> None:
-    layer, x = convert(nn.LSTM(6, 5), 0.5), noise(3, 4, 6)
+    layer: Any = convert(nn.LSTM(6, 5), 0.5)
+    x = noise(3, 4, 6)
     before = layer(x)[0]
     with torch.no_grad():
         layer.weight_hh_l0_score.neg_().add_(1)
@@ -214,7 +225,7 @@ def test_positions_and_tokens_are_drawn_from_the_seed(name: str, kwargs: dict[st
 
 
 def test_an_embedding_is_drawn_from_the_seed() -> None:
-    model = convert(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)), seed=4)
+    model: Any = convert(nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3)), seed=4)
     assert torch.equal(model[0].weight, values("normal", model[0].weight, 1.0, 4, "other", "0.weight"))
 
 
@@ -284,7 +295,7 @@ def test_no_branch_is_dead(name: str) -> None:
     if scale is not None:
         assert model.get_parameter(scale).eq(1).all()
     model(noise(2, 3, side, side)).square().sum().backward()
-    gradient = model.get_parameter(score).grad
+    gradient: Any = model.get_parameter(score).grad
     assert gradient.isfinite().all()
     assert gradient.any()
 
@@ -310,15 +321,15 @@ def test_a_module_under_two_names_is_one_swap_one_mask_one_entry(tmp_path: Path)
 # layers that came after the conversion
 
 
-def changed_head(model: nn.Module) -> None:
+def changed_head(model: Any) -> None:
     model.reset_classifier(7)
 
 
-def changed_size(model: nn.Module) -> None:
+def changed_size(model: Any) -> None:
     model.set_input_size(img_size=48)
 
 
-def changed_patches(model: nn.Module) -> None:
+def changed_patches(model: Any) -> None:
     model.set_input_size(img_size=32, patch_size=16)
 
 
@@ -328,7 +339,7 @@ def changed_patches(model: nn.Module) -> None:
     [(changed_head, ["head.weight"]), (changed_size, []), (changed_patches, ["patch_embed.proj.weight"])],
 )
 def test_converting_again_completes_the_surgery_and_leaves_the_rest(
-    change: Callable[..., Any], expected: list[Any], scope: str, tmp_path: Path
+    change: Callable[..., Any], expected: list[Any], scope: Scope, tmp_path: Path
 ) -> None:
     model = convert(vit(), k=0.4, seed=6, scheme="kaiming_normal", scope=scope)
     with torch.no_grad():
@@ -353,7 +364,7 @@ def test_converting_again_completes_the_surgery_and_leaves_the_rest(
             assert torch.equal(value, before[key]), key
     assert not [n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("_score")]
     for key in expected:
-        layer = model.get_submodule(key.rpartition(".")[0])
+        layer: Any = model.get_submodule(key.rpartition(".")[0])
         slot = slots_of(layer)["weight"]
         assert (slot.k, slot.seed, slot.scheme) == (0.4, 6, "kaiming_normal")
         std = math.sqrt(2.0 / slot.fan_in) * math.sqrt(1 / 0.4)
@@ -368,7 +379,7 @@ def test_converting_again_completes_the_surgery_and_leaves_the_rest(
 
 
 def test_a_layer_that_was_taken_out_no_longer_counts() -> None:
-    model = convert(vit(), k=0.4, scope="global")
+    model: Any = convert(vit(), k=0.4, scope="global")
     model.reset_classifier(0)
     convert(model)
     found = masks(model)
@@ -378,7 +389,7 @@ def test_a_layer_that_was_taken_out_no_longer_counts() -> None:
 
 
 def test_a_part_that_was_converted_alone_keeps_its_mask_when_the_whole_is(tmp_path: Path) -> None:
-    model = vit()
+    model: Any = vit()
     convert(model.blocks, k=0.2)
     before = masks(model)
     convert(model, k=0.5)
@@ -388,7 +399,7 @@ def test_a_part_that_was_converted_alone_keeps_its_mask_when_the_whole_is(tmp_pa
     assert all(torch.equal(mask, masks(model)[key]) for key, mask in before.items())
     assert {slot.stream for _, slot in slots_of(model.blocks[0].mlp.fc1).items()} == {"0.mlp.fc1.weight"}
     save(model, tmp_path / "whole.popup.safetensors")
-    other = vit()
+    other: Any = vit()
     convert(other.blocks)
     with pytest.raises(ConversionError, match="scope='global' ranks all layers together, and 8 are masked already"):
         convert(other, scope="global")
@@ -594,7 +605,7 @@ def test_a_recurrent_layer_keeps_one_copy_of_its_weights() -> None:
 
 
 def test_a_masked_weight_is_copied_and_stored_as_a_plain_tensor(tmp_path: Path) -> None:
-    layer = convert(nn.Linear(3, 2))
+    layer: Any = convert(nn.Linear(3, 2))
     torch.save(layer.weight, tmp_path / "w.pt")
     assert torch.equal(torch.load(tmp_path / "w.pt", weights_only=True), layer.weight)
     with torch.no_grad():
@@ -602,7 +613,7 @@ def test_a_masked_weight_is_copied_and_stored_as_a_plain_tensor(tmp_path: Path) 
 
 
 def test_what_was_converted_is_known_and_not_done_again() -> None:
-    model = convert(vit())
+    model: Any = convert(vit())
     first = plan(vit()).coverage
     assert plan(model).coverage == first
     with torch.no_grad():

@@ -21,6 +21,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, load, masks, save, verify
 from popup_surgery.masking.layer import is_masked
+from support import Scope
 
 K = 0.4
 NETS = {
@@ -46,7 +47,7 @@ def hidden(make: Callable[[], nn.Module], seed: int = 5, **how: Any) -> nn.Modul
     return model
 
 
-def scores(model: nn.Module) -> dict[str, nn.Parameter]:
+def scores(model: nn.Module) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -68,7 +69,7 @@ def right_masks(model: nn.Module) -> dict[str, Tensor]:
     return {name.removesuffix("_score"): top(score) for name, score in scores(model).items()}
 
 
-def twin(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+def twin(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
     """The plain network that the scores of `model` call for, made without the code under test."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for key in [key for key in state if f"{key}_score" in state]:
@@ -238,7 +239,7 @@ NODES = {"resnet": ["layer2", "fc"], "convnext": ["stages.1", "head"], "nfnet": 
 
 @every_scope
 @pytest.mark.parametrize("net", NODES)
-def test_torchvisions_feature_extractor_meets_the_masks(net: str, scope: str) -> None:
+def test_torchvisions_feature_extractor_meets_the_masks(net: str, scope: Scope) -> None:
     """Layers outside torch.nn must be named as leaves, for a tracer would freeze their masks otherwise."""
     leaves = {"tracer_kwargs": {"leaf_modules": [ScaledStdConv2d]}} if net == "nfnet" else {}
     model = convert(NETS[net](), K, scope=scope).eval()
@@ -272,7 +273,7 @@ def test_timms_feature_graph_meets_the_masks() -> None:
 
 @every_net
 def test_forward_intermediates_meets_the_masks(net: str) -> None:
-    model = hidden(NETS[net]).eval()
+    model: Any = hidden(NETS[net]).eval()
     last, found = model.forward_intermediates(images())
     expected_last, expected = twin(model, NETS[net]).forward_intermediates(images())
     assert torch.equal(last, expected_last)
@@ -291,7 +292,7 @@ FEATURES = [
 @every_scope
 @pytest.mark.parametrize(("name", "kwargs", "kind"), FEATURES, ids=[f"{name} {kind}" for name, _, kind in FEATURES])
 def test_networks_of_features_only_meet_the_masks(
-    name: str, kwargs: dict[str, Any], kind: str, scope: str, tmp_path: Path
+    name: str, kwargs: dict[str, Any], kind: str, scope: Scope, tmp_path: Path
 ) -> None:
     def make() -> nn.Module:
         return timm.create_model(name, features_only=True, out_indices=(0, 1), **kwargs)
@@ -323,8 +324,8 @@ def count_forwards(model: nn.Module) -> list[nn.Module]:
 
 @every_scope
 @every_net
-def test_gradient_checkpointing_gives_the_same_gradients(net: str, scope: str) -> None:
-    model = hidden(NETS[net], scope=scope).train()
+def test_gradient_checkpointing_gives_the_same_gradients(net: str, scope: Scope) -> None:
+    model: Any = hidden(NETS[net], scope=scope).train()
     expected, calls = gradients(model), count_forwards(model)
     model.set_grad_checkpointing()
     assert_same(gradients(model), expected)
@@ -387,7 +388,7 @@ def test_autocast_computes_and_learns_as_the_plain_network(net: str) -> None:
 
 
 @every_scope
-def test_batch_norms_become_synchronised_ones(scope: str) -> None:
+def test_batch_norms_become_synchronised_ones(scope: Scope) -> None:
     model = hidden(resnet, scope=scope)
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in synced.modules()) == 15
@@ -412,7 +413,7 @@ def test_timms_own_batch_norms_become_synchronised_ones() -> None:
 
 def test_averaged_model_and_its_batch_norms(tmp_path: Path) -> None:
     model = hidden(resnet)
-    averaged = AveragedModel(model)
+    averaged: Any = AveragedModel(model)
     optimizer = torch.optim.SGD(scores(model).values(), lr=1e-3)
     seen = []
     for seed in range(3):
@@ -506,7 +507,7 @@ def compiled(model: nn.Module) -> nn.Module:
     return torch.compile(model, backend="eager")
 
 
-WRAPPERS = {
+WRAPPERS: dict[str, Any] = {
     "compile": compiled,
     "DDP": DistributedDataParallel,
     "compile in DDP": lambda model: DistributedDataParallel(compiled(model)),
@@ -549,7 +550,7 @@ class Detector(nn.Module):
 
 
 @every_scope
-def test_a_part_that_is_converted_alone_is_saved_with_the_whole_and_without(scope: str, tmp_path: Path) -> None:
+def test_a_part_that_is_converted_alone_is_saved_with_the_whole_and_without(scope: Scope, tmp_path: Path) -> None:
     model = Detector().eval()
     hidden(lambda: model.backbone, scope=scope)
     assert not any(is_masked(module) for module in model.head.modules())
@@ -569,13 +570,13 @@ def test_a_part_that_is_converted_alone_is_saved_with_the_whole_and_without(scop
 
 
 @every_scope
-def test_a_part_of_a_converted_network_is_saved_under_the_wholes_streams(scope: str, tmp_path: Path) -> None:
-    model = hidden(Detector, scope=scope).eval()
+def test_a_part_of_a_converted_network_is_saved_under_the_wholes_streams(scope: Scope, tmp_path: Path) -> None:
+    model: Any = hidden(Detector, scope=scope).eval()
     manifest = save(model.backbone, tmp_path / "part")
     assert [entry.stream for entry in manifest.masked] == [f"backbone.{entry.name}" for entry in manifest.masked]
     assert len(manifest.masked) == len(masks(model)) - 1
     filled = load(tmp_path / "part", Detector().backbone)
-    whole = bake(model).eval()
+    whole: Any = bake(model).eval()
     assert_same(filled.state_dict(), whole.backbone.state_dict())
     assert torch.equal(filled(images())[0], whole.backbone(images())[0])
     assert verify(tmp_path / "part", Detector().backbone)
@@ -618,7 +619,7 @@ def test_inductor_computes_and_learns_the_same(dynamo: None) -> None:
 
 
 @pytest.mark.parametrize(("net", "scope"), [*((net, "layer") for net in NETS), ("resnet", "global")])
-def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: str) -> None:
+def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: Scope) -> None:
     model = hidden(NETS[net], scope=scope).eval()
     program = torch.export.export(model, (images(),)).module()
     assert torch.equal(program(images(2)), model(images(2)))
@@ -703,10 +704,10 @@ def test_every_linear_weight_of_a_transformer_is_masked_and_learns(name: str) ->
     fresh = transformer(name)
     kinds = {key: type(module).__name__ for key, module in fresh.named_modules()}
     linear = [key for key, kind in kinds.items() if kind in ("Linear", "Conv1D", "Conv2d")]
-    model = hidden(lambda: fresh).train()
+    model: Any = hidden(lambda: fresh).train()
     assert all(is_masked(model.get_submodule(key)) for key in linear)
     tied = (LANGUAGE | VISION)[name][2]
-    embedding = model.get_input_embeddings() if name in LANGUAGE else None
+    embedding: Any = model.get_input_embeddings() if name in LANGUAGE else None
     assert is_masked(embedding) == bool(tied) if name in LANGUAGE else not tied
     assert len(scores(model)) == len(linear)  # a tied one is the embedding's
 
@@ -750,13 +751,13 @@ def test_branches_of_a_transformer_that_start_near_zero_come_alive(name: str, sc
 
 @every_scope
 @every_transformer
-def test_a_transformer_comes_back_from_its_file(name: str, scope: str, tmp_path: Path) -> None:
+def test_a_transformer_comes_back_from_its_file(name: str, scope: Scope, tmp_path: Path) -> None:
     model = hidden(lambda: transformer(name), scope=scope).eval()
     manifest = save(model, tmp_path / "net")
     assert (manifest.architecture.library, manifest.architecture.name) == ("custom", name)
     tied = (LANGUAGE | VISION)[name][2]
     assert [alias for alias in manifest.aliases if alias.endswith("weight")] == tied
-    loaded = load(tmp_path / "net", transformer(name))
+    loaded: Any = load(tmp_path / "net", transformer(name))
     assert_same(loaded.state_dict(), bake(model).state_dict())
     assert torch.equal(logits(loaded, name), logits(model, name))
     for alias in tied:
@@ -769,7 +770,7 @@ def test_a_transformer_comes_back_from_its_file(name: str, scope: str, tmp_path:
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "GPT2LMHeadModel"])
 def test_a_baked_transformer_is_saved_and_loaded_by_transformers(name: str, tmp_path: Path) -> None:
     model = hidden(lambda: transformer(name)).eval()
-    baked = bake(model)
+    baked: Any = bake(model)
     baked.save_pretrained(tmp_path)
     loaded = type(baked).from_pretrained(tmp_path)
     assert_same(loaded.state_dict(), baked.state_dict())
@@ -779,7 +780,7 @@ def test_a_baked_transformer_is_saved_and_loaded_by_transformers(name: str, tmp_
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel", "ViTForImageClassification"])
 def test_gradient_checkpointing_of_a_transformer(name: str) -> None:
-    model = hidden(lambda: transformer(name)).train()
+    model: Any = hidden(lambda: transformer(name)).train()
     logits(model, name).square().sum().backward()
     expected, calls = {key: score.grad.clone() for key, score in scores(model).items()}, count_forwards(model)
     model.zero_grad()
@@ -792,7 +793,7 @@ def test_gradient_checkpointing_of_a_transformer(name: str) -> None:
 @pytest.mark.parametrize("part", ["vit", "classifier"])
 def test_a_part_of_a_transformer_is_converted_alone(part: str, tmp_path: Path) -> None:
     name = "ViTForImageClassification"
-    model = transformer(name).eval()
+    model: Any = transformer(name).eval()
     hidden(lambda: model.get_submodule(part))
     manifest = save(model, tmp_path / "net")
     assert [entry.name for entry in manifest.masked] == [f"{part}.{entry.stream}" for entry in manifest.masked]
@@ -806,7 +807,7 @@ def test_a_part_of_a_transformer_is_converted_alone(part: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_an_ensemble_by_vmap_ranks_each_members_scores(scope: str) -> None:
+def test_an_ensemble_by_vmap_ranks_each_members_scores(scope: Scope) -> None:
     members = [
         convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 0.5, seed=seed, scope=scope)
         for seed in range(3)

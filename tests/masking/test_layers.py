@@ -20,6 +20,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import Selection, kept_count
+from support import Scope
 
 K = 0.4
 
@@ -40,7 +41,7 @@ class Block(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-LAYERS = {
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(6, 5), (3, 6)),
     "Linear without bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 7)),
@@ -62,7 +63,7 @@ def one_sample() -> Iterator[None]:
         yield
 
 
-def make(kind: str, learner: str = "edge_popup", **settings: object) -> tuple[nn.Module, Tensor]:
+def make(kind: str, learner: str = "edge_popup", **settings: Any) -> tuple[Any, Tensor]:
     build, shape = LAYERS[kind]
     k = K if LEARNERS[learner].takes_k else None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -77,15 +78,15 @@ def images(seed: int = 1) -> Tensor:
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def sequential() -> nn.Sequential:
+def sequential() -> Any:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
 
 
-def layers_of(net: nn.Module) -> list[nn.Module]:
+def layers_of(net: nn.Module) -> list[Any]:
     return [module for module in net.modules() if is_masked(module)]
 
 
-def raw(layer: nn.Module) -> Tensor:
+def raw(layer: Any) -> Tensor:
     return layer._parameters["weight"]
 
 
@@ -98,7 +99,7 @@ def top(scores: list[Tensor], kept: int) -> list[Tensor]:
     return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
-def right(layer: nn.Module, k: float = K) -> Tensor:
+def right(layer: Any, k: float = K) -> Tensor:
     """The weight that the layer should have by its scores as they are now."""
     score = layer.weight_score.detach().clone()
     return torch.where(top([score], kept_count(score.numel(), k))[0], raw(layer).detach(), 0.0)
@@ -142,7 +143,7 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind: str, learner: str) -> None:
     layer, _ = make(kind, learner)
     mask = masks(layer)["weight"]
-    weight = layer.weight
+    weight: Any = layer.weight
     assert mask.dtype == torch.bool
     assert mask.shape == weight.shape == raw(layer).shape
     assert 0 < mask.sum() < mask.numel()
@@ -189,7 +190,7 @@ def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind: str, le
 @every_layer
 def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
-    plain = LAYERS[kind][0]()
+    plain: Any = LAYERS[kind][0]()
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
         if plain.bias is not None:
@@ -216,7 +217,7 @@ def test_only_scores_require_a_gradient(kind: str, learner: str) -> None:
 @every_layer
 def test_gradient_goes_straight_through(kind: str) -> None:
     layer, x = make(kind)
-    plain = bake(layer)
+    plain: Any = bake(layer)
     plain(x).square().sum().backward()
     layer(x).square().sum().backward()
     expected = plain.weight.grad * raw(layer) * layer.weight_score.detach().sign()
@@ -236,7 +237,7 @@ def test_gradient_at_a_score_of_zero_is_zero() -> None:
 
 def test_a_raw_weight_that_learns_too_gets_its_masked_gradient() -> None:
     layer, x = make("Linear")
-    plain = bake(layer)
+    plain: Any = bake(layer)
     raw(layer).requires_grad_(True)
     layer(x).square().sum().backward()
     plain(x).square().sum().backward()
@@ -247,11 +248,11 @@ def test_a_raw_weight_that_learns_too_gets_its_masked_gradient() -> None:
 # copies ----------------------------------------------------------------------------------------------------------
 
 
-def pickled(layer: nn.Module) -> nn.Module:
+def pickled(layer: Any) -> Any:
     return pickle.loads(pickle.dumps(layer))
 
 
-def saved(layer: nn.Module) -> nn.Module:
+def saved(layer: Any) -> Any:
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
@@ -264,7 +265,7 @@ def saved(layer: nn.Module) -> nn.Module:
 def test_a_copy_computes_the_same_and_lives_alone(kind: str, learner: str, copied: Callable[..., Any]) -> None:
     layer, x = make(kind, learner)
     before = layer(x)
-    other = copied(layer)
+    other: Any = copied(layer)
     assert type(other) is type(layer)
     assert torch.equal(other(x), before)
     other.weight_score.data.copy_(1000 * reverse(layer.weight_score))  # so wide that probabilities are 0 and 1
@@ -297,7 +298,7 @@ def test_state_dict_round_trip(kind: str, learner: str, assign: bool) -> None:
 def test_a_plain_checkpoint_goes_into_a_masked_layer(kind: str, assign: bool) -> None:
     layer, _ = make(kind)
     score = layer.weight_score.detach().clone()
-    plain = LAYERS[kind][0]()
+    plain: Any = LAYERS[kind][0]()
     layer.load_state_dict(plain.state_dict(), assign=assign)
     assert torch.equal(raw(layer), plain.weight)
     assert torch.equal(layer.weight_score, score)
@@ -362,7 +363,7 @@ def test_compiled_layer_equals_eager(kind: str, learner: str, compiler: Callable
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_compiled_network_equals_eager(scope: str, compiler: Callable[..., Any]) -> None:
+def test_compiled_network_equals_eager(scope: Scope, compiler: Callable[..., Any]) -> None:
     net, x = convert(Block(), K, scope=scope).eval(), images()
     compiled = compiler(net)
     for _ in range(2):
@@ -399,9 +400,9 @@ def test_reading_the_weight_in_a_compiled_function(compiler: Callable[..., Any])
 def test_functional_call_with_other_scores(kind: str) -> None:
     layer, x = make(kind)
     before = layer(x)
-    other = copy.deepcopy(layer)
+    other: Any = copy.deepcopy(layer)
     other.weight_score.data.copy_(reverse(layer.weight_score))
-    given = other.weight_score.detach().clone().requires_grad_()
+    given: Any = other.weight_score.detach().clone().requires_grad_()
     got = functional_call(layer, {"weight_score": given}, (x,))
     assert torch.equal(got, other(x))
     assert not torch.equal(got, before)
@@ -414,7 +415,7 @@ def test_functional_call_with_other_scores(kind: str) -> None:
 @every_layer
 def test_functional_call_with_other_weights(kind: str) -> None:
     layer, x = make(kind)
-    other = copy.deepcopy(layer)
+    other: Any = copy.deepcopy(layer)
     other._parameters["weight"].data.mul_(3)
     assert torch.equal(functional_call(layer, {"weight": raw(other).clone()}, (x,)), other(x))
 
@@ -434,7 +435,7 @@ def test_func_grad(kind: str, learner: str) -> None:
 def test_func_grad_sees_the_scores_that_it_is_given() -> None:
     layer, x = make("Linear")
     layer(x)
-    other = copy.deepcopy(layer)
+    other: Any = copy.deepcopy(layer)
     other.weight_score.data.copy_(reverse(layer.weight_score))
     other(x).square().sum().backward()
     given = other.weight_score.detach().clone()
@@ -456,7 +457,7 @@ def test_vmap_over_inputs_gives_one_gradient_each() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_symbolic_trace_takes_masked_layers_as_leaves(scope: str) -> None:
+def test_symbolic_trace_takes_masked_layers_as_leaves(scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     graph = torch.fx.symbolic_trace(net)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
@@ -468,7 +469,8 @@ def test_symbolic_trace_takes_masked_layers_as_leaves(scope: str) -> None:
 
 
 def test_our_tracer_takes_layers_of_other_libraries_as_leaves() -> None:
-    net, x = convert(Block(), K).eval(), images()
+    net: Any = convert(Block(), K).eval()
+    x = images()
     graph = torch.fx.GraphModule(net, Tracer().trace(net))
     assert next(node.target for node in graph.graph.nodes if node.op == "call_module") == "stem"
     net.stem.weight_score.data.copy_(reverse(net.stem.weight_score))
@@ -476,14 +478,14 @@ def test_our_tracer_takes_layers_of_other_libraries_as_leaves() -> None:
 
 
 def test_a_plain_tracer_that_would_freeze_a_mask_says_which_to_take() -> None:
-    net = convert(Block(), K)
+    net: Any = convert(Block(), K)
     with pytest.raises(MaskedWeightError, match=r"popup_surgery\.Tracer"):
         torch.fx.symbolic_trace(net)
     assert torch.equal(net.stem.weight, right(net.stem))
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_baked_network_exports(scope: str) -> None:
+def test_a_baked_network_exports(scope: Scope) -> None:
     net, x = convert(Block(), K, scope=scope).eval(), images()
     exported = torch.export.export(bake(net), (x,)).module()
     assert torch.equal(exported(x), net(x))
@@ -512,7 +514,7 @@ def test_assignment_and_deletion_are_refused(kind: str) -> None:
 def test_a_write_in_place_is_found_at_the_next_read(how: str, grad: bool) -> None:
     layer, x = make("Linear")
     before = layer.weight.detach().clone()
-    kept_alive = []
+    kept_alive: list[Any] = []
     with torch.set_grad_enabled(grad):
         if how == "kept":
             kept_alive.append(layer.weight)
@@ -539,7 +541,7 @@ def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind: str) -> 
     layer.weight.data.zero_()
     with pytest.raises(MaskedWeightError, match=r"'weight' was written to in place.*weight_score"):
         layer(x)
-    held = layer.weight
+    held: Any = layer.weight
     held.data.fill_(float("nan"))
     with pytest.raises(MaskedWeightError, match="was written to in place"):
         masks(layer), layer.weight
@@ -574,7 +576,8 @@ def test_every_read_is_a_fresh_tensor_with_a_gradient() -> None:
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_casts_leave_scores_in_float32_to_the_bit(cast: str) -> None:
-    net, x = convert(sequential(), K), images()
+    net: Any = convert(sequential(), K)
+    x = images()
     net(x).sum().backward()
     before = [(layer.weight_score.detach().clone(), layer.weight_score.grad.clone()) for layer in layers_of(net)]
     chosen = masks(net)
@@ -595,7 +598,8 @@ def test_casts_leave_scores_in_float32_to_the_bit(cast: str) -> None:
 
 
 def test_autocast_reads_and_trains() -> None:
-    net, x = convert(sequential(), K), images()
+    net: Any = convert(sequential(), K)
+    x = images()
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x)
         assert out.dtype == torch.bfloat16
@@ -606,7 +610,8 @@ def test_autocast_reads_and_trains() -> None:
 
 
 def test_channels_last() -> None:
-    net, x = convert(sequential(), K), images()
+    net: Any = convert(sequential(), K)
+    x = images()
     before, chosen = net(x), masks(net)
     net.to(memory_format=torch.channels_last)
     assert raw(net[0]).is_contiguous(memory_format=torch.channels_last)
@@ -622,7 +627,7 @@ def test_channels_last() -> None:
 
 def test_convert_a_channels_last_network_gives_the_same_network() -> None:
     plain = convert(sequential(), K)
-    other = convert(sequential().to(memory_format=torch.channels_last), K)
+    other: Any = convert(sequential().to(memory_format=torch.channels_last), K)
     assert other[0].weight_score.is_contiguous(memory_format=torch.channels_last)
     for key, value in plain.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
@@ -638,7 +643,7 @@ def test_to_meta_and_back() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_inference_mode_and_training_after_it(scope: str) -> None:
+def test_inference_mode_and_training_after_it(scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     with torch.inference_mode():
         inferred = net(x)
@@ -664,8 +669,9 @@ def test_inference_mode_before_training_raw_weights_too() -> None:
 def test_the_root_itself_and_a_module_used_twice() -> None:
     layer, _ = make("Linear")
     assert is_masked(layer)
-    net, x = convert(Block(), K).eval(), images()
-    plain = bake(net)
+    net: Any = convert(Block(), K).eval()
+    x = images()
+    plain: Any = bake(net)
     plain(x).square().sum().backward()
     net(x).square().sum().backward()
     expected = plain.conv.weight.grad * raw(net.conv) * net.conv.weight_score.detach().sign()
@@ -684,14 +690,15 @@ class Tied(nn.Module):
 
 
 def test_one_parameter_under_two_names_stays_one(rankings: list[int]) -> None:
-    net, x = convert(Tied(), K), torch.randn(3, 5)
+    net: Any = convert(Tied(), K)
+    x = torch.randn(3, 5)
     assert raw(net.first) is raw(net.second)
     assert net.first.weight_score is net.second.weight_score
     assert list(masks(net)) == ["first.weight"]
     assert {"first.weight", "first.weight_score", "second.weight", "second.weight_score"} <= set(net.state_dict())
     net(x).square().sum().backward()
     assert len(rankings) == 1
-    plain = bake(net)
+    plain: Any = bake(net)
     assert plain.first.weight is plain.second.weight
     plain(x).square().sum().backward()
     expected = plain.first.weight.grad * raw(net.first) * net.first.weight_score.detach().sign()
@@ -715,7 +722,8 @@ def test_an_embedding_tied_to_a_linear_layer_meets_the_mask() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.embedding(x))
 
-    net, x = convert(Tongue(), K), torch.tensor([[1, 2, 6]])
+    net: Any = convert(Tongue(), K)
+    x = torch.tensor([[1, 2, 6]])
     assert isinstance(net.embedding, nn.Embedding)
     assert torch.equal(net.embedding.weight, net.head.weight)
     assert torch.equal(net.head.weight, right(net.head))
@@ -726,7 +734,8 @@ def test_an_embedding_tied_to_a_linear_layer_meets_the_mask() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_multihead_attention_meets_the_mask_of_its_projection(training: bool) -> None:
-    net, x = convert(nn.MultiheadAttention(8, 2, batch_first=True), K).train(training), torch.randn(2, 3, 8)
+    net: Any = convert(nn.MultiheadAttention(8, 2, batch_first=True), K).train(training)
+    x = torch.randn(2, 3, 8)
     assert is_masked(net.out_proj)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
@@ -761,7 +770,7 @@ SMALL = {
 def test_networks_that_read_weights_outside_the_layer_meet_the_mask(name: str) -> None:
     import timm
 
-    sizes = SMALL[name]
+    sizes: Any = SMALL[name]
     net = convert(timm.create_model(name, num_classes=5, **sizes), K).eval()
     x = torch.randn(2, 3, sizes["img_size"], sizes["img_size"], generator=torch.Generator().manual_seed(0))
     plain = bake(net)
@@ -809,7 +818,7 @@ def test_reads_without_a_change_rank_no_more(rankings: list[int]) -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_evaluation_after_training_ranks_no_more(scope: str, rankings: list[int]) -> None:
+def test_evaluation_after_training_ranks_no_more(scope: Scope, rankings: list[int]) -> None:
     net = convert(Block(), K, scope=scope)
     stepping = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], lr=0.1)
     step(net, stepping)
@@ -848,7 +857,7 @@ def optimizers() -> Iterator[Any]:
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("inference", [False, True])
 def test_after_an_optimiser_step_the_mask_is_right(
-    kind: type, flags: dict[str, Any], scope: str, inference: bool, rankings: list[int]
+    kind: type, flags: dict[str, Any], scope: Scope, inference: bool, rankings: list[int]
 ) -> None:
     net = convert(Block(), K, scope=scope)
     more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
@@ -867,40 +876,40 @@ def test_after_an_optimiser_step_the_mask_is_right(
     assert changed >= 2, "the steps changed no mask, so that a stale one would not be seen"
 
 
-def _numpy_write(layer: nn.Module, new: Tensor) -> None:
+def _numpy_write(layer: Any, new: Tensor) -> None:
     layer.weight_score.detach().numpy()[...] = new.numpy()
 
 
-def _storage_write(layer: nn.Module, new: Tensor) -> None:
+def _storage_write(layer: Any, new: Tensor) -> None:
     held = torch.empty(0).set_(layer.weight_score.untyped_storage(), 0, new.shape)
     held.copy_(new)
 
 
-def _data_replaced(layer: nn.Module, new: Tensor) -> None:
+def _data_replaced(layer: Any, new: Tensor) -> None:
     layer.weight_score.data = new
 
 
-def _attribute(layer: nn.Module, new: Tensor) -> None:
+def _attribute(layer: Any, new: Tensor) -> None:
     layer.weight_score = nn.Parameter(new)
 
 
-def _in_place(layer: nn.Module, new: Tensor) -> None:
+def _in_place(layer: Any, new: Tensor) -> None:
     with torch.no_grad():
         layer.weight_score.copy_(new)
 
 
-def _under_inference(layer: nn.Module, new: Tensor) -> None:
+def _under_inference(layer: Any, new: Tensor) -> None:
     with torch.inference_mode():
         layer.weight_score.copy_(new)
 
 
-def _data_under_inference(layer: nn.Module, new: Tensor) -> None:
+def _data_under_inference(layer: Any, new: Tensor) -> None:
     with torch.inference_mode():
         layer.weight_score.data.copy_(new)
 
 
-def _one_entry(layer: nn.Module, new: Tensor) -> None:
-    score = layer.weight_score.data
+def _one_entry(layer: Any, new: Tensor) -> None:
+    score: Any = layer.weight_score.data
     lowest = score.abs().argmin()
     score.view(-1)[lowest] = -score.abs().max() * 2
 
@@ -930,7 +939,7 @@ CHANGES = {
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_after_each_kind_of_change_the_next_read_has_the_right_mask(
-    change: str, scope: str, rankings: list[int]
+    change: str, scope: Scope, rankings: list[int]
 ) -> None:
     net = convert(sequential(), K, scope=scope)
     for read in ("outside", "forward"):
@@ -954,10 +963,10 @@ def test_after_each_kind_of_change_the_next_read_has_the_right_mask(
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_functional_call_and_back(scope: str) -> None:
+def test_functional_call_and_back(scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     before = net(x)
-    other = copy.deepcopy(net)
+    other: Any = copy.deepcopy(net)
     for layer in layers_of(other):
         layer.weight_score.data.copy_(reverse(layer.weight_score))
     given = {"0.weight_score": other[0].weight_score.detach(), "3.weight_score": other[3].weight_score.detach()}
@@ -975,7 +984,7 @@ def test_functional_call_and_back(scope: str) -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
-def test_copies_diverge(copied: Callable[..., Any], scope: str) -> None:
+def test_copies_diverge(copied: Callable[..., Any], scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     before = net(x)
     other = copied(net)
@@ -1002,7 +1011,7 @@ def test_global_masks_are_the_top_k_of_all_layers(rankings: list[int]) -> None:
 
 
 def test_a_change_of_another_layer_changes_this_mask() -> None:
-    net = convert(sequential(), K, scope="global")
+    net: Any = convert(sequential(), K, scope="global")
     before = net[3].weight.detach().clone()
     net[0].weight_score.data.fill_(1e6)
     assert not torch.equal(net[3].weight, before)
@@ -1020,7 +1029,7 @@ def test_a_global_training_step_ranks_once(rankings: list[int]) -> None:
 
 
 def test_a_forward_that_fails_leaves_no_stale_global_mask() -> None:
-    net = convert(sequential(), K, scope="global")
+    net: Any = convert(sequential(), K, scope="global")
     with pytest.raises(RuntimeError):
         net(torch.zeros(2, 3, 9, 9))
     net[0].weight_score.data.copy_(reverse(net[0].weight_score))
@@ -1029,7 +1038,8 @@ def test_a_forward_that_fails_leaves_no_stale_global_mask() -> None:
 
 
 def test_a_hook_that_changes_scores_before_a_forward_is_seen() -> None:
-    net, x = convert(sequential(), K, scope="global"), images()
+    net: Any = convert(sequential(), K, scope="global")
+    x = images()
     net(x)
     new = reverse(net[0].weight_score)
     net.register_forward_pre_hook(lambda *_: (net[0].weight_score.data.copy_(new), None)[1])
@@ -1046,15 +1056,17 @@ def test_scores_replaced_within_a_forward_are_seen() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x) if self.given is None else functional_call(self.body, self.given, (x,))
 
-    net, x = convert(Hyper(), K, scope="global"), images()
-    other = copy.deepcopy(net)
+    net: Any = convert(Hyper(), K, scope="global")
+    x = images()
+    other: Any = copy.deepcopy(net)
     other.body[0].weight_score.data.copy_(reverse(net.body[0].weight_score))
     net.given = {"0.weight_score": other.body[0].weight_score.detach().clone()}
     assert torch.equal(net(x), other(x))
 
 
 def test_parts_of_a_global_network_run_alone() -> None:
-    net, x = convert(sequential(), K, scope="global"), images()
+    net: Any = convert(sequential(), K, scope="global")
+    x = images()
     net(x)
     net[3].weight_score.data.mul_(1000)
     expected = nn.functional.conv2d(x, right_globally(net)[0])

@@ -19,6 +19,7 @@ from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.walk import unwrap
 from popup_surgery.weights import SCHEMES, register_scheme
 from popup_surgery.weights.streams import draw, draw_scores
+from support import Scope
 
 OPTIONS = [
     {},
@@ -71,7 +72,7 @@ def values(pieces: Iterable[np.ndarray]) -> Tensor:
 @pytest.mark.parametrize("options", OPTIONS)
 def test_plan_touches_nothing(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=5, in_chans=1)
+    model: Any = timm.create_model("resnet10t", num_classes=5, in_chans=1)
     model.conv1[0].weight.requires_grad_(False)
     before, state = everything(model), torch.get_rng_state()
     planned = plan(model, **options)
@@ -190,7 +191,7 @@ def test_standard_deviation_by_scheme(scheme: str, kind: str) -> None:
     layer, fan_in, _ = FANS[kind]
     groups = getattr(layer, "groups", 1)
     area = math.prod(getattr(layer, "kernel_size", (1,)))
-    outputs = getattr(layer, "out_channels", None) or layer.out_features
+    outputs: Any = getattr(layer, "out_channels", None) or layer.out_features
     fan_out = outputs * area  # as torch.nn.init counts it, which knows nothing of groups
     expected = math.sqrt((1 if "lecun" in scheme else 2) / (fan_in + fan_out if "xavier" in scheme else fan_in))
     assert plan(layer, 0.16, scheme=scheme, scaled=False).masked[0].std == pytest.approx(expected, rel=1e-14)
@@ -217,7 +218,7 @@ def test_kaiming_normal_has_its_spread_and_constants_have_both_signs() -> None:
 
 
 def test_biases_norms_and_statistics_start_anew_and_all_is_frozen() -> None:
-    model = small()
+    model: Any = small()
     model(images())  # fills the running statistics
     with torch.no_grad():
         for parameter in model.parameters():
@@ -318,7 +319,7 @@ def test_wrappers_are_looked_through() -> None:
     assert convert(wrapped) is wrapped
     assert unwrap(wrapped) is wrapped.module
     assert digest(wrapped.module) == digest(plain)
-    compiled = torch.compile(small(), backend="eager")
+    compiled: Any = torch.compile(small(), backend="eager")
     assert convert(compiled) is compiled
     assert digest(compiled._orig_mod) == digest(plain)
     assert list(masks(wrapped)) == list(masks(compiled)) == [f"{name}.weight" for name in LAYERS]
@@ -384,7 +385,7 @@ def test_include_and_exclude(include: list[Any] | str | None, exclude: list[Any]
 
 
 def test_what_is_excluded_stays_as_it_was_but_frozen() -> None:
-    model = small()
+    model: Any = small()
     before = copy.deepcopy(model[4][1])
     convert(model, exclude="4")
     assert type(model[4][1]) is nn.Linear
@@ -397,12 +398,12 @@ def test_what_is_excluded_stays_as_it_was_but_frozen() -> None:
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_bake_is_a_plain_copy(scope: str) -> None:
+def test_bake_is_a_plain_copy(scope: Scope) -> None:
     fresh = small()
     model = convert(small(), 0.4, scope=scope)
     model(images())
     before = everything(model)
-    plain = bake(model)
+    plain: Any = bake(model)
     assert everything(model) == before
     assert list(plain.state_dict()) == list(fresh.state_dict())
     for (name, module), (twin_name, twin) in zip(plain.named_modules(), fresh.named_modules(), strict=True):
@@ -435,8 +436,8 @@ def test_bake_shares_no_memory() -> None:
 
 
 def test_bake_with_every_weight_kept_shares_no_memory_either() -> None:
-    model = convert(nn.Linear(3, 4), 1.0)
-    plain = bake(model)
+    model: Any = convert(nn.Linear(3, 4), 1.0)
+    plain: Any = bake(model)
     plain.weight.data.zero_()
     assert model.weight.all()
 

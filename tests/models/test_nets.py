@@ -25,7 +25,7 @@ CONVS = {
 }
 
 
-def meta(make: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
+def meta(make: Callable[..., nn.Module], **kwargs: Any) -> Any:
     with torch.device("meta"):
         return make(**kwargs)
 
@@ -68,7 +68,7 @@ def test_weights_of_table_1(name: str) -> None:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_no_bias_no_norm_relu_and_pools(name: str) -> None:
-    net = meta(NETS[name])
+    net: Any = meta(NETS[name])
     layers = [m for m in net.modules() if not list(m.children()) and not isinstance(m, nn.Sequential)]
     assert {type(layer) for layer in layers} <= {nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Linear}
     assert all(layer.bias is None for layer in convs_of(net) + linears_of(net))
@@ -143,7 +143,7 @@ def test_build_timm() -> None:
 
 
 def test_build_torchvision() -> None:
-    net = meta(build, name="torchvision/resnet18", num_classes=10)
+    net: Any = meta(build, name="torchvision/resnet18", num_classes=10)
     assert type(net) is torchvision.models.ResNet
     assert net.fc.out_features == 10
     assert describe(net) == Architecture("torchvision", "resnet18", {"num_classes": 10}, torchvision.__version__)

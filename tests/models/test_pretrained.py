@@ -45,7 +45,7 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR, "popup_surgery")
 
 
-def trained(seed: int = 0, **kwargs: object) -> nn.Module:
+def trained(seed: int = 0, **kwargs: Any) -> nn.Module:
     """A network with weights, norms and running statistics of its own."""
     torch.manual_seed(seed)
     model = timm.create_model("test_resnet", **kwargs)
@@ -82,7 +82,7 @@ def test_everything_but_the_mask_stays(weights: Path) -> None:
 
 
 def test_a_head_of_another_size_is_drawn_and_masked(weights: Path, tmp_path: Path) -> None:
-    model = build(NAME, pretrained=weights, num_classes=7)
+    model: Any = build(NAME, pretrained=weights, num_classes=7)
     planned = {weight.key: weight for weight in plan(model, scheme="pretrained", seed=5).masked}
     assert {key for key, weight in planned.items() if weight.distribution != "base"} == {"fc.weight"}
     convert(model, 0.5, scheme="pretrained", seed=5)
@@ -96,14 +96,14 @@ def test_a_head_of_another_size_is_drawn_and_masked(weights: Path, tmp_path: Pat
 
 
 def test_schemes_by_pattern(weights: Path) -> None:
-    model = build(NAME, pretrained=weights)
+    model: Any = build(NAME, pretrained=weights)
     convert(model, scheme={"*": "pretrained", "fc": "kaiming_normal"})
     assert slots_of(model.fc)["weight"].distribution == "normal"
     assert slots_of(model.layer1[0].conv1)["weight"].distribution == "base"
 
 
 def test_norms_may_learn_for_each_task(weights: Path, tmp_path: Path) -> None:
-    model = convert(build(NAME, pretrained=weights), scheme="pretrained", norm="train")
+    model: Any = convert(build(NAME, pretrained=weights), scheme="pretrained", norm="train")
     learn = {n for n, p in model.named_parameters() if p.requires_grad and not n.endswith("_score")}
     norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert learn == {f"{name}.{part}" for name in norms for part in ("weight", "bias")}
@@ -117,7 +117,7 @@ def test_the_file_names_its_base_and_is_small(weights: Path, tmp_path: Path) -> 
     model = convert(build(NAME, pretrained=weights), scheme="pretrained")
     save(model, tmp_path / FILE)
     manifest = inspect(tmp_path / FILE)
-    base = manifest.base
+    base: Any = manifest.base
     assert (base.library, base.name, base.tag, base.version) == ("timm", "test_resnet", "", timm.__version__)
     plain = trained().state_dict()
     assert base.sha256 == values_digest(plain[entry.name] for entry in manifest.masked)
@@ -260,7 +260,7 @@ def test_torchvision_weights_come_from_its_cache(classes: int, tmp_path: Path, m
     torch.manual_seed(0)
     plain = torchvision.models.squeezenet1_1()
     torch.save(plain.state_dict(), tmp_path / "hub" / "checkpoints" / Path(weights.url).name)
-    model = build("torchvision/squeezenet1_1", pretrained="IMAGENET1K_V1", num_classes=classes)
+    model: Any = build("torchvision/squeezenet1_1", pretrained="IMAGENET1K_V1", num_classes=classes)
     convert(model, scheme="pretrained")
     assert torch.equal(model.features[0]._parameters["weight"], plain.features[0].weight)
     assert (slots_of(model.classifier[1])["weight"].distribution == "base") == (classes == 1000)
@@ -342,9 +342,9 @@ def test_a_head_that_was_trained_stays_if_it_is_named(
     weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING, "popup_surgery")
-    model = build(NAME, pretrained=weights, num_classes=4)
+    model: Any = build(NAME, pretrained=weights, num_classes=4)
     before = model.fc.weight.detach().clone()
-    kept = convert(model, 0.5, scheme={"*": "pretrained", "fc": "pretrained"})
+    kept: Any = convert(model, 0.5, scheme={"*": "pretrained", "fc": "pretrained"})
     assert torch.equal(kept.fc._parameters["weight"], before)
     assert not caplog.text
     convert(build(NAME, pretrained=weights, num_classes=4), scheme="pretrained")

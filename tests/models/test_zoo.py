@@ -1,6 +1,7 @@
 """Networks by name: described, built with and without their initialisation, and with pretrained weights."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def test_a_name_converts_as_the_built_network_does(name: str) -> None:
 
 
 def test_a_description_converts_too() -> None:
-    model = convert(ps.Architecture("timm", "resnet18", {"num_classes": 3}), 0.4)
+    model: Any = convert(ps.Architecture("timm", "resnet18", {"num_classes": 3}), 0.4)
     assert model.fc.out_features == 3
     assert masks(model)["fc.weight"].shape == (3, 512)
     with pytest.raises(UnknownName, match="unknown architecture 'resnet81'"):
@@ -52,8 +53,8 @@ def test_what_stays_random_is_initialised_under_the_seed() -> None:
 
 
 def test_an_excluded_layer_is_initialised() -> None:
-    model = convert("timm/resnet18", exclude="fc")
-    weight = model.fc.weight
+    model: Any = convert("timm/resnet18", exclude="fc")
+    weight: Any = model.fc.weight
     assert weight.std() == pytest.approx(1 / (3 * 512) ** 0.5, rel=0.1)
     assert not weight.requires_grad
 
@@ -77,7 +78,7 @@ def test_blank_skips_random_filling_and_nothing_else() -> None:
 
     torch.manual_seed(0)
     with Blank() as blank:
-        net = Net()
+        net: Any = Net()
     blanks = {name for name, parameter in net.named_parameters() if blank.is_blank(parameter)}
     assert blanks == {"fc.weight", "head.weight", "head.bias"}
     assert net.ones.eq(1).all()

@@ -107,7 +107,7 @@ def test_a_rehearsal_is_cut_killed_and_resumed_to_its_end(ten: Path, tmp_path: P
     assert running["trial"]["runs"].keys() == {"1", "2"}
     assert early["seconds_spent"] < tried["seconds_spent"] < running["seconds_spent"]
 
-    cut = day.start(0.6)
+    cut: Any = day.start(0.6)
     assert cut.wait(240) == 0, cut.communicate()
     assert cut.communicate()[0].startswith(("0 of 8 runs", "1 of 8 runs", "2 of 8 runs", "3 of 8 runs"))
     values = day.json()

@@ -41,6 +41,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start
 from popup_surgery.training.trainer import Trainer
+from support import Scope
 
 SHORT = ["training.epochs=2"]
 
@@ -304,10 +305,10 @@ def test_favoured_scores_select_the_mask(values: list[list[float]], rng: Any) ->
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_network_starts_with_the_mask_of_a_file(scope: str, tmp_path: Path) -> None:
+def test_a_network_starts_with_the_mask_of_a_file(scope: Scope, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seed": 5, "scope": scope}
     torch.manual_seed(0)
-    trained = convert(build("timm/resnet18", num_classes=3), 0.4, **settings)
+    trained: Any = convert(build("timm/resnet18", num_classes=3), 0.4, **settings)
     with torch.no_grad():
         for name, tensor in trained.named_parameters():
             if name.endswith("_score"):
@@ -414,7 +415,7 @@ def test_finetuning_trains_the_kept_weights_and_no_other(optimizer: str, first: 
 
 def test_writing_to_a_baked_copy_is_no_write_to_the_network() -> None:
     model = convert(nn.Sequential(nn.Linear(4, 4)), 0.5)
-    baked = bake(model)
+    baked: Any = bake(model)
     with torch.no_grad():
         baked[0].weight.fill_(7)
     assert not (model(torch.ones(1, 4)) == 28).any()

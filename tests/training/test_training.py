@@ -278,8 +278,8 @@ def test_training_changes_the_scores_and_nothing_else(first: Result) -> None:
     start = popup_surgery.masks(fresh)
     changed = 0
     for name, weight in raw.items():
-        trained = first.model.get_submodule(name).weight
-        kept = trained != 0
+        trained: Any = first.model.get_submodule(name).weight
+        kept: Any = trained != 0
         assert weight is not None
         assert int(kept.sum()) == weight.numel() // 2
         assert torch.equal(trained[kept], weight[kept]), "what is kept is the seed's weight, to the bit"
