@@ -21,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from popup_surgery import train
-from popup_surgery.config.schema import Data
+from popup_surgery.config.schema import Data, Surgery
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
@@ -72,6 +72,17 @@ def write_images(
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             pixels[:, :, 0] = 60 * place % 256
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+def numpy_state() -> Any:
+    """The state of numpy's global generator."""
+    return np.random.get_state(legacy=False)["state"]["key"].tolist()
+
+
+def surgery(run: Run) -> Surgery:
+    """The surgery of a run of a hidden network."""
+    assert isinstance(run.recipe.surgery, Surgery)
+    return run.recipe.surgery
 
 
 def write_digit(path: Path, label: int) -> None:

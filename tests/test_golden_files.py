@@ -42,10 +42,11 @@ from popup_surgery import (
     verify,
 )
 from popup_surgery.sweep import Run, Sweep, execute
+from popup_surgery.sweep.engines import Events, Stop
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
-CONV2 = {"width": 0.05, "in_chans": 1, "img_size": 8}  # of tiny.yaml
+CONV2: dict[str, Any] = {"width": 0.05, "in_chans": 1, "img_size": 8}  # of tiny.yaml
 DENSE = GOLDEN / "artifacts" / "dense.safetensors"
 
 
@@ -303,7 +304,7 @@ class Nothing:
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         assert not runs
         yield None
 

@@ -310,7 +310,7 @@ def bytes_of(model: nn.Module, folder: Path, **how: Any) -> bytes:
 def test_effective_weights_have_no_negative_zero(tmp_path: Path) -> None:
     model = convert(nn.Sequential(nn.Linear(40, 40)), k=0.3, seed=2)
     save(model, tmp_path / "net")
-    weight = load(tmp_path / "net", nn.Sequential(nn.Linear(40, 40)))[0].weight
+    weight = load(tmp_path / "net", nn.Sequential(nn.Linear(40, 40))).get_parameter("0.weight")
     assert int((weight == 0).sum()) == 1600 - int(masks(model)["0.weight"].sum())
     assert not bool((weight.signbit() & (weight == 0)).any())
 
@@ -318,11 +318,11 @@ def test_effective_weights_have_no_negative_zero(tmp_path: Path) -> None:
 def test_the_network_handed_over_is_filled_in_place(tmp_path: Path) -> None:
     model = convert(small(), seed=1)
     save(model, tmp_path / "net")
-    mine = small().train()
-    weight: Any = mine[0].weight
+    mine: Any = small().train()
+    weight = mine.get_parameter("0.weight")
     assert load(tmp_path / "net", mine) is mine
     assert mine[0].weight is weight
-    assert torch.equal(weight, bake(model)[0].weight)
+    assert torch.equal(weight, bake(model).get_parameter("0.weight"))
 
 
 # --- the bytes -------------------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_bytes_changed_at_random(chunk: int, original: bytes, state: dict[str, t
 
 # --- each key of the manifest, of each wrong type --------------------------------------------------------------------
 
-WRONG = [
+WRONG: list[Any] = [
     None, True, False, 0, 1, -1, 2, 1.5, -1.5, 0.0, -0.0, 10**31, -(10**30), 1e308, "", "x", "7", "\x00é", "a" * 64,
     [], [1], [-1], [True], [1.5], ["x"], [0], [[]], {}, {"a": 1}, {"a": {}}, {"a": "b"},
 ]  # fmt: skip
@@ -412,43 +412,43 @@ def test_each_key_of_the_manifest_missing(file: File, state: dict[str, torch.Ten
 # --- changes that the format forbids, with all digests made to match -------------------------------------------------
 
 
-def constant(name: str, **change: Any) -> Callable[[File], None]:
+def constant(name: str, **change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["constants"][name].update(change)
 
 
-def masked(index: int = 0, **change: Any) -> Callable[[File], None]:
+def masked(index: int = 0, **change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["masked"][index].update(change)
 
 
-def generated(**change: Any) -> Callable[[File], None]:
+def generated(**change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["generated"][0].update(change)
 
 
-def top(**change: Any) -> Callable[[File], None]:
+def top(**change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest.update(change)
 
 
-def alias(name: str, target: Any) -> Callable[[File], None]:
+def alias(name: str, target: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["aliases"].update({name: target})
 
 
-def tensor(name: str, dtype: str, shape: list[int], data: bytes) -> Callable[[File], None]:
+def tensor(name: str, dtype: str, shape: list[int], data: bytes) -> Callable[[File], object]:
     return lambda file: file.tensors.update({name: (dtype, shape, data)})
 
 
-def drop(name: str) -> Callable[[File], None]:
+def drop(name: str) -> Callable[[File], object]:
     return lambda file: file.tensors.pop(name)
 
 
-def both(*changes: Callable[[File], Any]) -> Callable[[File], None]:
-    return lambda file: [change(file) for change in changes] and None
+def both(*changes: Callable[[File], Any]) -> Callable[[File], object]:
+    return lambda file: [change(file) for change in changes]
 
 
-def twice(key: str) -> Callable[[File], None]:
+def twice(key: str) -> Callable[[File], object]:
     return lambda file: file.manifest[key].append(copy.deepcopy(file.manifest[key][0]))
 
 
-def edit_mask(change: Callable[[bytearray], Any]) -> Callable[[File], None]:
+def edit_mask(change: Callable[[bytearray], Any]) -> Callable[[File], object]:
     def apply(file: File) -> None:
         dtype, shape, data = file.tensors["first.weight.mask"]
         packed = bytearray(data)
@@ -458,7 +458,7 @@ def edit_mask(change: Callable[[bytearray], Any]) -> Callable[[File], None]:
     return apply
 
 
-def entry(name: str, **change: Any) -> Callable[[File], None]:
+def entry(name: str, **change: Any) -> Callable[[File], object]:
     def apply(file: File) -> None:
         file.entries[name] = {**file.header()[name], **change}
 
@@ -467,7 +467,7 @@ def entry(name: str, **change: Any) -> Callable[[File], None]:
 
 BASE = {"library": "timm", "version": "1", "name": "resnet18", "tag": "a1_in1k", "sha256": "0" * 64}
 HUGE = 2**62
-AT_ONCE: dict[str, Callable[[File], None]] = {
+AT_ONCE: dict[str, Callable[[File], object]] = {
     "unknown requires": top(requires=["entropy-coding"]),
     "requires that are no names": top(requires=[1]),
     "another format": top(format="popup"),
@@ -624,7 +624,7 @@ AT_ONCE: dict[str, Callable[[File], None]] = {
     ),
 }
 
-WITH_DATA: dict[str, Callable[[File], None]] = {
+WITH_DATA: dict[str, Callable[[File], object]] = {
     "padding bit 4": edit_mask(lambda packed: packed.__setitem__(2, packed[2] | 1 << 4)),
     "padding bit 7": edit_mask(lambda packed: packed.__setitem__(2, packed[2] | 1 << 7)),
     "padding bits instead of bits": edit_mask(lambda packed: packed.__setitem__(slice(None), b"\xff\x00\x30")),
@@ -634,7 +634,7 @@ WITH_DATA: dict[str, Callable[[File], None]] = {
     "mask with all ones": edit_mask(lambda packed: packed.__setitem__(slice(None), b"\xff\xff\x0f")),
 }
 
-UNMATCHED: dict[str, Callable[[File], None]] = {  # the digest is not made to match
+UNMATCHED: dict[str, Callable[[File], object]] = {  # the digest is not made to match
     "masks_sha256": top(masks_sha256="0" * 64),
     "tensors_sha256": top(tensors_sha256="0" * 64),
     "a stored byte": tensor("kept.bias", "F32", [3], bytes(12)),
@@ -644,7 +644,7 @@ UNMATCHED: dict[str, Callable[[File], None]] = {  # the digest is not made to ma
     "a mask bit moved": edit_mask(lambda packed: packed.__setitem__(slice(None), packed[:2][::-1] + packed[2:])),
 }
 
-BY_NETWORK: dict[str, Callable[[File], None]] = {
+BY_NETWORK: dict[str, Callable[[File], object]] = {
     "a tensor more": tensor("extra", "F32", [1], bytes(4)),
     "a pickle as a tensor more": tensor("extra.pkl", "U8", [4], b"\x80\x04N."),
     "an empty tensor more": tensor("extra", "F32", [0], b""),
@@ -715,7 +715,7 @@ def test_refused_for_the_network_and_before_it_is_changed(name: str, file: File,
     assert same(network, before)
 
 
-HARMLESS: dict[str, Callable[[File], None]] = {
+HARMLESS: dict[str, Callable[[File], object]] = {
     "an unknown key": top(later={"x": [1, 2.5, None, "y"]}),
     "an unknown key of a weight": masked(mood="good"),
     "another architecture, as a module is handed over": top(

@@ -19,7 +19,7 @@ from popup_surgery.data.batches import Batches
 from popup_surgery.data.in_memory import InMemory, _crop
 from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.data.streamed import Streamed
-from support import AUGMENTED, GREY, TARS, joined, opened, pack, recipe
+from support import AUGMENTED, GREY, TARS, joined, numpy_state, opened, pack, recipe
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
@@ -268,11 +268,11 @@ def test_iterating_leaves_the_ambient_random_states_alone(images: Path, in_memor
     torch.manual_seed(3)
     augment = {"pad": 2, "hflip": 0.5} if in_memory else AUGMENTED
     data = opened(name="folder", root=str(images), batch_size=4, in_memory=in_memory, **augment)
-    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    before = random.getstate(), numpy_state(), torch.get_rng_state()
     joined(data.train(0))
     joined(data.validation())
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tobytes() == before[1]
+    assert numpy_state() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
@@ -471,7 +471,8 @@ def test_digits_for_a_network_of_another_size() -> None:
 
 
 def test_training_on_a_folder_of_images_in_memory_and_streamed(images: Path, tmp_path: Path) -> None:
-    for name, data in {"held": {"pad": 2, "hflip": 0.5}, "streamed": {"scale": [0.5, 1.0]}}.items():
+    cases: dict[str, dict[str, Any]] = {"held": {"pad": 2, "hflip": 0.5}, "streamed": {"scale": [0.5, 1.0]}}
+    for name, data in cases.items():
         result = train(recipe(images, **data), output=tmp_path / name)
         assert len(result.history) == 1
         assert result.file.is_file()

@@ -72,7 +72,13 @@ def ids(images: Tensor) -> list[bytes]:
 
 
 def known(images: Path, split: str) -> list[bytes]:
-    folder = {"name": "folder", "root": str(images), "val_split": split, "in_memory": False, "batch_size": 4}
+    folder: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "val_split": split,
+        "in_memory": False,
+        "batch_size": 4,
+    }
     return ids(joined(opened(train=False, **folder, **PLAIN).validation())[0])
 
 

@@ -408,7 +408,7 @@ def test_a_death_is_known_wherever_it_is_met(said: str) -> None:
         try:
             raise RuntimeError(said)
         finally:
-            {}["gone"]
+            raise KeyError("gone")
 
     with pytest.raises(DataError, match=rf"^a worker process of the data loader died: {re.escape(said.strip('. '))}; "):
         busy()

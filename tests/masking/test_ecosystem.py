@@ -102,8 +102,9 @@ def through(plain: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, score in scores(model).items():
         layer, _, weight = name.removesuffix("_score").rpartition(".")
-        raw = model.get_submodule(layer)._parameters[weight]
-        found[name] = plain.get_parameter(name.removesuffix("_score")).grad.float() * raw * score.detach().sign()
+        raw: Any = model.get_submodule(layer)._parameters[weight]
+        given: Any = plain.get_parameter(name.removesuffix("_score")).grad
+        found[name] = given.float() * raw * score.detach().sign()
     return found
 
 
@@ -454,7 +455,7 @@ def _train_in_a_process(rank: int, folder: Path) -> None:
     for order in ("convert, wrap", "wrap, convert"):
         core = resnet()
         if order == "convert, wrap":
-            model = DistributedDataParallel(convert(core, K))
+            model: nn.Module = DistributedDataParallel(convert(core, K))
         else:
             model = convert(DistributedDataParallel(core), K)
         optimizer = torch.optim.SGD(scores(model).values(), lr=0.01)
@@ -503,7 +504,7 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
@@ -669,7 +670,7 @@ T5 = {"vocab_size": 23, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "
 CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 
 # by class: its configuration, and what is tied to the input embedding
-LANGUAGE = {
+LANGUAGE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "BertForSequenceClassification": ("BertConfig", BERT, []),
     "BertForMaskedLM": ("BertConfig", BERT, ["cls.predictions.decoder.weight"]),
     "GPT2ForSequenceClassification": ("GPT2Config", GPT2, []),
@@ -677,7 +678,7 @@ LANGUAGE = {
     "LlamaForCausalLM": ("LlamaConfig", LLAMA, ["lm_head.weight"]),
 }
 VIT = {"image_size": 32, "patch_size": 8, **TINY}
-VISION = {
+VISION: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "ViTForImageClassification": ("ViTConfig", VIT, []),
     "BeitForImageClassification": ("BeitConfig", VIT, []),
     "Dinov2ForImageClassification": ("Dinov2Config", {**VIT, "layerscale_value": 1e-5}, []),

@@ -86,7 +86,7 @@ def layers_of(net: nn.Module) -> list[Any]:
     return [module for module in net.modules() if is_masked(module)]
 
 
-def raw(layer: Any) -> Tensor:
+def raw(layer: Any) -> Any:
     return layer._parameters["weight"]
 
 
@@ -881,7 +881,7 @@ def _numpy_write(layer: Any, new: Tensor) -> None:
 
 
 def _storage_write(layer: Any, new: Tensor) -> None:
-    held = torch.empty(0).set_(layer.weight_score.untyped_storage(), 0, new.shape)
+    held = torch.empty(0).set_(layer.weight_score.untyped_storage(), 0, new.shape, new.stride())
     held.copy_(new)
 
 

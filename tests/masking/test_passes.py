@@ -299,7 +299,7 @@ def _still(model: nn.Module, name: str) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
             module.p = 0.0
         elif type(module).__name__ == "DropPath":
-            module.drop_prob = 0.0
+            module.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(module, GeneralizedRCNNTransform) and module.fixed_size is None:
             module.min_size, module.max_size = (_shape(name)[-1],), _shape(name)[-1]
         elif isinstance(module, RegionProposalNetwork | RoIHeads):
@@ -351,7 +351,7 @@ def _dead(model: nn.Module, name: str) -> list[str]:
     """The scores that one pass backward from all outputs gives no gradient."""
     outputs = _pass(model.train(), name, 1)
     generator = torch.Generator().manual_seed(2)
-    sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs).backward()
+    torch.stack([(out * torch.randn(out.shape, generator=generator)).sum() for out in outputs]).sum().backward()
     learning = {key: tensor.grad for key, tensor in model.named_parameters() if tensor.requires_grad}
     model.zero_grad()
     return [key for key, grad in learning.items() if grad is None or not grad.isfinite().all() or not grad.any()]
@@ -442,8 +442,8 @@ def _named(name: str, seed: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """What comes out for each network that is asked for, from two processes."""
-    tests = [item for item in request.session.items if item.path == request.path]
-    asked = dict.fromkeys(item.callspec.params["name"] for item in tests if "name" in getattr(item, "fixturenames", ()))
+    tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    asked: dict[str, None] = {item.callspec.params["name"]: None for item in tests if "name" in item.fixturenames}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=_start) as pool:
         yield {name: pool.submit(_run, name) for name in asked}

@@ -99,7 +99,8 @@ def test_the_least_width_leaves_one_channel() -> None:
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize(("chans", "size", "classes"), [(3, 32, 10), (1, 28, 7), (2, (16, 24), 10), (3, [17, 31], 1)])
 def test_forward(name: str, chans: int, size: int | list[Any] | tuple[Any, ...], classes: int) -> None:
-    net = NETS[name](num_classes=classes, in_chans=chans, img_size=size, width=0.1)
+    make: Any = NETS[name]
+    net = make(num_classes=classes, in_chans=chans, img_size=size, width=0.1)
     height, breadth = (size, size) if isinstance(size, int) else size
     assert net(torch.randn(3, chans, height, breadth)).shape == (3, classes)
     assert net.input_size == input_size(net) == (chans, height, breadth)

@@ -75,7 +75,7 @@ def fit(*overrides: str) -> Trainer:
         ("cosine", {"min_lr": 0.01}),
     ],
 )
-def test_schedules_are_timms(schedule: str, arguments: dict[str, Any]) -> None:
+def test_schedules_are_timms(schedule: Any, arguments: dict[str, Any]) -> None:
     from timm.scheduler import create_scheduler_v2
 
     training = Training(epochs=8, warmup_epochs=2, lr=0.3, schedule=schedule, schedule_kwargs=arguments)
@@ -383,7 +383,7 @@ def test_an_optimisers_whole_state_is_in_a_checkpoint(optimizer: str, tmp_path: 
 
 def test_state_of_any_shape_goes_through_a_checkpoint(tmp_path: Path) -> None:
     """As timm's Kron has it: lists of tensors, and the state of a generator, in tuples."""
-    state = {0: {"Q": [torch.eye(2), torch.ones(3)], "step": 3}}
+    state: dict[int, dict[str, Any]] = {0: {"Q": [torch.eye(2), torch.ones(3)], "step": 3}}
     tree = {"state": state, "param_groups": [{"betas": (0.9, 0.5), "foreach": None}], "rng_state": (3, (1, 2), None)}
     tensors: dict[str, torch.Tensor] = {}
     taken = checkpoint.Checkpoint(tensors, {"optimizer": checkpoint.pack(tree, "optimizer", tensors)})

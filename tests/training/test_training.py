@@ -38,6 +38,7 @@ from popup_surgery import (
 )
 from popup_surgery.config.schedule import rates
 from popup_surgery.config.schema import Data, Training
+from support import numpy_state
 
 SHORT = ["training.epochs=2"]
 
@@ -136,14 +137,14 @@ def test_the_same_recipe_gives_the_same_bytes_whatever_the_ambient_seeds(first: 
     random.seed(11)
     np.random.seed(12)
     torch.manual_seed(13)
-    states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    states = random.getstate(), numpy_state(), torch.get_rng_state()
     again = short(tmp_path / "elsewhere" / "with another name")
     assert again.file.read_bytes() == first.file.read_bytes()
     assert [dataclasses.replace(e, seconds=0, images_per_second=0) for e in again.history] == [
         dataclasses.replace(e, seconds=0, images_per_second=0) for e in first.history
     ]
     assert random.getstate() == states[0], "a run leaves the caller's generators alone"
-    assert np.random.get_state()[1].tobytes() == states[1]
+    assert numpy_state() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
@@ -309,7 +310,7 @@ def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
     ("epochs", "warmup", "schedule"),
     [(10, 0, "cosine"), (10, 3, "cosine"), (5, 0, "constant"), (5, 2, "constant"), (3, 3, "cosine")],
 )
-def test_the_learning_rate_follows_the_papers_formula(epochs: int, warmup: int, schedule: str) -> None:
+def test_the_learning_rate_follows_the_papers_formula(epochs: int, warmup: int, schedule: Any) -> None:
     training = Training(epochs=epochs, lr=0.1, schedule=schedule, warmup_epochs=warmup)
     for e in range(epochs):
         if e < warmup:
@@ -362,7 +363,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             tmp_path / "late", "surgery=none", "training.lr=3e4", "training.schedule_per=step",
             "training.checkpoint_minutes=0.00001",
         )  # fmt: skip
-    step, rate = re.search(r"of step (\d+), .* at the rate (\S+);", str(caught.value)).groups()
+    ((step, rate),) = re.findall(r"of step (\d+), .* at the rate (\S+);", str(caught.value))
     assert float(rate) == pytest.approx(3e4 / 2 * (1 + math.cos(math.pi * (int(step) - 1) / 90)), rel=1e-4)
 
 
@@ -411,7 +412,7 @@ def test_dropout_and_the_like_follow_the_recipes_seed(tmp_path: Path) -> None:
     overrides += ["data.input_size=[1, 16, 16]", "training.epochs=1"]
     with pytest.raises(DataError, match=r"1 × 8 × 8.*1 × 16 × 16"):
         train("digits", overrides=overrides, output=tmp_path / "small")
-    files = []
+    files: list[bytes] = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         values = Recipe.load("digits", overrides).dump()
         values["model"]["kwargs"]["img_size"] = 8

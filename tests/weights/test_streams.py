@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from popup_surgery.models.layer_types import layer_type_of
 from popup_surgery.selection import kept_count, select
 from popup_surgery.weights import SCHEMES, streams
 from popup_surgery.weights.streams import CHUNK, DISTRIBUTIONS, check_seed, draw, draw_scores, quantiles, words
-from support import GOLDEN
+from support import GOLDEN, numpy_state
 
 VECTORS = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))
 
@@ -135,8 +135,10 @@ def test_fans(vector: dict[str, Any]) -> None:
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
-def test_fans_of_the_other_dimensions(layer: Callable[..., Any], fan_in: float, fan_out: float) -> None:
-    fans = layer_type_of(layer).weights(layer)["weight"]
+def test_fans_of_the_other_dimensions(layer: nn.Module, fan_in: float, fan_out: float) -> None:
+    kind = layer_type_of(layer)
+    assert kind
+    fans = kind.weights(layer)["weight"]
     assert (fans.fan_in, fans.fan_out) == (fan_in, fan_out)
 
 
@@ -268,12 +270,12 @@ def test_no_ambient_generator_is_used_or_moved() -> None:
     np.random.seed(1)
     torch.manual_seed(1)
     first = values(draw("normal", 100, 1.0, 5, "weight", "w"))
-    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    before = numpy_state(), torch.get_rng_state()
     np.random.seed(2)
     assert np.array_equal(values(draw("normal", 100, 1.0, 5, "weight", "w")), first)
     np.random.seed(1)
     values(draw_scores(100, 3.0, 5, "w"))
-    assert np.array_equal(np.random.get_state()[1], before[0])
+    assert numpy_state() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
