@@ -318,10 +318,10 @@ def test_effective_weights_have_no_negative_zero(tmp_path: Path) -> None:
 def test_the_network_handed_over_is_filled_in_place(tmp_path: Path) -> None:
     model = convert(small(), seed=1)
     save(model, tmp_path / "net")
-    mine: Any = small().train()
+    mine = small().train()
     weight = mine.get_parameter("0.weight")
     assert load(tmp_path / "net", mine) is mine
-    assert mine[0].weight is weight
+    assert mine.get_parameter("0.weight") is weight
     assert torch.equal(weight, bake(model).get_parameter("0.weight"))
 
 

@@ -443,7 +443,7 @@ def _named(name: str, seed: int) -> nn.Module:
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """What comes out for each network that is asked for, from two processes."""
     tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
-    asked: dict[str, None] = {item.callspec.params["name"]: None for item in tests if "name" in item.fixturenames}
+    asked: dict[str, None] = {str(item.callspec.params["name"]): None for item in tests if "name" in item.fixturenames}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=_start) as pool:
         yield {name: pool.submit(_run, name) for name in asked}
