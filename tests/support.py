@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
-from popup_surgery import train
+from popup_surgery import Result, train
 from popup_surgery.config.schema import Data, Surgery
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.data.batches import quiet
@@ -72,6 +72,29 @@ def write_images(
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             pixels[:, :, 0] = 60 * place % 256
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+TWO_EPOCHS = ["training.epochs=2"]
+
+
+def short(output: Path, *overrides: str, **arguments: Any) -> Result:
+    """Two epochs of digits, in this process."""
+    return train("digits", overrides=[*TWO_EPOCHS, *overrides], output=output, **arguments)
+
+
+def equal_states(one: nn.Module, other: nn.Module) -> bool:
+    """Two networks have the same tensors under the same names, dtypes included."""
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def top(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """The right masks, by a stable sort."""
+    flat = torch.cat([score.detach().reshape(-1) for score in scores]).abs()
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.argsort(descending=True, stable=True)[:kept]] = True
+    parts = mask.split([score.numel() for score in scores])
+    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
 
 
 def numpy_state() -> Any:

@@ -43,6 +43,7 @@ from popup_surgery import (
 )
 from popup_surgery.sweep import Run, Sweep, execute
 from popup_surgery.sweep.engines import Events, Stop
+from support import lines
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
@@ -193,10 +194,6 @@ def copied(source: str, tmp_path: Path) -> Path:
 
 def results(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def kept_by(name: str, folder: Path) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
-from support import stopping
+from support import equal_states, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -72,11 +72,6 @@ def build_digits(pretrained: Any = False) -> nn.Module:
 
 def raw(layer: Any) -> Tensor:
     return layer._parameters["weight"].detach()
-
-
-def equal_states(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
 # every learner

@@ -21,7 +21,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, load, masks, save, verify
 from popup_surgery.masking.layer import is_masked
-from support import Scope
+from popup_surgery.selection import kept_count
+from support import Scope, top
 
 K = 0.4
 NETS = {
@@ -57,23 +58,20 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> N
     optimizer.step()
 
 
-def top(score: Tensor) -> Tensor:
-    """The right mask of a layer, by a stable sort."""
-    flat = score.detach().reshape(-1).abs()
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[: len(flat) - int((1 - K) * len(flat))]] = True
-    return mask.view(score.shape)
+def best(score: Tensor) -> Tensor:
+    """The right mask of a layer."""
+    return top([score], kept_count(score.numel(), K))[0]
 
 
 def right_masks(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removesuffix("_score"): top(score) for name, score in scores(model).items()}
+    return {name.removesuffix("_score"): best(score) for name, score in scores(model).items()}
 
 
 def twin(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
     """The plain network that the scores of `model` call for, made without the code under test."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for key in [key for key in state if f"{key}_score" in state]:
-        state[key] = torch.where(top(state.pop(f"{key}_score")), state[key], 0.0)
+        state[key] = torch.where(best(state.pop(f"{key}_score")), state[key], 0.0)
     plain = make()
     plain.load_state_dict(state)
     return plain.train(model.training)

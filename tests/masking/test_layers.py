@@ -19,8 +19,8 @@ from popup_surgery import MaskedWeightError, Tracer, bake, convert, masks, sampl
 from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.state import slots_of
-from popup_surgery.selection import Selection, kept_count
-from support import Scope
+from popup_surgery.selection import kept_count
+from support import Scope, top
 
 K = 0.4
 
@@ -90,15 +90,6 @@ def raw(layer: Any) -> Any:
     return layer._parameters["weight"]
 
 
-def top(scores: list[Tensor], kept: int) -> list[Tensor]:
-    """The right masks, by a stable sort."""
-    flat = torch.cat([score.detach().reshape(-1) for score in scores]).abs()
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[:kept]] = True
-    parts = mask.split([score.numel() for score in scores])
-    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
-
-
 def right(layer: Any, k: float = K) -> Tensor:
     """The weight that the layer should have by its scores as they are now."""
     score = layer.weight_score.detach().clone()
@@ -117,22 +108,6 @@ def reverse(score: Tensor) -> Tensor:
     flat = score.detach().clone().reshape(-1)
     flat[flat.abs().argsort()] = flat[flat.abs().argsort(descending=True)]
     return flat.view(score.shape).contiguous()
-
-
-@pytest.fixture
-def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the calls of `select` by the learner edge_popup."""
-    from popup_surgery.learners import edge_popup
-
-    calls: list[int] = []
-    real = edge_popup.select
-
-    def spy(scores: list[Tensor], kept: int) -> Selection:
-        calls.append(kept)
-        return real(scores, kept)
-
-    monkeypatch.setattr(edge_popup, "select", spy)
-    return calls
 
 
 # what the layer is -----------------------------------------------------------------------------------------------

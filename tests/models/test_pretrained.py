@@ -34,15 +34,12 @@ from popup_surgery import (
 from popup_surgery.artifact.rebuild import values_digest
 from popup_surgery.masking.state import slots_of
 from popup_surgery.weights.streams import draw
-from support import Outcome
+from support import Outcome, equal_states
+
+pytestmark = pytest.mark.usefixtures("no_warnings")
 
 NAME = "timm/test_resnet"
 FILE = "subnetwork.popup.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _quiet(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.ERROR, "popup_surgery")
 
 
 def trained(seed: int = 0, **kwargs: Any) -> nn.Module:
@@ -60,11 +57,6 @@ def trained(seed: int = 0, **kwargs: Any) -> nn.Module:
 def weights(tmp_path: Path) -> Path:
     save_file(trained().state_dict(), tmp_path / "dense.safetensors")
     return tmp_path / "dense.safetensors"
-
-
-def same_state(a: nn.Module, b: nn.Module) -> bool:
-    ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def raw(model: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +84,7 @@ def test_a_head_of_another_size_is_drawn_and_masked(weights: Path, tmp_path: Pat
     assert model.fc.bias.eq(0).all()
     manifest = save(model, tmp_path / FILE)
     assert {entry.distribution for entry in manifest.masked if entry.name == "fc.weight"} == {"signed_constant"}
-    assert same_state(load(tmp_path / FILE, base=weights), bake(model))
+    assert equal_states(load(tmp_path / FILE, base=weights), bake(model))
 
 
 def test_schemes_by_pattern(weights: Path) -> None:
@@ -110,7 +102,7 @@ def test_norms_may_learn_for_each_task(weights: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.bn1.weight.add_(1)
     save(model, tmp_path / FILE)
-    assert same_state(load(tmp_path / FILE, base=weights), bake(model))
+    assert equal_states(load(tmp_path / FILE, base=weights), bake(model))
 
 
 def test_the_file_names_its_base_and_is_small(weights: Path, tmp_path: Path) -> None:
@@ -139,7 +131,7 @@ def test_a_reader_with_the_base_rebuilds_and_one_with_another_refuses(how: str, 
             return verb(tmp_path / FILE, trained(seed))
         return verb(tmp_path / FILE, base=trained(seed) if how == "network" else [weights, other][seed])
 
-    assert same_state(call(load, 0), bake(model))
+    assert equal_states(call(load, 0), bake(model))
     assert call(verify, 0)
     with pytest.raises(ArtifactError, match=r"the masks are for other weights: those of timm/test_resnet with the SHA"):
         call(load, 1)
@@ -268,7 +260,7 @@ def test_torchvision_weights_come_from_its_cache(classes: int, tmp_path: Path, m
     base = inspect(tmp_path / FILE).base
     assert base
     assert base.tag == "IMAGENET1K_V1"
-    assert same_state(load(tmp_path / FILE), bake(model))
+    assert equal_states(load(tmp_path / FILE), bake(model))
 
 
 def test_a_manifest_whose_base_is_not_in_order_is_refused(weights: Path, tmp_path: Path) -> None:

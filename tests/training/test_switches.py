@@ -41,18 +41,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start
 from popup_surgery.training.trainer import Trainer
-from support import Scope
-
-SHORT = ["training.epochs=2"]
-
-
-def short(output: Path, *overrides: str, **arguments: Any) -> Result:
-    return train("digits", overrides=[*SHORT, *overrides], output=output, **arguments)
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return short(tmp_path_factory.mktemp("first") / "run")
+from support import TWO_EPOCHS, Scope, short
 
 
 def fit(*overrides: str) -> Trainer:
@@ -353,7 +342,7 @@ def test_a_run_goes_on_from_a_file(first: Result, tmp_path: Path) -> None:
 
 def test_a_run_takes_the_seed_of_the_file_it_goes_on_from(tmp_path: Path) -> None:
     nine = short(tmp_path / "nine", "surgery.seed=9")
-    values = Recipe.load("digits", SHORT).model_dump(exclude_unset=True)
+    values = Recipe.load("digits", TWO_EPOCHS).model_dump(exclude_unset=True)
     del values["surgery"]["seed"]
     values["model"]["init_from"] = str(nine.file)
     assert inspect(train(values, output=tmp_path / "on").file).seed == 9

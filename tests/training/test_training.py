@@ -38,29 +38,11 @@ from popup_surgery import (
 )
 from popup_surgery.config.schedule import rates
 from popup_surgery.config.schema import Data, Training
-from support import numpy_state
-
-SHORT = ["training.epochs=2"]
-
-
-def short(output: Path, *overrides: str, **arguments: Any) -> Result:
-    """Two epochs of digits."""
-    return train("digits", overrides=[*SHORT, *overrides], output=output, **arguments)
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """Two epochs of digits, once."""
-    return short(tmp_path_factory.mktemp("first") / "run")
+from support import TWO_EPOCHS, equal_states, numpy_state, short
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def equal_states(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
 # the full run
@@ -377,14 +359,14 @@ def test_scores_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
 
 
 def test_a_recipe_may_be_values_or_a_recipe_object(first: Result, tmp_path: Path) -> None:
-    recipe = Recipe.load("digits", SHORT)
+    recipe = Recipe.load("digits", TWO_EPOCHS)
     one = train(recipe, output=tmp_path / "one")
     other = train(recipe.dump(), output=tmp_path / "other")
     assert one.file.read_bytes() == other.file.read_bytes() == first.file.read_bytes()
 
 
 def test_overrides_of_a_recipe_object_are_not_dropped_in_silence(tmp_path: Path) -> None:
-    recipe = Recipe.load("digits", SHORT)
+    recipe = Recipe.load("digits", TWO_EPOCHS)
     for given in (recipe, recipe.dump()):
         try:
             result = train(given, overrides=["training.epochs=1"], output=tmp_path / type(given).__name__)
