@@ -31,7 +31,7 @@ from popup_surgery.data.open import open_data
 from popup_surgery.data.transforms import DEFAULT_MEAN, DEFAULT_STD
 
 SIZE = (3, 224, 224)
-SCALE, RATIO = [0.08, 1.0], [3 / 4, 4 / 3]
+SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def write_images(root: Path, count: int) -> float:
@@ -54,7 +54,8 @@ def write_images(root: Path, count: int) -> float:
 
 def ours(root: Path, batch: int, workers: int, device: torch.device) -> Iterator[Any]:
     """Epochs of our training images."""
-    config = Data(name="folder", root=str(root), batch_size=batch, scale=SCALE, ratio=RATIO, hflip=0.5, workers=workers)
+    shape: dict[str, Any] = {"scale": list(SCALE), "ratio": list(RATIO)}
+    config = Data(name="folder", root=str(root), batch_size=batch, hflip=0.5, workers=workers, **shape)
     data = open_data(config, SIZE, 0, device, quiet)
     epoch = 0
     while True:
@@ -66,7 +67,8 @@ def timms(root: Path, batch: int, workers: int, device: torch.device) -> Iterato
     """The same, of timm's."""
     loader = create_loader(
         create_dataset("", str(root), "train"), SIZE, batch, is_training=True, scale=SCALE, ratio=RATIO, hflip=0.5,
-        color_jitter=None, interpolation="bilinear", mean=DEFAULT_MEAN, std=DEFAULT_STD, num_workers=workers,
+        color_jitter=None,  # type: ignore[arg-type]
+        interpolation="bilinear", mean=DEFAULT_MEAN, std=DEFAULT_STD, num_workers=workers,
         device=device, pin_memory=device.type == "cuda",
     )  # fmt: skip
     while True:

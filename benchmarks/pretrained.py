@@ -24,14 +24,14 @@ from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.models.pretrained import read_weights
 from popup_surgery.training.trainer import Trainer
 
-SIZE = [3, 32, 32]
+SIZE = (3, 32, 32)
 
 
 def recipe(network: str, data: dict[str, Any], surgery: Any, epochs: int, lr: float) -> dict[str, Any]:
     return {
         "model": {"name": network, "kwargs": {"num_classes": 10}},
         "surgery": surgery,
-        "data": {**data, "input_size": SIZE, "pad": 4, "hflip": 0.5, "mean": [0.5] * 3, "std": [0.25] * 3},
+        "data": {**data, "input_size": list(SIZE), "pad": 4, "hflip": 0.5, "mean": [0.5] * 3, "std": [0.25] * 3},
         "training": {"epochs": epochs, "lr": lr, "weight_decay": 1e-4, "warmup_epochs": 1 if epochs > 1 else 0},
     }
 
@@ -41,7 +41,8 @@ def weights_of_features(network: str, dense: Path, folder: Path) -> Path:
     from safetensors.torch import save_file
 
     state = read_weights(dense)
-    head = ps.build(network).default_cfg["classifier"]
+    built: Any = ps.build(network)
+    head = built.default_cfg["classifier"]
     state[f"{head}.weight"] = state[f"{head}.weight"][:1].clone()
     state[f"{head}.bias"] = state[f"{head}.bias"][:1].clone()
     save_file(state, folder / "features.safetensors")
@@ -53,12 +54,12 @@ def probe(values: dict[str, Any], weights: Path) -> float:
     parsed = ps.Recipe.parse(values)
     accelerator = Accelerator()
     with ambient_seed([0]):
-        model = ps.build(parsed.model.name, pretrained=weights, **parsed.model.kwargs)
+        model: Any = ps.build(parsed.model.name, pretrained=weights, **parsed.model.kwargs)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         for parameter in model.get_classifier().parameters():
             parameter.requires_grad_(True)
-        data = open_data(parsed.data, tuple(SIZE), 0, accelerator.device, quiet)
+        data = open_data(parsed.data, SIZE, 0, accelerator.device, quiet)
         return Trainer(model, data, parsed.training, accelerator, quiet).run(lambda epoch: None)[-1].accuracy
 
 

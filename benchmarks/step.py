@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,24 +29,28 @@ class SortMask(torch.autograd.Function):
     """A mask of the k largest scores, by a sort of them all; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx, score: Tensor) -> Tensor:
+    def forward(ctx: Any, score: Tensor) -> Tensor:
         mask = torch.zeros_like(score).flatten()
         order = score.flatten().sort().indices
         mask[order[int((1 - K) * score.numel()) :]] = 1
         return mask.view_as(score)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 
 class SortConv(nn.Conv2d):
+    score: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight * SortMask.apply(self.score.abs())
         return functional.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class SortLinear(nn.Linear):
+    score: nn.Parameter
+
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight * SortMask.apply(self.score.abs()), self.bias)
 

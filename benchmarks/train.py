@@ -101,7 +101,7 @@ def print_memory(kind: str, device: torch.device) -> None:
 
 def kibibytes(what: str) -> int:
     """A line of this process's status; what `getrusage` says begins with its parent's."""
-    return int(re.search(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    return int(re.findall(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
 
 
 def main() -> None:

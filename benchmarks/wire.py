@@ -31,7 +31,7 @@ TRAINING = Training(epochs=1, lr=0.01, checkpoint_minutes=0)
 
 def sent() -> int:
     """Bytes that the loopback device has carried."""
-    return int(re.search(r"lo:\s*(\d+)", Path("/proc/net/dev").read_text())[1])
+    return int(re.findall(r"lo:\s*(\d+)", Path("/proc/net/dev").read_text())[0])
 
 
 def popup(images: torch.Tensor, labels: torch.Tensor) -> int:
@@ -40,7 +40,8 @@ def popup(images: torch.Tensor, labels: torch.Tensor) -> int:
     model, config = ps.convert(NET, 0.3), Data(batch_size=BATCH)
     split = {"train": (images, labels), "validation": (images, labels)}
     names = [str(i) for i in range(1000)]
-    data = InMemory(config, tuple(images.shape[1:]), 0, accelerator.device, split, names)
+    _, chans, height, width = images.shape
+    data = InMemory(config, (chans, height, width), 0, accelerator.device, split, names)
     Trainer(model, data, TRAINING, accelerator, quiet)._train_epoch(lambda *_: None, lambda: False)
     return gradients(model)
 

@@ -5,16 +5,19 @@ import os
 # One thread a process: where the cores are busy, threads that wait for one another take ten times as long.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 import popup_surgery
-from support import Outcome, write_images
+from popup_surgery.selection import Selection
+from support import Outcome, short, write_images
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -26,6 +29,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> popup_surgery.Result:
     """The shipped digits recipe, trained to its end."""
     return popup_surgery.train("digits", output=tmp_path_factory.mktemp("digits") / "run")
+
+
+@pytest.fixture(scope="session")
+def first(tmp_path_factory: pytest.TempPathFactory) -> popup_surgery.Result:
+    """Two epochs of digits."""
+    return short(tmp_path_factory.mktemp("first") / "run")
 
 
 @pytest.fixture
@@ -59,6 +68,28 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "train", tuple("abcdefghij"), count=4, size=(32, 32), seed=1)
     write_images(root / "validation", tuple("abcdefghij"), count=2, size=(32, 32), seed=2)
     return root
+
+
+@pytest.fixture
+def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The counts of each call of `select` by the learner edge_popup."""
+    from popup_surgery.learners import edge_popup
+
+    calls: list[int] = []
+    real = edge_popup.select
+
+    def spy(scores: Sequence[Tensor], kept: int) -> Selection:
+        calls.append(kept)
+        return real(scores, kept)
+
+    monkeypatch.setattr(edge_popup, "select", spy)
+    return calls
+
+
+@pytest.fixture
+def no_warnings(caplog: pytest.LogCaptureFixture) -> None:
+    """The package logs errors only."""
+    caplog.set_level(logging.ERROR, "popup_surgery")
 
 
 @pytest.fixture

@@ -8,30 +8,32 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
-from popup_surgery import train
-from popup_surgery.config.schema import Data
+from popup_surgery import Result, train
+from popup_surgery.config.schema import Data, Surgery
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.sweep import Run, State
+from popup_surgery.sweep.engines import Events, Stop
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
 
 Sizes = tuple[int, int]
+Scope = Literal["layer", "global"]
 
 
 class Outcome(NamedTuple):
@@ -48,7 +50,7 @@ class Here:
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         for run in runs:
             file = output / f"{run.name}.yaml"
             file.write_text(to_yaml(run.recipe.dump()))
@@ -70,6 +72,40 @@ def write_images(
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             pixels[:, :, 0] = 60 * place % 256
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+TWO_EPOCHS = ["training.epochs=2"]
+
+
+def short(output: Path, *overrides: str, **arguments: Any) -> Result:
+    """Two epochs of digits, in this process."""
+    return train("digits", overrides=[*TWO_EPOCHS, *overrides], output=output, **arguments)
+
+
+def equal_states(one: nn.Module, other: nn.Module) -> bool:
+    """Two networks have the same tensors under the same names, dtypes included."""
+    a, b = one.state_dict(), other.state_dict()
+    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
+
+
+def top(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """The right masks, by a stable sort."""
+    flat = torch.cat([score.detach().reshape(-1) for score in scores]).abs()
+    mask = torch.zeros(len(flat), dtype=torch.bool)
+    mask[flat.argsort(descending=True, stable=True)[:kept]] = True
+    parts = mask.split([score.numel() for score in scores])
+    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
+
+
+def numpy_state() -> Any:
+    """The state of numpy's global generator."""
+    return np.random.get_state(legacy=False)["state"]["key"].tolist()
+
+
+def surgery(run: Run) -> Surgery:
+    """The surgery of a run of a hidden network."""
+    assert isinstance(run.recipe.surgery, Surgery)
+    return run.recipe.surgery
 
 
 def write_digit(path: Path, label: int) -> None:
@@ -107,7 +143,13 @@ def recipe(root: Path, **data: Any) -> dict[str, Any]:
     }
 
 
-AUGMENTED = {"scale": [0.3, 1.0], "ratio": [0.8, 1.25], "hflip": 0.5, "auto_augment": "rand-m5-n2", "color_jitter": 0.3}
+AUGMENTED: dict[str, Any] = {
+    "scale": [0.3, 1.0],
+    "ratio": [0.8, 1.25],
+    "hflip": 0.5,
+    "auto_augment": "rand-m5-n2",
+    "color_jitter": 0.3,
+}
 
 
 def pack(path: Path, folder: Path, classes: tuple[str, ...] = ("cat", "dog", "eel")) -> None:
@@ -120,7 +162,7 @@ def pack(path: Path, folder: Path, classes: tuple[str, ...] = ("cat", "dog", "ee
                 archive.addfile(member, io.BytesIO(content))
 
 
-TARS = {"name": "folder", "train_split": "train.tar", "val_split": "validation.tar", "batch_size": 4}
+TARS: dict[str, Any] = {"name": "folder", "train_split": "train.tar", "val_split": "validation.tar", "batch_size": 4}
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:

@@ -95,7 +95,7 @@ def modules(home: str) -> object:
 def test_a_module_that_is_gone_is_an_attribute_of_the_package() -> None:
     assert popup_surgery.kinds is sys.modules["popup_surgery.kinds"]
     with pytest.raises(ImportError, match="nothing"):
-        from popup_surgery.kinds import nothing  # noqa: F401
+        from popup_surgery.kinds import nothing  # type: ignore[import-not-found,import-untyped,unused-ignore]  # noqa: F401
     with pytest.raises(ModuleNotFoundError):
         import_module("popup_surgery.nowhere")
 

@@ -42,10 +42,12 @@ from popup_surgery import (
     verify,
 )
 from popup_surgery.sweep import Run, Sweep, execute
+from popup_surgery.sweep.engines import Events, Stop
+from support import lines
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
-CONV2 = {"width": 0.05, "in_chans": 1, "img_size": 8}  # of tiny.yaml
+CONV2: dict[str, Any] = {"width": 0.05, "in_chans": 1, "img_size": 8}  # of tiny.yaml
 DENSE = GOLDEN / "artifacts" / "dense.safetensors"
 
 
@@ -194,10 +196,6 @@ def results(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.safetensors")}
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def kept_by(name: str, folder: Path) -> dict[str, Tensor]:
     """The masks in the result of a run."""
     if name == "ticket":
@@ -303,7 +301,7 @@ class Nothing:
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
 
-    def run(self, runs: Sequence[Run], output: Path, stop: Callable[[], bool]) -> Iterator[Any]:
+    def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         assert not runs
         yield None
 
@@ -438,7 +436,7 @@ def saved(net: nn.Module, tmp_path: Path) -> Path:
 
 def test_a_network_of_torch_save_is_completed_by_convert() -> None:
     """It knows the settings that it was converted with."""
-    net = opened("global")
+    net: Any = opened("global")
     net[4] = nn.Linear(54, 3)
     convert(net, k=0.4, scheme="kaiming_uniform", seed=5, scope="global")
     assert set(masks(net)) == {"0.weight", "4.weight"}

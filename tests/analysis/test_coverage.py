@@ -7,7 +7,7 @@ import os
 import pytest
 
 import popup_surgery as ps
-from popup_surgery.analysis.coverage import all_names, as_json, as_markdown, look, survey
+from popup_surgery.analysis.coverage import Row, all_names, as_json, as_markdown, look, survey
 from popup_surgery.models.libraries import names
 from support import ROOT
 
@@ -16,21 +16,21 @@ BELOW: dict[str, str] = {}  # networks of which less than 99 % of the weights ar
 
 
 @pytest.fixture(scope="module")
-def rows():
+def rows() -> list[Row]:
     names = all_names(["timm", "torchvision"])
     return list(survey(names, min(4, os.cpu_count() or 1)))
 
 
-def test_every_network_of_both_libraries_is_planned(rows):
+def test_every_network_of_both_libraries_is_planned(rows: list[Row]) -> None:
     assert len(rows) == len(names("timm")) + len(names("torchvision")) > 1000
     assert {row.name: row.refused for row in rows if row.refused} == {}
 
 
-def test_all_but_a_hundredth_of_the_weights_are_masked(rows):
+def test_all_but_a_hundredth_of_the_weights_are_masked(rows: list[Row]) -> None:
     assert {row.name for row in rows if row.of_weights < 0.99} == BELOW.keys()
 
 
-def test_the_table_in_the_docs_is_true(rows):
+def test_the_table_in_the_docs_is_true(rows: list[Row]) -> None:
     table = json.loads(TABLE.read_text())
     versions = {name: version.partition("+")[0] for name, version in table["versions"].items()}
     if versions != {name: importlib.metadata.version(name).partition("+")[0] for name in versions}:
@@ -41,7 +41,7 @@ def test_the_table_in_the_docs_is_true(rows):
     assert found == table["networks"]
 
 
-def test_what_stands_out_is_listed_first():
+def test_what_stands_out_is_listed_first() -> None:
     rows = [look("popup_surgery/fc"), look("popup_surgery/nothing")]
     assert rows[0].of_weights == 1
     assert "unknown architecture 'nothing'" in rows[1].refused

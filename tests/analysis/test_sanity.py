@@ -77,7 +77,7 @@ def test_each_network_is_the_one_that_is_named(artifact: Path, measured: list[St
             if change == "as it is":
                 assert torch.equal(got, torch.where(mask, weights[key], 0.0))
             elif change == "other seeds":
-                assert torch.equal(got, torch.where(mask, raw_digits(int(value))[key], 0.0))
+                assert torch.equal(got, torch.where(mask, raw_digits(int(value or 0))[key], 0.0))
             elif change == "mask inverted":
                 assert torch.equal(got, torch.where(mask, 0.0, weights[key]))
             elif change == "all weights":

@@ -8,14 +8,16 @@ import shutil
 import stat
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from popup_surgery import ArtifactError, PopupError, bake, build, convert, inspect, load, masks, save, verify
 from popup_surgery.atomic import write_atomically
@@ -47,7 +49,7 @@ def manifest_of(path: Path) -> tuple[dict, str]:
     return json.loads(metadata["popup_surgery"]), metadata["popup_surgery"]
 
 
-def rewrite(path: Path, change) -> None:
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     """Apply `change` to the manifest of a file and write it again, canonical and with its own digest."""
     manifest, _ = manifest_of(path)
     change(manifest)
@@ -61,7 +63,7 @@ def canonical(manifest: dict) -> str:
 
 
 @pytest.fixture
-def other_surroundings():
+def other_surroundings() -> Iterator[Callable[[], None]]:
     """Change every global seed and the number of threads; whoever loads must not notice."""
     threads, python, numpy = torch.get_num_threads(), random.getstate(), np.random.get_state()
     generator = torch.get_rng_state()
@@ -110,7 +112,7 @@ class Sentence(nn.Module):
         if tie:
             self.head.weight = self.words.weight
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.head(self.norm(self.mix(self.words(x) + self.pos_embed[:, : x.shape[1]])))
 
 
@@ -125,7 +127,9 @@ LIBRARY = [
 
 
 @pytest.mark.parametrize(("name", "kwargs", "how"), LIBRARY, ids=[case[0] for case in LIBRARY])
-def test_library_network(name, kwargs, how, tmp_path, other_surroundings):
+def test_library_network(
+    name: str, kwargs: dict[str, Any], how: dict[str, Any], tmp_path: Path, other_surroundings: Callable[[], None]
+) -> None:
     model = convert(build(name, **kwargs), **{"seed": 11, **how})
     learn(model)
     path = tmp_path / "net.safetensors"
@@ -146,7 +150,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float64]
 @pytest.mark.parametrize(
     ("name", "dtype"), [*(("popup_surgery/conv2", d) for d in DTYPES), *(("timm/resnet10t", d) for d in DTYPES[:2])]
 )
-def test_other_dtypes(name, dtype, tmp_path, other_surroundings):
+def test_other_dtypes(name: str, dtype: torch.dtype, tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
     kwargs = {"width": 0.1} if "conv2" in name else {"num_classes": 3}
     model = convert(build(name, **kwargs), scheme="kaiming_normal", seed=3).to(dtype)
     learn(model)
@@ -158,13 +162,13 @@ def test_other_dtypes(name, dtype, tmp_path, other_surroundings):
     assert verify(tmp_path / "net")
 
 
-def test_cast_before_and_after_conversion_is_the_same(tmp_path):
+def test_cast_before_and_after_conversion_is_the_same(tmp_path: Path) -> None:
     after = convert(small(), scheme="kaiming_uniform", seed=3).bfloat16()
     before = convert(small().bfloat16(), scheme="kaiming_uniform", seed=3)
     assert bytes_of(after, tmp_path) == bytes_of(before, tmp_path)
 
 
-def test_batchnorm_statistics_are_stored(tmp_path, other_surroundings):
+def test_batchnorm_statistics_are_stored(tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
     model = convert(small(), seed=1)
     learn(model)
     model.train()
@@ -181,26 +185,26 @@ def test_batchnorm_statistics_are_stored(tmp_path, other_surroundings):
         assert torch.equal(loaded(x), bake(model).eval()(x))
 
 
-def test_tied_weight_is_an_alias(tmp_path, other_surroundings):
+def test_tied_weight_is_an_alias(tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
     model = convert(Sentence(tie=True), seed=2)
     learn(model)
     manifest = save(model, tmp_path / "net")
     assert manifest.aliases == {"head.weight": "words.weight"}
     assert [entry.name for entry in manifest.masked] == ["words.weight", "mix.weight"]
     other_surroundings()
-    loaded = load(tmp_path / "net", Sentence(tie=True))
+    loaded: Any = load(tmp_path / "net", Sentence(tie=True))
     assert loaded.head.weight is loaded.words.weight
     assert_same_state(loaded, bake(model))
     assert verify(tmp_path / "net", Sentence(tie=True))
 
 
-def test_a_network_that_ties_what_the_file_does_not_is_refused(tmp_path):
+def test_a_network_that_ties_what_the_file_does_not_is_refused(tmp_path: Path) -> None:
     save(convert(Sentence(), seed=2), tmp_path / "net")
     with pytest.raises(ArtifactError, match="ties it to"):
         load(tmp_path / "net", Sentence(tie=True))
 
 
-def test_embeddings_and_positions_are_generated(tmp_path, other_surroundings):
+def test_embeddings_and_positions_are_generated(tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
     model = convert(Sentence(), seed=2)
     learn(model)
     manifest = save(model, tmp_path / "net")
@@ -210,8 +214,8 @@ def test_embeddings_and_positions_are_generated(tmp_path, other_surroundings):
     assert_same_state(load(tmp_path / "net", Sentence()), bake(model))
 
 
-def test_a_generated_tensor_that_was_changed_is_stored(tmp_path):
-    model = convert(Sentence(), seed=2)
+def test_a_generated_tensor_that_was_changed_is_stored(tmp_path: Path) -> None:
+    model: Any = convert(Sentence(), seed=2)
     with torch.no_grad():
         model.words.weight[3, 4] += 1
     manifest = save(model, tmp_path / "net")
@@ -220,7 +224,7 @@ def test_a_generated_tensor_that_was_changed_is_stored(tmp_path):
     assert_same_state(load(tmp_path / "net", Sentence()), bake(model))
 
 
-def test_an_excluded_layer_is_stored(tmp_path, other_surroundings):
+def test_an_excluded_layer_is_stored(tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
     torch.manual_seed(0)
     model = convert(small(), exclude="4", seed=2)
     learn(model)
@@ -266,7 +270,7 @@ class Odd(nn.Module):
         self.register_buffer("passing", torch.ones(2), persistent=False)
 
 
-def test_every_dtype_and_value_of_a_buffer(tmp_path, other_surroundings):
+def test_every_dtype_and_value_of_a_buffer(tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
     model = convert(Odd(), seed=2)
     manifest = save(model, tmp_path / "net")
     other_surroundings()
@@ -287,7 +291,7 @@ def test_every_dtype_and_value_of_a_buffer(tmp_path, other_surroundings):
     assert {f"{d}_{v}" for d in ("float16", "bfloat16", "float32") for v in ("zero", "denormal", "top")} <= kinds.keys()
 
 
-def test_root_layer_and_wrappers(tmp_path):
+def test_root_layer_and_wrappers(tmp_path: Path) -> None:
     layer = convert(nn.Linear(6, 5), seed=4)
     manifest = save(layer, tmp_path / "net")
     assert [entry.stream for entry in manifest.masked] == ["weight"]
@@ -298,33 +302,33 @@ def test_root_layer_and_wrappers(tmp_path):
     assert (tmp_path / "wrapped").read_bytes() == bytes_of(wrapped.module, tmp_path)
 
 
-def bytes_of(model: nn.Module, folder: Path, **how) -> bytes:
+def bytes_of(model: nn.Module, folder: Path, **how: Any) -> bytes:
     save(model, folder / "again", **how)
     return (folder / "again").read_bytes()
 
 
-def test_effective_weights_have_no_negative_zero(tmp_path):
+def test_effective_weights_have_no_negative_zero(tmp_path: Path) -> None:
     model = convert(nn.Sequential(nn.Linear(40, 40)), k=0.3, seed=2)
     save(model, tmp_path / "net")
-    weight = load(tmp_path / "net", nn.Sequential(nn.Linear(40, 40)))[0].weight
+    weight = load(tmp_path / "net", nn.Sequential(nn.Linear(40, 40))).get_parameter("0.weight")
     assert int((weight == 0).sum()) == 1600 - int(masks(model)["0.weight"].sum())
     assert not bool((weight.signbit() & (weight == 0)).any())
 
 
-def test_the_network_handed_over_is_filled_in_place(tmp_path):
+def test_the_network_handed_over_is_filled_in_place(tmp_path: Path) -> None:
     model = convert(small(), seed=1)
     save(model, tmp_path / "net")
     mine = small().train()
-    weight = mine[0].weight
+    weight = mine.get_parameter("0.weight")
     assert load(tmp_path / "net", mine) is mine
-    assert mine[0].weight is weight
-    assert torch.equal(weight, bake(model)[0].weight)
+    assert mine.get_parameter("0.weight") is weight
+    assert torch.equal(weight, bake(model).get_parameter("0.weight"))
 
 
 # --- the bytes -------------------------------------------------------------------------------------------------------
 
 
-def test_golden_file():
+def test_golden_file() -> None:
     golden = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))["golden"]
     path = GOLDEN / golden["file"]
     assert hashlib.sha256(path.read_bytes()).hexdigest() == golden["file_sha256"]
@@ -338,7 +342,7 @@ def test_golden_file():
     assert inspect(path).seed == 20200622
 
 
-def test_manifest_is_canonical_and_complete(tmp_path):
+def test_manifest_is_canonical_and_complete(tmp_path: Path) -> None:
     provenance = {"recipe": "digits", "accuracy": float("nan"), "curve": (1.0, float("inf")), "é": {"x": 1e-7}}
     model = convert(small(), seed=1, k={"0": 0.4})
     save(model, tmp_path / "net", provenance=provenance, probe=(2, 3, 8, 8))
@@ -365,7 +369,7 @@ def test_manifest_is_canonical_and_complete(tmp_path):
     assert manifest["weights_sha256"] == hashlib.sha256(joined).hexdigest()
 
 
-def test_tensors_digest_and_order_of_the_safetensors_library(tmp_path):
+def test_tensors_digest_and_order_of_the_safetensors_library(tmp_path: Path) -> None:
     model = convert(Odd(), seed=2)
     manifest = save(model, tmp_path / "net")
     save_file(
@@ -384,8 +388,8 @@ def test_tensors_digest_and_order_of_the_safetensors_library(tmp_path):
     assert manifest.tensors_sha256 == digest.hexdigest()
 
 
-def test_the_same_subnetwork_gives_the_same_bytes(tmp_path, other_surroundings):
-    def trained():
+def test_the_same_subnetwork_gives_the_same_bytes(tmp_path: Path, other_surroundings: Callable[[], None]) -> None:
+    def trained() -> nn.Module:
         model = convert(build("timm/resnet10t", num_classes=3), seed=8)
         learn(model)
         return model
@@ -401,15 +405,15 @@ def test_the_same_subnetwork_gives_the_same_bytes(tmp_path, other_surroundings):
 # --- what cannot be saved or loaded ----------------------------------------------------------------------------------
 
 
-def test_unconverted_network(tmp_path):
+def test_unconverted_network(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no masked layer"):
         save(small(), tmp_path / "net")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("how", ["sign of one", "loaded"])
-def test_weights_that_are_not_the_seeds_any_more(how, tmp_path):
-    model = convert(small(), seed=1)
+def test_weights_that_are_not_the_seeds_any_more(how: str, tmp_path: Path) -> None:
+    model: Any = convert(small(), seed=1)
     if how == "loaded":
         model.load_state_dict(convert(small(), seed=2).state_dict())
     else:
@@ -419,20 +423,20 @@ def test_weights_that_are_not_the_seeds_any_more(how, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_two_seeds(tmp_path):
+def test_two_seeds(tmp_path: Path) -> None:
     model = nn.Sequential(convert(nn.Linear(4, 4), seed=1), convert(nn.Linear(4, 4), seed=2))
     with pytest.raises(ArtifactError, match=r"seeds \[1, 2\]; a file holds one"):
         save(model, tmp_path / "net")
 
 
-def test_submodules_that_were_converted_alone_share_a_stream(tmp_path):
+def test_submodules_that_were_converted_alone_share_a_stream(tmp_path: Path) -> None:
     model = nn.Sequential(convert(nn.Linear(4, 4), seed=1), convert(nn.Linear(4, 4), seed=1))
     manifest = save(model, tmp_path / "net")
     assert [(entry.name, entry.stream) for entry in manifest.masked] == [("0.weight", "weight"), ("1.weight", "weight")]
     assert_same_state(load(tmp_path / "net", nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))), bake(model))
 
 
-def test_a_state_dict_key_where_a_mask_must_stand(tmp_path):
+def test_a_state_dict_key_where_a_mask_must_stand(tmp_path: Path) -> None:
     model = nn.Module()
     model.layer = nn.Linear(4, 4)
     model.layer._buffers["weight.mask"] = torch.ones(2)
@@ -440,7 +444,7 @@ def test_a_state_dict_key_where_a_mask_must_stand(tmp_path):
         save(convert(model), tmp_path / "net")
 
 
-def test_meta_network(tmp_path):
+def test_meta_network(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = convert(small())
     with pytest.raises(ArtifactError, match="meta device"):
@@ -452,25 +456,25 @@ def test_meta_network(tmp_path):
         load(tmp_path / "net", bare)
 
 
-def test_extra_state_that_is_no_tensor(tmp_path):
+def test_extra_state_that_is_no_tensor(tmp_path: Path) -> None:
     class Extra(nn.Linear):
-        def get_extra_state(self):
+        def get_extra_state(self) -> dict[str, int]:
             return {"a": 1}
 
-        def set_extra_state(self, state):
+        def set_extra_state(self, state: object) -> None:
             raise AssertionError("nothing of a file may get here")
 
     with pytest.raises(ArtifactError, match="_extra_state"):
         save(convert(nn.Sequential(Extra(3, 3))), tmp_path / "net")
 
 
-def test_custom_network_without_a_module(tmp_path):
+def test_custom_network_without_a_module(tmp_path: Path) -> None:
     save(convert(small()), tmp_path / "net")
     with pytest.raises(ArtifactError, match=r"custom \(Sequential\), which no library builds; pass the network"):
         load(tmp_path / "net")
 
 
-def test_network_of_another_shape(tmp_path):
+def test_network_of_another_shape(tmp_path: Path) -> None:
     save(convert(small()), tmp_path / "net")
     other = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5))
     before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
@@ -482,7 +486,7 @@ def test_network_of_another_shape(tmp_path):
     assert not verify(tmp_path / "net", other)
 
 
-def test_network_of_another_dtype_or_with_other_names(tmp_path):
+def test_network_of_another_dtype_or_with_other_names(tmp_path: Path) -> None:
     save(convert(small()), tmp_path / "net")
     with pytest.raises(ArtifactError, match=r"'0\.weight': the file's tensor is F32, the network's torch\.float16"):
         load(tmp_path / "net", small().half())
@@ -494,7 +498,7 @@ def test_network_of_another_dtype_or_with_other_names(tmp_path):
         load(tmp_path / "net", small().append(nn.Linear(5, 2)))
 
 
-def test_filling_a_converted_network(tmp_path):
+def test_filling_a_converted_network(tmp_path: Path) -> None:
     model = convert(small(), seed=1)
     save(model, tmp_path / "net")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -504,20 +508,20 @@ def test_filling_a_converted_network(tmp_path):
 
 
 @pytest.mark.parametrize("reader", [load, inspect, verify])
-def test_no_file(reader, tmp_path):
+def test_no_file(reader: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"missing: there is no such file"):
         reader(tmp_path / "missing")
     with pytest.raises(ArtifactError, match="this is no file"):
         reader(tmp_path)
 
 
-def test_manifest_that_would_be_too_long(tmp_path):
+def test_manifest_that_would_be_too_long(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="manifest would have"):
         save(convert(small()), tmp_path / "net", provenance={"story": "x" * (8 << 20)})
     assert not list(tmp_path.iterdir())
 
 
-def test_provenance_that_no_reader_would_take_is_not_written(tmp_path):
+def test_provenance_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
     deep: dict = {}
     for _ in range(40):
         deep = {"a": deep}
@@ -531,12 +535,12 @@ def test_provenance_that_no_reader_would_take_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "chmod", "replace"])
-def test_a_failure_half_way_leaves_the_old_file(call, tmp_path, monkeypatch):
+def test_a_failure_half_way_leaves_the_old_file(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net"
     save(convert(small(), seed=1), path)
     old = path.read_bytes()
 
-    def full(*_):
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, call, full)
@@ -546,11 +550,11 @@ def test_a_failure_half_way_leaves_the_old_file(call, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_interrupt_half_way_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupt_half_way_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net"
     path.write_bytes(b"old")
 
-    def interrupted(*_):
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "fsync", interrupted)
@@ -575,7 +579,7 @@ except PopupError as error:
 """
 
 
-def test_a_file_size_limit(tmp_path):
+def test_a_file_size_limit(tmp_path: Path) -> None:
     path = tmp_path / "net"
     path.write_bytes(b"old")
     done = subprocess.run([sys.executable, "-c", SAVES, str(path), "65536"], capture_output=True, text=True, check=True)
@@ -585,7 +589,7 @@ def test_a_file_size_limit(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path: Path) -> None:
     # a mount of its own, in a namespace that is gone with the process
     mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"
     if (
@@ -603,12 +607,12 @@ def test_a_full_disk(tmp_path):
     assert (listing, content) == ("net", "old")
 
 
-def test_a_folder_that_does_not_exist(tmp_path):
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(PopupError, match="No such file or directory"):
         save(convert(small()), tmp_path / "missing" / "net")
 
 
-def test_a_saved_file_has_the_permissions_of_any_file(tmp_path):
+def test_a_saved_file_has_the_permissions_of_any_file(tmp_path: Path) -> None:
     old = os.umask(0o027)
     try:
         save(convert(small()), tmp_path / "net")
@@ -617,7 +621,7 @@ def test_a_saved_file_has_the_permissions_of_any_file(tmp_path):
     assert stat.S_IMODE((tmp_path / "net").stat().st_mode) == 0o640
 
 
-def test_each_save_replaces_the_file_whole(tmp_path):
+def test_each_save_replaces_the_file_whole(tmp_path: Path) -> None:
     path = tmp_path / "net"
     save(convert(Odd(), seed=1), path)
     model = convert(nn.Linear(3, 3), seed=2)
@@ -633,7 +637,7 @@ def failed(path: Path, model: nn.Module | None = None) -> list[str]:
     return [name for name, holds, _ in verify(path, model).checks if not holds]
 
 
-def test_verify_tells_which_check_fails(tmp_path):
+def test_verify_tells_which_check_fails(tmp_path: Path) -> None:
     path = tmp_path / "net"
     save(convert(build("popup_surgery/fc", width=0.1), seed=1), path, probe=(2, 1, 28, 28))
     good = verify(path)
@@ -650,14 +654,14 @@ def test_verify_tells_which_check_fails(tmp_path):
     load(path)  # weights_sha256 is for verify
 
 
-def test_verify_notices_another_seed(tmp_path):
+def test_verify_notices_another_seed(tmp_path: Path) -> None:
     path = tmp_path / "net"
     save(convert(build("popup_surgery/fc", width=0.1), seed=1), path)
     rewrite(path, lambda m: m.update(seed="2"))
     assert failed(path) == ["masked weights"]
 
 
-def test_probe_is_the_output_for_the_drawn_input(tmp_path):
+def test_probe_is_the_output_for_the_drawn_input(tmp_path: Path) -> None:
     path, shape = tmp_path / "net", (2, 3, 8, 8)
     model = convert(small(), seed=6)
     model.train()
@@ -686,7 +690,7 @@ def test_probe_is_the_output_for_the_drawn_input(tmp_path):
         lambda probe: probe.update(output=[-value for value in probe["output"]]),
     ],
 )
-def test_verify_notices_a_wrong_probe(change, tmp_path):
+def test_verify_notices_a_wrong_probe(change: Callable[..., Any], tmp_path: Path) -> None:
     path = tmp_path / "net"
     save(convert(build("popup_surgery/fc", width=0.1), seed=1), path, probe=(1, 1, 28, 28))
     assert verify(path)
@@ -694,15 +698,15 @@ def test_verify_notices_a_wrong_probe(change, tmp_path):
     assert failed(path) == ["probe"]
 
 
-def test_another_writer_may_record_fewer_outputs(tmp_path):
+def test_another_writer_may_record_fewer_outputs(tmp_path: Path) -> None:
     path = tmp_path / "net"
     save(convert(build("popup_surgery/fc", width=0.1), seed=1), path, probe=(1, 1, 28, 28))
     rewrite(path, lambda manifest: manifest["probe"].update(output=manifest["probe"]["output"][:3]))
     assert verify(path)
 
 
-def test_no_probe_unless_asked_for_or_where_the_output_is_not_finite(tmp_path):
-    model = convert(small(), seed=6)
+def test_no_probe_unless_asked_for_or_where_the_output_is_not_finite(tmp_path: Path) -> None:
+    model: Any = convert(small(), seed=6)
     assert save(model, tmp_path / "net").probe is None
     assert "probe" not in manifest_of(tmp_path / "net")[0]
     with torch.no_grad():
@@ -710,14 +714,14 @@ def test_no_probe_unless_asked_for_or_where_the_output_is_not_finite(tmp_path):
     assert save(model, tmp_path / "net", probe=(1, 3, 8, 8)).probe is None
 
 
-def test_verify_of_a_custom_network_without_a_module(tmp_path):
+def test_verify_of_a_custom_network_without_a_module(tmp_path: Path) -> None:
     save(convert(small()), tmp_path / "net")
     checks = verify(tmp_path / "net")
     assert checks
     assert "not checked" in str(checks)
 
 
-def test_verify_of_a_damaged_file(tmp_path):
+def test_verify_of_a_damaged_file(tmp_path: Path) -> None:
     path = tmp_path / "net"
     save(convert(small()), path)
     data = bytearray(path.read_bytes())

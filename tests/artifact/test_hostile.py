@@ -38,7 +38,7 @@ class Net(nn.Module):
         self.table = nn.Embedding(7, 3)
         self.register_buffer("flag", torch.tensor([True, True]))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.kept(self.last(self.bn(self.first(x) + self.tied(x)))) + self.table.weight[0]
 
 
@@ -102,7 +102,7 @@ def take_apart(data: bytes) -> File:
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory) -> bytes:
+def original(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A file of `Net`, whose BatchNorm has seen data."""
     torch.manual_seed(0)
     model = convert(Net(), exclude="kept", seed=3, k=0.5)
@@ -115,7 +115,7 @@ def original(tmp_path_factory) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def state(original, tmp_path_factory) -> dict[str, torch.Tensor]:
+def state(original: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     path = tmp_path_factory.mktemp("state") / "net"
     path.write_bytes(original)
     assert verify(path, Net())
@@ -123,7 +123,7 @@ def state(original, tmp_path_factory) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def file(original) -> File:
+def file(original: bytes) -> File:
     return take_apart(original)
 
 
@@ -171,7 +171,9 @@ def same(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
     return found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in state)
 
 
-def test_the_tools_of_this_file_change_nothing_by_themselves(original, file, state, tmp_path):
+def test_the_tools_of_this_file_change_nothing_by_themselves(
+    original: bytes, file: File, state: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
     file.digest()
     tried = attempt(tmp_path / "f", file.bytes())
     assert same(tried.loaded, state)
@@ -224,7 +226,7 @@ def mutate(data: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 @pytest.mark.parametrize("chunk", range(CHUNKS))
-def test_bytes_changed_at_random(chunk, original, state, tmp_path):
+def test_bytes_changed_at_random(chunk: int, original: bytes, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     rng, refused = random.Random(chunk), 0
     count = BYTE_MUTATIONS // CHUNKS
     for index in range(count):
@@ -240,7 +242,7 @@ def test_bytes_changed_at_random(chunk, original, state, tmp_path):
 
 # --- each key of the manifest, of each wrong type --------------------------------------------------------------------
 
-WRONG = [
+WRONG: list[Any] = [
     None, True, False, 0, 1, -1, 2, 1.5, -1.5, 0.0, -0.0, 10**31, -(10**30), 1e308, "", "x", "7", "\x00é", "a" * 64,
     [], [1], [-1], [True], [1.5], ["x"], [0], [[]], {}, {"a": 1}, {"a": {}}, {"a": "b"},
 ]  # fmt: skip
@@ -366,7 +368,7 @@ def allowed(place: str, value: Any, dtype: str | None) -> bool:
     return type(value) is int and abs(value) < 1e19
 
 
-def test_each_key_of_the_manifest_with_each_wrong_value(file, tmp_path):
+def test_each_key_of_the_manifest_with_each_wrong_value(file: File, tmp_path: Path) -> None:
     tried = set()
     for path in list(places(file.manifest)):
         place = pattern(path)
@@ -388,7 +390,7 @@ def test_each_key_of_the_manifest_with_each_wrong_value(file, tmp_path):
     assert tried == {*ALLOWED, "constants.*.value"}
 
 
-def test_each_key_of_the_manifest_missing(file, state, tmp_path):
+def test_each_key_of_the_manifest_missing(file: File, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     for path in list(places(file.manifest)):
         place = pattern(path)
         if place is None or isinstance(path[-1], int):
@@ -410,43 +412,43 @@ def test_each_key_of_the_manifest_missing(file, state, tmp_path):
 # --- changes that the format forbids, with all digests made to match -------------------------------------------------
 
 
-def constant(name: str, **change: Any) -> Callable[[File], None]:
+def constant(name: str, **change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["constants"][name].update(change)
 
 
-def masked(index: int = 0, **change: Any) -> Callable[[File], None]:
+def masked(index: int = 0, **change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["masked"][index].update(change)
 
 
-def generated(**change: Any) -> Callable[[File], None]:
+def generated(**change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["generated"][0].update(change)
 
 
-def top(**change: Any) -> Callable[[File], None]:
+def top(**change: Any) -> Callable[[File], object]:
     return lambda file: file.manifest.update(change)
 
 
-def alias(name: str, target: Any) -> Callable[[File], None]:
+def alias(name: str, target: Any) -> Callable[[File], object]:
     return lambda file: file.manifest["aliases"].update({name: target})
 
 
-def tensor(name: str, dtype: str, shape: list[int], data: bytes) -> Callable[[File], None]:
+def tensor(name: str, dtype: str, shape: list[int], data: bytes) -> Callable[[File], object]:
     return lambda file: file.tensors.update({name: (dtype, shape, data)})
 
 
-def drop(name: str) -> Callable[[File], None]:
+def drop(name: str) -> Callable[[File], object]:
     return lambda file: file.tensors.pop(name)
 
 
-def both(*changes: Callable[[File], Any]) -> Callable[[File], None]:
-    return lambda file: [change(file) for change in changes] and None
+def both(*changes: Callable[[File], Any]) -> Callable[[File], object]:
+    return lambda file: [change(file) for change in changes]
 
 
-def twice(key: str) -> Callable[[File], None]:
+def twice(key: str) -> Callable[[File], object]:
     return lambda file: file.manifest[key].append(copy.deepcopy(file.manifest[key][0]))
 
 
-def edit_mask(change: Callable[[bytearray], Any]) -> Callable[[File], None]:
+def edit_mask(change: Callable[[bytearray], Any]) -> Callable[[File], object]:
     def apply(file: File) -> None:
         dtype, shape, data = file.tensors["first.weight.mask"]
         packed = bytearray(data)
@@ -456,7 +458,7 @@ def edit_mask(change: Callable[[bytearray], Any]) -> Callable[[File], None]:
     return apply
 
 
-def entry(name: str, **change: Any) -> Callable[[File], None]:
+def entry(name: str, **change: Any) -> Callable[[File], object]:
     def apply(file: File) -> None:
         file.entries[name] = {**file.header()[name], **change}
 
@@ -465,7 +467,7 @@ def entry(name: str, **change: Any) -> Callable[[File], None]:
 
 BASE = {"library": "timm", "version": "1", "name": "resnet18", "tag": "a1_in1k", "sha256": "0" * 64}
 HUGE = 2**62
-AT_ONCE: dict[str, Callable[[File], None]] = {
+AT_ONCE: dict[str, Callable[[File], object]] = {
     "unknown requires": top(requires=["entropy-coding"]),
     "requires that are no names": top(requires=[1]),
     "another format": top(format="popup"),
@@ -622,7 +624,7 @@ AT_ONCE: dict[str, Callable[[File], None]] = {
     ),
 }
 
-WITH_DATA: dict[str, Callable[[File], None]] = {
+WITH_DATA: dict[str, Callable[[File], object]] = {
     "padding bit 4": edit_mask(lambda packed: packed.__setitem__(2, packed[2] | 1 << 4)),
     "padding bit 7": edit_mask(lambda packed: packed.__setitem__(2, packed[2] | 1 << 7)),
     "padding bits instead of bits": edit_mask(lambda packed: packed.__setitem__(slice(None), b"\xff\x00\x30")),
@@ -632,7 +634,7 @@ WITH_DATA: dict[str, Callable[[File], None]] = {
     "mask with all ones": edit_mask(lambda packed: packed.__setitem__(slice(None), b"\xff\xff\x0f")),
 }
 
-UNMATCHED: dict[str, Callable[[File], None]] = {  # the digest is not made to match
+UNMATCHED: dict[str, Callable[[File], object]] = {  # the digest is not made to match
     "masks_sha256": top(masks_sha256="0" * 64),
     "tensors_sha256": top(tensors_sha256="0" * 64),
     "a stored byte": tensor("kept.bias", "F32", [3], bytes(12)),
@@ -642,7 +644,7 @@ UNMATCHED: dict[str, Callable[[File], None]] = {  # the digest is not made to ma
     "a mask bit moved": edit_mask(lambda packed: packed.__setitem__(slice(None), packed[:2][::-1] + packed[2:])),
 }
 
-BY_NETWORK: dict[str, Callable[[File], None]] = {
+BY_NETWORK: dict[str, Callable[[File], object]] = {
     "a tensor more": tensor("extra", "F32", [1], bytes(4)),
     "a pickle as a tensor more": tensor("extra.pkl", "U8", [4], b"\x80\x04N."),
     "an empty tensor more": tensor("extra", "F32", [0], b""),
@@ -685,35 +687,35 @@ def apply(file: File, change: Callable[[File], Any], digest: bool = True) -> byt
 
 
 @pytest.mark.parametrize("name", AT_ONCE)
-def test_refused_by_every_reader(name, file, tmp_path):
+def test_refused_by_every_reader(name: str, file: File, tmp_path: Path) -> None:
     data = apply(file, AT_ONCE[name], digest=not name.startswith("masks_sha256"))
     assert data != file.bytes()
     assert attempt(tmp_path / "f", data).refused_at_once
 
 
 @pytest.mark.parametrize("name", WITH_DATA)
-def test_refused_when_the_tensors_are_read(name, file, tmp_path):
+def test_refused_when_the_tensors_are_read(name: str, file: File, tmp_path: Path) -> None:
     result = attempt(tmp_path / "f", apply(file, WITH_DATA[name]))
     assert result.refused_with_data
     assert "first.weight.mask" in str(result.loaded)
 
 
 @pytest.mark.parametrize("name", UNMATCHED)
-def test_refused_for_its_digest(name, file, tmp_path):
+def test_refused_for_its_digest(name: str, file: File, tmp_path: Path) -> None:
     result = attempt(tmp_path / "f", apply(file, UNMATCHED[name], digest=False))
     assert result.refused_with_data
     assert "_sha256 does not match" in str(result.loaded)
 
 
 @pytest.mark.parametrize("name", BY_NETWORK)
-def test_refused_for_the_network_and_before_it_is_changed(name, file, tmp_path):
+def test_refused_for_the_network_and_before_it_is_changed(name: str, file: File, tmp_path: Path) -> None:
     network = Net()
     before = {key: value.clone() for key, value in network.state_dict().items()}
     assert attempt(tmp_path / "f", apply(file, BY_NETWORK[name]), lambda: network).refused_by_network
     assert same(network, before)
 
 
-HARMLESS: dict[str, Callable[[File], None]] = {
+HARMLESS: dict[str, Callable[[File], object]] = {
     "an unknown key": top(later={"x": [1, 2.5, None, "y"]}),
     "an unknown key of a weight": masked(mood="good"),
     "another architecture, as a module is handed over": top(
@@ -730,7 +732,7 @@ HARMLESS: dict[str, Callable[[File], None]] = {
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_does_no_harm_is_read(name, file, state, tmp_path):
+def test_what_does_no_harm_is_read(name: str, file: File, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     result = attempt(tmp_path / "f", apply(file, HARMLESS[name]))
     assert not isinstance(result.inspected, ArtifactError)
     assert same(result.loaded, state)
@@ -792,17 +794,17 @@ TEXTS = {
 
 
 @pytest.mark.parametrize("name", TEXTS)
-def test_manifest_text(name, file, tmp_path):
+def test_manifest_text(name: str, file: File, tmp_path: Path) -> None:
     assert attempt(tmp_path / "f", file.bytes(with_provenance(file, TEXTS[name]))).refused_at_once
 
 
-def test_the_harness_of_texts_passes_what_is_right(file, state, tmp_path):
+def test_the_harness_of_texts_passes_what_is_right(file: File, state: dict[str, torch.Tensor], tmp_path: Path) -> None:
     result = attempt(tmp_path / "f", file.bytes(with_provenance(file, '{"a":"\\u00e9","b":1.5}')))
     assert same(result.loaded, state)
 
 
 @pytest.mark.parametrize("text", ["", "null", "[]", "1", '"x"', "{}", "{", "\ufeff{}", "\x00", "{}{}"])
-def test_manifest_that_is_none(text, file, tmp_path):
+def test_manifest_that_is_none(text: str, file: File, tmp_path: Path) -> None:
     assert attempt(tmp_path / "f", file.bytes(text)).refused_at_once
 
 
@@ -838,7 +840,7 @@ HEADERS: dict[str, Callable[[File], str | bytes]] = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_header_text(name, file, tmp_path):
+def test_header_text(name: str, file: File, tmp_path: Path) -> None:
     assert attempt(tmp_path / "f", file.bytes(header=HEADERS[name](file))).refused_at_once
 
 
@@ -847,7 +849,7 @@ class Bomb:
 
     mark: str
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return open, (self.mark, "w")
 
 
@@ -857,7 +859,7 @@ def zipped(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_nothing_is_unpickled(file, tmp_path):
+def test_nothing_is_unpickled(file: File, tmp_path: Path) -> None:
     Bomb.mark = str(tmp_path / "mark")
     bomb = pickle.dumps(Bomb())
     torch.save(Bomb(), tmp_path / "saved")
@@ -873,18 +875,18 @@ def test_nothing_is_unpickled(file, tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"\0", bytes(7), bytes(8), bytes(9), b"{}", bytes(4096), b"\xff" * 64])
-def test_files_that_are_nothing(data, tmp_path):
+def test_files_that_are_nothing(data: bytes, tmp_path: Path) -> None:
     assert attempt(tmp_path / "f", data).refused_at_once
 
 
-def test_every_truncation_of_the_last_bytes_and_the_first(original, tmp_path):
+def test_every_truncation_of_the_last_bytes_and_the_first(original: bytes, tmp_path: Path) -> None:
     for size in [*range(64), *range(len(original) - 64, len(original))]:
         assert attempt(tmp_path / "f", original[:size], label=size).refused_at_once
 
 
 @pytest.mark.parametrize("std", [1e300, 1.7e308, 1e-46, 1e-300])
 @pytest.mark.parametrize("distribution", ["signed_constant", "unsigned_constant", "normal", "uniform"])
-def test_a_std_that_float32_does_not_hold(std, distribution, file, tmp_path):
+def test_a_std_that_float32_does_not_hold(std: float, distribution: str, file: File, tmp_path: Path) -> None:
     # finite and above 0, as the format asks; float32 makes infinity or 0 of it, without a warning
     attempt(tmp_path / "f", apply(file, masked(std=std, distribution=distribution)))
 
@@ -893,7 +895,7 @@ def test_a_std_that_float32_does_not_hold(std, distribution, file, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def own(tmp_path_factory) -> File:
+def own(tmp_path_factory: pytest.TempPathFactory) -> File:
     path = tmp_path_factory.mktemp("own") / "net"
     save(convert(build("popup_surgery/fc", width=0.05, img_size=6, num_classes=2), seed=3), path, probe=(1, 1, 6, 6))
     assert verify(path)
@@ -914,7 +916,7 @@ NAMES = [
 
 
 @pytest.mark.parametrize(("library", "name"), NAMES)
-def test_architecture_that_is_no_name(library, name, own, tmp_path):
+def test_architecture_that_is_no_name(library: str, name: str, own: File, tmp_path: Path) -> None:
     change = top(architecture={"library": library, "version": "", "name": name, "kwargs": {}})
     result = attempt(tmp_path / "f", apply(own, change), lambda: None)
     assert isinstance(result.loaded, ArtifactError)
@@ -939,7 +941,9 @@ KWARGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("kwargs", KWARGS, ids=str)
-def test_architecture_arguments_outside_the_list_or_its_bounds(kwargs, own, tmp_path):
+def test_architecture_arguments_outside_the_list_or_its_bounds(
+    kwargs: dict[str, Any], own: File, tmp_path: Path
+) -> None:
     library, name = ("popup_surgery", "fc") if kwargs.keys() & {"width", "img_size"} else ("timm", "resnet10t")
     mine = own.manifest["architecture"]["kwargs"] if library == "popup_surgery" else {}
     change = top(architecture={"library": library, "version": "", "name": name, "kwargs": {**mine, **kwargs}})
@@ -965,7 +969,9 @@ UNFIT: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("library", "name", "kwargs"), UNFIT, ids=str)
-def test_architecture_that_does_not_fit_is_built_without_memory(library, name, kwargs, own, tmp_path):
+def test_architecture_that_does_not_fit_is_built_without_memory(
+    library: str, name: str, kwargs: dict[str, Any], own: File, tmp_path: Path
+) -> None:
     change = top(architecture={"library": library, "version": "", "name": name, "kwargs": kwargs})
     result = attempt(tmp_path / "f", apply(own, change), lambda: None)
     assert result.refused_by_network
@@ -1110,7 +1116,7 @@ def reader_of(name: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def measured(original, tmp_path_factory) -> dict[str, list[Any]]:
+def measured(original: bytes, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
     """What became of each adversary: the outcome, the growth of the peak in bytes, and the seconds."""
     folder = tmp_path_factory.mktemp("adversaries")
     (folder / "good").write_bytes(original)
@@ -1126,7 +1132,7 @@ def measured(original, tmp_path_factory) -> dict[str, list[Any]]:
 
 
 @pytest.mark.parametrize("name", ADVERSARIES)
-def test_memory_and_time(name, measured):
+def test_memory_and_time(name: str, measured: dict[str, list[Any]]) -> None:
     outcome, growth, seconds, size = measured[name]
     assert outcome in ("refused", "read"), f"{outcome} (within {SECONDS} s)"
     assert growth <= ALLOWANCE + 2 * size, f"grew by {growth >> 20} MiB for a file of {size >> 20} MiB"

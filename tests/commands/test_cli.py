@@ -186,8 +186,8 @@ def test_a_wrong_call_in_a_process_of_its_own() -> None:
 
 def test_convert_writes_a_file_and_prints_the_totals(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    call = ("convert", "timm/test_resnet", "--num-classes", "7", "--in-chans", "1", "--k", "0.25", "--seed", "9")
-    call = (*call, "--no-scaled", "--scheme", "kaiming_normal")
+    call = ["convert", "timm/test_resnet", "--num-classes", "7", "--in-chans", "1", "--k", "0.25", "--seed", "9"]
+    call += ["--no-scaled", "--scheme", "kaiming_normal"]
     done = cli(*call)
     assert (done.status, done.err) == (0, "")
     file = tmp_path / "test_resnet.popup.safetensors"

@@ -318,7 +318,7 @@ share = st.floats(0, 1, exclude_min=True)
 positive = st.floats(1e-300, 1e300)
 text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12)
 patterns = st.none() | text | st.lists(text, max_size=3)
-hidden = st.fixed_dictionaries(
+hidden: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
     {
         "k": share | st.dictionaries(text, share, max_size=3),
         "scheme": st.sampled_from(sorted(SCHEMES)),

@@ -19,7 +19,7 @@ from popup_surgery.data.batches import Batches
 from popup_surgery.data.in_memory import InMemory, _crop
 from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.data.streamed import Streamed
-from support import AUGMENTED, GREY, TARS, joined, opened, pack, recipe
+from support import AUGMENTED, GREY, TARS, joined, numpy_state, opened, pack, recipe
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
@@ -73,7 +73,7 @@ def distinct(data: InMemory, count: int = 120) -> InMemory:
 
 
 def test_an_epoch_has_each_image_once_in_an_order_of_seed_and_epoch_alone() -> None:
-    config = {"name": "digits", "batch_size": 32, "mean": [0.0], "std": [1.0]}
+    config: dict[str, Any] = {"name": "digits", "batch_size": 32, "mean": [0.0], "std": [1.0]}
     data = distinct(opened(GREY, seed=7, **config))
     first = ids(data, 0)
     assert sorted(first) == list(range(120))
@@ -118,7 +118,7 @@ def test_crop_and_flip_equal_a_naive_reference(shape: tuple[int, int, int, int],
 
 
 def test_augmentation_moves_and_flips_as_asked_and_not_in_validation() -> None:
-    config = {"name": "digits", "mean": [0.0], "std": [1.0], "batch_size": 50}
+    config: dict[str, Any] = {"name": "digits", "mean": [0.0], "std": [1.0], "batch_size": 50}
     plain, data = opened(GREY, **config), opened(GREY, pad=2, hflip=0.5, **config)
     torch.testing.assert_close(joined(plain.validation())[0], joined(data.validation())[0], rtol=0, atol=0)
     for name in ("train", "validation"):
@@ -138,7 +138,7 @@ def test_augmentation_moves_and_flips_as_asked_and_not_in_validation() -> None:
 
 
 def test_augmentation_does_not_depend_on_the_batch_size_and_does_on_epoch_and_seed() -> None:
-    config = {"name": "digits", "pad": 2, "hflip": 0.5, "mean": [0.0], "std": [1.0]}
+    config: dict[str, Any] = {"name": "digits", "pad": 2, "hflip": 0.5, "mean": [0.0], "std": [1.0]}
     first, _ = joined(opened(GREY, seed=3, batch_size=7, **config).train(2))
     second, _ = joined(opened(GREY, seed=3, batch_size=512, **config).train(2))
     assert torch.equal(first, second)
@@ -169,7 +169,14 @@ def test_a_folder_in_memory_holds_the_files_pixels(images: Path) -> None:
 
 
 def test_streamed_batches_are_the_same_from_0_and_2_workers(images: Path) -> None:
-    config = {"name": "folder", "root": str(images), "batch_size": 4, "in_memory": False, "re_prob": 0.3, **AUGMENTED}
+    config: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "batch_size": 4,
+        "in_memory": False,
+        "re_prob": 0.3,
+        **AUGMENTED,
+    }
     alone, helped = opened(seed=5, **config), opened(seed=5, **(config | {"workers": 2}))
     assert isinstance(alone, Streamed)
     first, labels = joined(alone.train(1))
@@ -182,7 +189,7 @@ def test_streamed_batches_are_the_same_from_0_and_2_workers(images: Path) -> Non
 
 
 def test_streamed_order_and_augmentation_are_functions_of_seed_epoch_and_image(images: Path) -> None:
-    config = {"name": "folder", "root": str(images), "in_memory": False, **AUGMENTED}
+    config: dict[str, Any] = {"name": "folder", "root": str(images), "in_memory": False, **AUGMENTED}
     data = opened(seed=5, batch_size=4, **config)
     first, labels = joined(data.train(1))
     torch.manual_seed(1)
@@ -220,7 +227,13 @@ def test_streamed_epochs_have_each_image_once_in_other_orders(images: Path) -> N
 
 
 def test_streamed_validation_is_not_augmented_and_each_image_once(images: Path) -> None:
-    config = {"name": "folder", "root": str(images), "batch_size": 4, "mean": [0.0] * 3, "std": [1.0] * 3}
+    config: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "batch_size": 4,
+        "mean": [0.0] * 3,
+        "std": [1.0] * 3,
+    }
     data = opened(in_memory=False, crop_pct=1.0, **AUGMENTED, **config)
     got, labels = joined(data.validation())
     held, same = joined(opened(in_memory=True, **config).validation())
@@ -229,7 +242,13 @@ def test_streamed_validation_is_not_augmented_and_each_image_once(images: Path) 
 
 
 def test_validation_is_not_augmented_where_both_splits_are_one(images: Path) -> None:
-    config = {"name": "folder", "root": str(images), "train_split": "train", "val_split": "train", "in_memory": False}
+    config: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "train_split": "train",
+        "val_split": "train",
+        "in_memory": False,
+    }
     data = opened(batch_size=4, **config, **AUGMENTED)
     assert torch.equal(joined(data.validation())[0], joined(data.validation())[0])
 
@@ -237,7 +256,7 @@ def test_validation_is_not_augmented_where_both_splits_are_one(images: Path) -> 
 @pytest.mark.parametrize("key", ["scale", "auto_augment", "re_prob", "color_jitter"])
 def test_work_on_single_images_is_streamed_unless_memory_is_asked_for(images: Path, key: str) -> None:
     value: Any = {"scale": [0.5, 1.0], "auto_augment": "rand-m5-n2"}.get(key, 0.5)
-    config = {"name": "folder", "root": str(images), "batch_size": 4, key: value}
+    config: dict[str, Any] = {"name": "folder", "root": str(images), "batch_size": 4, key: value}
     assert isinstance(opened(**config), Streamed)
     assert isinstance(opened(name="folder", root=str(images), batch_size=4), InMemory)
 
@@ -249,11 +268,11 @@ def test_iterating_leaves_the_ambient_random_states_alone(images: Path, in_memor
     torch.manual_seed(3)
     augment = {"pad": 2, "hflip": 0.5} if in_memory else AUGMENTED
     data = opened(name="folder", root=str(images), batch_size=4, in_memory=in_memory, **augment)
-    before = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    before = random.getstate(), numpy_state(), torch.get_rng_state()
     joined(data.train(0))
     joined(data.validation())
     assert random.getstate() == before[0]
-    assert np.random.get_state()[1].tobytes() == before[1]
+    assert numpy_state() == before[1]
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
@@ -304,7 +323,14 @@ def test_images_of_other_sizes_are_resized(tmp_path: Path, make_images: Callable
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_grey_input_of_coloured_files(images: Path, in_memory: bool) -> None:
-    config = {"name": "folder", "root": str(images), "batch_size": 4, "mean": [0.0], "std": [1.0], "crop_pct": 1.0}
+    config: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "batch_size": 4,
+        "mean": [0.0],
+        "std": [1.0],
+        "crop_pct": 1.0,
+    }
     data = opened((1, 16, 16), in_memory=in_memory, **config)
     got, _ = joined(data.validation())
     first = np.array(Image.open(min((images / "validation").glob("*/*"))).convert("L")) / 255
@@ -414,7 +440,13 @@ def test_a_split_that_digits_does_not_have() -> None:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_some_of_the_images_are_the_same_for_every_seed(images: Path, in_memory: bool) -> None:
-    settings = {"name": "folder", "root": str(images), "batch_size": 4, "in_memory": in_memory, "workers": 0}
+    settings: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "batch_size": 4,
+        "in_memory": in_memory,
+        "workers": 0,
+    }
     settings |= {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
     whole, few = opened(**settings), opened(**settings, max_train=6, max_validation=4)
     other = opened(**settings, max_train=6, max_validation=4, seed=1)
@@ -439,7 +471,8 @@ def test_digits_for_a_network_of_another_size() -> None:
 
 
 def test_training_on_a_folder_of_images_in_memory_and_streamed(images: Path, tmp_path: Path) -> None:
-    for name, data in {"held": {"pad": 2, "hflip": 0.5}, "streamed": {"scale": [0.5, 1.0]}}.items():
+    cases: dict[str, dict[str, Any]] = {"held": {"pad": 2, "hflip": 0.5}, "streamed": {"scale": [0.5, 1.0]}}
+    for name, data in cases.items():
         result = train(recipe(images, **data), output=tmp_path / name)
         assert len(result.history) == 1
         assert result.file.is_file()

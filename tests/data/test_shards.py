@@ -72,7 +72,13 @@ def ids(images: Tensor) -> list[bytes]:
 
 
 def known(images: Path, split: str) -> list[bytes]:
-    folder = {"name": "folder", "root": str(images), "val_split": split, "in_memory": False, "batch_size": 4}
+    folder: dict[str, Any] = {
+        "name": "folder",
+        "root": str(images),
+        "val_split": split,
+        "in_memory": False,
+        "batch_size": 4,
+    }
     return ids(joined(opened(train=False, **folder, **PLAIN).validation())[0])
 
 
@@ -84,7 +90,7 @@ def test_an_epoch_has_each_image_once_in_an_order_of_seed_and_epoch(
     walked: dict[str, Any], images: Path, shuffled: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("popup_surgery.data.sources.SHUFFLED", shuffled)
-    config = {**walked, **PLAIN, "batch_size": 4, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
+    config: dict[str, Any] = {**walked, **PLAIN, "batch_size": 4, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
     orders = {
         (seed, epoch): ids(joined(opened(seed=seed, **config).train(epoch))[0]) for seed in (0, 1) for epoch in (0, 1)
     }
@@ -100,7 +106,7 @@ def test_an_epoch_has_each_image_once_in_an_order_of_seed_and_epoch(
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(walked: dict[str, Any], workers: int) -> None:
-    config = {**walked, **AUGMENTED, "re_prob": 0.3, "batch_size": 4}
+    config: dict[str, Any] = {**walked, **AUGMENTED, "re_prob": 0.3, "batch_size": 4}
     alone, helped = opened(**config), opened(**config, workers=workers)
     for one, other in ((alone.train(3), helped.train(3)), (alone.validation(), helped.validation())):
         for a, b in zip(one, other, strict=True):
@@ -111,7 +117,7 @@ def test_workers_change_nothing(walked: dict[str, Any], workers: int) -> None:
 @pytest.mark.parametrize(("processes", "accumulate"), [(2, 1), (3, 2), (5, 1)])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_share_each_batch(walked: dict[str, Any], processes: int, accumulate: int, workers: int) -> None:
-    config = {**walked, **AUGMENTED, "batch_size": 4}
+    config: dict[str, Any] = {**walked, **AUGMENTED, "batch_size": 4}
     whole = list(opened(**config).train(2))
     parts = [ProcessShard(rank, processes, accumulate) for rank in range(processes)]
     pieces = [list(opened(**config, workers=workers).train(2, part)) for part in parts]
@@ -124,7 +130,7 @@ def test_processes_share_each_batch(walked: dict[str, Any], processes: int, accu
 
 
 def test_an_epoch_goes_on_where_it_was(walked: dict[str, Any]) -> None:
-    config = {**walked, **AUGMENTED, "batch_size": 4}
+    config: dict[str, Any] = {**walked, **AUGMENTED, "batch_size": 4}
     whole = list(opened(**config).train(2))
     for first in range(5):
         rest = list(opened(**config).train(2, first=first))
@@ -137,7 +143,7 @@ def test_an_epoch_goes_on_where_it_was(walked: dict[str, Any]) -> None:
 @pytest.mark.parametrize("processes", [1, 2, 4, 7])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_each_image_once(walked: dict[str, Any], images: Path, processes: int, workers: int) -> None:
-    config = {**walked, **PLAIN, "batch_size": 2, "workers": workers}
+    config: dict[str, Any] = {**walked, **PLAIN, "batch_size": 2, "workers": workers}
     seen, labels = [], []
     for rank in range(processes):
         for pixels, some in opened(**config, train=False).validation(ProcessShard(rank, processes)):
@@ -148,7 +154,7 @@ def test_validation_counts_each_image_once(walked: dict[str, Any], images: Path,
 
 
 def test_labels_stay_with_their_images(walked: dict[str, Any], images: Path) -> None:
-    config = {**walked, **PLAIN, "batch_size": 4, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
+    config: dict[str, Any] = {**walked, **PLAIN, "batch_size": 4, "scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
     pixels, labels = joined(opened(**config).train(0))
     wanted = dict(zip(known(images, "train"), [0] * 5 + [1] * 5 + [2] * 5, strict=True))
     assert [wanted[image] for image in ids(pixels)] == labels.tolist()
@@ -229,7 +235,7 @@ def test_a_sample_that_cannot_be_read_is_named_or_skipped(
         sample = {"png": (images / "train" / "cat" / "0.png").read_bytes()}
     with webdataset.TarWriter(str(Path(shards["root"]) / "train-4.tar")) as shard:
         shard.write({"__key__": "bad", **sample})
-    config = {**shards, "train_split": "train-{0..4}.tar", "batch_size": 4, "workers": workers}
+    config: dict[str, Any] = {**shards, "train_split": "train-{0..4}.tar", "batch_size": 4, "workers": workers}
     with pytest.raises(
         DataError, match=rf"^bad in {shards['root']}/train-4\.tar cannot be read: {says}; data\.on_error"
     ):

@@ -125,7 +125,7 @@ def damaged(root: Path, *names: str) -> list[str]:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_skipped_images_contribute_nothing_and_the_others_stay_as_they_are(copied: Path, workers: int) -> None:
-    config = {"name": "folder", "root": str(copied), "batch_size": 4, "in_memory": False, **AUGMENTED}
+    config: dict[str, Any] = {"name": "folder", "root": str(copied), "batch_size": 4, "in_memory": False, **AUGMENTED}
     whole = drain(opened(**config), "train")
     bad = damaged(copied, "train/cat/1.jpg", "train/dog/0.png", "train/dog/2.png")
     data = opened(workers=workers, on_error="skip", **config)
@@ -147,7 +147,7 @@ def test_skipped_images_contribute_nothing_and_the_others_stay_as_they_are(copie
 @pytest.mark.parametrize("workers", [0, 2])
 def test_processes_and_pieces_share_what_remains_of_a_batch(copied: Path, workers: int) -> None:
     damaged(copied, "train/cat/1.jpg", "train/dog/0.png", "train/eel/0.png", "train/eel/1.jpg", "train/eel/2.png")
-    config = {"name": "folder", "root": str(copied), "batch_size": 6, "in_memory": False, **AUGMENTED}
+    config: dict[str, Any] = {"name": "folder", "root": str(copied), "batch_size": 6, "in_memory": False, **AUGMENTED}
     alone = opened(on_error="skip", workers=workers, **config)
     whole = drain(alone, "train")
     parts = [opened(on_error="skip", workers=workers, **config) for _ in range(2)]
@@ -185,7 +185,13 @@ def test_an_image_that_only_fills_a_piece_is_counted_once(copied: Path) -> None:
     for path in sorted((copied / "train").glob("*/*"))[1:]:
         if path.name not in ("0.png", "1.jpg"):
             path.unlink()
-    config = {"name": "folder", "root": str(copied), "batch_size": 5, "in_memory": False, "on_error": "skip"}
+    config: dict[str, Any] = {
+        "name": "folder",
+        "root": str(copied),
+        "batch_size": 5,
+        "in_memory": False,
+        "on_error": "skip",
+    }
     both = [opened(**config) for _ in range(2)]
     samples = both[0].sources["train"].dataset.reader.samples
     assert len(samples) == 6
@@ -199,7 +205,13 @@ def test_an_image_that_only_fills_a_piece_is_counted_once(copied: Path) -> None:
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_what_can_be_read(copied: Path, in_memory: bool, workers: int) -> None:
-    config = {"name": "folder", "root": str(copied), "batch_size": 2, "in_memory": in_memory, "workers": workers}
+    config: dict[str, Any] = {
+        "name": "folder",
+        "root": str(copied),
+        "batch_size": 2,
+        "in_memory": in_memory,
+        "workers": workers,
+    }
     images, labels = joined(opened(**config).validation())
     damaged(copied, "validation/dog/0.png", "validation/dog/1.jpg", "validation/eel/1.jpg")
     data = opened(on_error="skip", **config)
@@ -396,7 +408,7 @@ def test_a_death_is_known_wherever_it_is_met(said: str) -> None:
         try:
             raise RuntimeError(said)
         finally:
-            {}["gone"]
+            raise KeyError("gone")
 
     with pytest.raises(DataError, match=rf"^a worker process of the data loader died: {re.escape(said.strip('. '))}; "):
         busy()

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import timm
 from safetensors.torch import save_file
 
 import popup_surgery as ps
+from popup_surgery import Result
 from support import ROOT
 
 
@@ -17,7 +19,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
-def test_the_numpy_reader_rebuilds_a_trained_network(digits_run, tmp_path):
+def test_the_numpy_reader_rebuilds_a_trained_network(digits_run: Result, tmp_path: Path) -> None:
     reader = tmp_path / "reader.py"
     (code,) = blocks("docs/artifact-format.md", "python")
     reader.write_text(code)
@@ -30,7 +32,7 @@ def test_the_numpy_reader_rebuilds_a_trained_network(digits_run, tmp_path):
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
-def test_the_numpy_reader_needs_numpy_alone_and_40_lines():
+def test_the_numpy_reader_needs_numpy_alone_and_40_lines() -> None:
     (code,) = blocks("docs/artifact-format.md", "python")
     imported = set(re.findall(r"^(?:import|from) (.*)", code, re.MULTILINE))
     assert imported == {"hashlib, json, math, statistics", "numpy as np"}
@@ -41,7 +43,7 @@ def test_the_numpy_reader_needs_numpy_alone_and_40_lines():
 
 
 @pytest.mark.parametrize("scheme", ["kaiming_normal", "kaiming_uniform", "unsigned_kaiming_constant"])
-def test_the_numpy_reader_knows_every_distribution(scheme, tmp_path):
+def test_the_numpy_reader_knows_every_distribution(scheme: str, tmp_path: Path) -> None:
     import torch
 
     net = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
@@ -56,7 +58,7 @@ def test_the_numpy_reader_knows_every_distribution(scheme, tmp_path):
         assert state[name].shape == tuple(tensor.shape)
 
 
-def test_the_readme_python_runs(tmp_path, monkeypatch):
+def test_the_readme_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     save_file(timm.create_model("resnet18").state_dict(), "weights.safetensors")
     space: dict = {}

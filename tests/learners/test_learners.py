@@ -45,7 +45,7 @@ from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
-from support import stopping
+from support import equal_states, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -57,7 +57,7 @@ def x(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
-def conv(**settings: Any) -> nn.Module:
+def conv(**settings: Any) -> Any:
     return convert(nn.Conv2d(3, 4, 3, bias=False), **settings)
 
 
@@ -70,13 +70,8 @@ def build_digits(pretrained: Any = False) -> nn.Module:
     return build("popup_surgery/conv2", pretrained=pretrained, width=0.25, in_chans=1, img_size=8)
 
 
-def raw(layer: nn.Module) -> Tensor:
+def raw(layer: Any) -> Tensor:
     return layer._parameters["weight"].detach()
-
-
-def equal_states(one: nn.Module, other: nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
 
 
 # every learner
@@ -100,7 +95,7 @@ def test_a_file_gives_back_what_was_baked(learner: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("learner", LEARNERS)
 def test_every_learner_goes_on_from_a_file(learner: str, tmp_path: Path) -> None:
-    source = small(k=0.4, scaled=False)
+    source: Any = small(k=0.4, scaled=False)
     with torch.no_grad():
         source[4].weight_score.copy_(x(5, 64))
     save(source, tmp_path / "net")
@@ -136,7 +131,7 @@ def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path
 @pytest.mark.parametrize("rescale", [False, True])
 @pytest.mark.parametrize("init", [0, 0.7, "uniform"])
 def test_supermask_gradient_is_that_of_a_sample_with_the_probability_behind_it(init: Any, rescale: bool) -> None:
-    layer = conv(learner="supermask", learner_options={"init": init, "rescale": rescale})
+    layer: Any = conv(learner="supermask", learner_options={"init": init, "rescale": rescale})
     with torch.no_grad():
         layer.weight_score.add_(x(4, 3, 3, 3))
     images = x(2, 3, 6, 6)
@@ -159,7 +154,7 @@ def test_supermask_gradient_is_that_of_a_sample_with_the_probability_behind_it(i
 
 
 def test_supermask_gradient_for_a_weight_that_learns_too() -> None:
-    layer = conv(learner="supermask", learner_options={"rescale": True})
+    layer: Any = conv(learner="supermask", learner_options={"rescale": True})
     layer._parameters["weight"].requires_grad_()
     with sampled(3):
         layer(x(2, 3, 6, 6)).pow(2).sum().backward()
@@ -171,7 +166,7 @@ def test_supermask_gradient_for_a_weight_that_learns_too() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_supermask_keeps_a_weight_with_the_probability_of_its_score(training: bool) -> None:
-    layer = conv(learner="supermask").train(training)
+    layer: Any = conv(learner="supermask").train(training)
     scores = torch.linspace(-4, 4, 108).view(4, 3, 3, 3)
     layer.weight_score.data.copy_(scores)
     torch.manual_seed(0)
@@ -188,9 +183,9 @@ def test_supermask_first_scores() -> None:
     assert torch.equal(conv(learner="supermask").weight_score, conv().weight_score), "the uniform ones of edge-popup"
     assert conv(learner="supermask").weight_score.abs().max() <= 1 / math.sqrt(27)
     for constant in (0, -1.5):
-        score = conv(learner="supermask", learner_options={"init": constant}).weight_score
+        score: Any = conv(learner="supermask", learner_options={"init": constant}).weight_score
         assert torch.equal(score, torch.full_like(score, constant))
-    big = convert(nn.Linear(300_000, 1), learner="supermask", learner_options={"init": 2})
+    big: Any = convert(nn.Linear(300_000, 1), learner="supermask", learner_options={"init": 2})
     assert big.weight_score.eq(2).all(), "of more than one piece"
 
 
@@ -208,7 +203,7 @@ def test_a_sample_is_a_function_of_the_generator() -> None:
 
 
 def test_a_named_sample_is_a_function_of_its_name_alone() -> None:
-    net = small(learner="supermask").eval()
+    net: Any = small(learner="supermask").eval()
     images, state = x(2, 3, 6, 6), torch.get_rng_state()
     with sampled(7, 1):
         first = net(images)
@@ -237,7 +232,7 @@ def test_layers_of_one_shape_have_other_noise() -> None:
 
 
 def test_masks_bake_and_save_take_the_most_probable_network_or_the_sample_that_is_named(tmp_path: Path) -> None:
-    net = small(learner="supermask")
+    net: Any = small(learner="supermask")
     net[1](net[0](x(2, 3, 6, 6)))
     probable = {f"{i}.weight": net[i].weight_score > 0 for i in (0, 4)}
     found = masks(net)
@@ -245,7 +240,7 @@ def test_masks_bake_and_save_take_the_most_probable_network_or_the_sample_that_i
     manifest = save(net, tmp_path / "net", probe=(1, 3, 6, 6), provenance={"mask": "another word"})
     assert manifest.provenance["mask"] == "the most probable network"
     assert manifest.kept == sum(int(mask.sum()) for mask in probable.values())
-    assert [entry.note["k"] for entry in manifest.masked] == [e.kept / e.numel for e in manifest.masked]
+    assert [entry.note["k"] for entry in manifest.masked] == [e.kept / e.numel for e in manifest.masked if e.kept]
     assert not any(entry.note["scaled"] for entry in manifest.masked)
     with sampled(4):
         save(net, tmp_path / "four")
@@ -255,7 +250,7 @@ def test_masks_bake_and_save_take_the_most_probable_network_or_the_sample_that_i
     assert not torch.equal(four["4.weight"], probable["4.weight"])
     assert equal_states(bake(net), load(tmp_path / "net", bake(net)))
 
-    held = small(learner="supermask", learner_options={"sample": 4})
+    held: Any = small(learner="supermask", learner_options={"sample": 4})
     held.load_state_dict(net.state_dict())
     assert all(torch.equal(mask, four[key]) for key, mask in masks(held).items())
     assert save(held, tmp_path / "held").provenance["mask"] == "the sample 4"
@@ -267,7 +262,8 @@ def test_masks_bake_and_save_take_the_most_probable_network_or_the_sample_that_i
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_a_compiled_network_samples_at_each_call(backend: str) -> None:
     torch._dynamo.reset()
-    layer, images = conv(learner="supermask", learner_options={"rescale": True}), x(2, 3, 6, 6)
+    layer: Any = conv(learner="supermask", learner_options={"rescale": True})
+    images = x(2, 3, 6, 6)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     torch.manual_seed(5)
     got = [compiled(images) for _ in range(3)]
@@ -295,7 +291,8 @@ def test_an_ensemble_by_vmap_samples_each_members_scores() -> None:
 
 
 def test_gradient_checkpointing_sees_the_same_sample_twice() -> None:
-    layer, images = conv(learner="supermask"), x(2, 3, 6, 6)
+    layer: Any = conv(learner="supermask")
+    images = x(2, 3, 6, 6)
     for name in ((), (6,)):
         torch.manual_seed(3)
         with sampled(*name) if name else torch.enable_grad():
@@ -312,7 +309,7 @@ def test_gradient_checkpointing_sees_the_same_sample_twice() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rescaled_weights_are_the_files_to_the_bit(scheme: str, tmp_path: Path) -> None:
-    net = small(learner="supermask", scheme=scheme, learner_options={"rescale": True})
+    net: Any = small(learner="supermask", scheme=scheme, learner_options={"rescale": True})
     net[0].weight_score.data.sub_(0.1)
     manifest = save(net, tmp_path / "net", probe=(1, 3, 6, 6))
     baked = bake(net)
@@ -325,17 +322,18 @@ def test_rescaled_weights_are_the_files_to_the_bit(scheme: str, tmp_path: Path) 
         assert 0.2 < mask.float().mean() < 0.7
     plain = small(scheme=scheme, scaled=False)
     for entry, before in zip(manifest.masked, save(plain, tmp_path / "plain").masked, strict=True):
+        assert entry.kept
         assert entry.std == before.std * (entry.numel / entry.kept)
 
 
 def test_a_mask_without_any_weight_rescales_nothing(tmp_path: Path) -> None:
-    layer = conv(learner="supermask", learner_options={"init": -50, "rescale": True})
+    layer: Any = conv(learner="supermask", learner_options={"init": -50, "rescale": True})
     out = layer(x(2, 3, 6, 6))
     assert not out.any()
     out.square().sum().backward()
     assert layer.weight_score.grad.isfinite().all()
     save(layer, tmp_path / "none")
-    assert not load(tmp_path / "none", nn.Conv2d(3, 4, 3, bias=False)).weight.any()
+    assert not load(tmp_path / "none", nn.Conv2d(3, 4, 3, bias=False)).get_parameter("weight").any()
 
 
 def test_weights_that_are_not_the_seeds_are_rescaled_as_they_are() -> None:
@@ -347,11 +345,11 @@ def test_weights_that_are_not_the_seeds_are_rescaled_as_they_are() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"init": 0}, {"rescale": True}])
 def test_supermask_goes_on_from_a_file(options: dict[str, Any], tmp_path: Path) -> None:
-    net = small(learner="supermask", learner_options=options)
+    net: Any = small(learner="supermask", learner_options=options)
     with torch.no_grad():
         net[4].weight_score.add_(x(5, 64))
     save(net, tmp_path / "net")
-    fresh = small(learner="supermask", learner_options=options)
+    fresh: Any = small(learner="supermask", learner_options=options)
     before = fresh[4].weight_score.detach().clone()
     start_from(fresh, tmp_path / "net")
     assert all(torch.equal(mask, masks(net)[key]) for key, mask in masks(fresh).items())
@@ -398,14 +396,14 @@ def test_what_convert_refuses(settings: dict[str, Any], says: str) -> None:
 def test_rescaled_pretrained_weights_are_refused() -> None:
     with pytest.raises(ConversionError, match=r"rescale is True, and weight is pretrained"):
         convert(nn.Linear(3, 2), scheme="pretrained", learner="supermask", learner_options={"rescale": True})
-    layer = nn.Linear(30, 20)
+    layer: Any = nn.Linear(30, 20)
     weight = layer.weight.detach().clone()
     convert(layer, scheme="pretrained", learner="supermask")
-    assert torch.equal(bake(layer).weight, torch.where(layer.weight_score > 0, weight, 0.0))
+    assert torch.equal(bake(layer).get_parameter("weight"), torch.where(layer.weight_score > 0, weight, 0.0))
 
 
 def test_a_converted_network_keeps_its_options() -> None:
-    net = small(learner="supermask", learner_options={"init": 3})
+    net: Any = small(learner="supermask", learner_options={"init": 3})
     net[4] = nn.Linear(64, 7)
     convert(net)
     assert net[4].weight_score.eq(3).all()
@@ -451,9 +449,10 @@ def test_convert_on_the_command_line(cli: Any, tmp_path: Path) -> None:
 
 def test_dnw_trains_all_weights_and_uses_the_largest() -> None:
     """Against the same steps written out: SGD with momentum and weight decay on v, of which the top k are used."""
-    layer, rule = conv(learner="dnw", k=0.4, scaled=False), {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+    layer: Any = conv(learner="dnw", k=0.4, scaled=False)
+    rule: Any = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
     weights = raw(layer).clone()
-    v = weights.clone().requires_grad_()
+    v: Any = weights.clone().requires_grad_()
     ours, theirs = torch.optim.SGD([layer.weight_score], **rule), torch.optim.SGD([v], **rule)
     used = []
     for step in range(6):
@@ -480,17 +479,17 @@ def test_dnw_trains_all_weights_and_uses_the_largest() -> None:
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dnw_starts_as_the_weights(scheme: str) -> None:
-    net = small(learner="dnw", scheme=scheme)
+    net: Any = small(learner="dnw", scheme=scheme)
     for layer in (net[0], net[4]):
         assert torch.equal(layer.weight_score, raw(layer))
-    low = small(learner="dnw", scheme=scheme).bfloat16()
+    low: Any = small(learner="dnw", scheme=scheme).bfloat16()
     assert low[4].weight.dtype == torch.bfloat16
     kept = low[4].weight != 0
     assert torch.equal(low[4].weight[kept], raw(low[4])[kept])
 
 
 def test_dnw_of_pretrained_weights() -> None:
-    layer = nn.Linear(30, 20)
+    layer: Any = nn.Linear(30, 20)
     weight = layer.weight.detach().clone()
     convert(layer, 0.2, scheme="pretrained", learner="dnw")
     assert torch.equal(layer.weight_score, weight)
@@ -548,7 +547,7 @@ def test_nothing_of_a_random_network_learns_unless_it_is_told_to() -> None:
         "1.weight",
         "1.bias",
     }
-    layer = conv(learner="random", k=0.4)
+    layer: Any = conv(learner="random", k=0.4)
     layer._parameters["weight"].requires_grad_()
     layer(x(2, 3, 6, 6)).sum().backward()
     assert torch.equal(layer._parameters["weight"].grad != 0, masks(layer)["weight"])
@@ -614,7 +613,8 @@ def test_supermask_learns_digits_in_the_loop(supermask_run: Any) -> None:
     manifest = inspect(supermask_run.file)
     assert manifest.provenance["mask"] == "the most probable network"
     assert manifest.provenance["accuracy"] == evaluate(supermask_run.file).accuracy
-    assert Recipe.parse(manifest.provenance["recipe"]).surgery.learner_options == {"rescale": True}
+    surgery: Any = Recipe.parse(manifest.provenance["recipe"]).surgery
+    assert surgery.learner_options == {"rescale": True}
     assert equal_states(supermask_run.model, load(supermask_run.file))
     assert verify(supermask_run.file)
     assert (manifest.weights, manifest.kept) == (supermask_run.weights, supermask_run.kept)
@@ -714,6 +714,7 @@ def test_the_lottery_ticket_is_iterative_magnitude_pruning_with_rewinding(ticket
             optimizer.zero_grad()
             nn.functional.cross_entropy(net(images), labels).backward()
             for name, weight in net.named_parameters():
+                assert weight.grad is not None
                 weight.grad *= mask[name]
             optimizer.step()
     found = load_file(ticket_run.file.with_name("digits.masks.safetensors"))

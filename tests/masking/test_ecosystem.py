@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -20,6 +21,8 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, load, masks, save, verify
 from popup_surgery.masking.layer import is_masked
+from popup_surgery.selection import kept_count
+from support import Scope, top
 
 K = 0.4
 NETS = {
@@ -37,7 +40,7 @@ def images(seed: int = 1, count: int = 2) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(seed))
 
 
-def hidden(make: Callable[[], nn.Module], seed: int = 5, **how) -> nn.Module:
+def hidden(make: Callable[[], nn.Module], seed: int = 5, **how: Any) -> nn.Module:
     """A converted network whose scores have moved, as training would move them."""
     model, generator = convert(make(), K, **how), torch.Generator().manual_seed(seed)
     for score in scores(model).values():
@@ -45,7 +48,7 @@ def hidden(make: Callable[[], nn.Module], seed: int = 5, **how) -> nn.Module:
     return model
 
 
-def scores(model: nn.Module) -> dict[str, nn.Parameter]:
+def scores(model: nn.Module) -> dict[str, Any]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
@@ -55,23 +58,20 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> N
     optimizer.step()
 
 
-def top(score: Tensor) -> Tensor:
-    """The right mask of a layer, by a stable sort."""
-    flat = score.detach().reshape(-1).abs()
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[: len(flat) - int((1 - K) * len(flat))]] = True
-    return mask.view(score.shape)
+def best(score: Tensor) -> Tensor:
+    """The right mask of a layer."""
+    return top([score], kept_count(score.numel(), K))[0]
 
 
 def right_masks(model: nn.Module) -> dict[str, Tensor]:
-    return {name.removesuffix("_score"): top(score) for name, score in scores(model).items()}
+    return {name.removesuffix("_score"): best(score) for name, score in scores(model).items()}
 
 
-def twin(model: nn.Module, make: Callable[[], nn.Module]) -> nn.Module:
+def twin(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
     """The plain network that the scores of `model` call for, made without the code under test."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     for key in [key for key in state if f"{key}_score" in state]:
-        state[key] = torch.where(top(state.pop(f"{key}_score")), state[key], 0.0)
+        state[key] = torch.where(best(state.pop(f"{key}_score")), state[key], 0.0)
     plain = make()
     plain.load_state_dict(state)
     return plain.train(model.training)
@@ -100,8 +100,9 @@ def through(plain: nn.Module, model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, score in scores(model).items():
         layer, _, weight = name.removesuffix("_score").rpartition(".")
-        raw = model.get_submodule(layer)._parameters[weight]
-        found[name] = plain.get_parameter(name.removesuffix("_score")).grad.float() * raw * score.detach().sign()
+        raw: Any = model.get_submodule(layer)._parameters[weight]
+        given: Any = plain.get_parameter(name.removesuffix("_score")).grad
+        found[name] = given.float() * raw * score.detach().sign()
     return found
 
 
@@ -109,7 +110,7 @@ def through(plain: nn.Module, model: nn.Module) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("foreach", [True, False])
-def test_timm_ema_follows_the_scores_and_ranks_its_own(foreach, tmp_path):
+def test_timm_ema_follows_the_scores_and_ranks_its_own(foreach: bool, tmp_path: Path) -> None:
     model = hidden(resnet)
     optimizer = torch.optim.SGD(scores(model).values(), lr=1e-3)
     ema = ModelEmaV3(model, decay=0.7, foreach=foreach)
@@ -129,14 +130,14 @@ def test_timm_ema_follows_the_scores_and_ranks_its_own(foreach, tmp_path):
     assert_same(load(tmp_path / "ema", resnet()).state_dict(), twin(ema.module, resnet).state_dict())
 
 
-def saver(folder: Path, model: nn.Module, **more) -> tuple[Path, torch.optim.Optimizer]:
+def saver(folder: Path, model: nn.Module, **more: Any) -> tuple[Path, torch.optim.Optimizer]:
     optimizer = create_optimizer_v2(model, "adamw", lr=0.01)
     step(model, optimizer)
     CheckpointSaver(model, optimizer, checkpoint_dir=str(folder), **more).save_checkpoint(3, metric=0.5)
     return folder / "last.pth.tar", optimizer
 
 
-def test_a_masked_models_own_timm_checkpoint_comes_back(tmp_path):
+def test_a_masked_models_own_timm_checkpoint_comes_back(tmp_path: Path) -> None:
     model = hidden(resnet)
     path, optimizer = saver(tmp_path, model)
     other = convert(resnet(), K, seed=7)
@@ -152,7 +153,7 @@ def test_a_masked_models_own_timm_checkpoint_comes_back(tmp_path):
     assert_same(other.state_dict(), model.state_dict())
 
 
-def test_a_timm_checkpoint_has_the_averaged_scores_too(tmp_path):
+def test_a_timm_checkpoint_has_the_averaged_scores_too(tmp_path: Path) -> None:
     model = hidden(resnet)
     ema = ModelEmaV3(hidden(resnet, seed=6))
     path, _ = saver(tmp_path, model, model_ema=ema)
@@ -162,7 +163,7 @@ def test_a_timm_checkpoint_has_the_averaged_scores_too(tmp_path):
         assert_same(other.state_dict(), expected.state_dict())
 
 
-def test_a_plain_timm_checkpoint_replaces_the_weights_and_keeps_the_scores(tmp_path):
+def test_a_plain_timm_checkpoint_replaces_the_weights_and_keeps_the_scores(tmp_path: Path) -> None:
     plain, model = resnet(), hidden(resnet)
     path, _ = saver(tmp_path, plain)
     before = {name: score.detach().clone() for name, score in scores(model).items()}
@@ -173,7 +174,7 @@ def test_a_plain_timm_checkpoint_replaces_the_weights_and_keeps_the_scores(tmp_p
     assert torch.equal(model.eval()(images()), twin(model, resnet)(images()))
 
 
-def test_a_baked_timm_checkpoint_goes_into_a_plain_network(tmp_path):
+def test_a_baked_timm_checkpoint_goes_into_a_plain_network(tmp_path: Path) -> None:
     model = hidden(resnet)
     baked = bake(model)
     CheckpointSaver(baked, torch.optim.SGD(baked.parameters()), checkpoint_dir=str(tmp_path)).save_checkpoint(0)
@@ -190,7 +191,7 @@ def ids(groups: list[dict]) -> list[int]:
 
 
 @every_net
-def test_timm_parameter_groups_hold_each_score_once_and_nothing_else(net):
+def test_timm_parameter_groups_hold_each_score_once_and_nothing_else(net: str) -> None:
     model = convert(NETS[net](), K)
     expected = sorted(map(id, scores(model).values()))
     groups = param_groups_weight_decay(model, 0.05)
@@ -208,7 +209,7 @@ def scales(model: nn.Module, suffix: str) -> dict[str, float]:
 
 
 @every_net
-def test_timm_layer_decay_scales_a_score_as_the_weight_of_the_plain_network(net):
+def test_timm_layer_decay_scales_a_score_as_the_weight_of_the_plain_network(net: str) -> None:
     model = convert(NETS[net](), K)
     found, plain = scales(model, "_score"), scales(NETS[net](), "")
     assert found == {name: plain[name] for name in masks(model)}
@@ -219,7 +220,7 @@ def test_timm_layer_decay_scales_a_score_as_the_weight_of_the_plain_network(net)
 
 
 @pytest.mark.parametrize("name", ["lamb", "lion", "adopt", "nadamw", "lookahead_adamw", "muon"])
-def test_after_a_step_of_timms_own_optimisers_the_masks_are_right(name):
+def test_after_a_step_of_timms_own_optimisers_the_masks_are_right(name: str) -> None:
     model = hidden(vit)
     optimizer, before = create_optimizer_v2(model, name, lr=0.05, weight_decay=0.05), masks(model)
     for seed in range(2):
@@ -237,7 +238,7 @@ NODES = {"resnet": ["layer2", "fc"], "convnext": ["stages.1", "head"], "nfnet": 
 
 @every_scope
 @pytest.mark.parametrize("net", NODES)
-def test_torchvisions_feature_extractor_meets_the_masks(net, scope):
+def test_torchvisions_feature_extractor_meets_the_masks(net: str, scope: Scope) -> None:
     """Layers outside torch.nn must be named as leaves, for a tracer would freeze their masks otherwise."""
     leaves = {"tracer_kwargs": {"leaf_modules": [ScaledStdConv2d]}} if net == "nfnet" else {}
     model = convert(NETS[net](), K, scope=scope).eval()
@@ -252,7 +253,7 @@ def test_torchvisions_feature_extractor_meets_the_masks(net, scope):
         assert torch.equal(found[NODES[net][1]], twin(model, NETS[net])(images()))
 
 
-def test_our_tracer_splits_a_network_into_features():
+def test_our_tracer_splits_a_network_into_features() -> None:
     model = hidden(NETS["nfnet"]).eval()
     graph = Tracer().trace(model)
     graph.output_node().args = ([node for node in graph.nodes if node.target in ("stem.conv4", "head.fc")],)
@@ -261,7 +262,7 @@ def test_our_tracer_splits_a_network_into_features():
     assert_same(dict(zip(expected, found, strict=True)), expected)
 
 
-def test_timms_feature_graph_meets_the_masks():
+def test_timms_feature_graph_meets_the_masks() -> None:
     model = hidden(resnet).eval()
     found = FeatureGraphNet(model, (1, 2))(images())
     expected = FeatureGraphNet(twin(model, resnet), (1, 2))(images())
@@ -270,8 +271,8 @@ def test_timms_feature_graph_meets_the_masks():
 
 
 @every_net
-def test_forward_intermediates_meets_the_masks(net):
-    model = hidden(NETS[net]).eval()
+def test_forward_intermediates_meets_the_masks(net: str) -> None:
+    model: Any = hidden(NETS[net]).eval()
     last, found = model.forward_intermediates(images())
     expected_last, expected = twin(model, NETS[net]).forward_intermediates(images())
     assert torch.equal(last, expected_last)
@@ -289,7 +290,9 @@ FEATURES = [
 
 @every_scope
 @pytest.mark.parametrize(("name", "kwargs", "kind"), FEATURES, ids=[f"{name} {kind}" for name, _, kind in FEATURES])
-def test_networks_of_features_only_meet_the_masks(name, kwargs, kind, scope, tmp_path):
+def test_networks_of_features_only_meet_the_masks(
+    name: str, kwargs: dict[str, Any], kind: str, scope: Scope, tmp_path: Path
+) -> None:
     def make() -> nn.Module:
         return timm.create_model(name, features_only=True, out_indices=(0, 1), **kwargs)
 
@@ -320,8 +323,8 @@ def count_forwards(model: nn.Module) -> list[nn.Module]:
 
 @every_scope
 @every_net
-def test_gradient_checkpointing_gives_the_same_gradients(net, scope):
-    model = hidden(NETS[net], scope=scope).train()
+def test_gradient_checkpointing_gives_the_same_gradients(net: str, scope: Scope) -> None:
+    model: Any = hidden(NETS[net], scope=scope).train()
     expected, calls = gradients(model), count_forwards(model)
     model.set_grad_checkpointing()
     assert_same(gradients(model), expected)
@@ -331,7 +334,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(net, scope):
 
 
 @pytest.mark.parametrize("net", ["resnet", "convnext"])
-def test_channels_last_networks_compute_and_learn_the_same(net):
+def test_channels_last_networks_compute_and_learn_the_same(net: str) -> None:
     model = hidden(NETS[net]).eval()
     expected, before = gradients(model), model(images()).detach()
     model.to(memory_format=torch.channels_last)
@@ -346,7 +349,7 @@ def test_channels_last_networks_compute_and_learn_the_same(net):
 
 
 @every_net
-def test_bfloat16_networks_train_float32_scores(net):
+def test_bfloat16_networks_train_float32_scores(net: str) -> None:
     model = hidden(NETS[net]).to(torch.bfloat16)
     before, chosen = {name: score.detach().clone() for name, score in scores(model).items()}, masks(model)
     assert_same(chosen, right_masks(model))
@@ -366,7 +369,7 @@ def test_bfloat16_networks_train_float32_scores(net):
 
 
 @every_net
-def test_autocast_computes_and_learns_as_the_plain_network(net):
+def test_autocast_computes_and_learns_as_the_plain_network(net: str) -> None:
     model = hidden(NETS[net])
     plain = twin(model, NETS[net])
     with torch.autocast("cpu", torch.bfloat16):
@@ -384,7 +387,7 @@ def test_autocast_computes_and_learns_as_the_plain_network(net):
 
 
 @every_scope
-def test_batch_norms_become_synchronised_ones(scope):
+def test_batch_norms_become_synchronised_ones(scope: Scope) -> None:
     model = hidden(resnet, scope=scope)
     synced = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
     assert sum(isinstance(module, nn.SyncBatchNorm) for module in synced.modules()) == 15
@@ -396,7 +399,7 @@ def test_batch_norms_become_synchronised_ones(scope):
     assert_same(other.state_dict(), convert(resnet(), K, scope=scope).state_dict())
 
 
-def test_timms_own_batch_norms_become_synchronised_ones():
+def test_timms_own_batch_norms_become_synchronised_ones() -> None:
     def make() -> nn.Module:
         return timm.create_model("test_efficientnet", num_classes=5)
 
@@ -407,9 +410,9 @@ def test_timms_own_batch_norms_become_synchronised_ones():
     torch.testing.assert_close(gradients(synced), gradients(model))
 
 
-def test_averaged_model_and_its_batch_norms(tmp_path):
+def test_averaged_model_and_its_batch_norms(tmp_path: Path) -> None:
     model = hidden(resnet)
-    averaged = AveragedModel(model)
+    averaged: Any = AveragedModel(model)
     optimizer = torch.optim.SGD(scores(model).values(), lr=1e-3)
     seen = []
     for seed in range(3):
@@ -434,7 +437,7 @@ def test_averaged_model_and_its_batch_norms(tmp_path):
 
 
 @every_net
-def test_functional_call_with_a_whole_state_dict(net):
+def test_functional_call_with_a_whole_state_dict(net: str) -> None:
     model, other = hidden(NETS[net]).eval(), hidden(NETS[net], seed=6).eval()
     before = model(images())
     found = torch.func.functional_call(model, dict(other.state_dict()), (images(),))
@@ -450,7 +453,7 @@ def _train_in_a_process(rank: int, folder: Path) -> None:
     for order in ("convert, wrap", "wrap, convert"):
         core = resnet()
         if order == "convert, wrap":
-            model = DistributedDataParallel(convert(core, K))
+            model: nn.Module = DistributedDataParallel(convert(core, K))
         else:
             model = convert(DistributedDataParallel(core), K)
         optimizer = torch.optim.SGD(scores(model).values(), lr=0.01)
@@ -463,7 +466,7 @@ def _train_in_a_process(rank: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory) -> list[dict]:
+def distributed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     """What each of two processes found."""
     folder = tmp_path_factory.mktemp("distributed")
     torch.multiprocessing.spawn(_train_in_a_process, (folder,), nprocs=2)
@@ -471,7 +474,7 @@ def distributed(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("order", ["convert, wrap", "wrap, convert"])
-def test_two_processes_learn_one_mask(order, distributed):
+def test_two_processes_learn_one_mask(order: str, distributed: list[dict]) -> None:
     """Each averages the gradients over both, whichever of DistributedDataParallel and `convert` came first."""
     (first, learnt, chosen, right), (other_first, other_learnt, other_chosen, _) = (each[order] for each in distributed)
     local = [gradients(convert(resnet(), K), images(rank)) for rank in range(2)]
@@ -486,7 +489,7 @@ def test_two_processes_learn_one_mask(order, distributed):
 
 
 @pytest.fixture
-def process_group(tmp_path) -> Iterator[None]:
+def process_group(tmp_path: Path) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -499,11 +502,11 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def compiled(model: nn.Module) -> nn.Module:
+def compiled(model: nn.Module) -> Any:
     return torch.compile(model, backend="eager")
 
 
-WRAPPERS = {
+WRAPPERS: dict[str, Any] = {
     "compile": compiled,
     "DDP": DistributedDataParallel,
     "compile in DDP": lambda model: DistributedDataParallel(compiled(model)),
@@ -512,7 +515,9 @@ WRAPPERS = {
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_a_wrapped_network_is_converted_as_the_one_inside(wrapper, process_group, dynamo, tmp_path):
+def test_a_wrapped_network_is_converted_as_the_one_inside(
+    wrapper: str, process_group: None, dynamo: None, tmp_path: Path
+) -> None:
     expected, core = convert(resnet(), K).eval(), resnet().eval()
     save(expected, tmp_path / "plain")
     wrapped = WRAPPERS[wrapper](core)
@@ -544,7 +549,7 @@ class Detector(nn.Module):
 
 
 @every_scope
-def test_a_part_that_is_converted_alone_is_saved_with_the_whole_and_without(scope, tmp_path):
+def test_a_part_that_is_converted_alone_is_saved_with_the_whole_and_without(scope: Scope, tmp_path: Path) -> None:
     model = Detector().eval()
     hidden(lambda: model.backbone, scope=scope)
     assert not any(is_masked(module) for module in model.head.modules())
@@ -564,23 +569,23 @@ def test_a_part_that_is_converted_alone_is_saved_with_the_whole_and_without(scop
 
 
 @every_scope
-def test_a_part_of_a_converted_network_is_saved_under_the_wholes_streams(scope, tmp_path):
-    model = hidden(Detector, scope=scope).eval()
+def test_a_part_of_a_converted_network_is_saved_under_the_wholes_streams(scope: Scope, tmp_path: Path) -> None:
+    model: Any = hidden(Detector, scope=scope).eval()
     manifest = save(model.backbone, tmp_path / "part")
     assert [entry.stream for entry in manifest.masked] == [f"backbone.{entry.name}" for entry in manifest.masked]
     assert len(manifest.masked) == len(masks(model)) - 1
     filled = load(tmp_path / "part", Detector().backbone)
-    whole = bake(model).eval()
+    whole: Any = bake(model).eval()
     assert_same(filled.state_dict(), whole.backbone.state_dict())
     assert torch.equal(filled(images())[0], whole.backbone(images())[0])
     assert verify(tmp_path / "part", Detector().backbone)
 
 
-def test_a_wrapper_around_a_part_is_a_part_of_its_streams(process_group, dynamo, tmp_path):
+def test_a_wrapper_around_a_part_is_a_part_of_its_streams(process_group: None, dynamo: None, tmp_path: Path) -> None:
     """Only the prefixes of a wrapped root are left out of stream names: the rest are `state_dict` keys."""
     for wrap, prefix in ((compiled, "backbone._orig_mod."), (DistributedDataParallel, "backbone.module.")):
 
-        def make(wrap=wrap) -> nn.Module:
+        def make(wrap: Callable[[nn.Module], nn.Module] = wrap) -> nn.Module:
             model = Detector()
             model.backbone = wrap(model.backbone)
             return model.eval()
@@ -596,7 +601,7 @@ def test_a_wrapper_around_a_part_is_a_part_of_its_streams(process_group, dynamo,
 # compilers and exporters -----------------------------------------------------------------------------------------
 
 
-def test_inductor_computes_and_learns_the_same(dynamo):
+def test_inductor_computes_and_learns_the_same(dynamo: None) -> None:
     model = hidden(lambda: nn.Sequential(ConvNormAct(3, 8, 3), ClassifierHead(8, 5)))
     fast = torch.compile(model, fullgraph=True)
     for _ in range(2):
@@ -613,7 +618,7 @@ def test_inductor_computes_and_learns_the_same(dynamo):
 
 
 @pytest.mark.parametrize(("net", "scope"), [*((net, "layer") for net in NETS), ("resnet", "global")])
-def test_export_of_a_converted_network_ranks_when_it_runs(net, scope):
+def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: Scope) -> None:
     model = hidden(NETS[net], scope=scope).eval()
     program = torch.export.export(model, (images(),)).module()
     assert torch.equal(program(images(2)), model(images(2)))
@@ -624,7 +629,7 @@ def test_export_of_a_converted_network_ranks_when_it_runs(net, scope):
 
 
 @every_net
-def test_export_of_a_baked_network(net, tmp_path):
+def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     model = hidden(NETS[net]).eval()
     torch.export.save(torch.export.export(bake(model), (images(),)), tmp_path / "net.pt2")
     program = torch.export.load(tmp_path / "net.pt2")
@@ -635,7 +640,7 @@ def test_export_of_a_baked_network(net, tmp_path):
 
 
 @every_net
-def test_onnx_of_a_baked_network(net, tmp_path):
+def test_onnx_of_a_baked_network(net: str, tmp_path: Path) -> None:
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")
     import onnxruntime
@@ -663,7 +668,7 @@ T5 = {"vocab_size": 23, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "
 CONVNEXT = {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2}
 
 # by class: its configuration, and what is tied to the input embedding
-LANGUAGE = {
+LANGUAGE: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "BertForSequenceClassification": ("BertConfig", BERT, []),
     "BertForMaskedLM": ("BertConfig", BERT, ["cls.predictions.decoder.weight"]),
     "GPT2ForSequenceClassification": ("GPT2Config", GPT2, []),
@@ -671,7 +676,7 @@ LANGUAGE = {
     "LlamaForCausalLM": ("LlamaConfig", LLAMA, ["lm_head.weight"]),
 }
 VIT = {"image_size": 32, "patch_size": 8, **TINY}
-VISION = {
+VISION: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "ViTForImageClassification": ("ViTConfig", VIT, []),
     "BeitForImageClassification": ("BeitConfig", VIT, []),
     "Dinov2ForImageClassification": ("Dinov2Config", {**VIT, "layerscale_value": 1e-5}, []),
@@ -694,14 +699,14 @@ def logits(model: nn.Module, name: str) -> Tensor:
 
 
 @every_transformer
-def test_every_linear_weight_of_a_transformer_is_masked_and_learns(name):
+def test_every_linear_weight_of_a_transformer_is_masked_and_learns(name: str) -> None:
     fresh = transformer(name)
     kinds = {key: type(module).__name__ for key, module in fresh.named_modules()}
     linear = [key for key, kind in kinds.items() if kind in ("Linear", "Conv1D", "Conv2d")]
-    model = hidden(lambda: fresh).train()
+    model: Any = hidden(lambda: fresh).train()
     assert all(is_masked(model.get_submodule(key)) for key in linear)
     tied = (LANGUAGE | VISION)[name][2]
-    embedding = model.get_input_embeddings() if name in LANGUAGE else None
+    embedding: Any = model.get_input_embeddings() if name in LANGUAGE else None
     assert is_masked(embedding) == bool(tied) if name in LANGUAGE else not tied
     assert len(scores(model)) == len(linear)  # a tied one is the embedding's
 
@@ -717,7 +722,7 @@ def test_every_linear_weight_of_a_transformer_is_masked_and_learns(name):
 
 
 @every_transformer
-def test_weights_of_a_transformer_have_the_spread_of_their_fan_in(name):
+def test_weights_of_a_transformer_have_the_spread_of_their_fan_in(name: str) -> None:
     model = convert(transformer(name), K)
     for key, module in model.named_modules():
         if type(module).__name__ in ("MaskedLinear", "MaskedConv1D", "MaskedConv2d"):
@@ -735,7 +740,7 @@ def test_weights_of_a_transformer_have_the_spread_of_their_fan_in(name):
         ("ConvNextForImageClassification", "layer_scale_parameter", 2),
     ],
 )
-def test_branches_of_a_transformer_that_start_near_zero_come_alive(name, scale, count):
+def test_branches_of_a_transformer_that_start_near_zero_come_alive(name: str, scale: str, count: int) -> None:
     fresh = transformer(name)
     found = [key for key, parameter in fresh.named_parameters() if scale in key and parameter.abs().max() < 0.5]
     assert len(found) == count
@@ -745,13 +750,13 @@ def test_branches_of_a_transformer_that_start_near_zero_come_alive(name, scale, 
 
 @every_scope
 @every_transformer
-def test_a_transformer_comes_back_from_its_file(name, scope, tmp_path):
+def test_a_transformer_comes_back_from_its_file(name: str, scope: Scope, tmp_path: Path) -> None:
     model = hidden(lambda: transformer(name), scope=scope).eval()
     manifest = save(model, tmp_path / "net")
     assert (manifest.architecture.library, manifest.architecture.name) == ("custom", name)
     tied = (LANGUAGE | VISION)[name][2]
     assert [alias for alias in manifest.aliases if alias.endswith("weight")] == tied
-    loaded = load(tmp_path / "net", transformer(name))
+    loaded: Any = load(tmp_path / "net", transformer(name))
     assert_same(loaded.state_dict(), bake(model).state_dict())
     assert torch.equal(logits(loaded, name), logits(model, name))
     for alias in tied:
@@ -762,9 +767,9 @@ def test_a_transformer_comes_back_from_its_file(name, scope, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ViTForImageClassification", "GPT2LMHeadModel"])
-def test_a_baked_transformer_is_saved_and_loaded_by_transformers(name, tmp_path):
+def test_a_baked_transformer_is_saved_and_loaded_by_transformers(name: str, tmp_path: Path) -> None:
     model = hidden(lambda: transformer(name)).eval()
-    baked = bake(model)
+    baked: Any = bake(model)
     baked.save_pretrained(tmp_path)
     loaded = type(baked).from_pretrained(tmp_path)
     assert_same(loaded.state_dict(), baked.state_dict())
@@ -773,8 +778,8 @@ def test_a_baked_transformer_is_saved_and_loaded_by_transformers(name, tmp_path)
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "GPT2LMHeadModel", "ViTForImageClassification"])
-def test_gradient_checkpointing_of_a_transformer(name):
-    model = hidden(lambda: transformer(name)).train()
+def test_gradient_checkpointing_of_a_transformer(name: str) -> None:
+    model: Any = hidden(lambda: transformer(name)).train()
     logits(model, name).square().sum().backward()
     expected, calls = {key: score.grad.clone() for key, score in scores(model).items()}, count_forwards(model)
     model.zero_grad()
@@ -785,9 +790,9 @@ def test_gradient_checkpointing_of_a_transformer(name):
 
 
 @pytest.mark.parametrize("part", ["vit", "classifier"])
-def test_a_part_of_a_transformer_is_converted_alone(part, tmp_path):
+def test_a_part_of_a_transformer_is_converted_alone(part: str, tmp_path: Path) -> None:
     name = "ViTForImageClassification"
-    model = transformer(name).eval()
+    model: Any = transformer(name).eval()
     hidden(lambda: model.get_submodule(part))
     manifest = save(model, tmp_path / "net")
     assert [entry.name for entry in manifest.masked] == [f"{part}.{entry.stream}" for entry in manifest.masked]
@@ -801,7 +806,7 @@ def test_a_part_of_a_transformer_is_converted_alone(part, tmp_path):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_an_ensemble_by_vmap_ranks_each_members_scores(scope):
+def test_an_ensemble_by_vmap_ranks_each_members_scores(scope: Scope) -> None:
     members = [
         convert(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)), 0.5, seed=seed, scope=scope)
         for seed in range(3)
@@ -809,7 +814,7 @@ def test_an_ensemble_by_vmap_ranks_each_members_scores(scope):
     parameters, buffers = torch.func.stack_module_state(members)
     x = torch.randn(5, 6)
 
-    def call(parameters, buffers):
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
         return torch.func.functional_call(members[0], (parameters, buffers), (x,))
 
     outputs = torch.vmap(call)(parameters, buffers)
@@ -817,6 +822,6 @@ def test_an_ensemble_by_vmap_ranks_each_members_scores(scope):
 
 
 @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.trace:FutureWarning")
-def test_a_trace_that_would_freeze_the_mask_is_refused():
+def test_a_trace_that_would_freeze_the_mask_is_refused() -> None:
     with pytest.raises(MaskedWeightError, match=r"read by torch\.jit\.trace, which would freeze its mask; trace bake"):
         torch.jit.trace(convert(nn.Linear(3, 2)), torch.ones(1, 3))

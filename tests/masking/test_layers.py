@@ -5,6 +5,9 @@ import io
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import kept_count
+from support import Scope, top
 
 K = 0.4
 
@@ -37,7 +41,7 @@ class Block(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-LAYERS = {
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Linear": (lambda: nn.Linear(6, 5), (3, 6)),
     "Linear without bias": (lambda: nn.Linear(6, 5, bias=False), (2, 3, 6)),
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, groups=2), (2, 4, 7)),
@@ -53,13 +57,13 @@ every_learner = pytest.mark.parametrize("learner", LEARNERS)
 
 
 @pytest.fixture(autouse=True)
-def one_sample():
+def one_sample() -> Iterator[None]:
     """What a learner must keep to it keeps for each sample, so that those that sample show one here."""
     with sampled(0):
         yield
 
 
-def make(kind: str, learner: str = "edge_popup", **settings: object) -> tuple[nn.Module, Tensor]:
+def make(kind: str, learner: str = "edge_popup", **settings: Any) -> tuple[Any, Tensor]:
     build, shape = LAYERS[kind]
     k = K if LEARNERS[learner].takes_k else None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -74,28 +78,19 @@ def images(seed: int = 1) -> Tensor:
     return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def sequential() -> nn.Sequential:
+def sequential() -> Any:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 5))
 
 
-def layers_of(net: nn.Module) -> list[nn.Module]:
+def layers_of(net: nn.Module) -> list[Any]:
     return [module for module in net.modules() if is_masked(module)]
 
 
-def raw(layer: nn.Module) -> Tensor:
+def raw(layer: Any) -> Any:
     return layer._parameters["weight"]
 
 
-def top(scores: list[Tensor], kept: int) -> list[Tensor]:
-    """The right masks, by a stable sort."""
-    flat = torch.cat([score.detach().reshape(-1) for score in scores]).abs()
-    mask = torch.zeros(len(flat), dtype=torch.bool)
-    mask[flat.argsort(descending=True, stable=True)[:kept]] = True
-    parts = mask.split([score.numel() for score in scores])
-    return [part.view(score.shape) for part, score in zip(parts, scores, strict=True)]
-
-
-def right(layer: nn.Module, k: float = K) -> Tensor:
+def right(layer: Any, k: float = K) -> Tensor:
     """The weight that the layer should have by its scores as they are now."""
     score = layer.weight_score.detach().clone()
     return torch.where(top([score], kept_count(score.numel(), k))[0], raw(layer).detach(), 0.0)
@@ -115,31 +110,15 @@ def reverse(score: Tensor) -> Tensor:
     return flat.view(score.shape).contiguous()
 
 
-@pytest.fixture
-def rankings(monkeypatch):
-    """Counts the calls of `select` by the learner edge_popup."""
-    from popup_surgery.learners import edge_popup
-
-    calls: list[int] = []
-    real = edge_popup.select
-
-    def spy(scores, kept):
-        calls.append(kept)
-        return real(scores, kept)
-
-    monkeypatch.setattr(edge_popup, "select", spy)
-    return calls
-
-
 # what the layer is -----------------------------------------------------------------------------------------------
 
 
 @every_learner
 @every_layer
-def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind, learner):
+def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind: str, learner: str) -> None:
     layer, _ = make(kind, learner)
     mask = masks(layer)["weight"]
-    weight = layer.weight
+    weight: Any = layer.weight
     assert mask.dtype == torch.bool
     assert mask.shape == weight.shape == raw(layer).shape
     assert 0 < mask.sum() < mask.numel()
@@ -152,7 +131,7 @@ def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind, learner):
 
 @every_layer
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_zeros_are_positive_in_every_dtype(kind, dtype):
+def test_zeros_are_positive_in_every_dtype(kind: str, dtype: torch.dtype) -> None:
     layer, _ = make(kind)
     layer.to(dtype)
     mask, weight = masks(layer)["weight"], layer.weight
@@ -162,7 +141,7 @@ def test_zeros_are_positive_in_every_dtype(kind, dtype):
 
 
 @every_layer
-def test_mask_is_the_top_k_by_magnitude(kind):
+def test_mask_is_the_top_k_by_magnitude(kind: str) -> None:
     layer, _ = make(kind)
     assert torch.equal(layer.weight, right(layer))
     assert masks(layer)["weight"].sum() == kept_count(raw(layer).numel(), K)
@@ -170,7 +149,7 @@ def test_mask_is_the_top_k_by_magnitude(kind):
 
 @every_learner
 @every_layer
-def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind, learner):
+def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind: str, learner: str) -> None:
     plain = LAYERS[kind][0]()
     layer, x = make(kind, learner)
     assert isinstance(layer, type(plain))
@@ -184,9 +163,9 @@ def test_is_an_instance_of_its_class_with_its_own_forward_and_keys(kind, learner
 
 @every_learner
 @every_layer
-def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind, learner):
+def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
-    plain = LAYERS[kind][0]()
+    plain: Any = LAYERS[kind][0]()
     with torch.no_grad():
         plain.weight.copy_(layer.weight)
         if plain.bias is not None:
@@ -197,7 +176,7 @@ def test_forward_is_that_of_the_original_class_with_the_masked_weight(kind, lear
 
 @every_learner
 @every_layer
-def test_only_scores_require_a_gradient(kind, learner):
+def test_only_scores_require_a_gradient(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["weight_score"] * trains(learner)
     assert layer.weight_score.dtype == torch.float32
@@ -211,9 +190,9 @@ def test_only_scores_require_a_gradient(kind, learner):
 
 
 @every_layer
-def test_gradient_goes_straight_through(kind):
+def test_gradient_goes_straight_through(kind: str) -> None:
     layer, x = make(kind)
-    plain = bake(layer)
+    plain: Any = bake(layer)
     plain(x).square().sum().backward()
     layer(x).square().sum().backward()
     expected = plain.weight.grad * raw(layer) * layer.weight_score.detach().sign()
@@ -223,7 +202,7 @@ def test_gradient_goes_straight_through(kind):
     assert grad[~mask].any()
 
 
-def test_gradient_at_a_score_of_zero_is_zero():
+def test_gradient_at_a_score_of_zero_is_zero() -> None:
     layer, x = make("Linear")
     layer.weight_score.data[0, 0] = 0
     layer(x).square().sum().backward()
@@ -231,9 +210,9 @@ def test_gradient_at_a_score_of_zero_is_zero():
     assert layer.weight_score.grad[0, 1] != 0
 
 
-def test_a_raw_weight_that_learns_too_gets_its_masked_gradient():
+def test_a_raw_weight_that_learns_too_gets_its_masked_gradient() -> None:
     layer, x = make("Linear")
-    plain = bake(layer)
+    plain: Any = bake(layer)
     raw(layer).requires_grad_(True)
     layer(x).square().sum().backward()
     plain(x).square().sum().backward()
@@ -244,11 +223,11 @@ def test_a_raw_weight_that_learns_too_gets_its_masked_gradient():
 # copies ----------------------------------------------------------------------------------------------------------
 
 
-def pickled(layer: nn.Module) -> nn.Module:
+def pickled(layer: Any) -> Any:
     return pickle.loads(pickle.dumps(layer))
 
 
-def saved(layer: nn.Module) -> nn.Module:
+def saved(layer: Any) -> Any:
     file = io.BytesIO()
     torch.save(layer, file)
     file.seek(0)
@@ -258,10 +237,10 @@ def saved(layer: nn.Module) -> nn.Module:
 @every_learner
 @every_layer
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
-def test_a_copy_computes_the_same_and_lives_alone(kind, learner, copied):
+def test_a_copy_computes_the_same_and_lives_alone(kind: str, learner: str, copied: Callable[..., Any]) -> None:
     layer, x = make(kind, learner)
     before = layer(x)
-    other = copied(layer)
+    other: Any = copied(layer)
     assert type(other) is type(layer)
     assert torch.equal(other(x), before)
     other.weight_score.data.copy_(1000 * reverse(layer.weight_score))  # so wide that probabilities are 0 and 1
@@ -277,7 +256,7 @@ def test_a_copy_computes_the_same_and_lives_alone(kind, learner, copied):
 @every_learner
 @every_layer
 @pytest.mark.parametrize("assign", [False, True])
-def test_state_dict_round_trip(kind, learner, assign):
+def test_state_dict_round_trip(kind: str, learner: str, assign: bool) -> None:
     layer, x = make(kind, learner)
     other, _ = make(kind, learner, seed=7)
     assert not torch.equal(layer(x), other(x))
@@ -291,10 +270,10 @@ def test_state_dict_round_trip(kind, learner, assign):
 
 @every_layer
 @pytest.mark.parametrize("assign", [False, True])
-def test_a_plain_checkpoint_goes_into_a_masked_layer(kind, assign):
+def test_a_plain_checkpoint_goes_into_a_masked_layer(kind: str, assign: bool) -> None:
     layer, _ = make(kind)
     score = layer.weight_score.detach().clone()
-    plain = LAYERS[kind][0]()
+    plain: Any = LAYERS[kind][0]()
     layer.load_state_dict(plain.state_dict(), assign=assign)
     assert torch.equal(raw(layer), plain.weight)
     assert torch.equal(layer.weight_score, score)
@@ -302,19 +281,19 @@ def test_a_plain_checkpoint_goes_into_a_masked_layer(kind, assign):
     assert not raw(layer).requires_grad
 
 
-def test_a_checkpoint_without_the_weight_is_missing_both_keys():
+def test_a_checkpoint_without_the_weight_is_missing_both_keys() -> None:
     layer, _ = make("Linear")
     with pytest.raises(RuntimeError, match=r'"weight", "weight_score"'):
         layer.load_state_dict({"bias": torch.zeros(5)})
 
 
-def test_a_masked_checkpoint_does_not_go_into_a_plain_layer():
+def test_a_masked_checkpoint_does_not_go_into_a_plain_layer() -> None:
     layer, _ = make("Linear")
     with pytest.raises(RuntimeError, match="weight_score"):
         nn.Linear(6, 5).load_state_dict(layer.state_dict())
 
 
-def test_pickle_opens_in_a_fresh_process(tmp_path):
+def test_pickle_opens_in_a_fresh_process(tmp_path: Path) -> None:
     cases = [(*make(kind), None) for kind in LAYERS]
     cases.append((convert(sequential(), K, scope="global"), images(), None))
     cases = [(layer, x, layer(x).detach()) for layer, x, _ in cases]
@@ -336,7 +315,7 @@ def test_pickle_opens_in_a_fresh_process(tmp_path):
 
 
 @pytest.fixture
-def compiler():
+def compiler() -> Iterator[Callable[..., Any]]:
     torch._dynamo.reset()
     yield lambda model, backend="aot_eager": torch.compile(model, fullgraph=True, backend=backend)
     torch._dynamo.reset()
@@ -344,7 +323,7 @@ def compiler():
 
 @every_learner
 @pytest.mark.parametrize("kind", ["Linear", "Conv2d", "ConvTranspose1d", "StdConv2d"])
-def test_compiled_layer_equals_eager(kind, learner, compiler):
+def test_compiled_layer_equals_eager(kind: str, learner: str, compiler: Callable[..., Any]) -> None:
     layer, x = make(kind, learner)
     compiled = compiler(layer)
     for _ in range(2):
@@ -359,7 +338,7 @@ def test_compiled_layer_equals_eager(kind, learner, compiler):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_compiled_network_equals_eager(scope, compiler):
+def test_compiled_network_equals_eager(scope: Scope, compiler: Callable[..., Any]) -> None:
     net, x = convert(Block(), K, scope=scope).eval(), images()
     compiled = compiler(net)
     for _ in range(2):
@@ -376,7 +355,7 @@ def test_compiled_network_equals_eager(scope, compiler):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
-def test_inductor_equals_eager(compiler):
+def test_inductor_equals_eager(compiler: Callable[..., Any]) -> None:
     layer, x = make("Linear")
     net = nn.Sequential(layer, nn.ReLU())
     compiled = compiler(net, "inductor")
@@ -387,18 +366,18 @@ def test_inductor_equals_eager(compiler):
     torch.testing.assert_close(by_compiled, by_eager)
 
 
-def test_reading_the_weight_in_a_compiled_function(compiler):
+def test_reading_the_weight_in_a_compiled_function(compiler: Callable[..., Any]) -> None:
     layer, x = make("Linear")
     torch.testing.assert_close(compiler(lambda x: x @ layer.weight.t())(x), x @ right(layer).t())
 
 
 @every_layer
-def test_functional_call_with_other_scores(kind):
+def test_functional_call_with_other_scores(kind: str) -> None:
     layer, x = make(kind)
     before = layer(x)
-    other = copy.deepcopy(layer)
+    other: Any = copy.deepcopy(layer)
     other.weight_score.data.copy_(reverse(layer.weight_score))
-    given = other.weight_score.detach().clone().requires_grad_()
+    given: Any = other.weight_score.detach().clone().requires_grad_()
     got = functional_call(layer, {"weight_score": given}, (x,))
     assert torch.equal(got, other(x))
     assert not torch.equal(got, before)
@@ -409,16 +388,16 @@ def test_functional_call_with_other_scores(kind):
 
 
 @every_layer
-def test_functional_call_with_other_weights(kind):
+def test_functional_call_with_other_weights(kind: str) -> None:
     layer, x = make(kind)
-    other = copy.deepcopy(layer)
+    other: Any = copy.deepcopy(layer)
     other._parameters["weight"].data.mul_(3)
     assert torch.equal(functional_call(layer, {"weight": raw(other).clone()}, (x,)), other(x))
 
 
 @every_learner
 @every_layer
-def test_func_grad(kind, learner):
+def test_func_grad(kind: str, learner: str) -> None:
     layer, x = make(kind, learner)
     layer.weight_score.requires_grad_()
     layer(x).square().sum().backward()
@@ -428,10 +407,10 @@ def test_func_grad(kind, learner):
     assert torch.equal(layer(x), bake(layer)(x))  # nothing of the transform stays
 
 
-def test_func_grad_sees_the_scores_that_it_is_given():
+def test_func_grad_sees_the_scores_that_it_is_given() -> None:
     layer, x = make("Linear")
     layer(x)
-    other = copy.deepcopy(layer)
+    other: Any = copy.deepcopy(layer)
     other.weight_score.data.copy_(reverse(layer.weight_score))
     other(x).square().sum().backward()
     given = other.weight_score.detach().clone()
@@ -439,7 +418,7 @@ def test_func_grad_sees_the_scores_that_it_is_given():
     torch.testing.assert_close(got, other.weight_score.grad)
 
 
-def test_vmap_over_inputs_gives_one_gradient_each():
+def test_vmap_over_inputs_gives_one_gradient_each() -> None:
     layer, x = make("Linear")
     score = layer.weight_score.detach().clone()
 
@@ -453,7 +432,7 @@ def test_vmap_over_inputs_gives_one_gradient_each():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_symbolic_trace_takes_masked_layers_as_leaves(scope):
+def test_symbolic_trace_takes_masked_layers_as_leaves(scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     graph = torch.fx.symbolic_trace(net)
     assert [node.target for node in graph.graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3"]
@@ -464,23 +443,24 @@ def test_symbolic_trace_takes_masked_layers_as_leaves(scope):
     assert torch.equal(graph(x), bake(net)(x))
 
 
-def test_our_tracer_takes_layers_of_other_libraries_as_leaves():
-    net, x = convert(Block(), K).eval(), images()
+def test_our_tracer_takes_layers_of_other_libraries_as_leaves() -> None:
+    net: Any = convert(Block(), K).eval()
+    x = images()
     graph = torch.fx.GraphModule(net, Tracer().trace(net))
     assert next(node.target for node in graph.graph.nodes if node.op == "call_module") == "stem"
     net.stem.weight_score.data.copy_(reverse(net.stem.weight_score))
     assert torch.equal(graph(x), bake(net)(x))
 
 
-def test_a_plain_tracer_that_would_freeze_a_mask_says_which_to_take():
-    net = convert(Block(), K)
+def test_a_plain_tracer_that_would_freeze_a_mask_says_which_to_take() -> None:
+    net: Any = convert(Block(), K)
     with pytest.raises(MaskedWeightError, match=r"popup_surgery\.Tracer"):
         torch.fx.symbolic_trace(net)
     assert torch.equal(net.stem.weight, right(net.stem))
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_baked_network_exports(scope):
+def test_a_baked_network_exports(scope: Scope) -> None:
     net, x = convert(Block(), K, scope=scope).eval(), images()
     exported = torch.export.export(bake(net), (x,)).module()
     assert torch.equal(exported(x), net(x))
@@ -490,7 +470,7 @@ def test_a_baked_network_exports(scope):
 
 
 @every_layer
-def test_assignment_and_deletion_are_refused(kind):
+def test_assignment_and_deletion_are_refused(kind: str) -> None:
     layer, _ = make(kind)
     before = layer.weight.clone()
     with pytest.raises(MaskedWeightError, match=r"weight of Masked.*cannot be assigned.*weight_score"):
@@ -506,10 +486,10 @@ def test_assignment_and_deletion_are_refused(kind):
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("how", ["kept", "died", "view", "detached", "copy", "init"])
-def test_a_write_in_place_is_found_at_the_next_read(how, grad):
+def test_a_write_in_place_is_found_at_the_next_read(how: str, grad: bool) -> None:
     layer, x = make("Linear")
     before = layer.weight.detach().clone()
-    kept_alive = []
+    kept_alive: list[Any] = []
     with torch.set_grad_enabled(grad):
         if how == "kept":
             kept_alive.append(layer.weight)
@@ -530,13 +510,13 @@ def test_a_write_in_place_is_found_at_the_next_read(how, grad):
 
 
 @every_layer
-def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind):
+def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind: str) -> None:
     layer, x = make(kind)
     before, mask, weights = layer(x), masks(layer)["weight"], raw(layer).clone()
     layer.weight.data.zero_()
     with pytest.raises(MaskedWeightError, match=r"'weight' was written to in place.*weight_score"):
         layer(x)
-    held = layer.weight
+    held: Any = layer.weight
     held.data.fill_(float("nan"))
     with pytest.raises(MaskedWeightError, match="was written to in place"):
         masks(layer), layer.weight
@@ -551,14 +531,14 @@ def test_writes_through_the_data_of_the_masked_weight_are_noticed(kind):
     assert torch.equal(layer.weight, right(layer))
 
 
-def test_writing_to_a_returned_mask_does_no_harm():
+def test_writing_to_a_returned_mask_does_no_harm() -> None:
     layer, x = make("Linear")
     before = layer(x)
     masks(layer)["weight"].fill_(True)
     assert torch.equal(layer(x), before)
 
 
-def test_every_read_is_a_fresh_tensor_with_a_gradient():
+def test_every_read_is_a_fresh_tensor_with_a_gradient() -> None:
     layer, _ = make("Linear")
     first, second = layer.weight, layer.weight
     assert first.data_ptr() != second.data_ptr()
@@ -570,8 +550,9 @@ def test_every_read_is_a_fresh_tensor_with_a_gradient():
 
 
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
-def test_casts_leave_scores_in_float32_to_the_bit(cast):
-    net, x = convert(sequential(), K), images()
+def test_casts_leave_scores_in_float32_to_the_bit(cast: str) -> None:
+    net: Any = convert(sequential(), K)
+    x = images()
     net(x).sum().backward()
     before = [(layer.weight_score.detach().clone(), layer.weight_score.grad.clone()) for layer in layers_of(net)]
     chosen = masks(net)
@@ -591,8 +572,9 @@ def test_casts_leave_scores_in_float32_to_the_bit(cast):
     assert torch.equal(net[0].weight_score, before[0][0])
 
 
-def test_autocast_reads_and_trains():
-    net, x = convert(sequential(), K), images()
+def test_autocast_reads_and_trains() -> None:
+    net: Any = convert(sequential(), K)
+    x = images()
     with torch.autocast("cpu", torch.bfloat16):
         out = net(x)
         assert out.dtype == torch.bfloat16
@@ -602,8 +584,9 @@ def test_autocast_reads_and_trains():
     assert net[0].weight_score.grad.any()
 
 
-def test_channels_last():
-    net, x = convert(sequential(), K), images()
+def test_channels_last() -> None:
+    net: Any = convert(sequential(), K)
+    x = images()
     before, chosen = net(x), masks(net)
     net.to(memory_format=torch.channels_last)
     assert raw(net[0]).is_contiguous(memory_format=torch.channels_last)
@@ -617,16 +600,16 @@ def test_channels_last():
     assert torch.equal(net[0].weight, right(net[0]))
 
 
-def test_convert_a_channels_last_network_gives_the_same_network():
+def test_convert_a_channels_last_network_gives_the_same_network() -> None:
     plain = convert(sequential(), K)
-    other = convert(sequential().to(memory_format=torch.channels_last), K)
+    other: Any = convert(sequential().to(memory_format=torch.channels_last), K)
     assert other[0].weight_score.is_contiguous(memory_format=torch.channels_last)
     for key, value in plain.state_dict().items():
         assert torch.equal(value, other.state_dict()[key]), key
     assert all(torch.equal(mask, masks(other)[key]) for key, mask in masks(plain).items())
 
 
-def test_to_meta_and_back():
+def test_to_meta_and_back() -> None:
     layer, _ = make("Linear")
     layer.to("meta").half()
     assert layer.weight_score.is_meta
@@ -635,7 +618,7 @@ def test_to_meta_and_back():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_inference_mode_and_training_after_it(scope):
+def test_inference_mode_and_training_after_it(scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     with torch.inference_mode():
         inferred = net(x)
@@ -646,7 +629,7 @@ def test_inference_mode_and_training_after_it(scope):
         assert torch.equal(net(x), inferred)
 
 
-def test_inference_mode_before_training_raw_weights_too():
+def test_inference_mode_before_training_raw_weights_too() -> None:
     layer, x = make("Linear")
     raw(layer).requires_grad_(True)
     with torch.inference_mode():
@@ -658,11 +641,12 @@ def test_inference_mode_before_training_raw_weights_too():
 # which modules ---------------------------------------------------------------------------------------------------
 
 
-def test_the_root_itself_and_a_module_used_twice():
+def test_the_root_itself_and_a_module_used_twice() -> None:
     layer, _ = make("Linear")
     assert is_masked(layer)
-    net, x = convert(Block(), K).eval(), images()
-    plain = bake(net)
+    net: Any = convert(Block(), K).eval()
+    x = images()
+    plain: Any = bake(net)
     plain(x).square().sum().backward()
     net(x).square().sum().backward()
     expected = plain.conv.weight.grad * raw(net.conv) * net.conv.weight_score.detach().sign()
@@ -680,15 +664,16 @@ class Tied(nn.Module):
         return self.second(torch.relu(self.first(x)))
 
 
-def test_one_parameter_under_two_names_stays_one(rankings):
-    net, x = convert(Tied(), K), torch.randn(3, 5)
+def test_one_parameter_under_two_names_stays_one(rankings: list[int]) -> None:
+    net: Any = convert(Tied(), K)
+    x = torch.randn(3, 5)
     assert raw(net.first) is raw(net.second)
     assert net.first.weight_score is net.second.weight_score
     assert list(masks(net)) == ["first.weight"]
     assert {"first.weight", "first.weight_score", "second.weight", "second.weight_score"} <= set(net.state_dict())
     net(x).square().sum().backward()
     assert len(rankings) == 1
-    plain = bake(net)
+    plain: Any = bake(net)
     assert plain.first.weight is plain.second.weight
     plain(x).square().sum().backward()
     expected = plain.first.weight.grad * raw(net.first) * net.first.weight_score.detach().sign()
@@ -701,7 +686,7 @@ def test_one_parameter_under_two_names_stays_one(rankings):
         assert torch.equal(net.second.weight, right(net.second))
 
 
-def test_an_embedding_tied_to_a_linear_layer_meets_the_mask():
+def test_an_embedding_tied_to_a_linear_layer_meets_the_mask() -> None:
     class Tongue(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -712,7 +697,8 @@ def test_an_embedding_tied_to_a_linear_layer_meets_the_mask():
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.embedding(x))
 
-    net, x = convert(Tongue(), K), torch.tensor([[1, 2, 6]])
+    net: Any = convert(Tongue(), K)
+    x = torch.tensor([[1, 2, 6]])
     assert isinstance(net.embedding, nn.Embedding)
     assert torch.equal(net.embedding.weight, net.head.weight)
     assert torch.equal(net.head.weight, right(net.head))
@@ -722,8 +708,9 @@ def test_an_embedding_tied_to_a_linear_layer_meets_the_mask():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_multihead_attention_meets_the_mask_of_its_projection(training):
-    net, x = convert(nn.MultiheadAttention(8, 2, batch_first=True), K).train(training), torch.randn(2, 3, 8)
+def test_multihead_attention_meets_the_mask_of_its_projection(training: bool) -> None:
+    net: Any = convert(nn.MultiheadAttention(8, 2, batch_first=True), K).train(training)
+    x = torch.randn(2, 3, 8)
     assert is_masked(net.out_proj)
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with mode():
@@ -735,7 +722,7 @@ def test_multihead_attention_meets_the_mask_of_its_projection(training):
     assert net.in_proj_weight_score.grad.any()
 
 
-def test_transformer_encoder_layer_meets_the_masks_on_its_fast_path():
+def test_transformer_encoder_layer_meets_the_masks_on_its_fast_path() -> None:
     net = convert(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), K).eval()
     x = torch.randn(2, 3, 8)
     with torch.no_grad():
@@ -755,10 +742,10 @@ SMALL = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning:torch")
 @pytest.mark.parametrize("name", SMALL)
-def test_networks_that_read_weights_outside_the_layer_meet_the_mask(name):
+def test_networks_that_read_weights_outside_the_layer_meet_the_mask(name: str) -> None:
     import timm
 
-    sizes = SMALL[name]
+    sizes: Any = SMALL[name]
     net = convert(timm.create_model(name, num_classes=5, **sizes), K).eval()
     x = torch.randn(2, 3, sizes["img_size"], sizes["img_size"], generator=torch.Generator().manual_seed(0))
     plain = bake(net)
@@ -784,7 +771,7 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> Non
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
-def test_a_training_step_ranks_each_layer_once(optimizer, rankings):
+def test_a_training_step_ranks_each_layer_once(optimizer: type, rankings: list[int]) -> None:
     net = convert(Block(), K)
     assert len(rankings) == 0
     stepping = optimizer([layer.weight_score for layer in layers_of(net)], lr=0.1)
@@ -794,7 +781,7 @@ def test_a_training_step_ranks_each_layer_once(optimizer, rankings):
         assert len(rankings) == 3  # also the layer that reads its weight twice, and the one used twice
 
 
-def test_reads_without_a_change_rank_no_more(rankings):
+def test_reads_without_a_change_rank_no_more(rankings: list[int]) -> None:
     net = convert(Block(), K)
     for layer in layers_of(net):
         for _ in range(4):
@@ -806,7 +793,7 @@ def test_reads_without_a_change_rank_no_more(rankings):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_evaluation_after_training_ranks_no_more(scope, rankings):
+def test_evaluation_after_training_ranks_no_more(scope: Scope, rankings: list[int]) -> None:
     net = convert(Block(), K, scope=scope)
     stepping = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], lr=0.1)
     step(net, stepping)
@@ -827,7 +814,7 @@ def test_evaluation_after_training_ranks_no_more(scope, rankings):
     assert len(rankings) == (1 if scope == "global" else 3)
 
 
-def test_a_weight_change_needs_no_ranking(rankings):
+def test_a_weight_change_needs_no_ranking(rankings: list[int]) -> None:
     layer, _ = make("Linear")
     assert layer.weight.any()
     raw(layer).data.mul_(2)
@@ -835,7 +822,7 @@ def test_a_weight_change_needs_no_ranking(rankings):
     assert len(rankings) == 1
 
 
-def optimizers():
+def optimizers() -> Iterator[Any]:
     for kind in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
         for flags in ({"foreach": False}, {"foreach": True}, {"fused": True}):
             yield pytest.param(kind, flags, id=f"{kind.__name__} {' '.join(f'{k}={v}' for k, v in flags.items())}")
@@ -844,7 +831,9 @@ def optimizers():
 @pytest.mark.parametrize(("kind", "flags"), list(optimizers()))
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("inference", [False, True])
-def test_after_an_optimiser_step_the_mask_is_right(kind, flags, scope, inference, rankings):
+def test_after_an_optimiser_step_the_mask_is_right(
+    kind: type, flags: dict[str, Any], scope: Scope, inference: bool, rankings: list[int]
+) -> None:
     net = convert(Block(), K, scope=scope)
     more = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     stepping = kind([layer.weight_score for layer in layers_of(net)], lr=0.05, **more, **flags)
@@ -862,40 +851,40 @@ def test_after_an_optimiser_step_the_mask_is_right(kind, flags, scope, inference
     assert changed >= 2, "the steps changed no mask, so that a stale one would not be seen"
 
 
-def _numpy_write(layer, new):
+def _numpy_write(layer: Any, new: Tensor) -> None:
     layer.weight_score.detach().numpy()[...] = new.numpy()
 
 
-def _storage_write(layer, new):
-    held = torch.empty(0).set_(layer.weight_score.untyped_storage(), 0, new.shape)
+def _storage_write(layer: Any, new: Tensor) -> None:
+    held = torch.empty(0).set_(layer.weight_score.untyped_storage(), 0, new.shape, new.stride())
     held.copy_(new)
 
 
-def _data_replaced(layer, new):
+def _data_replaced(layer: Any, new: Tensor) -> None:
     layer.weight_score.data = new
 
 
-def _attribute(layer, new):
+def _attribute(layer: Any, new: Tensor) -> None:
     layer.weight_score = nn.Parameter(new)
 
 
-def _in_place(layer, new):
+def _in_place(layer: Any, new: Tensor) -> None:
     with torch.no_grad():
         layer.weight_score.copy_(new)
 
 
-def _under_inference(layer, new):
+def _under_inference(layer: Any, new: Tensor) -> None:
     with torch.inference_mode():
         layer.weight_score.copy_(new)
 
 
-def _data_under_inference(layer, new):
+def _data_under_inference(layer: Any, new: Tensor) -> None:
     with torch.inference_mode():
         layer.weight_score.data.copy_(new)
 
 
-def _one_entry(layer, new):
-    score = layer.weight_score.data
+def _one_entry(layer: Any, new: Tensor) -> None:
+    score: Any = layer.weight_score.data
     lowest = score.abs().argmin()
     score.view(-1)[lowest] = -score.abs().max() * 2
 
@@ -924,7 +913,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_after_each_kind_of_change_the_next_read_has_the_right_mask(change, scope, rankings):
+def test_after_each_kind_of_change_the_next_read_has_the_right_mask(
+    change: str, scope: Scope, rankings: list[int]
+) -> None:
     net = convert(sequential(), K, scope=scope)
     for read in ("outside", "forward"):
         for layer in layers_of(net):
@@ -947,10 +938,10 @@ def test_after_each_kind_of_change_the_next_read_has_the_right_mask(change, scop
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_functional_call_and_back(scope):
+def test_functional_call_and_back(scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     before = net(x)
-    other = copy.deepcopy(net)
+    other: Any = copy.deepcopy(net)
     for layer in layers_of(other):
         layer.weight_score.data.copy_(reverse(layer.weight_score))
     given = {"0.weight_score": other[0].weight_score.detach(), "3.weight_score": other[3].weight_score.detach()}
@@ -968,7 +959,7 @@ def test_functional_call_and_back(scope):
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 @pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
-def test_copies_diverge(copied, scope):
+def test_copies_diverge(copied: Callable[..., Any], scope: Scope) -> None:
     net, x = convert(sequential(), K, scope=scope), images()
     before = net(x)
     other = copied(net)
@@ -985,7 +976,7 @@ def test_copies_diverge(copied, scope):
 # scope="global" --------------------------------------------------------------------------------------------------
 
 
-def test_global_masks_are_the_top_k_of_all_layers(rankings):
+def test_global_masks_are_the_top_k_of_all_layers(rankings: list[int]) -> None:
     net = convert(Block(), K, scope="global")
     weights = right_globally(net)
     assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers_of(net), weights, strict=True))
@@ -994,8 +985,8 @@ def test_global_masks_are_the_top_k_of_all_layers(rankings):
     assert len(rankings) == 1
 
 
-def test_a_change_of_another_layer_changes_this_mask():
-    net = convert(sequential(), K, scope="global")
+def test_a_change_of_another_layer_changes_this_mask() -> None:
+    net: Any = convert(sequential(), K, scope="global")
     before = net[3].weight.detach().clone()
     net[0].weight_score.data.fill_(1e6)
     assert not torch.equal(net[3].weight, before)
@@ -1003,7 +994,7 @@ def test_a_change_of_another_layer_changes_this_mask():
     assert torch.equal(net[3].weight, right_globally(net)[1])
 
 
-def test_a_global_training_step_ranks_once(rankings):
+def test_a_global_training_step_ranks_once(rankings: list[int]) -> None:
     net = convert(Block(), K, scope="global")
     stepping = torch.optim.Adam([layer.weight_score for layer in layers_of(net)], lr=0.1, fused=True)
     for seed in range(4):
@@ -1012,8 +1003,8 @@ def test_a_global_training_step_ranks_once(rankings):
         assert len(rankings) == 1
 
 
-def test_a_forward_that_fails_leaves_no_stale_global_mask():
-    net = convert(sequential(), K, scope="global")
+def test_a_forward_that_fails_leaves_no_stale_global_mask() -> None:
+    net: Any = convert(sequential(), K, scope="global")
     with pytest.raises(RuntimeError):
         net(torch.zeros(2, 3, 9, 9))
     net[0].weight_score.data.copy_(reverse(net[0].weight_score))
@@ -1021,15 +1012,16 @@ def test_a_forward_that_fails_leaves_no_stale_global_mask():
     assert torch.equal(net[0].weight, right_globally(net)[0])
 
 
-def test_a_hook_that_changes_scores_before_a_forward_is_seen():
-    net, x = convert(sequential(), K, scope="global"), images()
+def test_a_hook_that_changes_scores_before_a_forward_is_seen() -> None:
+    net: Any = convert(sequential(), K, scope="global")
+    x = images()
     net(x)
     new = reverse(net[0].weight_score)
     net.register_forward_pre_hook(lambda *_: (net[0].weight_score.data.copy_(new), None)[1])
     assert torch.equal(net(x), bake(net)(x))
 
 
-def test_scores_replaced_within_a_forward_are_seen():
+def test_scores_replaced_within_a_forward_are_seen() -> None:
     class Hyper(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -1039,15 +1031,17 @@ def test_scores_replaced_within_a_forward_are_seen():
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x) if self.given is None else functional_call(self.body, self.given, (x,))
 
-    net, x = convert(Hyper(), K, scope="global"), images()
-    other = copy.deepcopy(net)
+    net: Any = convert(Hyper(), K, scope="global")
+    x = images()
+    other: Any = copy.deepcopy(net)
     other.body[0].weight_score.data.copy_(reverse(net.body[0].weight_score))
     net.given = {"0.weight_score": other.body[0].weight_score.detach().clone()}
     assert torch.equal(net(x), other(x))
 
 
-def test_parts_of_a_global_network_run_alone():
-    net, x = convert(sequential(), K, scope="global"), images()
+def test_parts_of_a_global_network_run_alone() -> None:
+    net: Any = convert(sequential(), K, scope="global")
+    x = images()
     net(x)
     net[3].weight_score.data.mul_(1000)
     expected = nn.functional.conv2d(x, right_globally(net)[0])
@@ -1055,7 +1049,7 @@ def test_parts_of_a_global_network_run_alone():
     assert torch.equal(net.forward(x), bake(net)(x))
 
 
-def test_bake_of_a_global_network_leaves_no_hooks():
+def test_bake_of_a_global_network_leaves_no_hooks() -> None:
     net = convert(Block(), K, scope="global")
     plain = bake(net)
     fresh = Block()

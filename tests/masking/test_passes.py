@@ -299,7 +299,7 @@ def _still(model: nn.Module, name: str) -> nn.Module:
         if isinstance(module, nn.modules.dropout._DropoutNd | StochasticDepth):
             module.p = 0.0
         elif type(module).__name__ == "DropPath":
-            module.drop_prob = 0.0
+            module.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(module, GeneralizedRCNNTransform) and module.fixed_size is None:
             module.min_size, module.max_size = (_shape(name)[-1],), _shape(name)[-1]
         elif isinstance(module, RegionProposalNetwork | RoIHeads):
@@ -351,7 +351,7 @@ def _dead(model: nn.Module, name: str) -> list[str]:
     """The scores that one pass backward from all outputs gives no gradient."""
     outputs = _pass(model.train(), name, 1)
     generator = torch.Generator().manual_seed(2)
-    sum((out * torch.randn(out.shape, generator=generator)).sum() for out in outputs).backward()
+    torch.stack([(out * torch.randn(out.shape, generator=generator)).sum() for out in outputs]).sum().backward()
     learning = {key: tensor.grad for key, tensor in model.named_parameters() if tensor.requires_grad}
     model.zero_grad()
     return [key for key, grad in learning.items() if grad is None or not grad.isfinite().all() or not grad.any()]
@@ -442,8 +442,8 @@ def _named(name: str, seed: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """What comes out for each network that is asked for, from two processes."""
-    tests = [item for item in request.session.items if item.path == request.path]
-    asked = dict.fromkeys(item.callspec.params["name"] for item in tests if "name" in getattr(item, "fixturenames", ()))
+    tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    asked: dict[str, None] = {str(item.callspec.params["name"]): None for item in tests if "name" in item.fixturenames}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=_start) as pool:
         yield {name: pool.submit(_run, name) for name in asked}
@@ -451,42 +451,42 @@ def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcom
 
 
 @every_net
-def test_the_output_is_that_of_the_plain_network(name, outcomes):
+def test_the_output_is_that_of_the_plain_network(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert outcomes[name].result().error <= 1e-5
 
 
 @every_net
-def test_every_score_tensor_learns(name, outcomes):
+def test_every_score_tensor_learns(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     expected = [key for net, key in DEAD if net == name]
     assert sorted(outcomes[name].result().dead) == sorted(expected)  # an exception that is none any more fails too
 
 
 @every_net
-def test_two_inputs_give_two_outputs(name, outcomes):
+def test_two_inputs_give_two_outputs(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert outcomes[name].result().differ
 
 
 @every_net
 @pytest.mark.parametrize("what", ["state", "buffers", "output"])
-def test_a_file_gives_the_plain_network(name, what, outcomes):
+def test_a_file_gives_the_plain_network(name: str, what: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert not outcomes[name].result().found[what]
 
 
 @every_net
-def test_built_by_name_it_is_the_same_network(name, outcomes):
+def test_built_by_name_it_is_the_same_network(name: str, outcomes: dict[str, Future[Outcome]]) -> None:
     assert not outcomes[name].result().found["by name"]
 
 
-def test_exceptions_are_of_networks_that_are_tested():
+def test_exceptions_are_of_networks_that_are_tested() -> None:
     assert {net for net, _ in DEAD} <= NETS.keys()
 
 
-def test_every_timm_file_is_covered():
+def test_every_timm_file_is_covered() -> None:
     covered = {timm.models.model_entrypoint(name).__module__.rpartition(".")[2] for name in TIMM}
     assert sorted(covered) == sorted(timm.list_modules())
 
 
-def test_every_torchvision_family_is_covered():
+def test_every_torchvision_family_is_covered() -> None:
     def family(name: str) -> str:
         return torchvision.models.get_model_builder(name).__module__
 

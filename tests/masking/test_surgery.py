@@ -5,6 +5,8 @@ import hashlib
 import logging
 import math
 import random
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.walk import unwrap
 from popup_surgery.weights import SCHEMES, register_scheme
 from popup_surgery.weights.streams import draw, draw_scores
+from support import Scope, numpy_state
 
 OPTIONS = [
     {},
@@ -49,7 +52,7 @@ def digest(model: nn.Module) -> dict[str, str]:
     return {key: hashlib.sha256(value.contiguous().numpy().tobytes()).hexdigest() for key, value in state.items()}
 
 
-def everything(model: nn.Module):
+def everything(model: nn.Module) -> tuple[object, ...]:
     modules = [(name, id(module), type(module), sorted(vars(module))) for name, module in model.named_modules()]
     parameters = [(name, id(p), p.requires_grad, p._version) for name, p in model.named_parameters()]
     return digest(model), modules, parameters, model.training
@@ -59,7 +62,7 @@ def masked_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if is_masked(module)]
 
 
-def values(pieces) -> Tensor:
+def values(pieces: Iterable[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.concatenate(list(pieces)))
 
 
@@ -67,9 +70,9 @@ def values(pieces) -> Tensor:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_plan_touches_nothing(options):
+def test_plan_touches_nothing(options: dict[str, Any]) -> None:
     torch.manual_seed(0)
-    model = timm.create_model("resnet10t", num_classes=5, in_chans=1)
+    model: Any = timm.create_model("resnet10t", num_classes=5, in_chans=1)
     model.conv1[0].weight.requires_grad_(False)
     before, state = everything(model), torch.get_rng_state()
     planned = plan(model, **options)
@@ -78,7 +81,7 @@ def test_plan_touches_nothing(options):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_plan_prints_every_layer_and_what_is_left_with_the_reason():
+def test_plan_prints_every_layer_and_what_is_left_with_the_reason() -> None:
     model = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=5, img_size=32, init_values=1e-5)
     model.query = nn.Parameter(torch.zeros(3))
     planned = plan(model, 0.5)
@@ -100,7 +103,7 @@ def test_plan_prints_every_layer_and_what_is_left_with_the_reason():
     assert f"{len(planned.masked)} layers masked, {planned.weights:,} weights, {planned.kept:,} kept (50.0%)" in text
 
 
-def test_plan_of_a_long_name_loses_nothing():
+def test_plan_of_a_long_name_loses_nothing() -> None:
     model = nn.Module()
     inner = model
     for _ in range(12):
@@ -125,7 +128,7 @@ def test_plan_of_a_long_name_loses_nothing():
         ("torchvision/resnet50", {}, 54, 25_502_912),
     ],
 )
-def test_totals_of_the_papers_networks_on_meta(name, kwargs, layers, weights):
+def test_totals_of_the_papers_networks_on_meta(name: str, kwargs: dict[str, Any], layers: int, weights: int) -> None:
     with torch.device("meta"):
         model = build(name, **kwargs)
     planned = plan(model, 0.3)
@@ -136,7 +139,7 @@ def test_totals_of_the_papers_networks_on_meta(name, kwargs, layers, weights):
     assert all(parameter.is_meta and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_plan_and_convert_agree():
+def test_plan_and_convert_agree() -> None:
     model = small()
     planned = plan(model, 0.4)
     convert(model, 0.4)
@@ -144,7 +147,7 @@ def test_plan_and_convert_agree():
     assert [weight.shape for weight in planned.masked] == [tuple(mask.shape) for mask in masks(model).values()]
 
 
-def test_global_plan_keeps_the_share_of_the_whole():
+def test_global_plan_keeps_the_share_of_the_whole() -> None:
     model = small()
     total = plan(model, 0.4, scope="global").weights
     convert(model, 0.4, scope="global")
@@ -156,7 +159,7 @@ def test_global_plan_keeps_the_share_of_the_whole():
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("scaled", [True, False])
-def test_weights_and_scores_are_their_streams(scheme, scaled):
+def test_weights_and_scores_are_their_streams(scheme: str, scaled: bool) -> None:
     model = small()
     planned = plan(model, 0.25, scheme=scheme, scaled=scaled, seed=5)
     convert(model, 0.25, scheme=scheme, scaled=scaled, seed=5)
@@ -184,11 +187,11 @@ FANS = {  # fan_in, fan_out
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv3d"])
-def test_standard_deviation_by_scheme(scheme, kind):
+def test_standard_deviation_by_scheme(scheme: str, kind: str) -> None:
     layer, fan_in, _ = FANS[kind]
     groups = getattr(layer, "groups", 1)
     area = math.prod(getattr(layer, "kernel_size", (1,)))
-    outputs = getattr(layer, "out_channels", None) or layer.out_features
+    outputs: Any = getattr(layer, "out_channels", None) or layer.out_features
     fan_out = outputs * area  # as torch.nn.init counts it, which knows nothing of groups
     expected = math.sqrt((1 if "lecun" in scheme else 2) / (fan_in + fan_out if "xavier" in scheme else fan_in))
     assert plan(layer, 0.16, scheme=scheme, scaled=False).masked[0].std == pytest.approx(expected, rel=1e-14)
@@ -196,13 +199,13 @@ def test_standard_deviation_by_scheme(scheme, kind):
     assert plan(layer, 0.16).masked[0].fan_in == fan_in, groups
 
 
-def test_fan_in_of_a_depthwise_and_of_a_transposed_convolution():
+def test_fan_in_of_a_depthwise_and_of_a_transposed_convolution() -> None:
     assert plan(FANS["depthwise"][0]).masked[0].fan_in == 9
     transposed = nn.ConvTranspose2d(6, 4, 4, stride=2, groups=2)  # each output sums 3 channels × 16 / 4 taps
     assert plan(transposed).masked[0].fan_in == 12
 
 
-def test_kaiming_normal_has_its_spread_and_constants_have_both_signs():
+def test_kaiming_normal_has_its_spread_and_constants_have_both_signs() -> None:
     layer = convert(nn.Linear(400, 300), 0.25, scheme="kaiming_normal", scaled=False)
     weight = layer.state_dict()["weight"]
     assert float(weight.std()) == pytest.approx(math.sqrt(2 / 400), rel=0.02)
@@ -214,8 +217,8 @@ def test_kaiming_normal_has_its_spread_and_constants_have_both_signs():
     assert set(unsigned.unique().tolist()) == {np.float32(math.sqrt(0.5)).item()}
 
 
-def test_biases_norms_and_statistics_start_anew_and_all_is_frozen():
-    model = small()
+def test_biases_norms_and_statistics_start_anew_and_all_is_frozen() -> None:
+    model: Any = small()
     model(images())  # fills the running statistics
     with torch.no_grad():
         for parameter in model.parameters():
@@ -232,7 +235,7 @@ def test_biases_norms_and_statistics_start_anew_and_all_is_frozen():
     assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{name}.weight_score" for name in LAYERS]
 
 
-def test_dead_branches_come_alive():
+def test_dead_branches_come_alive() -> None:
     resnet = convert(timm.create_model("resnet10t", num_classes=5, in_chans=1))
     norms = [module.weight for module in resnet.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(torch.equal(weight, torch.ones_like(weight)) for weight in norms)
@@ -242,7 +245,7 @@ def test_dead_branches_come_alive():
     assert all(torch.equal(scale, torch.ones_like(scale)) for scale in scales)
 
 
-def test_positions_and_tokens_come_from_the_seed():
+def test_positions_and_tokens_come_from_the_seed() -> None:
     def vit(seed: int) -> nn.Module:
         torch.manual_seed(seed)
         return timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=5, img_size=32)
@@ -256,7 +259,7 @@ def test_positions_and_tokens_come_from_the_seed():
         assert not torch.equal(tensor, other.state_dict()[key])
 
 
-def test_converted_in_place_and_returned():
+def test_converted_in_place_and_returned() -> None:
     model, layer = small(), nn.Linear(3, 4)
     assert convert(model) is model
     assert convert(layer) is layer
@@ -265,16 +268,16 @@ def test_converted_in_place_and_returned():
     assert list(masks(layer)) == ["weight"]
 
 
-def test_the_global_random_state_changes_nothing_and_is_left_alone():
+def test_the_global_random_state_changes_nothing_and_is_left_alone() -> None:
     def converted(seed: int) -> dict[str, str]:
         torch.manual_seed(seed)
         np.random.seed(seed)
         random.seed(seed)
         model = small()
-        states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+        states = torch.get_rng_state(), numpy_state(), random.getstate()
         convert(model, seed=11)
         assert torch.equal(torch.get_rng_state(), states[0])
-        assert np.random.get_state()[1].tolist() == states[1]
+        assert numpy_state() == states[1]
         assert random.getstate() == states[2]
         return digest(model)
 
@@ -288,13 +291,13 @@ def test_the_global_random_state_changes_nothing_and_is_left_alone():
     assert digest(convert(small(), seed=12)) != first
 
 
-def test_seeds_of_every_size_and_kind():
+def test_seeds_of_every_size_and_kind() -> None:
     of = lambda seed: digest(convert(nn.Linear(4, 4), seed=seed))  # noqa: E731
     assert of(2**64 - 1) != of(0)
     assert of(np.int64(3)) == of(3)
 
 
-def test_a_submodule_alone():
+def test_a_submodule_alone() -> None:
     model = small()
     before = digest(model)
     part = model[3]
@@ -310,24 +313,25 @@ def test_a_submodule_alone():
     assert model(images()).shape == (2, 5)
 
 
-def test_wrappers_are_looked_through():
+def test_wrappers_are_looked_through() -> None:
     plain = convert(small())
     wrapped = nn.DataParallel(small())
     assert convert(wrapped) is wrapped
     assert unwrap(wrapped) is wrapped.module
     assert digest(wrapped.module) == digest(plain)
-    compiled = torch.compile(small(), backend="eager")
+    compiled: Any = torch.compile(small(), backend="eager")
     assert convert(compiled) is compiled
-    assert digest(compiled._orig_mod) == digest(plain)
+    assert digest(unwrap(compiled)) == digest(plain)
     assert list(masks(wrapped)) == list(masks(compiled)) == [f"{name}.weight" for name in LAYERS]
-    both = nn.DataParallel(torch.compile(small(), backend="eager"))
+    inner: Any = torch.compile(small(), backend="eager")
+    both = nn.DataParallel(inner)
     convert(both)
-    assert digest(both.module._orig_mod) == digest(plain)
+    assert digest(inner._orig_mod) == digest(plain)
     assert type(bake(both)) is nn.Sequential
     assert plan(nn.DataParallel(small())).masked[0].key == "0.weight"
 
 
-def test_low_precision_networks_get_the_rounded_weights_and_float32_scores():
+def test_low_precision_networks_get_the_rounded_weights_and_float32_scores() -> None:
     exact, half = convert(small(), scheme="kaiming_normal"), convert(small().bfloat16(), scheme="kaiming_normal")
     for name in LAYERS:
         assert torch.equal(half.state_dict()[f"{name}.weight"], exact.state_dict()[f"{name}.weight"].bfloat16())
@@ -337,11 +341,11 @@ def test_low_precision_networks_get_the_rounded_weights_and_float32_scores():
 # k, include, exclude ---------------------------------------------------------------------------------------------
 
 
-def shares(**options) -> dict[str, float]:
+def shares(**options: Any) -> dict[str, float | None]:
     return {weight.key.removesuffix(".weight"): weight.k for weight in plan(small(), **options).masked}
 
 
-def test_k_by_pattern_the_last_match_wins_and_the_default_stays():
+def test_k_by_pattern_the_last_match_wins_and_the_default_stays() -> None:
     assert shares(k={"3": 0.5}) == {"0": 0.3, "3.0": 0.5, "3.1": 0.5, "4.1": 0.3}
     assert shares(k={"3": 0.5, "3.1": 0.9}) == {"0": 0.3, "3.0": 0.5, "3.1": 0.9, "4.1": 0.3}
     assert shares(k={"3.1": 0.9, "3": 0.5}) == {"0": 0.3, "3.0": 0.5, "3.1": 0.5, "4.1": 0.3}
@@ -350,11 +354,11 @@ def test_k_by_pattern_the_last_match_wins_and_the_default_stays():
     assert shares() == shares(k={}) == dict.fromkeys(LAYERS, 0.3)
 
 
-def test_a_star_that_comes_last_wins_too():
+def test_a_star_that_comes_last_wins_too() -> None:
     assert shares(k={"0": 1.0, "*": 0.6}) == dict.fromkeys(LAYERS, 0.6)
 
 
-def test_k_by_pattern_reaches_masks_and_widths():
+def test_k_by_pattern_reaches_masks_and_widths() -> None:
     model = convert(small(), {"0": 1.0, "4.*": 0.5})
     assert masks(model)["0.weight"].all()
     assert masks(model)["4.1.weight"].sum() == 6 * 8 * 8 * 5 // 2
@@ -375,14 +379,14 @@ def test_k_by_pattern_reaches_masks_and_widths():
         ("[03]*", ["?.1"], ["0", "3.0"]),
     ],
 )
-def test_include_and_exclude(include, exclude, left):
+def test_include_and_exclude(include: list[Any] | str | None, exclude: list[Any] | str | None, left: list[Any]) -> None:
     model = convert(small(), include=include, exclude=exclude)
     assert masked_names(model) == left
     assert list(masks(model)) == [f"{name}.weight" for name in left]
 
 
-def test_what_is_excluded_stays_as_it_was_but_frozen():
-    model = small()
+def test_what_is_excluded_stays_as_it_was_but_frozen() -> None:
+    model: Any = small()
     before = copy.deepcopy(model[4][1])
     convert(model, exclude="4")
     assert type(model[4][1]) is nn.Linear
@@ -395,12 +399,12 @@ def test_what_is_excluded_stays_as_it_was_but_frozen():
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_bake_is_a_plain_copy(scope):
+def test_bake_is_a_plain_copy(scope: Scope) -> None:
     fresh = small()
     model = convert(small(), 0.4, scope=scope)
     model(images())
     before = everything(model)
-    plain = bake(model)
+    plain: Any = bake(model)
     assert everything(model) == before
     assert list(plain.state_dict()) == list(fresh.state_dict())
     for (name, module), (twin_name, twin) in zip(plain.named_modules(), fresh.named_modules(), strict=True):
@@ -417,7 +421,7 @@ def test_bake_is_a_plain_copy(scope):
     assert plain[1].num_batches_tracked == 1
 
 
-def test_bake_shares_no_memory():
+def test_bake_shares_no_memory() -> None:
     model = convert(small())
     plain = bake(model)
 
@@ -432,14 +436,14 @@ def test_bake_shares_no_memory():
     assert digest(model) == before
 
 
-def test_bake_with_every_weight_kept_shares_no_memory_either():
-    model = convert(nn.Linear(3, 4), 1.0)
-    plain = bake(model)
+def test_bake_with_every_weight_kept_shares_no_memory_either() -> None:
+    model: Any = convert(nn.Linear(3, 4), 1.0)
+    plain: Any = bake(model)
     plain.weight.data.zero_()
     assert model.weight.all()
 
 
-def test_bake_of_networks_with_generated_tensors_leaves_nothing_behind():
+def test_bake_of_networks_with_generated_tensors_leaves_nothing_behind() -> None:
     def vit() -> nn.Module:
         return timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=5, img_size=32)
 
@@ -449,19 +453,19 @@ def test_bake_of_networks_with_generated_tensors_leaves_nothing_behind():
     assert "popup_surgery" not in str({type(module).__mro__ for module in plain.modules()})
 
 
-def test_a_baked_network_can_be_converted_again():
+def test_a_baked_network_can_be_converted_again() -> None:
     plain = bake(convert(small()))
     assert digest(convert(plain, seed=4)) == digest(convert(small(), seed=4))
 
 
-def test_bake_of_a_plain_network_is_a_copy():
+def test_bake_of_a_plain_network_is_a_copy() -> None:
     model = small()
     plain = bake(model)
     assert plain is not model
     assert digest(plain) == digest(model)
 
 
-def test_masks_are_copies_by_key():
+def test_masks_are_copies_by_key() -> None:
     model = convert(small(), 0.4)
     found = masks(model)
     assert list(found) == [f"{name}.weight" for name in LAYERS]
@@ -477,7 +481,7 @@ def test_masks_are_copies_by_key():
 # what it says ----------------------------------------------------------------------------------------------------
 
 
-def test_a_foreign_network_is_warned_of_its_loss(caplog):
+def test_a_foreign_network_is_warned_of_its_loss(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "popup_surgery"):
         convert(small(), seed=42)
     (record,) = [record for record in caplog.records if "drawn anew" in record.getMessage()]
@@ -486,14 +490,14 @@ def test_a_foreign_network_is_warned_of_its_loss(caplog):
     assert "seed 42" in record.getMessage()
 
 
-def test_a_built_network_is_told_quietly(caplog):
+def test_a_built_network_is_told_quietly(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "popup_surgery"):
         convert(build("conv2", width=0.1))
     (record,) = [record for record in caplog.records if "drawn anew" in record.getMessage()]
     assert record.levelno == logging.INFO
 
 
-def test_plan_says_nothing(caplog):
+def test_plan_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "popup_surgery"):
         plan(small())
     assert not caplog.records
@@ -535,7 +539,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("options", "error", "message"), REFUSED, ids=[str(options) for options, _, _ in REFUSED])
 @pytest.mark.parametrize("verb", [plan, convert])
-def test_bad_options_are_refused_and_nothing_is_lost(verb, options, error, message):
+def test_bad_options_are_refused_and_nothing_is_lost(
+    verb: Callable[..., Any], options: dict[str, Any], error: type, message: str
+) -> None:
     model = small()
     before = everything(model)
     with pytest.raises(error, match=message) as caught:
@@ -544,7 +550,7 @@ def test_bad_options_are_refused_and_nothing_is_lost(verb, options, error, messa
     assert everything(model) == before
 
 
-def test_the_nearest_schemes_are_at_most_three():
+def test_the_nearest_schemes_are_at_most_three() -> None:
     with pytest.raises(UnknownName) as caught:
         plan(small(), scheme="kaiming")
     assert 1 <= len(str(caught.value).rpartition(": ")[2].split(", ")) <= 3
@@ -557,7 +563,7 @@ def test_the_nearest_schemes_are_at_most_three():
         ("tim/resnet50", r"unknown library 'tim'.*timm"),
     ],
 )
-def test_an_unknown_architecture_is_refused_before_anything_changes(architecture, message):
+def test_an_unknown_architecture_is_refused_before_anything_changes(architecture: str, message: str) -> None:
     model = small()
     before = everything(model)
     with pytest.raises(UnknownName, match=message):
@@ -566,12 +572,12 @@ def test_an_unknown_architecture_is_refused_before_anything_changes(architecture
 
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.ReLU()), nn.BatchNorm2d(3), nn.Embedding(3, 4), nn.Module()])
-def test_nothing_to_swap(model):
+def test_nothing_to_swap(model: nn.Module) -> None:
     with pytest.raises(NothingToConvert, match=rf"{type(model).__name__} has no layer whose weight could be masked"):
         convert(model)
 
 
-def test_converting_twice():
+def test_converting_twice() -> None:
     model = convert(small(), k=0.5, seed=3)
     before = digest(model)
     assert convert(model) is model  # nothing came into it since
@@ -585,7 +591,7 @@ def test_converting_twice():
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_layers_have_no_shape_yet():
+def test_lazy_layers_have_no_shape_yet() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(5))
     with pytest.raises(ConversionError, match=r"1 is lazy and has no shape yet; pass one batch"):
         convert(model)
@@ -594,6 +600,6 @@ def test_lazy_layers_have_no_shape_yet():
     assert masked_names(convert(model)) == ["0", "1"]
 
 
-def test_a_scheme_is_registered_once():
+def test_a_scheme_is_registered_once() -> None:
     with pytest.raises(ValueError, match="'kaiming_normal' is registered already"):
         register_scheme("kaiming_normal", SCHEMES["kaiming_normal"])

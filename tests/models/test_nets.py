@@ -1,5 +1,8 @@
 """The paper's networks, and networks of the libraries by name."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -22,7 +25,7 @@ CONVS = {
 }
 
 
-def meta(make, **kwargs) -> nn.Module:
+def meta(make: Callable[..., nn.Module], **kwargs: Any) -> Any:
     with torch.device("meta"):
         return make(**kwargs)
 
@@ -38,13 +41,13 @@ def linears_of(net: nn.Module) -> list[nn.Linear]:
 # the paper's networks --------------------------------------------------------------------------------------------
 
 
-def test_every_network_is_here():
+def test_every_network_is_here() -> None:
     paper = {"conv2": conv2, "conv4": conv4, "conv6": conv6, "conv8": conv8, "fc": fc}
     assert {name: NETS[name] for name in WEIGHTS} == paper
     assert set(NETS) == {*WEIGHTS, "cifar_resnet18"}
 
 
-def test_resnet18_for_small_images():
+def test_resnet18_for_small_images() -> None:
     net = NETS["cifar_resnet18"](num_classes=7, in_chans=1, img_size=(16, 24))
     assert net(torch.zeros(2, 1, 16, 24)).shape == (2, 7)
     assert input_size(net) == (1, 16, 24)
@@ -56,7 +59,7 @@ def test_resnet18_for_small_images():
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_weights_of_table_1(name):
+def test_weights_of_table_1(name: str) -> None:
     net = meta(NETS[name])
     assert sum(parameter.numel() for parameter in net.parameters()) == WEIGHTS[name]
     assert [conv.out_channels for conv in convs_of(net)] == CONVS[name]
@@ -64,8 +67,8 @@ def test_weights_of_table_1(name):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
-def test_no_bias_no_norm_relu_and_pools(name):
-    net = meta(NETS[name])
+def test_no_bias_no_norm_relu_and_pools(name: str) -> None:
+    net: Any = meta(NETS[name])
     layers = [m for m in net.modules() if not list(m.children()) and not isinstance(m, nn.Sequential)]
     assert {type(layer) for layer in layers} <= {nn.Conv2d, nn.ReLU, nn.MaxPool2d, nn.Flatten, nn.Linear}
     assert all(layer.bias is None for layer in convs_of(net) + linears_of(net))
@@ -78,7 +81,7 @@ def test_no_bias_no_norm_relu_and_pools(name):
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize("width", [0.1, 0.5, 1.5, 2])
-def test_width_scales_all_but_the_input_and_the_classes(name, width):
+def test_width_scales_all_but_the_input_and_the_classes(name: str, width: float) -> None:
     net = meta(NETS[name], width=width)
     assert [conv.out_channels for conv in convs_of(net)] == [round(c * width) for c in CONVS[name]]
     hidden = [300, 100] if name == "fc" else [256, 256]
@@ -87,7 +90,7 @@ def test_width_scales_all_but_the_input_and_the_classes(name, width):
     assert first == (784 if name == "fc" else 3)
 
 
-def test_the_least_width_leaves_one_channel():
+def test_the_least_width_leaves_one_channel() -> None:
     net = conv4(width=1e-6)
     assert {conv.out_channels for conv in convs_of(net)} == {1}
     assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
@@ -95,8 +98,9 @@ def test_the_least_width_leaves_one_channel():
 
 @pytest.mark.parametrize("name", WEIGHTS)
 @pytest.mark.parametrize(("chans", "size", "classes"), [(3, 32, 10), (1, 28, 7), (2, (16, 24), 10), (3, [17, 31], 1)])
-def test_forward(name, chans, size, classes):
-    net = NETS[name](num_classes=classes, in_chans=chans, img_size=size, width=0.1)
+def test_forward(name: str, chans: int, size: int | list[Any] | tuple[Any, ...], classes: int) -> None:
+    make: Any = NETS[name]
+    net = make(num_classes=classes, in_chans=chans, img_size=size, width=0.1)
     height, breadth = (size, size) if isinstance(size, int) else size
     assert net(torch.randn(3, chans, height, breadth)).shape == (3, classes)
     assert net.input_size == input_size(net) == (chans, height, breadth)
@@ -104,7 +108,7 @@ def test_forward(name, chans, size, classes):
 
 
 @pytest.mark.parametrize(("name", "least"), [("conv2", 2), ("conv4", 4), ("conv6", 8), ("conv8", 16), ("fc", 1)])
-def test_img_size_must_survive_the_pools(name, least):
+def test_img_size_must_survive_the_pools(name: str, least: int) -> None:
     assert meta(NETS[name], img_size=least, width=0.1).input_size[1:] == (least, least)
     if least > 1:
         with pytest.raises(ConversionError, match=rf"img_size is {least - 1}; .*at least {least} pixels"):
@@ -113,7 +117,7 @@ def test_img_size_must_survive_the_pools(name, least):
             NETS[name](img_size=(64, least - 1))
 
 
-def test_defaults_are_those_of_the_paper():
+def test_defaults_are_those_of_the_paper() -> None:
     assert meta(conv8).input_size == (3, 32, 32)
     assert meta(fc).input_size == (1, 28, 28)
 
@@ -121,7 +125,7 @@ def test_defaults_are_those_of_the_paper():
 # build -----------------------------------------------------------------------------------------------------------
 
 
-def test_build_ours():
+def test_build_ours() -> None:
     net = build("popup_surgery/conv4", width=0.25, num_classes=7, img_size=(16, 24))
     assert isinstance(net, ConvNet)
     assert net(torch.zeros(1, 3, 16, 24)).shape == (1, 7)
@@ -130,7 +134,7 @@ def test_build_ours():
     assert input_size(net) == (3, 16, 24)
 
 
-def test_build_timm():
+def test_build_timm() -> None:
     net = meta(build, name="timm/resnet18", num_classes=10, in_chans=1)
     assert type(net) is timm.models.ResNet
     assert net.fc.out_features == 10
@@ -139,16 +143,16 @@ def test_build_timm():
     assert input_size(net) == (1, 224, 224)
 
 
-def test_build_torchvision():
-    net = meta(build, name="torchvision/resnet18", num_classes=10)
+def test_build_torchvision() -> None:
+    net: Any = meta(build, name="torchvision/resnet18", num_classes=10)
     assert type(net) is torchvision.models.ResNet
     assert net.fc.out_features == 10
     assert describe(net) == Architecture("torchvision", "resnet18", {"num_classes": 10}, torchvision.__version__)
     assert input_size(net) is None
 
 
-def test_build_torchvision_without_downloading_a_backbone(monkeypatch):
-    def refused(*args, **kwargs):
+def test_build_torchvision_without_downloading_a_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: object, **kwargs: object) -> None:
         raise AssertionError("build downloads nothing")
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refused)
@@ -156,7 +160,7 @@ def test_build_torchvision_without_downloading_a_backbone(monkeypatch):
     assert describe(net).name == "lraspp_mobilenet_v3_large"
 
 
-def test_bare_names_are_ours_then_timm_then_torchvision():
+def test_bare_names_are_ours_then_timm_then_torchvision() -> None:
     assert resolve("conv4") == ("popup_surgery", "conv4")
     assert resolve("resnet50") == ("timm", "resnet50")
     assert resolve("torchvision/resnet50") == ("torchvision", "resnet50")
@@ -165,18 +169,18 @@ def test_bare_names_are_ours_then_timm_then_torchvision():
     assert describe(meta(build, name="fc")).library == "popup_surgery"
 
 
-def test_img_size_is_the_input_size():
+def test_img_size_is_the_input_size() -> None:
     assert input_size(meta(build, name="timm/vit_tiny_patch16_224", img_size=32)) == (3, 32, 32)
     assert input_size(meta(build, name="timm/vit_tiny_patch16_224", img_size=(32, 48), in_chans=2)) == (2, 32, 48)
     assert input_size(meta(timm.create_model, model_name="resnet18")) == (3, 224, 224)
     assert input_size(nn.Linear(2, 3)) is None
 
 
-def test_a_network_that_nobody_built_is_custom():
+def test_a_network_that_nobody_built_is_custom() -> None:
     assert describe(nn.Linear(2, 3)) == Architecture("custom", "Linear")
 
 
-def test_names_of_the_layers_which_streams_and_files_depend_on():
+def test_names_of_the_layers_which_streams_and_files_depend_on() -> None:
     layers = ["features.0", "features.2", "classifier.1", "classifier.3", "classifier.5"]
     assert list(build("conv2", width=0.1).state_dict()) == [f"{name}.weight" for name in layers]
 
@@ -197,7 +201,7 @@ def test_names_of_the_layers_which_streams_and_files_depend_on():
         ("", r"unknown architecture ''"),
     ],
 )
-def test_unknown_names_list_the_nearest(name, message):
+def test_unknown_names_list_the_nearest(name: str, message: str) -> None:
     with pytest.raises(UnknownName, match=message) as caught:
         build(name)
     assert len(str(caught.value).rpartition(":")[2].split(", ")) <= 3
@@ -225,18 +229,18 @@ def test_unknown_names_list_the_nearest(name, message):
         ({"global_pool": "Avg!"}, r"global_pool is 'Avg!'; expected a string of letters"),
     ],
 )
-def test_bad_arguments_name_the_argument_the_value_and_what_was_expected(kwargs, message):
+def test_bad_arguments_name_the_argument_the_value_and_what_was_expected(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError, match=message):
         build("conv4", **kwargs)
 
 
-def test_arguments_within_bounds_are_taken():
+def test_arguments_within_bounds_are_taken() -> None:
     check_kwargs({"num_classes": 0, "in_chans": 1, "img_size": [8, 9], "patch_size": 4, "global_pool": "", "width": 64})
     check_kwargs({"drop_rate": 0, "drop_path_rate": 1.0, "output_stride": 8})
     assert {"num_classes", "in_chans", "img_size", "width"} <= set(KWARGS)
 
 
-def test_an_argument_that_the_network_does_not_take():
+def test_an_argument_that_the_network_does_not_take() -> None:
     with pytest.raises(ConversionError, match=r"popup_surgery/conv4 cannot be built with patch_size=4: .*patch_size"):
         build("conv4", patch_size=4)
     with pytest.raises(ConversionError, match=r"timm/resnet18 cannot be built with width=2: .*width"):

@@ -78,7 +78,7 @@ class Rehearsal:
         groups = {os.getpgid(process.pid)}
         os.killpg(groups.pop(), signal.SIGKILL)
         process.communicate()
-        return json.loads((self.output / "gpu.json").read_text())  # type: ignore[no-any-return]
+        return json.loads((self.output / "gpu.json").read_text())
 
     def check(self, values: dict[str, Any]) -> None:
         """What gpu.json says is what lies in the runs' folders, and the archive has the finished ones."""
@@ -107,7 +107,7 @@ def test_a_rehearsal_is_cut_killed_and_resumed_to_its_end(ten: Path, tmp_path: P
     assert running["trial"]["runs"].keys() == {"1", "2"}
     assert early["seconds_spent"] < tried["seconds_spent"] < running["seconds_spent"]
 
-    cut = day.start(0.6)
+    cut: Any = day.start(0.6)
     assert cut.wait(240) == 0, cut.communicate()
     assert cut.communicate()[0].startswith(("0 of 8 runs", "1 of 8 runs", "2 of 8 runs", "3 of 8 runs"))
     values = day.json()
@@ -137,7 +137,7 @@ def test_a_rehearsal_is_cut_killed_and_resumed_to_its_end(ten: Path, tmp_path: P
     last = {run["label"]: run["accuracy"][-1] for run in values["runs"].values()}
     assert table == {label: pytest.approx(100 * last[label]) for label in gpu.SERIES}
 
-    other = subprocess.run([*cut.args[:-1], "data.workers=1"], capture_output=True, text=True)  # type: ignore[misc]
+    other = subprocess.run([*cut.args[:-1], "data.workers=1"], capture_output=True, text=True)
     assert other.returncode == 1
     assert "holds a day with settings" in other.stderr
     assert "--work" in other.stderr
@@ -213,7 +213,7 @@ class World:
 
     def work(self, run: Run) -> float:
         """Reference steps of one epoch."""
-        return gpu.Scheduler.steps(None, run) * self.costs[gpu.kind_of(run.recipe)]  # type: ignore[no-any-return]
+        return gpu.Scheduler.steps(None, run) * self.costs[gpu.kind_of(run.recipe)]
 
     def ends(self, left: dict[str, tuple[float, float]]) -> dict[str, float]:
         """When runs end from now on, from the seconds until each one's first step and its work, tick by tick."""

@@ -2,9 +2,10 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ def fast_reference(score: Tensor, kept: int) -> Tensor:
     return torch.from_numpy(flat).view(score.shape)
 
 
-def same(masks, expected) -> bool:
+def same(masks: Iterable[Tensor], expected: Iterable[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(masks, expected, strict=True))
 
 
@@ -49,7 +50,7 @@ VALUES = st.one_of(
 
 
 @st.composite
-def tensors(draw, values=VALUES, most=40) -> Tensor:
+def tensors(draw: st.DrawFn, values: st.SearchStrategy[float] = VALUES, most: int = 40) -> Tensor:
     """A float32 tensor of 0 to 4 dimensions with any layout: contiguous, transposed, sliced, or expanded."""
     shape = draw(st.lists(st.integers(0, 4), max_size=4).filter(lambda s: math.prod(s) <= most))
     layout = draw(st.sampled_from(["contiguous", "permuted", "sliced", "expanded", "channels_last"]))
@@ -83,12 +84,12 @@ GROUPS = st.lists(tensors(), min_size=1, max_size=4)
         (10, 0.9, 10), (4_300_992, 0.5, 2_150_496), (2_359_296, 0.3, 707_789), (100, 1e-17, 0),
     ],
 )  # fmt: skip
-def test_kept_count_values(n, k, kept):
+def test_kept_count_values(n: int, k: float, kept: int) -> None:
     assert kept_count(n, k) == kept
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1, exclude_min=True))
-def test_kept_count_is_the_formula_of_the_paper(n, k):
+def test_kept_count_is_the_formula_of_the_paper(n: int, k: float) -> None:
     assert kept_count(n, k) == n - int((1 - k) * n)
     assert 0 <= kept_count(n, k) <= n
 
@@ -99,7 +100,7 @@ def test_kept_count_is_the_formula_of_the_paper(n, k):
 @settings(max_examples=300, deadline=None)
 @given(GROUPS, st.data())
 @example([torch.tensor([-0.0, 0.0, TINY, NAN, INF, -INF, -NAN])], None)
-def test_select_is_the_stable_sort(scores, data):
+def test_select_is_the_stable_sort(scores: list[Tensor], data: st.DataObject) -> None:
     total = sum(score.numel() for score in scores)
     before = [score.clone() for score in scores]
     for kept in range(total + 1) if data is None or total <= 12 else [data.draw(st.integers(0, total))]:
@@ -114,25 +115,25 @@ def test_select_is_the_stable_sort(scores, data):
 
 @settings(max_examples=150, deadline=None)
 @given(GROUPS, st.data())
-def test_device_path_gives_the_host_path(scores, data):
+def test_device_path_gives_the_host_path(scores: list[Tensor], data: st.DataObject) -> None:
     total = sum(score.numel() for score in scores)
     kept = data.draw(st.integers(0, total))
     assert same(select_on_device(scores, kept, total), select(scores, kept).masks)
 
 
-def test_nan_ranks_above_infinity_and_equal_magnitudes_by_index():
+def test_nan_ranks_above_infinity_and_equal_magnitudes_by_index() -> None:
     score = torch.tensor([INF, 1.0, NAN, -1.0, -INF])
     assert select([score], 1).masks[0].tolist() == [False, False, True, False, False]
     assert select([score], 2).masks[0].tolist() == [True, False, True, False, False]
     assert select([score], 4).masks[0].tolist() == [True, True, True, False, True]
 
 
-def test_zeros_of_both_signs_are_equal():
+def test_zeros_of_both_signs_are_equal() -> None:
     assert select([torch.tensor([-0.0, 0.0, -0.0])], 2).masks[0].tolist() == [True, True, False]
     assert select([torch.tensor([0.0, TINY, -0.0])], 1).masks[0].tolist() == [False, True, False]
 
 
-def test_a_group_is_ranked_in_row_major_order_of_each_tensor_in_turn():
+def test_a_group_is_ranked_in_row_major_order_of_each_tensor_in_turn() -> None:
     first = torch.ones(2, 3).t()  # of strides (1, 3): row-major order is not the order in memory
     second = torch.ones(4)
     masks = select([first, second], 4).masks
@@ -141,7 +142,7 @@ def test_a_group_is_ranked_in_row_major_order_of_each_tensor_in_turn():
     assert masks[0].stride() == first.stride()
 
 
-def test_float64_and_bad_counts_are_refused():
+def test_float64_and_bad_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="float32"):
         select([torch.ones(3, dtype=torch.float64)], 1)
     with pytest.raises(ValueError, match=r"kept is 4; expected 0 to 3"):
@@ -154,12 +155,12 @@ def test_float64_and_bad_counts_are_refused():
 
 
 @pytest.fixture
-def sweeps(monkeypatch):
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The results of `_sweep`, which the fallback calls a second time."""
-    results = []
+    results: list[object] = []
     real = cpu._sweep
 
-    def spy(*args):
+    def spy(*args: Any) -> Any:
         results.append(real(*args))
         return results[-1]
 
@@ -173,7 +174,7 @@ STEP = LARGE // SAMPLE | 1
 
 @pytest.mark.parametrize("kept", [1, 7, 3_000, 90_000, 150_000, 299_990, LARGE - 1])
 @pytest.mark.parametrize("kind", ["random", "quantised", "sorted", "constant"])
-def test_large_arrays(kind, kept, sweeps):
+def test_large_arrays(kind: str, kept: int, sweeps: list[object]) -> None:
     score = torch.randn(LARGE, generator=torch.Generator().manual_seed(kept))
     if kind == "quantised":
         score = (score * 4).round()
@@ -188,7 +189,7 @@ def test_large_arrays(kind, kept, sweeps):
         assert len(sweeps) == 1  # the bracket of the sample held the threshold
 
 
-def test_large_channels_last_and_group(sweeps):
+def test_large_channels_last_and_group(sweeps: list[object]) -> None:
     generator = torch.Generator().manual_seed(0)
     first = torch.randn(300, 64, 3, 3, generator=generator).contiguous(memory_format=torch.channels_last)
     second = torch.randn(130, 1000, generator=generator).t()
@@ -203,7 +204,9 @@ def test_large_channels_last_and_group(sweeps):
 
 @pytest.mark.parametrize("kept", [LARGE // 3, LARGE // 2, LARGE - LARGE // 3])
 @pytest.mark.parametrize("sampled", ["all large", "all small", "all equal and large", "all equal and small"])
-def test_a_sample_that_misleads_falls_back_to_the_exact_threshold(sampled, kept, sweeps):
+def test_a_sample_that_misleads_falls_back_to_the_exact_threshold(
+    sampled: str, kept: int, sweeps: list[object]
+) -> None:
     score = torch.rand(LARGE, generator=torch.Generator().manual_seed(kept)) + 1
     drawn = score[::STEP]
     if "equal" in sampled:
@@ -215,7 +218,7 @@ def test_a_sample_that_misleads_falls_back_to_the_exact_threshold(sampled, kept,
     assert sweeps[0] is None, "the sample's bracket held the threshold; the test misleads no longer"
 
 
-def test_device_path_on_a_large_array():
+def test_device_path_on_a_large_array() -> None:
     score = (torch.randn(LARGE, generator=torch.Generator().manual_seed(5)) * 1000).round()
     for kept in (1, 90_000, 150_001, LARGE - 1):
         assert torch.equal(select_on_device([score], kept, LARGE)[0], fast_reference(score, kept))
@@ -240,7 +243,9 @@ def kernels() -> Iterator[Callable[[Tensor, int], Tensor]]:
 
 @settings(max_examples=30, deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=40), st.data())
-def test_the_gpus_kernels_give_the_host_path(kernels, values, data):
+def test_the_gpus_kernels_give_the_host_path(
+    kernels: Callable[[Tensor, int], Tensor], values: list[float], data: st.DataObject
+) -> None:
     score = torch.tensor(values, dtype=torch.float32)
     for kept in {1, len(values), data.draw(st.integers(1, len(values)))}:
         assert torch.equal(kernels(score, kept), select([score], kept).masks[0])
@@ -248,7 +253,7 @@ def test_the_gpus_kernels_give_the_host_path(kernels, values, data):
 
 @pytest.mark.parametrize("n", [4096, 4097, 3 * 4096 - 1])
 @pytest.mark.parametrize("spread", [0, 3, 1000, 1e30])
-def test_the_gpus_kernels_on_several_programs(kernels, n, spread):
+def test_the_gpus_kernels_on_several_programs(kernels: Callable[[Tensor, int], Tensor], n: int, spread: float) -> None:
     score = (torch.randn(n, generator=torch.Generator().manual_seed(n)) * spread).round()
     for kept in (1, n // 3, 4096, n - 1, n):
         assert torch.equal(kernels(score, kept), fast_reference(score, kept)), kept
@@ -258,7 +263,7 @@ def test_the_gpus_kernels_on_several_programs(kernels, n, spread):
 
 
 @st.composite
-def perturbed(draw):
+def perturbed(draw: st.DrawFn) -> tuple[list[Tensor], int, list[Tensor]]:
     """A group of scores, a count, and the same group after some change."""
     small = st.one_of(st.integers(-3, 3).map(float), st.sampled_from(AWKWARD))
     scores = draw(st.lists(tensors(small, 16), min_size=1, max_size=3))
@@ -284,7 +289,7 @@ def perturbed(draw):
 
 @settings(max_examples=400, deadline=None)
 @given(perturbed())
-def test_holds_never_says_yes_to_other_masks(case):
+def test_holds_never_says_yes_to_other_masks(case: tuple[list[Tensor], int, list[Tensor]]) -> None:
     scores, kept, changed = case
     known = select(scores, kept)
     assert known.holds(scores)
@@ -293,7 +298,7 @@ def test_holds_never_says_yes_to_other_masks(case):
 
 
 @pytest.mark.parametrize("place", [0, 65_535, 65_536, 131_072, LARGE - 1])
-def test_holds_sees_one_change_anywhere_in_a_large_array(place):
+def test_holds_sees_one_change_anywhere_in_a_large_array(place: int) -> None:
     score = torch.rand(LARGE, generator=torch.Generator().manual_seed(0)) + 1
     known = select([score], LARGE // 2)
     changed = score.clone()
@@ -303,7 +308,7 @@ def test_holds_sees_one_change_anywhere_in_a_large_array(place):
     assert known.holds([changed])
 
 
-def test_holds_compares_shapes_and_group_sizes_but_not_strides():
+def test_holds_compares_shapes_and_group_sizes_but_not_strides() -> None:
     score = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
     known = select([score], 2)
     assert known.holds([score.t().contiguous().t()])
@@ -316,7 +321,7 @@ def test_holds_compares_shapes_and_group_sizes_but_not_strides():
 
 
 @pytest.mark.parametrize("kept", [0, 5, 16 + 24])
-def test_the_operator_passes_opcheck(kept):
+def test_the_operator_passes_opcheck(kept: int) -> None:
     scores = [torch.randn(4, 4).t(), torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)]
     torch.library.opcheck(torch.ops.popup_surgery.select.default, (scores, kept))
     assert same(torch.ops.popup_surgery.select(scores, kept), reference(scores, kept))
@@ -328,7 +333,9 @@ def test_the_operator_passes_opcheck(kept):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kept", [0, 1, 60_000, 150_000, LARGE - 1, LARGE])
 @pytest.mark.parametrize("how", ["radix", "topk"])
-def test_cuda_gives_the_cpu_masks_without_waiting_for_the_device(kept, how, monkeypatch):
+def test_cuda_gives_the_cpu_masks_without_waiting_for_the_device(
+    kept: int, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if how == "topk":
         monkeypatch.setattr(gpu, "_largest_on", lambda device: gpu._largest_by_topk)
     elif gpu._largest_on(torch.device("cuda", 0)) is gpu._largest_by_topk:

@@ -26,7 +26,7 @@ from popup_surgery import PopupError, RecipeError, RunError, train
 from popup_surgery.config.catalog import find
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.sweep import Local, Outcome, State, Sweep, execute, points
-from support import ROOT, Here
+from support import ROOT, Here, surgery
 
 Cli = Callable[..., Any]
 DIGITS = {"recipe": "digits", "set": {"training.epochs": 1}}
@@ -93,8 +93,8 @@ def test_a_grid_times_seeds_in_the_order_of_the_file() -> None:
     for run in runs:
         assert run.label == "digits"
         assert run.recipe.training.epochs == 3
-        assert run.recipe.training.seed == run.recipe.surgery.seed == run.seed
-        assert (run.recipe.surgery.k, run.recipe.surgery.scheme) == tuple(run.values.values())
+        assert run.recipe.training.seed == surgery(run).seed == run.seed
+        assert (surgery(run).k, surgery(run).scheme) == tuple(run.values.values())
 
 
 def test_several_grids_hidden_and_dense_with_what_they_share(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_several_grids_hidden_and_dense_with_what_they_share(tmp_path: Path) -> 
 def test_settings_of_the_command_line_come_before_the_file(tmp_path: Path) -> None:
     file = written(tmp_path, GRID)
     runs = Sweep.load(file, ["surgery.k=0.7", "training.lr=[0.1, 0.2]", "training.epochs=2"], seeds=[9]).runs
-    assert [(run.recipe.surgery.k, run.recipe.training.lr) for run in runs] == [(0.7, 0.1), (0.7, 0.2)]
+    assert [(surgery(run).k, run.recipe.training.lr) for run in runs] == [(0.7, 0.1), (0.7, 0.2)]
     assert [dict(run.values) for run in runs] == [{"training.lr": 0.1}, {"training.lr": 0.2}]
     assert {(run.seed, run.recipe.training.epochs) for run in runs} == {(9, 2)}
 
@@ -137,7 +137,7 @@ def test_settings_of_the_command_line_come_before_the_file(tmp_path: Path) -> No
 def test_a_list_is_a_grid_and_a_list_of_lists_a_grid_of_lists() -> None:
     runs = Sweep.load("digits", ["data.mean=[[0.3], [0.4]]", "surgery.k={'*': 0.3, 'classifier.5': 1.0}"]).runs
     assert [run.recipe.data.mean for run in runs] == [[0.3], [0.4]]
-    assert {json.dumps(run.recipe.surgery.k) for run in runs} == {'{"*": 0.3, "classifier.5": 1.0}'}
+    assert {json.dumps(surgery(run).k) for run in runs} == {'{"*": 0.3, "classifier.5": 1.0}'}
     assert [run.seed for run in runs] == [0, 0]
     with pytest.raises(RecipeError, match=r"data\.mean is 0\.3: .*list"):
         Sweep.load("digits", ["data.mean=[0.3]"])
@@ -180,7 +180,7 @@ def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path)
     file = here / name / "recipe.popup.safetensors"
     assert popup_surgery.inspect(file).seed == 1
     sweep = Sweep.parse(DIGITS | {"set": {"training.epochs": 1, "model.init_from": str(file)}, "seeds": [0, 3]})
-    assert [(run.recipe.surgery.seed, run.recipe.training.seed) for run in sweep.runs] == [(1, 0), (1, 3)]
+    assert [(surgery(run).seed, run.recipe.training.seed) for run in sweep.runs] == [(1, 0), (1, 3)]
     assert {outcome.state for outcome in execute(sweep, tmp_path / "out", Here())} == {State.FINISHED}
     with pytest.raises(PopupError, match=r"surgery\.seed is 4; the subnetwork of .* is of seed 1"):
         Sweep.load("digits", [f"model.init_from={file}", "surgery.seed=[4]"])
@@ -298,6 +298,7 @@ def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> N
         for i in (0, 3)
     ]
     for point, accuracy, k, kept in zip(points(outcomes), accuracies, (0.3, 0.5), (7073, 11784), strict=True):
+        assert point.mean
         assert (point.label, point.values, point.n, point.mean.kept, point.mean.weights) == (
             "digits", {"surgery.k": k}, 3, kept, 23568,
         )  # fmt: skip
@@ -320,7 +321,8 @@ def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> N
 def test_two_jobs_give_the_files_of_runs_one_after_another(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    together, had = [], []
+    together: list[int] = []
+    had: list[tuple[str, str | None]] = []
     if not torch.cuda.is_available():  # the runs see no GPU then, and are told to see these
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
@@ -341,8 +343,8 @@ def test_two_jobs_give_the_files_of_runs_one_after_another(
 def test_finished_runs_are_skipped_and_a_larger_sweep_shares_them(here: Path, tmp_path: Path) -> None:
     output = Path(shutil.copytree(here, tmp_path / "out"))
 
-    def ran(sweep: Sweep) -> list[str]:
-        found = []
+    def ran(sweep: Sweep) -> list[Any]:
+        found: list[Any] = []
         before = {path: path.stat().st_mtime_ns for path in output.glob("*/*")}
         execute(sweep, output, Here(), lambda outcomes, changed: found.append(changed and str(changed.run)))
         assert before.items() <= {path: path.stat().st_mtime_ns for path in output.glob("*/*")}.items()

@@ -41,17 +41,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start
 from popup_surgery.training.trainer import Trainer
-
-SHORT = ["training.epochs=2"]
-
-
-def short(output: Path, *overrides: str, **arguments: Any) -> Result:
-    return train("digits", overrides=[*SHORT, *overrides], output=output, **arguments)
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return short(tmp_path_factory.mktemp("first") / "run")
+from support import TWO_EPOCHS, Scope, short
 
 
 def fit(*overrides: str) -> Trainer:
@@ -74,7 +64,7 @@ def fit(*overrides: str) -> Trainer:
         ("cosine", {"min_lr": 0.01}),
     ],
 )
-def test_schedules_are_timms(schedule: str, arguments: dict[str, Any]) -> None:
+def test_schedules_are_timms(schedule: Any, arguments: dict[str, Any]) -> None:
     from timm.scheduler import create_scheduler_v2
 
     training = Training(epochs=8, warmup_epochs=2, lr=0.3, schedule=schedule, schedule_kwargs=arguments)
@@ -304,10 +294,10 @@ def test_favoured_scores_select_the_mask(values: list[list[float]], rng: Any) ->
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-def test_a_network_starts_with_the_mask_of_a_file(scope: str, tmp_path: Path) -> None:
+def test_a_network_starts_with_the_mask_of_a_file(scope: Scope, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seed": 5, "scope": scope}
     torch.manual_seed(0)
-    trained = convert(build("timm/resnet18", num_classes=3), 0.4, **settings)
+    trained: Any = convert(build("timm/resnet18", num_classes=3), 0.4, **settings)
     with torch.no_grad():
         for name, tensor in trained.named_parameters():
             if name.endswith("_score"):
@@ -352,7 +342,7 @@ def test_a_run_goes_on_from_a_file(first: Result, tmp_path: Path) -> None:
 
 def test_a_run_takes_the_seed_of_the_file_it_goes_on_from(tmp_path: Path) -> None:
     nine = short(tmp_path / "nine", "surgery.seed=9")
-    values = Recipe.load("digits", SHORT).model_dump(exclude_unset=True)
+    values = Recipe.load("digits", TWO_EPOCHS).model_dump(exclude_unset=True)
     del values["surgery"]["seed"]
     values["model"]["init_from"] = str(nine.file)
     assert inspect(train(values, output=tmp_path / "on").file).seed == 9
@@ -382,7 +372,7 @@ def test_an_optimisers_whole_state_is_in_a_checkpoint(optimizer: str, tmp_path: 
 
 def test_state_of_any_shape_goes_through_a_checkpoint(tmp_path: Path) -> None:
     """As timm's Kron has it: lists of tensors, and the state of a generator, in tuples."""
-    state = {0: {"Q": [torch.eye(2), torch.ones(3)], "step": 3}}
+    state: dict[int, dict[str, Any]] = {0: {"Q": [torch.eye(2), torch.ones(3)], "step": 3}}
     tree = {"state": state, "param_groups": [{"betas": (0.9, 0.5), "foreach": None}], "rng_state": (3, (1, 2), None)}
     tensors: dict[str, torch.Tensor] = {}
     taken = checkpoint.Checkpoint(tensors, {"optimizer": checkpoint.pack(tree, "optimizer", tensors)})
@@ -414,7 +404,7 @@ def test_finetuning_trains_the_kept_weights_and_no_other(optimizer: str, first: 
 
 def test_writing_to_a_baked_copy_is_no_write_to_the_network() -> None:
     model = convert(nn.Sequential(nn.Linear(4, 4)), 0.5)
-    baked = bake(model)
+    baked: Any = bake(model)
     with torch.no_grad():
         baked[0].weight.fill_(7)
     assert not (model(torch.ones(1, 4)) == 28).any()

@@ -38,28 +38,11 @@ from popup_surgery import (
 )
 from popup_surgery.config.schedule import rates
 from popup_surgery.config.schema import Data, Training
-
-SHORT = ["training.epochs=2"]
-
-
-def short(output: Path, *overrides: str, **arguments: Any) -> Result:
-    """Two epochs of digits."""
-    return train("digits", overrides=[*SHORT, *overrides], output=output, **arguments)
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    """Two epochs of digits, once."""
-    return short(tmp_path_factory.mktemp("first") / "run")
+from support import TWO_EPOCHS, equal_states, numpy_state, short
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def equal_states(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return list(a) == list(b) and all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
 # the full run
@@ -136,14 +119,14 @@ def test_the_same_recipe_gives_the_same_bytes_whatever_the_ambient_seeds(first: 
     random.seed(11)
     np.random.seed(12)
     torch.manual_seed(13)
-    states = random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state()
+    states = random.getstate(), numpy_state(), torch.get_rng_state()
     again = short(tmp_path / "elsewhere" / "with another name")
     assert again.file.read_bytes() == first.file.read_bytes()
     assert [dataclasses.replace(e, seconds=0, images_per_second=0) for e in again.history] == [
         dataclasses.replace(e, seconds=0, images_per_second=0) for e in first.history
     ]
     assert random.getstate() == states[0], "a run leaves the caller's generators alone"
-    assert np.random.get_state()[1].tobytes() == states[1]
+    assert numpy_state() == states[1]
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
@@ -278,8 +261,8 @@ def test_training_changes_the_scores_and_nothing_else(first: Result) -> None:
     start = popup_surgery.masks(fresh)
     changed = 0
     for name, weight in raw.items():
-        trained = first.model.get_submodule(name).weight
-        kept = trained != 0
+        trained: Any = first.model.get_submodule(name).weight
+        kept: Any = trained != 0
         assert weight is not None
         assert int(kept.sum()) == weight.numel() // 2
         assert torch.equal(trained[kept], weight[kept]), "what is kept is the seed's weight, to the bit"
@@ -309,7 +292,7 @@ def test_the_loop_leaves_raw_weights_alone_and_moves_scores() -> None:
     ("epochs", "warmup", "schedule"),
     [(10, 0, "cosine"), (10, 3, "cosine"), (5, 0, "constant"), (5, 2, "constant"), (3, 3, "cosine")],
 )
-def test_the_learning_rate_follows_the_papers_formula(epochs: int, warmup: int, schedule: str) -> None:
+def test_the_learning_rate_follows_the_papers_formula(epochs: int, warmup: int, schedule: Any) -> None:
     training = Training(epochs=epochs, lr=0.1, schedule=schedule, warmup_epochs=warmup)
     for e in range(epochs):
         if e < warmup:
@@ -362,7 +345,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
             tmp_path / "late", "surgery=none", "training.lr=3e4", "training.schedule_per=step",
             "training.checkpoint_minutes=0.00001",
         )  # fmt: skip
-    step, rate = re.search(r"of step (\d+), .* at the rate (\S+);", str(caught.value)).groups()
+    ((step, rate),) = re.findall(r"of step (\d+), .* at the rate (\S+);", str(caught.value))
     assert float(rate) == pytest.approx(3e4 / 2 * (1 + math.cos(math.pi * (int(step) - 1) / 90)), rel=1e-4)
 
 
@@ -376,14 +359,14 @@ def test_scores_that_are_not_finite_are_never_kept(tmp_path: Path) -> None:
 
 
 def test_a_recipe_may_be_values_or_a_recipe_object(first: Result, tmp_path: Path) -> None:
-    recipe = Recipe.load("digits", SHORT)
+    recipe = Recipe.load("digits", TWO_EPOCHS)
     one = train(recipe, output=tmp_path / "one")
     other = train(recipe.dump(), output=tmp_path / "other")
     assert one.file.read_bytes() == other.file.read_bytes() == first.file.read_bytes()
 
 
 def test_overrides_of_a_recipe_object_are_not_dropped_in_silence(tmp_path: Path) -> None:
-    recipe = Recipe.load("digits", SHORT)
+    recipe = Recipe.load("digits", TWO_EPOCHS)
     for given in (recipe, recipe.dump()):
         try:
             result = train(given, overrides=["training.epochs=1"], output=tmp_path / type(given).__name__)
@@ -411,7 +394,7 @@ def test_dropout_and_the_like_follow_the_recipes_seed(tmp_path: Path) -> None:
     overrides += ["data.input_size=[1, 16, 16]", "training.epochs=1"]
     with pytest.raises(DataError, match=r"1 × 8 × 8.*1 × 16 × 16"):
         train("digits", overrides=overrides, output=tmp_path / "small")
-    files = []
+    files: list[bytes] = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         values = Recipe.load("digits", overrides).dump()
         values["model"]["kwargs"]["img_size"] = 8

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from popup_surgery.models.layer_types import layer_type_of
 from popup_surgery.selection import kept_count, select
 from popup_surgery.weights import SCHEMES, streams
 from popup_surgery.weights.streams import CHUNK, DISTRIBUTIONS, check_seed, draw, draw_scores, quantiles, words
-from support import GOLDEN
+from support import GOLDEN, numpy_state
 
 VECTORS = json.loads((GOLDEN / "vectors.json").read_text(encoding="utf-8"))
 
@@ -27,7 +29,7 @@ SEEDS = st.integers(0, 2**64 - 1)
 SIZES = st.integers(1, 400)
 
 
-def values(pieces) -> np.ndarray:
+def values(pieces: Iterable[np.ndarray]) -> np.ndarray:
     """All pieces as one array."""
     return np.concatenate([np.empty(0, np.float32), *pieces])
 
@@ -35,28 +37,28 @@ def values(pieces) -> np.ndarray:
 # --- the specification's vectors -------------------------------------------------------------------------------------
 
 
-def test_quantile_table_digest():
+def test_quantile_table_digest() -> None:
     table = quantiles()
     assert table.dtype == np.dtype("<f4")
     assert table.shape == (65536,)
     assert hashlib.sha256(table.tobytes()).hexdigest() == VECTORS["quantile_table_sha256"]
 
 
-def test_a_platform_with_another_quantile_table_is_refused(monkeypatch):
+def test_a_platform_with_another_quantile_table_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "QUANTILES_SHA256", "0" * 64)
     with pytest.raises(RuntimeError, match="quantile"):
         quantiles.__wrapped__()
 
 
 @pytest.mark.parametrize("vector", VECTORS["streams"], ids=lambda v: f"{v['seed']}/{v['purpose']}/{v['name']}")
-def test_stream_bytes(vector):
+def test_stream_bytes(vector: dict[str, Any]) -> None:
     expected = bytes.fromhex(vector["bytes_hex"])
     generator = words(int(vector["seed"]), vector["purpose"], vector["name"])
     assert generator.random_raw(len(expected) // 8).astype("<u8").tobytes() == expected
 
 
 @pytest.mark.parametrize("vector", VECTORS["tensors"], ids=lambda v: f"{v['purpose']}-{v['name']}-{v['distribution']}")
-def test_tensor_values(vector):
+def test_tensor_values(vector: dict[str, Any]) -> None:
     seed, numel = int(vector["seed"]), math.prod(vector["shape"])
     if vector["purpose"] == "score":
         fan_in = math.prod(vector["shape"][1:])
@@ -72,7 +74,7 @@ def test_tensor_values(vector):
 
 
 @pytest.mark.parametrize("vector", VECTORS["packing"], ids=lambda v: v["packed_hex"])
-def test_packing(vector):
+def test_packing(vector: dict[str, Any]) -> None:
     mask = np.array(vector["mask"], bool)
     packed = pack(mask)
     assert packed.tobytes().hex() == vector["packed_hex"]
@@ -80,12 +82,12 @@ def test_packing(vector):
 
 
 @pytest.mark.parametrize("vector", VECTORS["kept"], ids=lambda v: f"{v['k']} of {v['n']}")
-def test_kept(vector):
+def test_kept(vector: dict[str, Any]) -> None:
     assert kept_count(vector["n"], vector["k"]) == vector["kept"]
 
 
 @pytest.mark.parametrize("vector", VECTORS["ranking"], ids=lambda v: str(v["scores"]))
-def test_ranking(vector):
+def test_ranking(vector: dict[str, Any]) -> None:
     scores = torch.tensor(vector["scores"])
     (mask,) = select([scores], kept_count(len(vector["scores"]), vector["k"])).masks
     assert mask.int().tolist() == vector["mask"]
@@ -114,7 +116,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("vector", VECTORS["fans"], ids=lambda v: v["layer"])
-def test_fans(vector):
+def test_fans(vector: dict[str, Any]) -> None:
     make, name = LAYERS[vector["layer"]]
     layer = make()
     assert list(layer.get_parameter(name).shape) == vector["shape"]
@@ -133,8 +135,10 @@ def test_fans(vector):
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else None,
 )
-def test_fans_of_the_other_dimensions(layer, fan_in, fan_out):
-    fans = layer_type_of(layer).weights(layer)["weight"]
+def test_fans_of_the_other_dimensions(layer: nn.Module, fan_in: float, fan_out: float) -> None:
+    kind = layer_type_of(layer)
+    assert kind
+    fans = kind.weights(layer)["weight"]
     assert (fans.fan_in, fans.fan_out) == (fan_in, fan_out)
 
 
@@ -154,18 +158,18 @@ STDS = {  # the specification's table, in its order of operations, and LeCun's; 
 
 @pytest.mark.parametrize("name", STDS)
 @pytest.mark.parametrize("k", [0.3, 0.5, 1.0, 1])
-def test_std_of_a_scheme(name, k):
+def test_std_of_a_scheme(name: str, k: float) -> None:
     scheme, (distribution, std) = SCHEMES[name], STDS[name]
     assert scheme.distribution == distribution
     assert scheme.std(49.0, 1176.0, k, scaled=False) == std
     assert scheme.std(49.0, 1176.0, k, scaled=True) == std * SQRT(1.0 / k)
 
 
-def test_every_scheme_has_its_formula_here():
+def test_every_scheme_has_its_formula_here() -> None:
     assert SCHEMES.keys() == STDS.keys()
 
 
-def test_the_resnet_vector_is_the_scaled_scheme_of_its_layer():
+def test_the_resnet_vector_is_the_scaled_scheme_of_its_layer() -> None:
     vector = VECTORS["tensors"][0]
     fan_in = math.prod(vector["shape"][1:])
     assert SCHEMES["signed_kaiming_constant"].std(fan_in, 0.0, 1.0, scaled=False) == vector["std"]
@@ -199,7 +203,7 @@ def reference(distribution: str, numel: int, std: float, seed: int, purpose: str
 @given(numel=st.integers(1, 70), std=st.floats(1e-6, 1e6), seed=SEEDS, name=NAMES)
 @example(numel=65, std=1.0, seed=2**64 - 1, name="")
 @settings(max_examples=25, deadline=None)
-def test_each_element_is_the_tables(distribution, numel, std, seed, name):
+def test_each_element_is_the_tables(distribution: str, numel: int, std: float, seed: int, name: str) -> None:
     found = values(draw(distribution, numel, std, seed, "weight", name))
     assert found.astype(float).tolist() == reference(distribution, numel, std, seed, "weight", name)
 
@@ -207,7 +211,9 @@ def test_each_element_is_the_tables(distribution, numel, std, seed, name):
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 @given(short=SIZES, more=SIZES, seed=SEEDS, name=NAMES)
 @settings(max_examples=25, deadline=None)
-def test_a_shorter_draw_is_the_beginning_of_a_longer_one(distribution, short, more, seed, name):
+def test_a_shorter_draw_is_the_beginning_of_a_longer_one(
+    distribution: str, short: int, more: int, seed: int, name: str
+) -> None:
     first = values(draw(distribution, short, 0.5, seed, "weight", name))
     longer = values(draw(distribution, short + more, 0.5, seed, "weight", name))
     assert np.array_equal(first, longer[:short])
@@ -221,7 +227,7 @@ def test_a_shorter_draw_is_the_beginning_of_a_longer_one(distribution, short, mo
 @example(numel=65, words_=1, seed=0)
 @example(numel=63, words_=1, seed=0)
 @settings(max_examples=25, deadline=None)
-def test_the_size_of_the_pieces_changes_no_value(distribution, numel, words_, seed):
+def test_the_size_of_the_pieces_changes_no_value(distribution: str, numel: int, words_: int, seed: int) -> None:
     whole = values(draw(distribution, numel, 0.5, seed, "other", "x"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(streams, "CHUNK", 64 * words_)
@@ -232,7 +238,7 @@ def test_the_size_of_the_pieces_changes_no_value(distribution, numel, words_, se
 
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
-def test_pieces_meet_without_a_seam(distribution):
+def test_pieces_meet_without_a_seam(distribution: str) -> None:
     assert CHUNK % 64 == 0
     *_, last = draw(distribution, CHUNK + 100, 0.5, 7, "weight", "seam")
     assert len(last) == 100
@@ -244,8 +250,8 @@ def test_pieces_meet_without_a_seam(distribution):
 
 @given(seed=SEEDS, name=NAMES, other=NAMES)
 @settings(max_examples=50, deadline=None)
-def test_streams_differ_by_seed_purpose_and_name(seed, name, other):
-    def first(*key):
+def test_streams_differ_by_seed_purpose_and_name(seed: int, name: str, other: str) -> None:
+    def first(*key: Any) -> list[int]:
         return words(*key).random_raw(2).tolist()
 
     here = first(seed, "weight", name)
@@ -255,32 +261,32 @@ def test_streams_differ_by_seed_purpose_and_name(seed, name, other):
     assert (here == first(seed, "weight", other)) == (name == other)
 
 
-def test_names_are_not_normalised():
+def test_names_are_not_normalised() -> None:
     composed, decomposed = (words(0, "weight", n).random_raw(1)[0] for n in ("\u00e9", "e\u0301"))
     assert composed != decomposed
 
 
-def test_no_ambient_generator_is_used_or_moved():
+def test_no_ambient_generator_is_used_or_moved() -> None:
     np.random.seed(1)
     torch.manual_seed(1)
     first = values(draw("normal", 100, 1.0, 5, "weight", "w"))
-    before = np.random.get_state()[1].copy(), torch.get_rng_state()
+    before = numpy_state(), torch.get_rng_state()
     np.random.seed(2)
     assert np.array_equal(values(draw("normal", 100, 1.0, 5, "weight", "w")), first)
     np.random.seed(1)
     values(draw_scores(100, 3.0, 5, "w"))
-    assert np.array_equal(np.random.get_state()[1], before[0])
+    assert numpy_state() == before[0]
     assert torch.equal(torch.get_rng_state(), before[1])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64, True, 1.0, "0", None])
-def test_a_seed_that_is_none_is_refused(seed):
+def test_a_seed_that_is_none_is_refused(seed: bool | float | str | None) -> None:
     with pytest.raises(ConversionError, match="seed is"):
         check_seed(seed)
 
 
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, np.int64(3), np.uint64(2**64 - 1)])
-def test_a_seed_becomes_a_plain_integer(seed):
+def test_a_seed_becomes_a_plain_integer(seed: Any) -> None:
     assert type(check_seed(seed)) is int
     assert check_seed(seed) == int(seed)
 
@@ -290,7 +296,7 @@ def test_a_seed_becomes_a_plain_integer(seed):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=300))
 @settings(max_examples=100, deadline=None)
-def test_packing_round_trip(bits):
+def test_packing_round_trip(bits: list[bool]) -> None:
     packed = pack(np.array(bits))
     assert packed.dtype == np.uint8
     assert packed.shape == (-(-len(bits) // 8),)
@@ -302,19 +308,19 @@ def test_packing_round_trip(bits):
 
 @given(st.lists(st.booleans(), min_size=1, max_size=40).filter(lambda bits: len(bits) % 8), st.data())
 @settings(max_examples=100, deadline=None)
-def test_each_padding_bit_is_noticed(bits, data):
+def test_each_padding_bit_is_noticed(bits: list[bool], data: st.DataObject) -> None:
     packed = pack(np.array(bits))
     bit = data.draw(st.integers(len(bits) % 8, 7))
     packed[-1] |= 1 << bit
     assert not padding_is_zero(packed, len(bits))
 
 
-def test_packing_follows_row_major_order_whatever_the_strides():
+def test_packing_follows_row_major_order_whatever_the_strides() -> None:
     mask = np.arange(12).reshape(3, 4) % 3 == 0
     assert pack(np.asfortranarray(mask)).tolist() == pack(mask).tolist() == [0b01001001, 0b0010]
 
 
-def test_unpacking_in_pieces_has_no_seam():
+def test_unpacking_in_pieces_has_no_seam() -> None:
     n = CHUNK + 13
     mask = np.random.default_rng(0).random(n) < 0.5
     pieces = list(unpack(pack(mask), n))
