@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "analysis.sanity": ("Sanity", "sanity"),
-    "artifact": ("inspect", "load", "save", "start_from", "verify"),
+    "artifact": ("Artifact", "inspect", "load", "save", "start_from", "verify"),
     "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
@@ -37,7 +37,7 @@ __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from .analysis.sanity import Sanity, sanity
-    from .artifact import inspect, load, save, start_from, verify
+    from .artifact import Artifact, inspect, load, save, start_from, verify
     from .config import Recipe
     from .errors import (
         ArtifactError,

@@ -18,7 +18,7 @@ PACKAGE = __package__
 OLD: dict[str, tuple[str, dict[str, str]]] = {
     "ablation": ("analysis.sanity", {}),
     "artifact.packing": ("codecs.bitpack", {}),
-    "artifact.start": ("artifact.warm_start", {}),
+    "artifact.start": ("artifact.warm_start artifact.file", {}),
     "artifact.strict": ("artifact.strict_json", {}),
     "blank": ("models.skip_init", {}),
     "files": ("atomic", {}),

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..artifact import inspect, stored_masks
-from ..artifact.restore import load_unmasked
+from ..artifact import Artifact, Manifest
 from ..config.schema import Data
 from ..data.batches import Batches, Progress, quiet
 from ..errors import ConversionError
@@ -89,7 +88,7 @@ def _percent(shares: Sequence[float]) -> str:
 
 
 def sanity(
-    path: str | Path,
+    path: str | Path | Artifact,
     *,
     data: Data | None = None,
     data_dir: str | Path | None = None,
@@ -105,7 +104,7 @@ def sanity(
     them also with running statistics of its own, over at most 100 batches of training images.
 
     Args:
-        path: the file.
+        path: the file, or an open `Artifact`.
         data, data_dir, base: as for `evaluate`; training images are read only where there is BatchNorm.
         repeats: how many other seeds, those that follow the file's, and how many shuffles.
         values: of the shared weight.
@@ -116,17 +115,50 @@ def sanity(
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ConversionError(f"repeats is {repeats!r}; expected an integer from 1")
-    data, manifest = data_of(path, data, data_dir), inspect(path)
-    model = load_unmasked(path, base=base).to("cuda" if torch.cuda.is_available() else "cpu")
+    artifact = Artifact.open(path)
+    data, manifest = data_of(artifact, data, data_dir), artifact.manifest
+    model = artifact.network(base=base, masked=False).to("cuda" if torch.cuda.is_available() else "cpu")
     norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     batches = open_for(model, data, progress, train=bool(norms))
-    weights = {entry.name: model.get_parameter(entry.name) for entry in manifest.masked}
-    first = {name: weight.detach().clone() for name, weight in weights.items()}
-    masks = {name: mask.to(first[name].device) for name, mask in stored_masks(path).items()}
+    parts = _Parts(manifest, model, artifact.masks())
+    changes = _changes(manifest, repeats, values)
+    found, images = [], 0
+    with progress(len(changes), "measuring") as advance:
+        for change, value in changes:
+            parts.put(change, value)
+            accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
+            recalibrated = None
+            if norms:
+                with _new_statistics(model, norms, batches):
+                    recalibrated, _ = accuracy_of(model, batches.validation(), nullcontext)
+            found.append(Variation(change, value, accuracy, recalibrated))
+            advance()
+    classes = len(batches.classes or manifest.provenance.get("classes") or [])
+    return Sanity(tuple(found), images, data.name, 1 / classes if classes else 0.0)
 
-    def put(change: str, value: float | None) -> None:
-        for place, entry in enumerate(manifest.masked):
-            weight, mask = first[entry.name], masks[entry.name]
+
+def _changes(manifest: Manifest, repeats: int, values: Sequence[float]) -> list[tuple[str, float | None]]:
+    """What is measured, in order: each change and its value."""
+    drawn = any(entry.distribution != BASE for entry in manifest.masked)
+    changes: list[tuple[str, float | None]] = [(AS_IT_IS, None)]
+    changes += [(SEEDS, (manifest.seed + 1 + i) % 2**64) for i in range(repeats if drawn else 0)]
+    changes += [*((SHUFFLED, i) for i in range(repeats)), (INVERTED, None), *((SHARED, float(v)) for v in values)]
+    return changes
+
+
+class _Parts:
+    """The masked weights of `model`, which has all of them at first, and their masks, to put together otherwise."""
+
+    def __init__(self, manifest: Manifest, model: nn.Module, masks: dict[str, Tensor]) -> None:
+        self.masked = manifest.masked
+        self.weights = {entry.name: model.get_parameter(entry.name).detach() for entry in manifest.masked}
+        self.first = {name: weight.clone() for name, weight in self.weights.items()}
+        self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
+
+    def put(self, change: str, value: float | None) -> None:
+        """Fill the network with its weights and masks as they are after one change."""
+        for place, entry in enumerate(self.masked):
+            weight, mask = self.first[entry.name], self.masks[entry.name]
             if change == SEEDS and entry.distribution != BASE:
                 pieces = draw(entry.distribution, entry.numel, entry.std, int(value or 0), "weight", entry.stream)
                 weight = fill(torch.empty_like(weight), pieces)
@@ -137,25 +169,7 @@ def sanity(
                 mask = ~mask
             elif change == SHARED:
                 weight = torch.full_like(weight, value or 0.0)
-            weights[entry.name].detach().copy_(torch.where(mask, weight, 0.0))
-
-    drawn = any(entry.distribution != BASE for entry in manifest.masked)
-    changes: list[tuple[str, float | None]] = [(AS_IT_IS, None)]
-    changes += [(SEEDS, (manifest.seed + 1 + i) % 2**64) for i in range(repeats if drawn else 0)]
-    changes += [*((SHUFFLED, i) for i in range(repeats)), (INVERTED, None), *((SHARED, float(v)) for v in values)]
-    found, images = [], 0
-    with progress(len(changes), "measuring") as advance:
-        for change, value in changes:
-            put(change, value)
-            accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
-            recalibrated = None
-            if norms:
-                with _new_statistics(model, norms, batches):
-                    recalibrated, _ = accuracy_of(model, batches.validation(), nullcontext)
-            found.append(Variation(change, value, accuracy, recalibrated))
-            advance()
-    classes = len(batches.classes or manifest.provenance.get("classes") or [])
-    return Sanity(tuple(found), images, data.name, 1 / classes if classes else 0.0)
+            self.weights[entry.name].copy_(torch.where(mask, weight, 0.0))
 
 
 @contextmanager

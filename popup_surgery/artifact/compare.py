@@ -9,7 +9,7 @@ from ..errors import ArtifactError, PopupError
 from ..models.architecture import KWARGS, Architecture, check_kwargs
 from ..models.libraries import LIBRARIES, names
 from .container import DTYPE_NAMES, DTYPES
-from .reader import Artifact
+from .reader import Contents
 
 
 def check_architecture(architecture: Architecture) -> None:
@@ -32,20 +32,20 @@ def check_architecture(architecture: Architecture) -> None:
         raise ArtifactError(f"architecture.kwargs: {error}") from error
 
 
-def common_dtype(artifact: Artifact) -> torch.dtype | None:
+def common_dtype(contents: Contents) -> torch.dtype | None:
     """The floating dtype that the network was cast to, where the masked weights have one in common, not float32."""
-    dtypes = {entry.dtype for entry in artifact.manifest.masked}
+    dtypes = {entry.dtype for entry in contents.manifest.masked}
     return DTYPES[dtypes.pop()] if len(dtypes) == 1 and dtypes != {"F32"} else None
 
 
-def compare(artifact: Artifact, core: nn.Module) -> None:
+def compare(contents: Contents, core: nn.Module) -> None:
     """Check that the file has each `state_dict` entry of the network, in its shape and dtype, and no other."""
-    manifest = artifact.manifest
+    manifest = contents.manifest
     file: dict[str, tuple[str, tuple[int, ...]]] = {
         entry.name: (entry.dtype, entry.shape) for entry in (*manifest.masked, *manifest.generated)
     }
     file |= {name: (constant.dtype, constant.shape) for name, constant in manifest.constants.items()}
-    file |= {name: (tensor.dtype, tensor.shape) for name, (tensor, _) in artifact.stored.items()}
+    file |= {name: (tensor.dtype, tensor.shape) for name, (tensor, _) in contents.stored.items()}
     file |= {name: file[target] for name, target in manifest.aliases.items()}
     entries = core.state_dict(keep_vars=True)
     if missing := [name for name in entries if name not in file]:

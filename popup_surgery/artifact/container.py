@@ -49,11 +49,12 @@ class Stored:
 
 @dataclass(frozen=True)
 class Container:
-    """A checked header: the manifest's text, the tensors by name, and where the data begins."""
+    """A checked header: the manifest's text, the tensors by name, where the data begins, and the stamp of the file."""
 
     manifest: str
     tensors: dict[str, Stored]
     data_start: int
+    stamp: tuple[int, int, int]
 
 
 def element_count(shape: Any, what: str) -> int:
@@ -99,7 +100,7 @@ def read_header(file: BinaryIO) -> Container:
         end = tensor.stop
     if end != size - 8 - length:
         raise ArtifactError(f"the data has {size - 8 - length} bytes, the tensors need {end}; the file is damaged")
-    return Container(metadata[METADATA], tensors, 8 + length)
+    return Container(metadata[METADATA], tensors, 8 + length, stamp_of(file))
 
 
 def _stored(name: str, entry: Any) -> Stored:
@@ -118,6 +119,12 @@ def _stored(name: str, entry: Any) -> Stored:
             f"{what}: {stop - start} bytes lie there; {dtype} {shape} needs {count * DTYPES[dtype].itemsize}"
         )
     return Stored(dtype, tuple(shape), start, stop)
+
+
+def stamp_of(file: BinaryIO) -> tuple[int, int, int]:
+    """What changes when a file is replaced or written to: its inode, size and time."""
+    found = os.fstat(file.fileno())
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_file(path: str | Path) -> BinaryIO:

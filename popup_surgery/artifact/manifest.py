@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..codecs import CODECS
 from ..errors import ArtifactError
 from ..models.architecture import Architecture, Base
 from ..weights import BASE
@@ -27,8 +28,9 @@ PROBE_LIMIT = 4 << 20  # elements of the input, as of one image of 1,024 pixels 
 class TensorSpec:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
-    `kept` is the number of ones in its mask, None where the tensor is not masked. A masked tensor of the distribution
-    `base` is no drawn one: its values are the base's, and its `std` is 0. `note` informs: scheme, scaled, k, fan_in.
+    `kept` is the number of ones in its mask, None where the tensor is not masked; `encoding` the codec of the mask. A
+    masked tensor of the distribution `base` is no drawn one: its values are the base's, and its `std` is 0. `note`
+    informs: scheme, scaled, k, fan_in.
     """
 
     name: str
@@ -39,6 +41,7 @@ class TensorSpec:
     std: float
     kept: int | None = None
     note: dict[str, Any] = field(default_factory=dict)
+    encoding: str = "bitpack"
 
     @property
     def numel(self) -> int:
@@ -55,7 +58,7 @@ class TensorSpec:
         entry |= {"distribution": self.distribution, **self.note}
         if self.distribution != BASE:
             entry["std"] = self.std
-        return entry if self.kept is None else entry | {"kept": self.kept, "encoding": "bitpack"}
+        return entry if self.kept is None else entry | {"kept": self.kept, "encoding": self.encoding}
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,30 @@ def read_manifest(text: str) -> Manifest:
     Raises:
         ArtifactError: names the key, its value and what was expected.
     """
+    manifest = _parse_whole(text)
+    seed = _get(manifest, "seed", "a decimal string", lambda v: isinstance(v, str) and _SEED.fullmatch(v))
+    if int(seed) >= 2**64:
+        raise ArtifactError(f"seed is {seed}; expected at most 2**64 - 1")
+    result = Manifest(
+        architecture=_architecture(_object(manifest, "architecture")),
+        seed=int(seed),
+        masked=tuple(_drawn(e, f"masked[{i}]", True) for i, e in enumerate(_list(manifest, "masked"))),
+        generated=tuple(_drawn(e, f"generated[{i}]", False) for i, e in enumerate(_list(manifest, "generated"))),
+        constants={name: _constant(name, entry) for name, entry in _object(manifest, "constants").items()},
+        aliases=_object(manifest, "aliases"),
+        masks_sha256=_get(manifest, "masks_sha256", "a SHA-256", _sha256),
+        weights_sha256=_get(manifest, "weights_sha256", "a SHA-256", _sha256),
+        tensors_sha256=_get(manifest, "tensors_sha256", "a SHA-256", _sha256),
+        provenance=_object(manifest, "provenance"),
+        probe=_probe(manifest["probe"]) if "probe" in manifest else None,
+        base=_base(manifest["base"]) if "base" in manifest else None,
+    )
+    _check_names(result)
+    return result
+
+
+def _parse_whole(text: str) -> dict[str, Any]:
+    """The JSON object of a manifest of this format that is undamaged, its other keys unchecked."""
     if len(text) > MANIFEST_LIMIT:
         raise ArtifactError(f"the manifest has {len(text):,} characters; expected at most {MANIFEST_LIMIT:,}")
     manifest = parse(text, "the manifest")
@@ -162,32 +189,7 @@ def read_manifest(text: str) -> Manifest:
     rest = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
     if hashlib.sha256(canonical(rest).encode()).hexdigest() != digest:
         raise ArtifactError("manifest_sha256 does not match: the manifest is damaged")
-
-    seed = _get(manifest, "seed", "a decimal string", lambda v: isinstance(v, str) and _SEED.fullmatch(v))
-    if int(seed) >= 2**64:
-        raise ArtifactError(f"seed is {seed}; expected at most 2**64 - 1")
-    architecture = _get(manifest, "architecture", "an object", lambda v: isinstance(v, dict))
-    for key in ("library", "version", "name"):
-        _get(architecture, key, "a string", _string, "architecture.")
-    _get(architecture, "kwargs", "an object", lambda v: isinstance(v, dict), "architecture.")
-    result = Manifest(
-        architecture=Architecture(
-            architecture["library"], architecture["name"], architecture["kwargs"], architecture["version"]
-        ),
-        seed=int(seed),
-        masked=tuple(_drawn(e, f"masked[{i}]", True) for i, e in enumerate(_list(manifest, "masked"))),
-        generated=tuple(_drawn(e, f"generated[{i}]", False) for i, e in enumerate(_list(manifest, "generated"))),
-        constants={name: _constant(name, entry) for name, entry in _object(manifest, "constants").items()},
-        aliases=_object(manifest, "aliases"),
-        masks_sha256=_get(manifest, "masks_sha256", "a SHA-256", _sha256),
-        weights_sha256=_get(manifest, "weights_sha256", "a SHA-256", _sha256),
-        tensors_sha256=_get(manifest, "tensors_sha256", "a SHA-256", _sha256),
-        provenance=_object(manifest, "provenance"),
-        probe=_probe(manifest["probe"]) if "probe" in manifest else None,
-        base=_base(manifest["base"]) if "base" in manifest else None,
-    )
-    _check_names(result)
-    return result
+    return manifest
 
 
 def exact(value: Any, dtype: str) -> bool:
@@ -246,6 +248,12 @@ def _number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
+def _architecture(entry: dict[str, Any]) -> Architecture:
+    words = {key: _get(entry, key, "a string", _string, "architecture.") for key in ("library", "version", "name")}
+    kwargs = _get(entry, "kwargs", "an object", lambda v: isinstance(v, dict), "architecture.")
+    return Architecture(**words, kwargs=kwargs)
+
+
 def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} is {_short(entry)}; expected an object")
@@ -267,7 +275,9 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         "fan_in": ("a number", _number),
     }
     if masked:
-        get("encoding", "'bitpack', the one encoding that this reader knows", lambda v: v == "bitpack")
+        get(
+            "encoding", f"one of {', '.join(CODECS)}, the encodings that this reader knows", lambda v: _known(v, CODECS)
+        )
     distributions = [*DISTRIBUTIONS, BASE] if masked else [*DISTRIBUTIONS]
     distribution = get("distribution", f"one of {', '.join(distributions)}", lambda v: _known(v, distributions))
     if distribution == BASE and "std" in entry:
@@ -284,6 +294,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         if masked
         else None,
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
+        encoding=entry["encoding"] if masked else TensorSpec.encoding,
     )
 
 

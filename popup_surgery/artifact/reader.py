@@ -7,33 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from ..codecs.bitpack import ones, padding_is_zero
+from ..codecs import get_codec
+from ..codecs.bitpack import ones
 from ..errors import ArtifactError
-from .container import Container, Stored, open_file, read_header
-from .manifest import Manifest, read_manifest
+from .container import Container, Stored, open_file, read_header, stamp_of
+from .manifest import Manifest, TensorSpec, read_manifest
 from .rebuild import Packed, masks_digest, tensors_digest
+
+Parts = dict[str, tuple[Stored, memoryview]]
 
 
 @dataclass(frozen=True)
-class Artifact:
+class Contents:
     """A file that has passed all checks that need no network: manifest, packed masks and stored tensors by name."""
 
     manifest: Manifest
     masks: dict[str, Packed]
-    stored: dict[str, tuple[Stored, memoryview]]
-
-
-def inspect(path: str | Path) -> Manifest:
-    """The manifest of a popup artifact, without reading its tensors.
-
-    Raises:
-        ArtifactError: the file is missing, or its header or manifest is not as the format says.
-    """
-    with naming(path), open_file(path) as file:
-        container = read_header(file)
-        manifest = read_manifest(container.manifest)
-        _check_tensors(manifest, container)
-        return manifest
+    stored: Parts
 
 
 @contextmanager
@@ -46,16 +36,55 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: {text[:1000]}{'…' if len(text) > 1000 else ''}") from error.__cause__
 
 
-def _check_tensors(manifest: Manifest, container: Container) -> None:
-    described = {e.name for e in (*manifest.masked, *manifest.generated)} | {*manifest.constants, *manifest.aliases}
+def read_front(path: str | Path) -> tuple[Container, Manifest]:
+    """Header and manifest of a file, checked, and checked against each other; its tensors stay unread."""
+    with open_file(path) as file:
+        container = read_header(file)
+    manifest = read_manifest(container.manifest)
+    _check_masks(manifest, container)
+    _check_places(manifest, container)
+    return container, manifest
+
+
+def read_contents(path: str | Path, container: Container, manifest: Manifest) -> Contents:
+    """The tensors of a file whose header and manifest `read_front` has read, each checked, and their digests."""
+    with open_file(path) as file:
+        if stamp_of(file) != container.stamp:
+            raise ArtifactError("the file changed while it was read")
+        buffer = bytearray(max((tensor.stop for tensor in container.tensors.values()), default=0))
+        file.seek(container.data_start)
+        if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
+            raise ArtifactError("the file changed while it was read")
+    data = memoryview(buffer)
+    parts: Parts = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in container.tensors.items()}
+    masks = {entry.name: _mask(entry, parts.pop(f"{entry.name}.mask")[1]) for entry in manifest.masked}
+    if masks_digest(list(masks.values())) != manifest.masks_sha256:
+        raise ArtifactError("masks_sha256 does not match: a mask is damaged")
+    for name, (tensor, part) in parts.items():
+        if tensor.dtype == "BOOL" and np.frombuffer(part, np.uint8).max(initial=0) > 1:
+            raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
+    if tensors_digest({name: (t.dtype, t.shape, part) for name, (t, part) in parts.items()}) != manifest.tensors_sha256:
+        raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
+    return Contents(manifest, masks, parts)
+
+
+def _check_masks(manifest: Manifest, container: Container) -> None:
+    """Each masked tensor has a mask whose size can be right."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
-        expected = -(-entry.numel // 8)
+        sizes = get_codec(entry.encoding).bound(entry.shape)
         if mask is None:
             raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
-        if mask.dtype != "U8" or mask.shape != (expected,):
+        if mask.dtype != "U8" or len(mask.shape) != 1 or mask.shape[0] not in sizes:
             found = f"{mask.dtype} {list(mask.shape)}"
-            raise ArtifactError(f"'{entry.name}.mask' is {found}; expected U8 [{expected}] for {list(entry.shape)}")
+            low, high = sizes.start, sizes.stop - 1
+            expected = f"U8 [{low}]" if low == high else f"U8 [{low} to {high}]"
+            raise ArtifactError(f"'{entry.name}.mask' is {found}; expected {expected} for {list(entry.shape)}")
+
+
+def _check_places(manifest: Manifest, container: Container) -> None:
+    """Each stored tensor stands in none of the manifest's lists, and each alias is of something that is there."""
+    described = {e.name for e in (*manifest.masked, *manifest.generated)} | {*manifest.constants, *manifest.aliases}
     if both := described & container.tensors.keys():
         raise ArtifactError(f"{min(both)!r} is stored, and stands in the manifest's lists too")
     known = described | (container.tensors.keys() - {f"{entry.name}.mask" for entry in manifest.masked})
@@ -64,34 +93,12 @@ def _check_tensors(manifest: Manifest, container: Container) -> None:
             raise ArtifactError(f"aliases[{name!r}] is {target!r}, which the file does not hold")
 
 
-def read(path: str | Path) -> Artifact:
-    """The file, after all checks that need no network."""
-    with open_file(path) as file:
-        container = read_header(file)
-        manifest = read_manifest(container.manifest)
-        _check_tensors(manifest, container)
-        buffer = bytearray(max((tensor.stop for tensor in container.tensors.values()), default=0))
-        file.seek(container.data_start)
-        if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-            raise ArtifactError("the file changed while it was read")
-    data = memoryview(buffer)
-    masks: dict[str, Packed] = {}
-    stored = dict(container.tensors)
-    for entry in manifest.masked:
-        tensor = stored.pop(f"{entry.name}.mask")
-        packed = np.frombuffer(data[tensor.start : tensor.stop], np.uint8)
-        if not padding_is_zero(packed, entry.numel):
-            raise ArtifactError(f"'{entry.name}.mask' has padding bits that are not 0")
-        if ones(packed) != entry.kept:
-            raise ArtifactError(f"'{entry.name}.mask' keeps {ones(packed)} weights; expected {entry.kept}")
-        masks[entry.name] = packed
-    if masks_digest(list(masks.values())) != manifest.masks_sha256:
-        raise ArtifactError("masks_sha256 does not match: a mask is damaged")
-    for name, tensor in stored.items():
-        if tensor.dtype == "BOOL" and np.frombuffer(data[tensor.start : tensor.stop], np.uint8).max(initial=0) > 1:
-            raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
-    found = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in stored.items()}
-    digested = {name: (tensor.dtype, tensor.shape, part) for name, (tensor, part) in found.items()}
-    if tensors_digest(digested) != manifest.tensors_sha256:
-        raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
-    return Artifact(manifest, masks, found)
+def _mask(entry: TensorSpec, part: memoryview) -> Packed:
+    """The bits of a mask, as many of them 1 as the manifest says."""
+    try:
+        packed = get_codec(entry.encoding).decode(np.frombuffer(part, np.uint8), entry.shape)
+    except ValueError as error:
+        raise ArtifactError(f"'{entry.name}.mask' {error}") from error
+    if ones(packed) != entry.kept:
+        raise ArtifactError(f"'{entry.name}.mask' keeps {ones(packed)} weights; expected {entry.kept}")
+    return packed

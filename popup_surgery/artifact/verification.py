@@ -8,8 +8,9 @@ from torch import nn
 from ..errors import ArtifactError
 from ..masking.walk import unwrap
 from .base_weights import base_weights
+from .file import Artifact
 from .probe import check_probe
-from .reader import naming, read
+from .reader import naming
 from .rebuild import values_digest, weights_digest
 from .restore import fill_network
 
@@ -29,12 +30,12 @@ class Verification:
 
 
 def verify(
-    path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None
+    path: str | Path | Artifact, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None
 ) -> Verification:
     """Rebuild everything that a file describes and compare it with the file's digests and its probe.
 
     Args:
-        path: the file.
+        path: the file, or an open `Artifact`.
         model: as for `load`; without it a `custom` network's weights are verified, and its architecture is not.
         base: as for `load`.
 
@@ -44,11 +45,12 @@ def verify(
     Raises:
         ArtifactError: the file is damaged, or is no popup artifact.
     """
-    with naming(path):
-        artifact = read(path)
-        manifest = artifact.manifest
+    artifact = Artifact.open(path)
+    manifest = artifact.manifest
+    with naming(artifact.path):
+        contents = artifact.contents
         checks = [("manifest, masks, stored tensors", True, "match their digests")]
-        entries = [(entry, artifact.masks[entry.name]) for entry in manifest.masked]
+        entries = [(entry, contents.masks[entry.name]) for entry in manifest.masked]
         word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
         if manifest.base is None:
             same = weights_digest(entries, manifest.seed, {}) == manifest.weights_sha256
@@ -67,7 +69,7 @@ def verify(
             checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
             return Verification(tuple(checks))
         try:
-            network = fill_network(artifact, model, base)
+            network = fill_network(contents, model, base)
         except ArtifactError as error:
             return Verification((*checks, ("architecture", False, str(error))))
         if manifest.base is not None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -11,33 +10,33 @@ from ..errors import ArtifactError
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import score_name
 from ..masking.walk import masked_weights, unwrap
-from .reader import Artifact, naming, read
+from .file import Artifact
+from .reader import naming
 from .restore import fill_network
 
 
-def start_from(model: nn.Module, path: str | Path, *, base: nn.Module | str | Path | None = None) -> None:
+def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module | str | Path | None = None) -> None:
     """Let a converted network start with the subnetwork of a popup artifact: its mask, running statistics and the like.
 
     The scores stay the ones that were drawn, and change places: those of kept weights come above the rest.
 
     Args:
         model: converted with the file's seed, scheme and, where scaled, k.
-        path: the file.
+        path: the file, or an open `Artifact`.
         base: for a mask on pretrained weights as for `load`; without it they are the model's own.
 
     Raises:
         ArtifactError: the file is damaged, or its weights are not those of `model`, which stays as it is.
     """
-    core = unwrap(model)
-    with naming(path):
-        artifact = read(path)
+    core, artifact = unwrap(model), Artifact.open(path)
+    with naming(artifact.path):
         weights = {key: (module, name, slot) for key, module, name, slot in masked_weights(core)}
         plain = bake(core)
         entries = plain.state_dict()
         for key, (module, name, _) in weights.items():
             entries[key].copy_(cast(Tensor, module._parameters[name]).detach())
-        fill_network(artifact, plain, base)
-        masks = _masks(artifact)
+        fill_network(artifact.contents, plain, base)
+        masks = artifact.masks()
         if set(masks) != set(weights):
             odd = min(set(masks) ^ set(weights))
             raise ArtifactError(f"{odd!r} is masked in {'the file' if odd in masks else 'the network'} alone")
@@ -61,22 +60,3 @@ def start_from(model: nn.Module, path: str | Path, *, base: nn.Module | str | Pa
             chosen = [by_score[id(score)].to(score.device) for score in scores]
             for score, moved in zip(scores, ranking.learner.seed_from_mask(scores, chosen), strict=True):
                 score.copy_(moved)
-
-
-def stored_masks(path: str | Path) -> dict[str, Tensor]:
-    """The mask of each masked weight in a popup artifact, by `state_dict` key: bool, of the weight's shape.
-
-    Raises:
-        ArtifactError: the file is damaged.
-    """
-    with naming(path):
-        return _masks(read(path))
-
-
-def _masks(artifact: Artifact) -> dict[str, Tensor]:
-    return {
-        entry.name: torch.from_numpy(
-            np.unpackbits(artifact.masks[entry.name], count=entry.numel, bitorder="little").astype(bool)
-        ).view(entry.shape)
-        for entry in artifact.manifest.masked
-    }

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
+from ..codecs import Codec, get_codec
 from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError, ConversionError
 from ..learners.sampling import as_saved
@@ -33,6 +34,8 @@ from .strict_json import canonical
 
 log = logging.getLogger("popup_surgery")
 
+Slots = dict[int, MaskedParam | None]  # by identity: a masked weight's record, None for a score
+
 
 def save(
     model: nn.Module,
@@ -40,6 +43,7 @@ def save(
     *,
     provenance: dict[str, Any] | None = None,
     probe: tuple[int, ...] | None = None,
+    encoding: str = "bitpack",
 ) -> Manifest:
     """Write a converted network as a popup artifact: a seed, one bit per masked weight, and what no seed gives back.
 
@@ -50,6 +54,7 @@ def save(
             samples, its key `mask` says which network the file holds.
         probe: shape of an input, batch first, for which the first outputs are recorded, so that `verify` notices a
             library whose code has changed under an unchanged name.
+        encoding: name of the codec that the masks are written with.
 
     Returns:
         The manifest as written.
@@ -58,11 +63,12 @@ def save(
         ArtifactError: the network is not converted, or not all of it since its head was replaced; it is on the meta
             device, has weights that are no longer the seed's or were trained, or a `state_dict` entry that a file
             cannot hold; the message names it.
+        UnknownName: there is no such codec.
         PopupError: the file cannot be written; what was there is as it was.
     """
-    core = unwrap(model)
+    core, codec = unwrap(model), get_codec(encoding)
     with as_saved():
-        manifest, tensors = _describe(core, provenance or {}, probe)
+        manifest, tensors = _describe(core, codec, provenance or {}, probe)
     try:
         text = canonical(manifest.text())
     except (TypeError, ValueError) as error:
@@ -76,15 +82,45 @@ def save(
 
 
 def _describe(
-    core: nn.Module, provenance: dict[str, Any], probe: tuple[int, ...] | None
+    core: nn.Module, codec: Codec, provenance: dict[str, Any], probe: tuple[int, ...] | None
 ) -> tuple[Manifest, dict[str, Tensor]]:
+    """What the manifest says of a converted network, and the tensors that the file holds."""
     slots, generated = _origins(core)
+    seed = _check_whole(core, slots)
+    learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
+    if shown := {learner.describe_sample() for learner in learners if learner.samples}:
+        provenance = provenance | {"mask": ", ".join(sorted(shown))}
+    entries = core.state_dict(keep_vars=True)
+    places = _sort(entries, slots, generated, seed)
+    masked = [(replace(entry, encoding=codec.name), packed) for entry, packed in places.masked]
+    base = {entry.name: entries[entry.name] for entry, _ in masked if entry.distribution == BASE}
+    manifest = Manifest(
+        architecture=_architecture(
+            core, {name: t.shape for name, t in entries.items() if slots.get(id(t), t) is not None}
+        ),
+        seed=seed,
+        masked=tuple(entry for entry, _ in masked),
+        generated=tuple(places.generated),
+        constants=places.constants,
+        aliases=places.aliases,
+        masks_sha256=masks_digest([packed for _, packed in masked]),
+        weights_sha256=weights_digest(masked, seed, base),
+        tensors_sha256=tensors_digest({name: _bytes(tensor) for name, tensor in places.stored.items()}),
+        provenance=_finite(provenance),
+        probe=take_probe(core, seed, probe) if probe is not None else None,
+        base=replace(_base(core), sha256=values_digest(base.values())) if base else None,
+    )
+    masks = {f"{entry.name}.mask": torch.from_numpy(codec.encode(packed, entry.shape)) for entry, packed in masked}
+    return manifest, masks | places.stored
+
+
+def _check_whole(core: nn.Module, slots: Slots) -> int:
+    """The one seed of a network that is converted, whole, and whose weights were not trained."""
     if not slots:
         raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before it is saved")
     seeds = {slot.seed for slot in slots.values() if slot is not None}
     if len(seeds) > 1:
         raise ArtifactError(f"the layers were drawn from the seeds {sorted(seeds)}; a file holds one")
-    (seed,) = seeds
     if new := unconverted(core):
         raise ArtifactError(
             f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion and "
@@ -96,26 +132,29 @@ def _describe(
             f"the learner {dense} trains the weights themselves, which no seed gives back; write "
             "bake(model).state_dict() as an ordinary file of weights, as train does"
         )
-    if shown := {learner.describe_sample() for learner in learners if learner.samples}:
-        provenance = provenance | {"mask": ", ".join(sorted(shown))}
-    entries = core.state_dict(keep_vars=True)
-    masked: list[tuple[TensorSpec, Packed]] = []
-    drawn: list[TensorSpec] = []
-    constants: dict[str, Constant] = {}
-    aliases: dict[str, str] = {}
-    stored: dict[str, Tensor] = {}
-    first: dict[int, str] = {}
+    return seeds.pop()
+
+
+@dataclass(frozen=True)
+class _Places:
+    """Where each entry of a `state_dict` goes: into a list of the manifest, or among the stored tensors."""
+
+    masked: list[tuple[TensorSpec, Packed]] = field(default_factory=list)
+    generated: list[TensorSpec] = field(default_factory=list)
+    constants: dict[str, Constant] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    stored: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated], seed: int) -> _Places:
+    """Find the one place of each entry that is not a score."""
+    places, first = _Places(), dict[int, str]()
     for name, tensor in entries.items():
-        if not isinstance(tensor, Tensor):
-            raise ArtifactError(f"the state_dict entry {name!r} is a {type(tensor).__name__}; expected a tensor")
         if id(tensor) in slots and slots[id(tensor)] is None:
             continue  # a score
-        if tensor.is_meta:
-            raise ArtifactError(f"{name!r} is on the meta device and has no values to save")
-        if tensor.dtype not in DTYPE_NAMES:
-            raise ArtifactError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot hold")
+        _check_entry(name, tensor)
         if id(tensor) in first:
-            aliases[name] = first[id(tensor)]
+            places.aliases[name] = first[id(tensor)]
             continue
         first[id(tensor)] = name
         if slot := slots.get(id(tensor)):
@@ -123,32 +162,24 @@ def _describe(
                 raise ArtifactError(
                     f"{name}.mask is a state_dict entry of its own, where the mask of {name} must stand"
                 )
-            masked.append(_masked_entry(name, tensor, slot))
+            places.masked.append(_masked_entry(name, tensor, slot))
         elif (origin := generated.get(id(tensor))) and (entry := _generated_entry(name, tensor, origin, seed)):
-            drawn.append(entry)
+            places.generated.append(entry)
         elif (constant := _constant(tensor)) is not None:
-            constants[name] = constant
+            places.constants[name] = constant
         else:
-            stored[name] = tensor.detach().cpu().contiguous()
-    masks = {f"{entry.name}.mask": packed for entry, packed in masked}
-    base = {entry.name: entries[entry.name] for entry, _ in masked if entry.distribution == BASE}
-    manifest = Manifest(
-        architecture=_architecture(
-            core, {name: t.shape for name, t in entries.items() if slots.get(id(t), t) is not None}
-        ),
-        seed=seed,
-        masked=tuple(entry for entry, _ in masked),
-        generated=tuple(drawn),
-        constants=constants,
-        aliases=aliases,
-        masks_sha256=masks_digest(list(masks.values())),
-        weights_sha256=weights_digest(masked, seed, base),
-        tensors_sha256=tensors_digest({name: _bytes(tensor) for name, tensor in stored.items()}),
-        provenance=_finite(provenance),
-        probe=take_probe(core, seed, probe) if probe is not None else None,
-        base=replace(_base(core), sha256=values_digest(base.values())) if base else None,
-    )
-    return manifest, {name: torch.from_numpy(packed) for name, packed in masks.items()} | stored
+            places.stored[name] = tensor.detach().cpu().contiguous()
+    return places
+
+
+def _check_entry(name: str, tensor: Any) -> None:
+    """`ArtifactError` unless a file can hold this entry of a `state_dict`."""
+    if not isinstance(tensor, Tensor):
+        raise ArtifactError(f"the state_dict entry {name!r} is a {type(tensor).__name__}; expected a tensor")
+    if tensor.is_meta:
+        raise ArtifactError(f"{name!r} is on the meta device and has no values to save")
+    if tensor.dtype not in DTYPE_NAMES:
+        raise ArtifactError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot hold")
 
 
 def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architecture:
@@ -182,9 +213,9 @@ def _base(core: nn.Module) -> Base:
     return replace(base, tag="") if kept & set(core.__dict__.get(FRESH, ())) else base
 
 
-def _origins(core: nn.Module) -> tuple[dict[int, MaskedParam | None], dict[int, Generated]]:
+def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
     """By tensor identity: the slot of a masked weight, None for a score; and where a generated tensor came from."""
-    slots: dict[int, MaskedParam | None] = {}
+    slots: Slots = {}
     generated: dict[int, Generated] = {}
     for module in core.modules():
         for name, slot in slots_of(module).items():

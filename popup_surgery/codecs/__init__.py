@@ -1,1 +1,6 @@
-"""Masks to bytes and back."""
+"""Masks to bytes and back: one file for each codec, registered by name."""
+
+from . import bitpack  # noqa: F401
+from .base import CODECS, Codec, get_codec, register_codec
+
+__all__ = ["CODECS", "Codec", "get_codec", "register_codec"]

@@ -1,32 +1,60 @@
-"""One bit a weight: uint8 [ceil(n / 8)], least significant bit first, the last byte's unused high bits 0."""
+"""One bit a weight: uint8 [ceil(n / 8)], least significant bit first, the last byte's unused high bits 0.
 
+Masks have this form in memory too, and in checkpoints; as a codec it is the identity.
+"""
+
+import math
 from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..weights.streams import BITS, CHUNK
+from .base import Bytes, Codec, Shape, register_codec
 
 _ALL = np.where(BITS, np.uint32(0xFFFFFFFF), np.uint32(0))
 
 
-def pack(mask: NDArray[np.bool_]) -> NDArray[np.uint8]:
+def pack(mask: NDArray[np.bool_]) -> Bytes:
     """Bits of a boolean mask in row-major order: uint8 [ceil(n / 8)]."""
     return np.packbits(mask.reshape(-1), bitorder="little")
 
 
-def unpack(packed: NDArray[np.uint8], n: int) -> Iterator[NDArray[np.uint32]]:
+def unpack(packed: Bytes, n: int) -> Iterator[NDArray[np.uint32]]:
     """The `n` bits of a packed mask, all 32 bits of an element 1 or 0, in pieces of uint32 [at most CHUNK]."""
     for start in range(0, n, CHUNK):
         count = min(CHUNK, n - start)
         yield np.take(_ALL, packed[start // 8 : -(-(start + count) // 8)], axis=0).reshape(-1)[:count]
 
 
-def ones(packed: NDArray[np.uint8]) -> int:
+def unpack_mask(packed: Bytes, shape: Shape) -> NDArray[np.bool_]:
+    """The boolean mask that `pack` was given."""
+    return np.unpackbits(packed, count=math.prod(shape), bitorder="little").view(np.bool_).reshape(shape)
+
+
+def ones(packed: Bytes) -> int:
     """How many bits are 1."""
     return int(np.bitwise_count(packed).sum(dtype=np.int64))
 
 
-def padding_is_zero(packed: NDArray[np.uint8], n: int) -> bool:
+def padding_is_zero(packed: Bytes, n: int) -> bool:
     """Whether the bits after the `n`-th are 0."""
     return n % 8 == 0 or int(packed[-1]) >> n % 8 == 0
+
+
+def _encode(packed: Bytes, shape: Shape) -> Bytes:
+    return packed
+
+
+def _decode(data: Bytes, shape: Shape) -> Bytes:
+    if not padding_is_zero(data, math.prod(shape)):
+        raise ValueError("has padding bits that are not 0")
+    return data
+
+
+def _bound(shape: Shape) -> range:
+    size = -(-math.prod(shape) // 8)
+    return range(size, size + 1)
+
+
+register_codec(Codec("bitpack", _encode, _decode, _bound))

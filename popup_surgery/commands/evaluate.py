@@ -19,8 +19,10 @@ def run(
     98.33 % of 359 validation images of digits
     """
     with busy("loading"):
+        from ..artifact import Artifact
         from ..experiment.evaluate import evaluate, recorded_data
 
-        data = recorded_data(artifact, set_ or [])
-    result = evaluate(artifact, data=data, data_dir=data_dir, base=base, progress=progress)
+        opened = Artifact.open(artifact)
+        data = recorded_data(opened, set_ or [])
+    result = evaluate(opened, data=data, data_dir=data_dir, base=base, progress=progress)
     show(f"{100 * result.accuracy:.2f} % of {result.images:,} validation images of {result.data}")

@@ -20,9 +20,10 @@ def run(
     """
     new_file(output, force)
     with busy("rebuilding"):
-        from ..artifact import inspect, load
+        from ..artifact import Artifact
         from ..experiment.results import write_dense
 
-        architecture = inspect(artifact).architecture
-        count = write_dense(load(artifact, base=base), output)
+        opened = Artifact.open(artifact)
+        architecture = opened.manifest.architecture
+        count = write_dense(opened.network(base=base), output)
     show(f"wrote {output}, {size(output)}: {count} tensors of {architecture.library}/{architecture.name}")

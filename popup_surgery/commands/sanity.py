@@ -42,11 +42,13 @@ def run(
     picture = new_file(output or artifact.with_name(f"{name}.sanity.png"), force)
     with busy("loading"):
         from ..analysis.sanity import VALUES, sanity
+        from ..artifact import Artifact
         from ..experiment.evaluate import recorded_data
         from ..plots import draw_sanity
 
-        data = recorded_data(artifact, set_ or [])
+        opened = Artifact.open(artifact)
+        data = recorded_data(opened, set_ or [])
     values = value or VALUES
-    found = sanity(artifact, data=data, data_dir=data_dir, base=base, repeats=repeats, values=values, progress=progress)
+    found = sanity(opened, data=data, data_dir=data_dir, base=base, repeats=repeats, values=values, progress=progress)
     draw_sanity(picture, name, found.groups(), found.chance)
     show(str(found), f"wrote {picture}")

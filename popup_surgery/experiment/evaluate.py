@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..artifact import inspect, load
+from ..artifact import Artifact
 from ..config.schema import Data, parse_data
 from ..data.batches import Progress, quiet
 from ..data.open import open_image
@@ -30,7 +30,7 @@ class Evaluation:
 
 
 def evaluate(
-    path: str | Path,
+    path: str | Path | Artifact,
     *,
     data: Data | None = None,
     data_dir: str | Path | None = None,
@@ -40,7 +40,7 @@ def evaluate(
     """Accuracy of the network in a popup artifact on the validation images of the data set it was trained on.
 
     Args:
-        path: the file.
+        path: the file, or an open `Artifact`.
         data: another data set; without it the one that the file's provenance names.
         data_dir: the data set's folder.
         base: the weights under the mask, as for `load`.
@@ -50,8 +50,9 @@ def evaluate(
         DataError: the file names no data set, or the data set is missing or is not what the network expects; an
             image cannot be read.
     """
-    data = data_of(path, data, data_dir)
-    model = load(path, base=base).to("cuda" if torch.cuda.is_available() else "cpu")
+    artifact = Artifact.open(path)
+    data = data_of(artifact, data, data_dir)
+    model = artifact.network(base=base).to("cuda" if torch.cuda.is_available() else "cpu")
     batches = open_for(model, data, progress, train=False)
     began = time.perf_counter()
     accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
@@ -61,12 +62,17 @@ def evaluate(
 
 
 def predict(
-    path: str | Path, images: Sequence[str | Path], *, base: str | Path | nn.Module | None = None, top: int = 5
+    path: str | Path | Artifact,
+    images: Sequence[str | Path],
+    *,
+    base: str | Path | nn.Module | None = None,
+    top: int = 5,
 ) -> list[list[tuple[str, float]]]:
     """The `top` most probable classes of each image, by name where the file has names, with probabilities of 0 … 1.
 
     Args:
-        path: an artifact that `train` wrote, which knows how images are prepared for its network.
+        path: an artifact that `train` wrote, which knows how images are prepared for its network, or such an open
+            `Artifact`.
         images: files that Pillow reads.
         base: the weights under the mask, as for `load`.
 
@@ -74,12 +80,13 @@ def predict(
         ArtifactError: as `load`.
         DataError: an image cannot be read, or the file does not say how images are prepared.
     """
-    data, model = recorded_data(path), load(path, base=base)
+    artifact = Artifact.open(path)
+    data, model = recorded_data(artifact), artifact.network(base=base)
     size = image_size(data, model)
     batch = torch.stack([open_image(Path(image), data, size) for image in images])
     with torch.inference_mode():
         probabilities = model(batch).float().softmax(1)
-    classes = inspect(path).provenance.get("classes") or [str(i) for i in range(probabilities.shape[1])]
+    classes = artifact.manifest.provenance.get("classes") or [str(i) for i in range(probabilities.shape[1])]
     values, indices = probabilities.topk(min(top, len(classes)))
     return [
         [(str(classes[i]), float(value)) for i, value in zip(row, found, strict=True)]
@@ -87,18 +94,19 @@ def predict(
     ]
 
 
-def data_of(path: str | Path, data: Data | None, data_dir: str | Path | None) -> Data:
+def data_of(path: str | Path | Artifact, data: Data | None, data_dir: str | Path | None) -> Data:
     """`data`, or what a file's provenance names, in the folder `data_dir` where it is given."""
     data = recorded_data(path) if data is None else data
     return data if data_dir is None else data.model_copy(update={"root": str(data_dir)})
 
 
-def recorded_data(path: str | Path, overrides: Sequence[str] = ()) -> Data:
+def recorded_data(path: str | Path | Artifact, overrides: Sequence[str] = ()) -> Data:
     """The data section of the recipe in a file's provenance, with `data.key=value` overrides.
 
     Neither a folder nor leave to download is taken from the file, which a stranger may have written.
     """
-    recipe = inspect(path).provenance.get("recipe")
+    artifact = Artifact.open(path)
+    path, recipe = artifact.path, artifact.manifest.provenance.get("recipe")
     section = recipe.get("data") if isinstance(recipe, dict) else None
     if not isinstance(section, dict) and not overrides:
         raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")

@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
 from ..atomic import write_atomically
 from ..errors import RunError
 
-FORMAT = 1
+FORMAT = 2  # 1 had the bits of packed masks in the other order
+PACKED = ("before.", "ticket.")  # what the names of packed masks begin with
 KEPT = 2
+_REVERSED = torch.tensor([int(f"{byte:08b}"[::-1], 2) for byte in range(256)], dtype=torch.uint8)
 _NAME = re.compile(r"(\d{10})\.json")
 
 
@@ -65,9 +68,12 @@ def read(path: Path) -> Checkpoint:
     if digest != _digest(state) or hashlib.sha256(data).hexdigest() != expected:
         wrong = path if digest != _digest(state) else path.with_suffix(".safetensors")
         raise RunError(f"{wrong} is damaged: its digest does not match")
-    if state["format"] != FORMAT:
-        raise RunError(f"{path} has the format {state['format']}; this version reads {FORMAT}")
-    return Checkpoint(load(data), state)
+    if state["format"] not in (1, FORMAT):
+        raise RunError(f"{path} has the format {state['format']}; this version reads 1 and {FORMAT}")
+    tensors = load(data)
+    if state["format"] == 1:
+        tensors |= {key: _REVERSED[bits.long()] for key, bits in tensors.items() if key.startswith(PACKED)}
+    return Checkpoint(tensors, state)
 
 
 def file_of(step: int) -> str:

@@ -1,10 +1,10 @@
 """The lottery ticket: train, prune, rewind, and again (Frankle and Carbin, 2019)."""
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from ..codecs import bitpack
 from ..config.schema import LotteryTicket, Training
 from ..data.batches import Batches, Progress
 from ..masking.planning import plan
@@ -88,5 +88,5 @@ class TicketTrainer(Trainer):
         found, device = checkpoint.tensors, self.accelerator.device
         self.start = {key: found[f"start.{key}"].to(device) for key in self.start}
         for key, (_, mask) in self.held.items():
-            bits = np.unpackbits(found[f"ticket.{key}"].numpy(), count=mask.numel())
-            mask.copy_(torch.from_numpy(bits).view(mask.shape))
+            bits = found[f"ticket.{key}"].numpy()
+            mask.copy_(torch.from_numpy(bitpack.unpack_mask(bits, tuple(mask.shape))))

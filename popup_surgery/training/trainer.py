@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..codecs import bitpack
 from ..config.schedule import rates
 from ..config.schema import Training
 from ..data.batches import TRAIN, Batches, ProcessShard, Progress
@@ -226,7 +227,7 @@ class Trainer:
 
     def _packed(self) -> dict[str, Packed]:
         """The masks, one bit a weight."""
-        return {key: np.packbits(mask.cpu().numpy()) for key, mask in self.masks().items()}
+        return {key: bitpack.pack(mask.cpu().numpy()) for key, mask in self.masks().items()}
 
     def _rate(self, batch: int) -> float:
         """The rate of a batch of this epoch."""

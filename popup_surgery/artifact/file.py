@@ -1,0 +1,115 @@
+"""A popup artifact on disk, read once however much is asked of it."""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..codecs.bitpack import unpack_mask
+from .container import Container
+from .manifest import Manifest
+from .reader import Contents, naming, read_contents, read_front
+from .restore import fill_network
+
+
+@dataclass(frozen=True, eq=False)
+class Artifact:
+    """A popup artifact on disk, from `Artifact.open(path)`.
+
+    Opening reads and checks the header and the manifest. The tensors are read, checked and digested when something
+    first needs them. Neither happens twice. A file that changes in between is refused.
+
+    Attributes:
+        path: the file, as it was given.
+        manifest: what the file says of its network, its provenance, probe and base included.
+    """
+
+    path: str | Path
+    manifest: Manifest = field(repr=False)
+    container: Container = field(repr=False)
+
+    @classmethod
+    def open(cls, source: "str | Path | Artifact") -> "Artifact":
+        """The artifact in a file, which is treated as hostile; one that is open already stays as it is.
+
+        Raises:
+            ArtifactError: the file is missing, or its header or manifest is not as the format says.
+        """
+        if isinstance(source, Artifact):
+            return source
+        with naming(source):
+            container, manifest = read_front(source)
+        return cls(source, manifest, container)
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The tensors, still packed. Errors do not name the file: read this within `naming`."""
+        return read_contents(self.path, self.container, self.manifest)
+
+    def masks(self) -> dict[str, Tensor]:
+        """The mask of each masked weight, by `state_dict` key: bool, of the weight's shape.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        with naming(self.path):
+            packed = self.contents.masks
+        shapes = {entry.name: entry.shape for entry in self.manifest.masked}
+        return {name: torch.from_numpy(unpack_mask(bits, shapes[name])) for name, bits in packed.items()}
+
+    def network(
+        self, model: nn.Module | None = None, base: nn.Module | str | Path | None = None, *, masked: bool = True
+    ) -> nn.Module:
+        """The plain network, as from `load`; with `masked=False` also the weights that take no part have their values.
+
+        Raises:
+            ArtifactError: as for `load`.
+        """
+        with naming(self.path):
+            contents = self.contents
+            if not masked:
+                contents = replace(
+                    contents, masks={name: np.full_like(bits, 255) for name, bits in contents.masks.items()}
+                )
+            return fill_network(contents, model, base)
+
+
+def inspect(path: str | Path) -> Manifest:
+    """The manifest of a popup artifact, without reading its tensors.
+
+    Raises:
+        ArtifactError: the file is missing, or its header or manifest is not as the format says.
+    """
+    return Artifact.open(path).manifest
+
+
+def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None) -> nn.Module:
+    """The plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
+
+    Args:
+        path: the file. It is treated as hostile: nothing in it is unpickled or run, and memory is at most twice the
+            file, plus the network, plus 256 MiB.
+        model: a plain network to fill, needed only where the file's architecture is `custom`; it is changed only
+            after all checks have passed.
+        base: for a mask on pretrained weights the network that has them, or a file of weights; without it they are
+            `model`'s own, or the library's by the tag that the file names. Other weights are refused.
+
+    Returns:
+        A network of ordinary layers, float tensors of the file's dtypes; `model` itself if it was given.
+
+    Raises:
+        ArtifactError: names the file, the tensor, and what was expected.
+    """
+    return Artifact.open(path).network(model, base)
+
+
+def stored_masks(path: str | Path) -> dict[str, Tensor]:
+    """The mask of each masked weight in a popup artifact, by `state_dict` key: bool, of the weight's shape.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    return Artifact.open(path).masks()
