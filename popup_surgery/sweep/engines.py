@@ -280,7 +280,7 @@ def _returned(run: Run, output: Path, reference: Any, stopping: bool) -> Event:
     folder = run.folder(output)
     try:
         files: dict[str, bytes] = ray.get(reference)
-        for name, data in sorted(files.items(), key=lambda item: item[0] == folder.results[-1]):
+        for name, data in sorted(files.items(), key=lambda item: item[0] == folder.final.name):
             (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.path / name, data)
         return run, State.FINISHED, ""
