@@ -52,22 +52,22 @@ def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -
         RunError: a run of a kind cannot start, or its data set does not say how many images it has; the message names
             the run.
     """
-    kinds: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
         settings = select(run.recipe, lambda setting: setting.key.affects_speed)
-        kinds.setdefault(comparable(settings), []).append(run)
-    found = []
-    with progress(len(kinds), "measuring") as advance:
-        for alike in kinds.values():
+        groups.setdefault(comparable(settings), []).append(run)
+    kinds = []
+    with progress(len(groups), "measuring") as advance:
+        for alike in groups.values():
             began = time.perf_counter()
             try:
                 with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
                     busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
             except (PopupError, BrokenExecutor) as error:
                 raise RunError(f"{alike[0]} cannot be measured: {error}") from error
-            found.append(RunKind(tuple(alike), time.perf_counter() - began - busy, *measured))
+            kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, *measured))
             advance()
-    return found
+    return kinds
 
 
 def _measure(values: dict[str, Any]) -> tuple[float, float, float]:

@@ -116,19 +116,19 @@ class RunFolder:
         """
         for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        found = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
-        for number, path in enumerate(found):
+        paths = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
+        for number, path in enumerate(paths):
             try:
                 whole = checkpoint.read(path)
             except RunError as error:
                 log.warning("%s; trying the one before", error)
                 continue
             self._check_same(path, whole.state["recipe"])  # recipe.yaml may have been edited since
-            for damaged in found[:number]:
+            for damaged in paths[:number]:
                 checkpoint.discard(damaged)
             self._write_metrics([Epoch(**line) for line in whole.state["history"]])
             return whole
-        if found:
+        if paths:
             raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
         text = to_yaml(self.recipe.dump())
         write_atomically(self.path / "recipe.yaml", text.encode())

@@ -204,9 +204,9 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
-        found = self.agreement.not_finite(self.core, int(self.update.not_finite), self.step)
-        if found is not None:
-            step, what = found
+        bad = self.agreement.not_finite(self.core, int(self.update.not_finite), self.step)
+        if bad is not None:
+            step, what = bad
             last = f"the last good checkpoint is {file_of(self.checkpoint_step)}"
             raise RunError(
                 f"{what} of step {step + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate "
