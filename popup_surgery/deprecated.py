@@ -40,7 +40,7 @@ OLD: dict[str, tuple[str, dict[str, str]]] = {
         "data.seeding data.transforms data.batches data.workers data.reading data.in_memory data.streamed data.open",
         {"Part": "ProcessShard", "Piece": "MicroBatch"},
     ),
-    "training.folder": ("training.run_folder", {}),
+    "training.folder": ("config.keys training.run_folder", {}),
     "training.loop": ("training.metrics training.evaluation training.trainer", {"Fit": "Trainer"}),
     "training.processes": ("training.distributed", {}),
     "training.recipe": ("config.yaml config.overrides config.catalog config.schema", {}),

@@ -32,13 +32,8 @@ APART = {("data", "artifact"), ("training", "artifact")}  # files and training m
 LONGEST = {"module": 450, "class": 300, "function": 60}
 # Longer ones that were there before the limits; none may join them, and each leaves the list once it is short enough.
 TOO_LONG = {
-    "commands/convert.py:run",
-    "commands/reproduce.py:run",
-    "commands/train.py:run",
-    "experiment/train.py:train",
     "masking/convert.py:convert",
     "masking/planning.py:_plan",
-    "training/trainer.py:Trainer",
 }
 
 Module = tuple[str, ...]
@@ -113,14 +108,22 @@ def test_no_two_modules_import_each_other() -> None:
 
 
 def lengths() -> Iterator[tuple[str, str, int]]:
-    """What it is, its name and its lines, for each module, class and function."""
+    """What it is, its name and its lines, for each module, class and function; of a function without its docstring."""
     for path in FILES.values():
         file, text = path.relative_to(PACKAGE).as_posix(), path.read_text()
         yield "module", file, len(text.splitlines())
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 what = "class" if isinstance(node, ast.ClassDef) else "function"
-                yield what, f"{file}:{node.name}", node.end_lineno - node.lineno + 1  # type: ignore[operator]
+                first = node.body[0]
+                docstring = what == "function" and ast.get_docstring(node) is not None
+                lines = lines_of(node) - (lines_of(first) if docstring else 0)
+                yield what, f"{file}:{node.name}", lines
+
+
+def lines_of(node: ast.stmt) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
 
 
 def test_nothing_is_too_long() -> None:

@@ -69,14 +69,10 @@ def run(
 
         if from_ is not None:
             given = {
-                "--set": set_,
-                "--only": only,
-                "--seeds": seeds,
-                "--data-dir": data_dir,
-                "--on": on,
-                "--jobs": jobs,
-            }
-            if others := [name for name, value in given.items() if value] + ["--dry-run"] * dry_run:
+                "--set": set_, "--only": only, "--seeds": seeds, "--data-dir": data_dir, "--on": on, "--jobs": jobs,
+                "--dry-run": dry_run,
+            }  # fmt: skip
+            if others := [name for name, value in given.items() if value]:
                 raise PopupError(f"{others[0]} was given with --from, which runs nothing; expected one of them")
             return _print(reproducing.redraw(figure, from_, output))
         engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)

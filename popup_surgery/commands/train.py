@@ -15,6 +15,7 @@ from ..errors import RunError, Stopped
 from .shared import STOPPED, busy, progress, show, size
 
 if TYPE_CHECKING:
+    from ..experiment.results import Result
     from ..training.metrics import Epoch
 
 
@@ -51,47 +52,51 @@ def run(
         join_slurm()
         first = os.environ.get("RANK", "0") == "0"
         loaded = Recipe.load(recipe, set_ or [])
-    epochs = loaded.epochs
+    lines = _EpochLines(loaded.epochs)
+    result = train(
+        recipe, overrides=set_ or (), output=output, data_dir=data_dir, resume=resume, progress=progress,
+        after_epoch=lines.show,
+    )  # fmt: skip
+    leave()
+    if first:
+        before = resume and not lines.ends
+        _show_result(result, None if before else time.perf_counter() - began)
+    return 0
 
-    ends: list[float] = []
 
-    def line(epoch: "Epoch") -> None:
-        ends.append(time.perf_counter())
+class _EpochLines:
+    """Shows a line for each epoch of so many that ends."""
+
+    def __init__(self, epochs: int) -> None:
+        self.epochs = epochs
+        self.ends: list[float] = []  # when each ended
+
+    def show(self, epoch: "Epoch") -> None:
+        self.ends.append(time.perf_counter())
         # with validation, once it is known
-        each = (ends[-1] - ends[0]) / (len(ends) - 1) if ends[1:] else epoch.seconds
-        left = each * (epochs - epoch.epoch)
+        each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if self.ends[1:] else epoch.seconds
+        left = each * (self.epochs - epoch.epoch)
         show(
-            f"epoch {epoch.epoch}/{epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
+            f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
             f"accuracy {epoch.accuracy:.2%}  mask changed {epoch.changed:.2%}  "
             f"{epoch.images_per_second:,.0f} images/s  {timedelta(seconds=round(left))} left".replace("%", " %")
             + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
         )
 
-    result = train(
-        recipe,
-        overrides=set_ or (),
-        output=output,
-        data_dir=data_dir,
-        resume=resume,
-        progress=progress,
-        after_epoch=line,
-    )
-    leave()
-    if not first:
-        return 0
-    speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
-    before = resume and not ends
-    if before:
+
+def _show_result(result: "Result", seconds: float | None) -> None:
+    """The table of a finished run; it took `seconds`, or was finished before."""
+    if seconds is None:
         show(f"the run in {result.output} is finished already")
+    speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
     table = Table.grid(padding=(0, 6, 0, 0))
     table.add_row("accuracy", f"{100 * result.accuracy:.2f} % of the validation images")
     table.add_row("kept", f"{result.kept:,} of {result.weights:,} weights ({100 * result.kept / result.weights:.1f} %)")
     table.add_row("file", f"{result.file}, {size(result.file)}")
-    if not before:
-        table.add_row("time", f"{time.perf_counter() - began:.1f} s")
+    if seconds is not None:
+        table.add_row("time", f"{seconds:.1f} s")
     table.add_row("speed", f"{speed:,.0f} images/s in training")
     show(table)
-    return 0
 
 
 def launch(processes: int, arguments: list[str]) -> int:

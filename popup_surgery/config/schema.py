@@ -24,6 +24,7 @@ from ..models.architecture import check_kwargs
 from ..models.libraries import resolve
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from .catalog import find, is_sweep
+from .keys import Key
 from .overrides import override
 from .schedule import rates
 from .yaml import read_yaml
@@ -118,10 +119,14 @@ class Surgery(_Section):
 
     learner: Annotated[str, _known(get_learner)] = "edge_popup"
     learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = {}
-    k: Annotated[float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True)] = None
-    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes)] = "signed_kaiming_constant"
-    scaled: bool
-    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    k: Annotated[
+        float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True), Key(affects_speed=False)
+    ] = None
+    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes), Key(affects_speed=False)] = (
+        "signed_kaiming_constant"
+    )
+    scaled: Annotated[bool, Key(affects_speed=False)]
+    seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = 0
     scope: Literal["layer", "global"] = "layer"
     include: str | list[str] | None = None
     exclude: str | list[str] | None = None
@@ -163,8 +168,8 @@ class Data(_Section):
     """
 
     name: str = "digits"
-    root: str | None = None
-    download: bool = False
+    root: Annotated[str | None, Key(affects_result=False)] = None
+    download: Annotated[bool, Key(affects_result=False)] = False
     train_split: str = "train"
     val_split: str = "validation"
     max_train: Annotated[int, Field(ge=1)] | None = None
@@ -183,8 +188,8 @@ class Data(_Section):
     re_prob: Fraction = 0.0
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
-    workers: Annotated[int, Field(ge=0, le=256)] = 2
-    on_error: Literal["stop", "skip"] = "stop"
+    workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
+    on_error: Annotated[Literal["stop", "skip"], Key(affects_result=False)] = "stop"
 
 
 class Training(_Section):
@@ -211,18 +216,20 @@ class Training(_Section):
         seed: of the order of images, augmentation and dropout, and of a dense network's weights.
     """
 
-    epochs: Annotated[int, Field(ge=1)]
+    epochs: Annotated[int, Field(ge=1), Key(affects_speed=False)]
     optimizer: Annotated[str, _known(_optimizer)] = "sgd"
     optimizer_kwargs: dict[str, Any] = {}
-    lr: Positive
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    lr: Annotated[Positive, Key(affects_speed=False)]
+    momentum: Annotated[float, Field(ge=0, lt=1), Key(affects_speed=False)] = 0.9
     nesterov: bool = False
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    schedule: Literal["cosine", "constant", "step", "multistep", "poly", "tanh"] = "cosine"
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), Key(affects_speed=False)] = 0.0
+    schedule: Annotated[
+        Literal["cosine", "constant", "step", "multistep", "poly", "tanh"], Key(affects_speed=False)
+    ] = "cosine"
     schedule_kwargs: dict[str, Any] = {}
     schedule_per: Literal["epoch", "step"] = "epoch"
-    warmup_epochs: Annotated[int, Field(ge=0)] = 0
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    warmup_epochs: Annotated[int, Field(ge=0), Key(affects_speed=False)] = 0
+    label_smoothing: Annotated[float, Field(ge=0, lt=1), Key(affects_speed=False)] = 0.0
     mixup: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     cutmix: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     mixup_prob: Fraction = 1.0
@@ -230,14 +237,14 @@ class Training(_Section):
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     clip_norm: Positive | None = None
-    checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
+    checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), Key(affects_result=False)] = 10.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     channels_last: bool = False
     sync_batchnorm: bool = False
     deterministic: bool = False
-    trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = []
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], Key(affects_result=False)] = []
+    seed: Annotated[int, Field(ge=0, lt=2**63), Key(affects_speed=False)] = 0
 
     @model_validator(mode="after")
     def _arguments(self) -> "Training":

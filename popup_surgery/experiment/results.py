@@ -15,7 +15,6 @@ from .. import __version__
 from ..artifact import inspect, load, save
 from ..atomic import write_atomically
 from ..config import Recipe
-from ..data.batches import Batches
 from ..learners import get_learner
 from ..masking.bake import bake
 from ..models.build import build, build_meta
@@ -23,7 +22,7 @@ from ..models.libraries import architecture_of
 from ..plots import draw_curve, draw_masks
 from ..training.evaluation import accuracy_of
 from ..training.metrics import Epoch
-from ..training.run_folder import RunFolder
+from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 from .setup import start_masks
 
@@ -52,13 +51,12 @@ class Result:
 
 def counts(run: RunFolder) -> tuple[int, int]:
     """Masked weights and how many take part in the file of a finished run; of a dense run all."""
-    file, recipe = run.path / run.results[-1], run.recipe
-    if file.name.endswith(".popup.safetensors"):
-        manifest = inspect(file)
+    if run.kind is Kind.ARTIFACT:
+        manifest = inspect(run.final)
         return manifest.weights, manifest.kept
-    other = _masks_file(run)
-    found = load_file(other) if other is not None else start_masks(recipe)
-    return mask_counts(build_meta(architecture_of(recipe.model.name, **recipe.model.kwargs)), found)
+    recipe = run.recipe
+    masks = load_file(run.masks) if run.masks is not None else start_masks(recipe)
+    return mask_counts(build_meta(architecture_of(recipe.model.name, **recipe.model.kwargs)), masks)
 
 
 def write_dense(model: nn.Module, path: Path) -> int:
@@ -68,69 +66,55 @@ def write_dense(model: nn.Module, path: Path) -> int:
     return len(tensors)
 
 
-def write_results(
-    run: RunFolder, recipe: Recipe, model: nn.Module, trainer: Trainer, size: tuple[int, int, int]
-) -> None:
-    file, history = run.results[-1], trainer.history
-    name = file.partition(".")[0]
-    draw_curve(run.path / "curve.png", name, [epoch.train_accuracy for epoch in history], [e.accuracy for e in history])
-    if "masks.png" in run.results:
-        layers = trainer.layers()
-        draw_masks(
-            run.path / "masks.png",
-            name,
-            [layer.name.removesuffix(".weight") for layer in layers],
-            [layer.density for layer in layers],
-            [layer.overlap for layer in layers],
-        )
-    if file.endswith(".popup.safetensors"):
-        accuracy = history[-1].accuracy
-        surgery = recipe.surgery
-        # where a learner samples, the file holds another network than the last epoch's sample
-        if surgery != "none" and get_learner(surgery.learner).samples:
-            accuracy, _ = accuracy_of(
-                bake(model).to(trainer.accelerator.device), trainer.data.validation(), nullcontext
-            )
-        save(
-            model,
-            run.path / file,
-            provenance=_provenance(recipe, accuracy, len(history), trainer.data),
-            probe=(1, *size),
-        )
+def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tuple[int, int, int]) -> None:
+    """Write the files that a run ends with, the one that says so last; `size` is of the images."""
+    _draw(run, trainer)
+    if run.kind is Kind.ARTIFACT:
+        provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
+        save(model, run.final, provenance=provenance, probe=(1, *size))
         return
-    if (other := _masks_file(run)) is not None:
-        write_atomically(other, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))
-    write_dense(bake(model), run.path / file)
+    if run.masks is not None:
+        write_atomically(run.masks, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))
+    write_dense(bake(model), run.final)
 
 
-def _masks_file(run: RunFolder) -> Path | None:
-    """The file beside dense weights that says which of them take part."""
-    return next((run.path / name for name in run.results if name.endswith(".masks.safetensors")), None)
+def _draw(run: RunFolder, trainer: Trainer) -> None:
+    history, layers = trainer.history, trainer.layers()
+    curve, *masks = run.pictures
+    draw_curve(curve, run.stem, [epoch.train_accuracy for epoch in history], [epoch.accuracy for epoch in history])
+    for path in masks:
+        names = [layer.name.removesuffix(".weight") for layer in layers]
+        draw_masks(path, run.stem, names, [layer.density for layer in layers], [layer.overlap for layer in layers])
 
 
-def mask_counts(model: nn.Module, found: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Weights that the masks `found` are for, and how many take part; without masks all, twice."""
-    if not found:
+def _file_accuracy(recipe: Recipe, model: nn.Module, trainer: Trainer) -> float:
+    """Of the network in the file: where a learner samples, another one than the last epoch's sample."""
+    if recipe.surgery == "none" or not get_learner(recipe.surgery.learner).samples:
+        return trainer.history[-1].accuracy
+    return accuracy_of(bake(model).to(trainer.accelerator.device), trainer.data.validation(), nullcontext)[0]
+
+
+def mask_counts(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Weights that `masks` are for, and how many take part; without masks all, twice."""
+    if not masks:
         return (count := sum(parameter.numel() for parameter in model.parameters())), count
-    return sum(mask.numel() for mask in found.values()), sum(int(mask.sum()) for mask in found.values())
+    return sum(mask.numel() for mask in masks.values()), sum(int(mask.sum()) for mask in masks.values())
 
 
-def finished_result(run: RunFolder, recipe: Recipe) -> Result:
+def finished_result(run: RunFolder) -> Result:
     """The result of a run that has ended, from its folder."""
     run.check_recipe()
     run.finish()  # a run that was killed after its last file has left its checkpoints
-    file = run.path / run.results[-1]
-    history = tuple(Epoch(**line) for line in run.history())
-    described = recipe.model
-    if not file.name.endswith(".popup.safetensors"):
-        model = build(described.name, pretrained=file, **described.kwargs)
-    else:
+    history, described = tuple(Epoch(**line) for line in run.history()), run.recipe.model
+    if run.kind is Kind.ARTIFACT:
         base = described.pretrained
-        model = load(file, base=base if isinstance(base, str) and inspect(file).base is not None else None)
-    return Result(model.eval(), history[-1].accuracy, history, run.path, file, *counts(run))
+        model = load(run.final, base=base if isinstance(base, str) and inspect(run.final).base is not None else None)
+    else:
+        model = build(described.name, pretrained=run.final, **described.kwargs)
+    return Result(model.eval(), history[-1].accuracy, history, run.path, run.final, *counts(run))
 
 
-def _provenance(recipe: Recipe, accuracy: float, epochs: int, data: Batches) -> dict[str, Any]:
+def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, Any]:
     import numpy
     import timm
 
@@ -149,7 +133,7 @@ def _provenance(recipe: Recipe, accuracy: float, epochs: int, data: Batches) -> 
     return {
         "recipe": values,
         "accuracy": accuracy,
-        "epochs": epochs,
-        "classes": data.classes,
+        "epochs": len(trainer.history),
+        "classes": trainer.data.classes,
         "software": software,
     }

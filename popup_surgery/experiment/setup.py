@@ -18,7 +18,7 @@ from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
 from ..training.lottery_ticket import TicketTrainer
-from ..training.run_folder import RunFolder
+from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 
 
@@ -31,12 +31,11 @@ def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> B
 
 
 def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
-    """The folder of a run, which ends with the file `<stem>.popup.safetensors`, or dense `<stem>.safetensors`."""
+    """The folder of a run, whose files are called by `stem`."""
     dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
     masked = recipe.surgery != "none" or recipe.lottery_ticket is not None
-    pictures = ("curve.png", "masks.png") if masked else ("curve.png",)
-    masks = (f"{stem}.masks.safetensors",) if masked and dense else ()
-    return RunFolder(path, recipe, (*pictures, *masks, f"{stem}.safetensors" if dense else f"{stem}.popup.safetensors"))
+    kind = Kind.ARTIFACT if not dense else Kind.MASKED_WEIGHTS if masked else Kind.WEIGHTS
+    return RunFolder(path, recipe, kind, stem)
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:

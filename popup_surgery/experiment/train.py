@@ -8,13 +8,14 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from ..config import Recipe
+from ..config.keys import flat
 from ..config.overrides import override
 from ..data.batches import Progress, quiet
 from ..data.seeding import ambient_seed
 from ..masking.bake import bake
 from ..training.distributed import numerics, start
 from ..training.metrics import Epoch
-from ..training.run_folder import asked_to_stop, flat
+from ..training.run_folder import RunFolder, asked_to_stop
 from ..training.trackers import add, add_table, tracked
 from .results import Result, finished_result, mask_counts, write_results
 from .setup import prepare, run_folder, with_seed
@@ -37,7 +38,7 @@ def train(
         overrides: `key=value` of any recipe key, such as `training.epochs=3`.
         output: a folder that holds no run yet; `runs/<recipe>` if not given.
         data_dir: the data set's folder, in place of the recipe's `data.root`.
-        resume: go on with the run in `output` from its newest whole checkpoint; start one where there is none.
+        resume: resume the run in `output` from its newest whole checkpoint; start one where there is none.
         progress, after_epoch: called while it runs, to show something.
 
     Raises:
@@ -49,27 +50,34 @@ def train(
         Stopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint is kept.
         PopupError: the folder cannot be written.
     """
-    name = "run"
-    if isinstance(recipe, str | Path):
-        name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
-        recipe = Recipe.load(recipe, overrides)
-    else:
-        values = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe
-        recipe = Recipe.parse(override(values, overrides))
+    recipe, name = _loaded(recipe, overrides)
     recipe = with_seed(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     folder = Path(output) if output is not None else Path("runs") / name
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
-    file = run.results[-1]
     if resume and run.finished:
-        return finished_result(run, recipe)
+        return finished_result(run)
+    return _train_in(run, resume, progress, after_epoch)
 
-    accelerator = start(recipe.training, folder)
+
+def _loaded(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[Recipe, str]:
+    """The recipe with its overrides, and its name."""
+    if isinstance(recipe, str | Path):
+        name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
+        return Recipe.load(recipe, overrides), name
+    values = recipe.model_dump(exclude_unset=True) if isinstance(recipe, Recipe) else recipe
+    return Recipe.parse(override(values, overrides)), "run"
+
+
+def _train_in(run: RunFolder, resume: bool, progress: Progress, after_epoch: Callable[[Epoch], None]) -> Result:
+    """Train in a run's folder, in each of its processes; the first one writes the files."""
+    recipe = run.recipe
+    accelerator = start(recipe.training, run.path)
     main = accelerator.is_main_process
     with (
-        run.held(resume) if main else nullcontext(),
-        tracked(accelerator, folder, flat(recipe.dump())) if main else nullcontext(),
+        run.claimed(resume) if main else nullcontext(),
+        tracked(accelerator, run.path, flat(recipe.dump())) if main else nullcontext(),
         numerics(recipe.training),
         ambient_seed([recipe.training.seed]),
         asked_to_stop() as stop,
@@ -79,21 +87,19 @@ def train(
         if checkpoint is not None:
             trainer.restore(checkpoint)
 
-        def ended(epoch: Epoch) -> None:
-            if main:
-                run.add(epoch)
-                if accelerator.trackers:
-                    add(accelerator, epoch, trainer.layers())
-                after_epoch(epoch)
+        def record(epoch: Epoch) -> None:
+            run.add(epoch)
+            if accelerator.trackers:
+                add(accelerator, epoch, trainer.layers())
+            after_epoch(epoch)
 
-        history = trainer.run(ended, run.keep, stop)
+        history = trainer.run(record if main else lambda epoch: None, run.write_checkpoint, stop)
         model = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu()
+        weights, kept = mask_counts(model, trainer.masks())
+        accuracy = history[-1].accuracy
         if main:
-            write_results(run, recipe, model, trainer, size)
-            weights, kept = mask_counts(model, trainer.masks())
-            result = {"accuracy": history[-1].accuracy, "weights": weights, "kept": kept, "file": file}
-            add_table(accelerator, result)
+            write_results(run, model, trainer, size)
+            add_table(accelerator, {"accuracy": accuracy, "weights": weights, "kept": kept, "file": run.final.name})
             run.finish()
         accelerator.wait_for_everyone()
-    found = mask_counts(model, trainer.masks())
-    return Result(bake(model).eval(), history[-1].accuracy, tuple(history), folder, folder / file, *found)
+    return Result(bake(model).eval(), accuracy, tuple(history), run.path, run.final, weights, kept)

@@ -8,12 +8,12 @@ from typing import Any
 
 from ..atomic import write_atomically
 from ..config.catalog import find
+from ..config.keys import flat
 from ..config.overrides import parse_setting
 from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, RunError, unknown
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
 from ..sweep.archive import Archive
-from ..training.run_folder import flat
 from .figures import FIGURES, NET, Figure
 from .picture import draw
 from .table import as_json, as_markdown, panel_of, rows, short

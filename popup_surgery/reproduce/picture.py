@@ -2,7 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..plots import canvas, write_figure
 from ..sweep import Point
@@ -15,53 +17,87 @@ MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """A mean over seeds in %, at x; or where there is no x, for all of them."""
+
+    x: float | None
+    mean: float
+    std: float
+
+
+@dataclass
+class _Panel:
+    """What one panel shows: series by name, and the paper's numbers as points."""
+
+    series: dict[str, list[_Measured]] = field(default_factory=lambda: defaultdict(list))
+    crosses: list[tuple[float, float]] = field(default_factory=list)
+
+
 def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None:
     """Accuracy over x, mean and a band of one standard deviation, and the paper's numbers as crosses.
 
     What has no x is a horizontal line, as is the paper's best over x. The format is that of the path's suffix.
     """
-    panels: dict[str, dict[str, list[tuple[float | None, float, float]]]] = defaultdict(lambda: defaultdict(list))
-    crosses: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    for point in points:
-        if point.mean is not None:
-            panel, x, reported = panel_of(figure, point.values), x_of(figure, point), match(figure, point)
-            panels[panel][point.label].append((x, 100 * point.mean.accuracy, 100 * (point.std or 0.0)))
-            if reported and x is not None:
-                crosses[panel].append((x, reported.accuracy))
+    panels = _panels(figure, points)
     names = list(dict.fromkeys(point.label for point in points))
     drawing, axes = canvas(max(3.4 * len(panels) + 1.2, 7.2), 4.2, max(len(panels), 1))
-    for place, (axis, (panel, series)) in enumerate(zip(axes, panels.items(), strict=False)):
-        for name, found in series.items():
-            i = names.index(name)
-            colour, style = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-            if found[0][0] is None:
-                mean, std = found[0][1:]
-                axis.axhline(mean, color=colour, linestyle=style, label=name)
-                axis.axhspan(mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
-                continue
-            found.sort(key=lambda each: each[0] or 0.0)
-            xs = [x or 0.0 for x, _, _ in found]
-            means, stds = [m for _, m, _ in found], [s for _, _, s in found]
-            line = "" if figure.x == "kept" else style
-            axis.plot(xs, means, color=colour, linestyle=line, marker=MARKERS[i % len(MARKERS)], label=name)
-            low, high = ([m + sign * s for m, s in zip(means, stds, strict=True)] for sign in (-1, 1))
-            axis.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
-        if panel in crosses:
-            axis.plot(*zip(*crosses[panel], strict=True), "x", color="#000000", markersize=8, label="the paper")
-        for reported in figure.reported:
-            if reported.best and reported.label in series and panel_of(figure, reported.values) == panel:
-                axis.axhline(reported.accuracy, color="#000000", linestyle=":", linewidth=1, label="the paper's best")
-        axis.set(xlabel=figure.x_label, title=panel, ylabel="" if place else "accuracy (%)")
+    for axis, (title, panel) in zip(axes, panels.items(), strict=False):
+        for name, measured in panel.series.items():
+            _draw_series(axis, name, measured, names.index(name), joined=figure.x != "kept")
+        _draw_paper(axis, figure, title, panel)
+        axis.set(xlabel=figure.x_label, title=title, ylabel="" if axis is not axes[0] else "accuracy (%)")
         if figure.x == K:
             axis.set_xlim(0, 100)
         axis.grid(alpha=0.3)
-    if axes and panels:
-        handles: dict[str, object] = {}
-        for axis in axes:
-            for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
-                handles.setdefault(name, handle)
-        drawing.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=3 if len(panels) < 3 else 4, fontsize=8
-        )
+    if panels:
+        _draw_legend(drawing, axes)
     drawing.suptitle(f"{figure.title}\n{note}", fontsize=9)
     write_figure(drawing, path)
+
+
+def _panels(figure: Figure, points: Sequence[Point]) -> dict[str, _Panel]:
+    """The panels by their titles."""
+    panels: dict[str, _Panel] = defaultdict(_Panel)
+    for point in points:
+        if point.mean is not None:
+            panel, x, reported = panels[panel_of(figure, point.values)], x_of(figure, point), match(figure, point)
+            panel.series[point.label].append(_Measured(x, 100 * point.mean.accuracy, 100 * (point.std or 0.0)))
+            if reported and x is not None:
+                panel.crosses.append((x, reported.accuracy))
+    return panels
+
+
+def _draw_series(axis: Any, name: str, measured: list[_Measured], number: int, joined: bool) -> None:
+    """A line of means with its band, or markers that are not `joined`; `number` chooses how it looks."""
+    colour, style = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
+    if measured[0].x is None:
+        mean, std = measured[0].mean, measured[0].std
+        axis.axhline(mean, color=colour, linestyle=style, label=name)
+        axis.axhspan(mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+        return
+    measured = sorted(measured, key=lambda each: each.x or 0.0)
+    xs, means = [each.x or 0.0 for each in measured], [each.mean for each in measured]
+    marker = MARKERS[number % len(MARKERS)]
+    axis.plot(xs, means, color=colour, linestyle=style if joined else "", marker=marker, label=name)
+    low, high = ([each.mean + sign * each.std for each in measured] for sign in (-1, 1))
+    axis.fill_between(xs, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_paper(axis: Any, figure: Figure, title: str, panel: _Panel) -> None:
+    """What the paper reports for a panel."""
+    if panel.crosses:
+        axis.plot(*zip(*panel.crosses, strict=True), "x", color="#000000", markersize=8, label="the paper")
+    for reported in figure.reported:
+        if reported.best and reported.label in panel.series and panel_of(figure, reported.values) == title:
+            axis.axhline(reported.accuracy, color="#000000", linestyle=":", linewidth=1, label="the paper's best")
+
+
+def _draw_legend(drawing: Any, axes: Sequence[Any]) -> None:
+    """One legend for all panels, below them."""
+    handles: dict[str, object] = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    columns = 3 if len(axes) < 3 else 4
+    drawing.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)

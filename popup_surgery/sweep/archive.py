@@ -16,6 +16,7 @@ from ..atomic import write_atomically
 from ..config import Recipe
 from ..config.yaml import parse_yaml
 from ..errors import PopupError, RunError
+from ..training.run_folder import Kind
 from .grid import Run
 from .results import Numbers, Outcome, State
 
@@ -80,18 +81,16 @@ def write_archive(
     try:
         with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("archive.json", json.dumps({"format": FORMAT, "about": dict(about), "runs": runs}, indent=1))
-            folders = [outcome.run.folder(output).path for outcome in done]
+            folders = [outcome.run.folder(output) for outcome in done]
             for folder in folders:
                 for name in ("recipe.yaml", "metrics.jsonl"):
-                    file.write(folder / name, f"{folder.name}/{name}")
-            for folder in folders:
-                artifact = folder / "recipe.popup.safetensors"
-                if not artifact.exists():
-                    continue
+                    file.write(folder.path / name, f"{folder.path.name}/{name}")
+            for artifact in (folder.final for folder in folders if folder.kind is Kind.ARTIFACT):
+                name = artifact.parent.name
                 if limit is not None and memory.tell() + artifact.stat().st_size + 400 * len(done) + 4096 > limit:
-                    left_out.append(folder.name)
+                    left_out.append(name)
                 else:
-                    file.write(artifact, f"{folder.name}/{artifact.name}", zipfile.ZIP_STORED)
+                    file.write(artifact, f"{name}/{artifact.name}", zipfile.ZIP_STORED)
     except OSError as error:
         raise PopupError(f"{error.filename} cannot be read: {error.strerror}") from error
     write_atomically(path, memory.getvalue())

@@ -39,7 +39,7 @@ class Engine(Protocol):
     """Runs the runs of a sweep. Each has `threads` threads wherever it runs, because results on CPUs depend on them."""
 
     def ready(self) -> AbstractContextManager[object]:
-        """Within it the engine can run. `PopupError` where it cannot."""
+        """Context manager: the engine can run. `PopupError` where it cannot."""
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         """Run all of `runs`, in their folders in `output`. What happens to one, with an error; and None now and then.
@@ -72,42 +72,76 @@ class Local:
         return nullcontext()
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
-        gpus, places, told = _gpus(), range(self.places), False
-        environment = os.environ | {"OMP_NUM_THREADS": str(self.threads)}
-        waiting, running = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
-        for run in waiting:
-            if _held(run, output):
-                log.warning("another process runs in %s; waiting for it", run.folder(output).path)
+        return _LocalRuns(self, runs, output, stop).events()
+
+
+class _LocalRuns:
+    """The runs of a `Local` sweep: those that wait, and the process in each place that is taken."""
+
+    def __init__(self, engine: Local, runs: Sequence[Run], output: Path, stop: Stop) -> None:
+        self.engine, self.output, self.stop = engine, output, stop
+        self.waiting = list(runs)
+        self.running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
+        self.told = False  # the processes, to stop
+        self.gpus, self.places = _gpus(), range(engine.places)
+
+    def events(self) -> Events:
+        for run in self.waiting:
+            if _in_use(run, self.output):
+                log.warning("another process runs in %s; waiting for it", run.folder(self.output).path)
         try:
-            while running or (not stop() and any(_held(run, output) or self.admit(run) for run in waiting)):
-                if stop() and not told:
-                    told = True
-                    for _, child in running.values():
-                        child.send_signal(signal.SIGTERM)
-                for place in [] if stop() else [place for place in places if place not in running]:
-                    begun = next((run for run in waiting if not _held(run, output) and self.admit(run)), None)
-                    if begun is None:
-                        break
-                    waiting.remove(begun)
-                    gpu = {"CUDA_VISIBLE_DEVICES": gpus[place % len(gpus)]} if gpus else {}
-                    try:
-                        if begun.folder(output).finished:  # by the process that was waited for
-                            yield begun, State.FINISHED, ""
-                        else:
-                            running[place] = begun, start_run(begun, output, environment | gpu)
-                            yield begun, State.RUNNING, ""
-                    except PopupError as error:
-                        yield begun, State.FAILED, str(error)
-                for place, (run, child) in list(running.items()):
-                    if child.poll() is not None:
-                        del running[place]
-                        yield _ended(run, output, child.returncode, stop())
+            while self.running or (not self.stop() and self._more_to_come()):
+                if self.stop():
+                    self._tell()
+                else:
+                    yield from self._fill_places()
+                yield from self._ended()
                 yield None
                 time.sleep(PAUSE)
         finally:
-            for _, child in running.values():
+            for _, child in self.running.values():
                 child.kill()
                 child.wait()
+
+    def _more_to_come(self) -> bool:
+        """Whether a run that waits will start, or waits for another process."""
+        return any(_in_use(run, self.output) or self.engine.admit(run) for run in self.waiting)
+
+    def _next(self) -> Run | None:
+        """The first run that may start now."""
+        return next((run for run in self.waiting if not _in_use(run, self.output) and self.engine.admit(run)), None)
+
+    def _fill_places(self) -> Iterator[Event]:
+        for place in [place for place in self.places if place not in self.running]:
+            run = self._next()
+            if run is None:
+                return
+            self.waiting.remove(run)
+            try:
+                if run.folder(self.output).finished:  # by the process that was waited for
+                    yield run, State.FINISHED, ""
+                else:
+                    self.running[place] = run, start_run(run, self.output, self._environment(place))
+                    yield run, State.RUNNING, ""
+            except PopupError as error:
+                yield run, State.FAILED, str(error)
+
+    def _environment(self, place: int) -> dict[str, str]:
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
+        return os.environ | {"OMP_NUM_THREADS": str(self.engine.threads)} | gpu
+
+    def _tell(self) -> None:
+        """Ask the processes to stop, once."""
+        if not self.told:
+            self.told = True
+            for _, child in self.running.values():
+                child.send_signal(signal.SIGTERM)
+
+    def _ended(self) -> Iterator[Event]:
+        for place, (run, child) in list(self.running.items()):
+            if child.poll() is not None:
+                del self.running[place]
+                yield _outcome(run, self.output, child.returncode, self.stop())
 
 
 @dataclass(frozen=True)
@@ -226,7 +260,7 @@ def _yaml(run: Run) -> str:
     return to_yaml(run.recipe.dump())
 
 
-def _held(run: Run, output: Path) -> bool:
+def _in_use(run: Run, output: Path) -> bool:
     """Whether a process runs in the run's folder: one of a sweep that was killed, for example."""
     lock = run.folder(output).path / "lock"
     try:
@@ -246,7 +280,7 @@ def _gpus() -> list[str]:
     return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
 
 
-def _ended(run: Run, output: Path, status: int, stopping: bool) -> Event:
+def _outcome(run: Run, output: Path, status: int, stopping: bool) -> Event:
     if status == 0:
         return run, State.FINISHED, ""
     if status == Stopped.status or stopping:
@@ -280,7 +314,7 @@ def _returned(run: Run, output: Path, reference: Any, stopping: bool) -> Event:
     folder = run.folder(output)
     try:
         files: dict[str, bytes] = ray.get(reference)
-        for name, data in sorted(files.items(), key=lambda item: item[0] == folder.results[-1]):
+        for name, data in sorted(files.items(), key=lambda item: item[0] == folder.final.name):
             (folder.path / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(folder.path / name, data)
         return run, State.FINISHED, ""

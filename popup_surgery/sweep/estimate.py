@@ -1,6 +1,5 @@
 """How long a sweep will take, from a few steps of each kind of run in it."""
 
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..config import Recipe
+from ..config.keys import comparable, select
 from ..data.batches import VALIDATION, Progress, quiet
 from ..data.seeding import ambient_seed
 from ..errors import PopupError, RunError, Stopped
@@ -24,15 +24,10 @@ from ..training.evaluation import accuracy_of
 from .grid import Run
 
 STEPS = 5  # that are measured, after one to warm up
-# what a step takes the same time for
-_ALIKE = {
-    "surgery": ("k", "scheme", "scaled", "seed"),
-    "training": ("epochs", "lr", "momentum", "weight_decay", "schedule", "warmup_epochs", "label_smoothing", "seed"),
-}
 
 
 @dataclass(frozen=True)
-class LayerType:
+class RunKind:
     """Runs whose steps take the same time.
 
     Attributes:
@@ -50,32 +45,29 @@ class LayerType:
         return self.start + run.recipe.epochs * self.epoch
 
 
-def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[LayerType]:
+def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[RunKind]:
     """The kinds of `runs`, each measured in a process of its own with so many threads.
 
     Raises:
         RunError: a run of a kind cannot start, or its data set does not say how many images it has; the message names
             the run.
     """
-    kinds: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        values = run.recipe.dump()
-        for section, keys in _ALIKE.items():
-            if isinstance(values[section], dict):
-                values[section] = {key: value for key, value in values[section].items() if key not in keys}
-        kinds.setdefault(json.dumps(values, default=str), []).append(run)
-    found = []
-    with progress(len(kinds), "measuring") as advance:
-        for alike in kinds.values():
+        settings = select(run.recipe, lambda setting: setting.key.affects_speed)
+        groups.setdefault(comparable(settings), []).append(run)
+    kinds = []
+    with progress(len(groups), "measuring") as advance:
+        for alike in groups.values():
             began = time.perf_counter()
             try:
                 with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
                     busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
             except (PopupError, BrokenExecutor) as error:
                 raise RunError(f"{alike[0]} cannot be measured: {error}") from error
-            found.append(LayerType(tuple(alike), time.perf_counter() - began - busy, *measured))
+            kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, *measured))
             advance()
-    return found
+    return kinds
 
 
 def _measure(values: dict[str, Any]) -> tuple[float, float, float]:

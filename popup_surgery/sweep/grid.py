@@ -12,11 +12,12 @@ from typing import Any
 
 from ..config import Recipe
 from ..config.catalog import find
+from ..config.keys import fingerprint
 from ..config.overrides import assign, parse_setting
 from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, nearest
 from ..experiment.setup import run_folder, with_seed
-from ..training.run_folder import RunFolder, fingerprint
+from ..training.run_folder import RunFolder
 
 KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may stand beside `runs`, for all of them
 SEEDS = ("surgery.seed", "training.seed")

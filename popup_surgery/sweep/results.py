@@ -62,9 +62,9 @@ class Outcome:
             if not folder.finished:
                 return cls(run)
             folder.check_recipe()
-            epochs, file = folder.history(), folder.path / folder.results[-1]
+            epochs = folder.history()
             seconds = sum(epoch["seconds"] for epoch in epochs)
-            numbers = Numbers(epochs[-1]["accuracy"], seconds, file.stat().st_size, *counts(folder))
+            numbers = Numbers(epochs[-1]["accuracy"], seconds, folder.final.stat().st_size, *counts(folder))
         except PopupError as error:
             return cls(run, State.FAILED, error=str(error))
         except (OSError, ValueError, LookupError) as error:

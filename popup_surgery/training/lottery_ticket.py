@@ -10,7 +10,9 @@ from ..data.batches import Batches, Progress
 from ..masking.planning import plan
 from ..selection import kept_count, select
 from .checkpoint import Checkpoint
+from .mask_history import packed
 from .trainer import Trainer
+from .trainer_state import learned
 
 
 class TicketTrainer(Trainer):
@@ -38,14 +40,14 @@ class TicketTrainer(Trainer):
         progress: Progress,
         ticket: LotteryTicket,
     ) -> None:
-        kept = {weight.key: torch.ones(weight.shape, dtype=torch.bool) for weight in plan(model, ticket.k).masked}
-        super().__init__(model, data, training, accelerator, progress, kept)
+        whole = {weight.key: torch.ones(weight.shape, dtype=torch.bool) for weight in plan(model, ticket.k).masked}
+        super().__init__(model, data, training, accelerator, progress, whole)
         self.ticket = ticket
         self.epochs = ticket.epochs(self.training.epochs)
         self.start = self._values()  # what a round starts from
 
     def _values(self) -> dict[str, Tensor]:
-        return {key: tensor.detach().clone() for key, tensor in self._learnt().items()}
+        return {key: tensor.detach().clone() for key, tensor in learned(self.core).items()}
 
     def _begin_epoch(self) -> None:
         if self.epoch == self.ticket.rewind_epoch:
@@ -68,25 +70,24 @@ class TicketTrainer(Trainer):
     @torch.no_grad()
     def _prune(self, share: float) -> None:
         infinity = torch.tensor(torch.inf, device=self.accelerator.device)
-        for weight, mask in self.held.values():
+        for weight, mask in self.weight_masks:
             size = torch.where(mask, weight.float().abs().nextafter(infinity), 0.0)  # what is gone comes last
             mask.copy_(select([size], kept_count(weight.numel(), share)).masks[0])
-        for key, tensor in self._learnt().items():
+        for key, tensor in learned(self.core).items():
             tensor.copy_(self.start[key])
-        for weight, mask in self.held.values():
-            weight.mul_(mask)
+        self.weight_masks.zero()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {}})
 
     def _checkpoint(self, sums: list[float], skipped: int) -> Checkpoint:
         taken = super()._checkpoint(sums, skipped)
         taken.tensors.update({f"start.{key}": tensor.cpu().contiguous() for key, tensor in self.start.items()})
-        taken.tensors.update({f"ticket.{key}": torch.from_numpy(bits) for key, bits in self._packed().items()})
+        taken.tensors.update({f"ticket.{key}": torch.from_numpy(bits) for key, bits in packed(self.masks()).items()})
         return taken
 
     def restore(self, checkpoint: Checkpoint) -> None:
         super().restore(checkpoint)
-        found, device = checkpoint.tensors, self.accelerator.device
-        self.start = {key: found[f"start.{key}"].to(device) for key in self.start}
-        for key, (_, mask) in self.held.items():
-            bits = found[f"ticket.{key}"].numpy()
+        tensors, device = checkpoint.tensors, self.accelerator.device
+        self.start = {key: tensors[f"start.{key}"].to(device) for key in self.start}
+        for key, mask in self.weight_masks.tensors.items():
+            bits = tensors[f"ticket.{key}"].numpy()
             mask.copy_(torch.from_numpy(bitpack.unpack_mask(bits, tuple(mask.shape))))

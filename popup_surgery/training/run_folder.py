@@ -1,6 +1,5 @@
-"""A run's folder: whose it is, what is in it, and where it goes on."""
+"""A run's folder: whose it is, what is in it, and where the run resumes."""
 
-import hashlib
 import json
 import logging
 import shutil
@@ -8,12 +7,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from ..atomic import write_atomically
+from ..config.keys import as_recorded, flat, select
 from ..config.schema import Recipe
 from ..config.yaml import read_yaml, to_yaml
 from ..errors import PopupError, RunError
@@ -23,16 +24,15 @@ from .metrics import Epoch
 
 log = logging.getLogger("popup_surgery")
 
-# what may be other when a run goes on: no result depends on it, or only the images that cannot be read do
-_FREE = {
-    "data.root",
-    "data.workers",
-    "data.download",
-    "data.on_error",
-    "training.checkpoint_minutes",
-    "training.trackers",
-}
 SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
+
+
+class Kind(StrEnum):
+    """What a run ends with."""
+
+    ARTIFACT = "a popup artifact"
+    WEIGHTS = "dense weights"
+    MASKED_WEIGHTS = "dense weights, and the masks that say which of them take part"
 
 
 class RunFolder:
@@ -41,43 +41,37 @@ class RunFolder:
     Args:
         path: the folder.
         recipe: what is to run in it.
-        results: names of the files that a run ends with, the last of which says that it is finished.
+        kind: what the run ends with.
+        stem: how the names of its files begin.
+
+    Attributes:
+        final: the artifact or the weights; once this file is there, the run is finished.
+        masks: the file of masks beside dense weights, if there is one.
+        pictures: what a run draws.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, results: Sequence[str]) -> None:
-        self.path, self.recipe, self.results = path, recipe, results
+    def __init__(self, path: Path, recipe: Recipe, kind: Kind, stem: str) -> None:
+        self.path, self.recipe, self.kind, self.stem = path, recipe, kind, stem
+        self.final = path / (f"{stem}.popup.safetensors" if kind is Kind.ARTIFACT else f"{stem}.safetensors")
+        self.masks = path / f"{stem}.masks.safetensors" if kind is Kind.MASKED_WEIGHTS else None
+        self.pictures = [path / name for name in ("curve.png", "masks.png")[: 1 if kind is Kind.WEIGHTS else 2]]
         self.checkpoints = path / "checkpoints"
 
     @property
     def finished(self) -> bool:
         """Whether a run ended here."""
-        return (self.path / self.results[-1]).exists()
+        return self.final.exists()
 
     @contextmanager
-    def held(self, resume: bool) -> Iterator[None]:
-        """Hold the folder for this process; the hold ends with the process, however that ends.
+    def claimed(self, resume: bool) -> Iterator[None]:
+        """Context manager: the folder is this process's own, until the process ends, however that happens.
 
         Raises:
-            RunError: another process holds it; there is a run and `resume` is not given, or one of another recipe or
+            RunError: it is another process's; there is a run and `resume` is not given, or one of another recipe or
                 name.
             PopupError: the folder cannot be written.
         """
-        there = [name for name in ("recipe.yaml", "metrics.jsonl", *self.results) if (self.path / name).exists()]
-        if there and not resume:
-            raise RunError(
-                f"{self.path} holds a run already; go on with it by --resume, choose another folder with --output, or "
-                "remove it"
-            )
-        if "recipe.yaml" in there:
-            self.check_recipe()
-        elif there:
-            raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
-        others = [file.name for file in self.path.glob("*.safetensors") if file.name not in self.results]
-        if "metrics.jsonl" in there and others and not self.checkpoints.exists():
-            raise RunError(
-                f"{self.path} holds a finished run, whose file is {min(others)}, and this one would end in "
-                f"{self.results[-1]}; choose another folder with --output"
-            )
+        self._check_files(resume)
         new = not self.path.exists()
         lock = FileLock(self.path / "lock", timeout=0)
         try:
@@ -95,6 +89,25 @@ class RunFolder:
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
+    def _check_files(self, resume: bool) -> None:
+        results = [file.name for file in (*self.pictures, self.masks, self.final) if file is not None]
+        there = [name for name in ("recipe.yaml", "metrics.jsonl", *results) if (self.path / name).exists()]
+        if there and not resume:
+            raise RunError(
+                f"{self.path} holds a run already; go on with it by --resume, choose another folder with --output, or "
+                "remove it"
+            )
+        if "recipe.yaml" in there:
+            self.check_recipe()
+        elif there:
+            raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
+        others = [file.name for file in self.path.glob("*.safetensors") if file.name not in results]
+        if "metrics.jsonl" in there and others and not self.checkpoints.exists():
+            raise RunError(
+                f"{self.path} holds a finished run, whose file is {min(others)}, and this one would end in "
+                f"{self.final.name}; choose another folder with --output"
+            )
+
     def begin(self) -> Checkpoint | None:
         """The newest whole checkpoint; without one a new run's recipe is written.
 
@@ -103,26 +116,26 @@ class RunFolder:
         """
         for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
             left.unlink(missing_ok=True)
-        found = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
-        for number, path in enumerate(found):
+        paths = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
+        for number, path in enumerate(paths):
             try:
                 whole = checkpoint.read(path)
             except RunError as error:
                 log.warning("%s; trying the one before", error)
                 continue
             self._check_same(path, whole.state["recipe"])  # recipe.yaml may have been edited since
-            for damaged in found[:number]:
+            for damaged in paths[:number]:
                 checkpoint.discard(damaged)
             self._write_metrics([Epoch(**line) for line in whole.state["history"]])
             return whole
-        if found:
+        if paths:
             raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
         text = to_yaml(self.recipe.dump())
         write_atomically(self.path / "recipe.yaml", text.encode())
         self._write_metrics([])
         return None
 
-    def keep(self, step: int, taken: Checkpoint) -> None:
+    def write_checkpoint(self, step: int, taken: Checkpoint) -> None:
         """Write a checkpoint."""
         taken.state["recipe"] = self.recipe.dump()
         checkpoint.write(self.checkpoints, step, taken)
@@ -152,8 +165,9 @@ class RunFolder:
         self._check_same(self.path / "recipe.yaml", read_yaml(self.path / "recipe.yaml"))
 
     def _check_same(self, source: Path, values: dict[str, Any]) -> None:
-        before, now = flat(Recipe.parse(values, str(source)).dump()), flat(self.recipe.dump())
-        differ = sorted(key for key in (before.keys() | now.keys()) - _FREE if before.get(key) != now.get(key))
+        recipes = as_recorded(Recipe.parse(values, str(source))), self.recipe
+        before, now = (flat(select(recipe, lambda setting: setting.key.affects_result)) for recipe in recipes)
+        differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if differ:
             key = differ[0]
             more = f", and {', '.join(differ[1:])}" if differ[1:] else ""
@@ -163,21 +177,9 @@ class RunFolder:
             )
 
 
-def fingerprint(recipe: Recipe) -> str:
-    """A hash of all that a run's result depends on: equal for recipes that a run may go on with."""
-    values = {}
-    for section, inner in recipe.dump().items():
-        for key, value in inner.items() if isinstance(inner, dict) else [("", inner)]:
-            values[f"{section}.{key}"] = value
-    # inside a value the order stays, since the last pattern of a k counts; 1.0 is the same as 1
-    text = json.dumps([(key, value) for key, value in sorted(values.items()) if key not in _FREE], default=str)
-    plain = json.loads(text, parse_float=lambda digits: int(x) if (x := float(digits)).is_integer() else x)
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-
-
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Within it SIGTERM, SIGINT and SIGUSR1 are noted, for a run to end after its step; a second SIGINT interrupts."""
+    """Context manager: SIGTERM, SIGINT and SIGUSR1 end the run after its step; a second SIGINT interrupts."""
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
@@ -194,10 +196,3 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by keys such as `training.lr`."""
-    if not isinstance(values, dict):
-        return {prefix.removesuffix("."): values}
-    return {key: value for name, inner in values.items() for key, value in flat(inner, f"{prefix}{name}.").items()}

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,8 +38,8 @@ def inverted() -> Iterator[None]:
 
 
 @st.composite
-def boolean_masks(draw: Callable[..., object]) -> Mask:
-    shape = tuple(draw(st.lists(st.integers(1, 7), max_size=3)))  # type: ignore[arg-type]
+def boolean_masks(draw: Callable[..., Any]) -> Mask:
+    shape = tuple(draw(st.lists(st.integers(1, 7), max_size=3)))
     n = math.prod(shape)
     return np.array(draw(st.lists(st.booleans(), min_size=n, max_size=n)), np.bool_).reshape(shape)
 

@@ -112,7 +112,8 @@ def test_mixed_images_and_targets_belong_together(mode: str) -> None:
     mixed = 0
     for _ in range(20):
         images = functional.one_hot(labels, 10).float().view(9, 10, 1, 1).clone()
-        images, targets = fitted._mixed(images, labels)
+        assert fitted.update.mixing is not None
+        images, targets = fitted.update.mixing(images, labels)
         assert torch.allclose(images.flatten(1), targets, atol=1e-6)
         assert torch.equal(targets[8], functional.one_hot(labels[8], 10).float()), "the odd one out stays"
         mixed += int(((targets > 0).sum(1) == 2).sum())
@@ -124,7 +125,8 @@ def test_cutmix_targets_are_the_share_of_pixels() -> None:
     labels = torch.tensor([1, 2])
     np.random.seed(0)
     for _ in range(10):
-        images, targets = fitted._mixed(labels.float().view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), labels)
+        assert fitted.update.mixing is not None
+        images, targets = fitted.update.mixing(labels.float().view(2, 1, 1, 1).expand(2, 1, 8, 8).clone(), labels)
         assert float((images[0] == 1).float().mean()) == pytest.approx(float(targets[0, 1]))
         assert float((images[0] == 2).float().mean()) == pytest.approx(float(targets[0, 2]))
 

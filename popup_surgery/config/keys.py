@@ -1,0 +1,111 @@
+"""What a recipe key says of itself, and the fingerprint of a recipe, which follows from that."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+# The keys of version 0.1.0. They are in every fingerprint; a key that came later is, where it differs from its default.
+FIRST_KEYS = frozenset(
+    f"{section}.{name}".removeprefix(".")
+    for section, names in {
+        "": "model surgery lottery_ticket data training",
+        "model": "name pretrained init_from kwargs",
+        "surgery": "learner learner_options k scheme scaled seed scope include exclude others norm",
+        "lottery_ticket": "k rounds rewind_epoch",
+        "data": "name root download train_split val_split max_train max_validation batch_size input_size mean std "
+        "in_memory pad hflip scale ratio color_jitter auto_augment re_prob crop_pct interpolation workers on_error",
+        "training": "epochs optimizer optimizer_kwargs lr momentum nesterov weight_decay schedule schedule_kwargs "
+        "schedule_per warmup_epochs label_smoothing mixup cutmix mixup_prob mixup_switch_prob mixup_mode accumulate "
+        "clip_norm checkpoint_minutes precision compile channels_last sync_batchnorm deterministic trackers seed",
+    }.items()
+    for name in names.split()
+)
+
+_S = TypeVar("_S", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a recipe key says of itself, beside its type: `Annotated[int, Key(affects_result=False)]`.
+
+    Attributes:
+        affects_result: False where no result depends on it, or only the images that cannot be read do. Such a key may
+            differ on resume.
+        affects_speed: False where a step takes the same time whatever its value.
+        first_default: the default that the key came with, to be stated once it has another one.
+    """
+
+    affects_result: bool = True
+    affects_speed: bool = True
+    first_default: Any = ...
+
+    @classmethod
+    def of(cls, field: FieldInfo) -> "Key":
+        """What a field says, with its first default."""
+        key = next((each for each in field.metadata if isinstance(each, cls)), cls())
+        return replace(key, first_default=field.get_default()) if key.first_default is ... else key
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A key, its path such as `training.lr`, and its value in a recipe."""
+
+    path: str
+    key: Key
+    value: Any
+
+
+def select(section: BaseModel, wanted: Callable[[Setting], bool], prefix: str = "") -> dict[str, Any]:
+    """Plain values of a section's keys, and of those of sections in it, as far as they are `wanted`."""
+    plain, found = section.model_dump(), {}
+    for name, field in type(section).model_fields.items():
+        path, inner = prefix + name, getattr(section, name)
+        value = select(inner, wanted, f"{path}.") if isinstance(inner, BaseModel) else plain[name]
+        if wanted(Setting(path, Key.of(field), value)):
+            found[name] = value
+    return found
+
+
+def as_recorded(section: _S) -> _S:
+    """A section as a run's record has it: keys that came after the record was written have their first default."""
+    values = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name) if name in section.model_fields_set else Key.of(field).first_default
+        values[name] = as_recorded(value) if isinstance(value, BaseModel) else value
+    return section.model_copy(update=values)
+
+
+def fingerprint(recipe: BaseModel) -> str:
+    """A hash of all that a run's result depends on: equal for recipes that a run may resume with."""
+    values = {}
+    for section, inner in select(recipe, _in_fingerprint).items():
+        for key, value in inner.items() if inner and isinstance(inner, dict) else [("", inner)]:
+            values[f"{section}.{key}"] = value
+    return hashlib.sha256(comparable(sorted(values.items())).encode()).hexdigest()
+
+
+def _in_fingerprint(setting: Setting) -> bool:
+    first = setting.key.first_default
+    # of a section nothing is left where all its keys have their defaults
+    default = {} if isinstance(first, BaseModel) else first
+    return setting.key.affects_result and (
+        setting.path in FIRST_KEYS or comparable(setting.value) != comparable(default)
+    )
+
+
+def comparable(values: Any) -> str:
+    """Text that is equal for equal values: 1.0 is 1, and the order counts, since the last pattern of a k does."""
+    text = json.dumps(values, default=str)
+    return json.dumps(json.loads(text, parse_float=lambda digits: int(x) if (x := float(digits)).is_integer() else x))
+
+
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested values by keys such as `training.lr`."""
+    if not isinstance(values, dict):
+        return {prefix.removesuffix("."): values}
+    return {key: value for name, inner in values.items() for key, value in flat(inner, f"{prefix}{name}.").items()}

@@ -1,0 +1,41 @@
+"""How the masks of a run have changed."""
+
+from collections.abc import Mapping
+
+import numpy as np
+from torch import Tensor
+
+from ..codecs import bitpack
+from ..codecs.bitpack import ones
+from .metrics import LayerMask
+
+Packed = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+def packed(masks: Mapping[str, Tensor]) -> dict[str, Packed]:
+    """Masks by name, one bit a weight."""
+    return {key: bitpack.pack(mask.cpu().numpy()) for key, mask in masks.items()}
+
+
+class MaskHistory:
+    """The masks of a run, one bit a weight: `initial` ones, those `before` the last epoch, and the `latest`."""
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        self.numel = {key: mask.numel() for key, mask in masks.items()}
+        self.initial = self.before = self.latest = packed(masks)
+
+    def add(self, masks: Mapping[str, Tensor]) -> float:
+        """Note the masks at the end of an epoch. The share of bits that are other than before it."""
+        self.before, self.latest = self.latest, packed(masks)
+        changed = sum(ones(mask ^ self.before[key]) for key, mask in self.latest.items())
+        return changed / max(sum(self.numel.values()), 1)
+
+    def layers(self) -> list[LayerMask]:
+        """The latest mask of each weight."""
+        return [
+            LayerMask(
+                key, ones(mask) / self.numel[key], ones(mask ^ self.before[key]) / self.numel[key],
+                ones(mask & self.initial[key]) / max(ones(mask), 1),
+            )
+            for key, mask in self.latest.items()
+        ]  # fmt: skip

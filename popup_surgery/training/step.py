@@ -1,0 +1,115 @@
+"""One step of the optimiser."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ..config.schema import Training
+from ..data.batches import ProcessShard, TrainBatch
+from ..errors import RunError
+from .mixing import Mixing
+
+
+class OptimizerStep:
+    """One step of the optimiser, over the pieces of a batch that fall to this process.
+
+    Args:
+        classes: how many the data set has; 0 where it does not say.
+
+    Attributes:
+        parameters: what it changes, whatever of the model requires a gradient.
+        model, optimizer: as Accelerate runs them.
+        sums: loss, right answers and images since they were set to 0.
+        not_finite: the first step whose loss was not finite, -1 where each was. A tensor, so that no step waits for it.
+    """
+
+    def __init__(
+        self, model: nn.Module, training: Training, accelerator: Accelerator, part: ProcessShard, classes: int
+    ) -> None:
+        self.training, self.accelerator, self.part = training, accelerator, part
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = _optimizer(self.parameters or [nn.Parameter(torch.empty(0))], training)
+        self.mixing = Mixing(training, classes) if training.mixup or training.cutmix else None
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
+        self.model, self.optimizer = self._prepared(model, optimizer)
+        if training.compile:
+            self.model.compile(mode=None if training.compile is True else training.compile)
+        self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
+        self.not_finite = torch.tensor(-1, device=accelerator.device)
+
+    def _prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        from timm.layers import convert_sync_batchnorm
+
+        if self.training.sync_batchnorm and self.part.processes > 1:
+            model = convert_sync_batchnorm(model)
+        if self.training.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if not self.parameters:  # nothing that processes would exchange, which DDP refuses
+            return model.to(self.accelerator.device), self.accelerator.prepare(optimizer)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than 2.11
+            return self.accelerator.prepare(model, optimizer)
+
+    def __call__(self, pieces: Iterator[TrainBatch], number: int, rate: Callable[[], float]) -> bool:
+        """Take a step, the run's `number`-th from 0, at a `rate` that is asked once there is a batch.
+
+        Returns False, and takes none, where there are no more batches.
+        """
+        for piece in range(self.part.accumulate):
+            images, labels, weight = next(pieces, (None, None, 0.0))
+            if images is None or labels is None:
+                return False
+            if piece == 0:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate()
+                self.optimizer.zero_grad()
+            last = piece == self.part.accumulate - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss, logits = self._backward(images, labels, weight)
+            self._count(loss, logits, labels, len(labels) if weight else 0, number)
+        if self.training.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.training.clip_norm)
+        if self.parameters:
+            self.optimizer.step()
+        return True
+
+    def _backward(self, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+        """The loss and the logits of a piece, which is a share `weight` of its batch, once its gradients are added."""
+        targets = labels
+        if self.mixing is not None:
+            images, targets = self.mixing(images, labels)
+        if self.training.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        with self.accelerator.autocast():
+            logits = self.model(images)
+            loss = self.criterion(logits.float(), targets)
+        # processes average their gradients; the weights sum to 1 over all pieces
+        if self.parameters:
+            self.accelerator.backward(loss * (weight * self.part.processes))
+        return loss.detach(), logits.detach()
+
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, count: int, number: int) -> None:
+        right = (logits.argmax(1) == labels).sum()
+        self.sums += torch.stack([loss * count, right * bool(count), torch.full_like(right, count)])
+        self.not_finite = torch.where((self.not_finite < 0) & ~loss.isfinite(), number, self.not_finite)
+
+
+def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    from timm.optim import create_optimizer_v2
+
+    options = training.optimizer_kwargs.copy()
+    if training.optimizer in ("sgd", "momentum"):
+        options["nesterov"] = training.nesterov
+    try:
+        return create_optimizer_v2(
+            parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
+        )
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"training.optimizer {training.optimizer} does not take {training.optimizer_kwargs}: {error}"
+        ) from error

@@ -1,0 +1,84 @@
+"""The state of a trainer, as a checkpoint keeps it."""
+
+import logging
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import TRAIN
+from .checkpoint import Checkpoint, pack, unpack
+from .metrics import Epoch
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+log = logging.getLogger("popup_surgery")
+
+
+def learned(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: parameters that require a gradient, and persistent buffers."""
+    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}
+    entries: dict[str, Tensor] = model.state_dict(keep_vars=True)
+    return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
+
+
+def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkpoint:
+    """The state of a trainer; `sums` and `skipped` are those of all processes."""
+    tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in learned(trainer.core).items()}
+    tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in trainer.mask_history.latest.items()}
+    scaler = trainer.accelerator.scaler
+    return Checkpoint(
+        tensors,
+        {
+            "step": trainer.step,
+            "batch": trainer.batch,
+            "seconds": trainer.seconds,
+            "sums": sums,
+            "images": trainer.data.counts[TRAIN],
+            "skipped": skipped,
+            "history": [asdict(epoch) for epoch in trainer.history],
+            "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", tensors),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "processes": trainer.part.processes,
+        },
+    )
+
+
+def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+    """Give a trainer the state of a checkpoint."""
+    state, tensors, accelerator = checkpoint.state, checkpoint.tensors, trainer.accelerator
+    if accelerator.is_main_process:
+        _warn_of_differences(trainer, checkpoint)
+    with torch.no_grad():
+        for key, tensor in learned(trainer.core).items():
+            tensor.copy_(tensors[f"model.{key}"])
+    trainer.optimizer.load_state_dict(unpack(state["optimizer"], tensors))
+    if accelerator.scaler is not None and state["scaler"] is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    trainer.history = [Epoch(**epoch) for epoch in state["history"]]
+    trainer.step = trainer.checkpoint_step = state["step"]
+    trainer.batch, trainer.seconds = state["batch"], state["seconds"]
+    if accelerator.is_main_process:  # the others' part of the sums is in it
+        trainer.update.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        trainer.data.skipped = state["skipped"]
+    history = trainer.mask_history
+    history.latest = {key: tensors[f"before.{key}"].numpy() for key in history.latest}
+
+
+def _warn_of_differences(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+    processes, images = checkpoint.state["processes"], checkpoint.state["images"]
+    if processes != trainer.part.processes:
+        log.warning(
+            "the checkpoint was taken by %d processes and goes on with %d: what is random in a network, and the "
+            "statistics of batch norms, differ from here",
+            processes,
+            trainer.part.processes,
+        )
+    if images != trainer.data.counts[TRAIN]:
+        log.warning(
+            "the checkpoint was taken with %s training images and goes on with %s: their order differs from here",
+            images,
+            trainer.data.counts[TRAIN],
+        )
