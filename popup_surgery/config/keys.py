@@ -48,7 +48,9 @@ class Key:
     def of(cls, field: FieldInfo) -> "Key":
         """What a field says, with its first default."""
         key = next((each for each in field.metadata if isinstance(each, cls)), cls())
-        return replace(key, first_default=field.get_default()) if key.first_default is ... else key
+        if key.first_default is not ...:
+            return key
+        return replace(key, first_default=field.get_default(call_default_factory=True))
 
 
 @dataclass(frozen=True)
@@ -60,15 +62,20 @@ class Setting:
     value: Any
 
 
-def select(section: BaseModel, wanted: Callable[[Setting], bool], prefix: str = "") -> dict[str, Any]:
+def select(section: BaseModel, wanted: Callable[[Setting], bool]) -> dict[str, Any]:
     """Plain values of a section's keys, and of those of sections in it, as far as they are `wanted`."""
-    plain, found = section.model_dump(), {}
+    return _select(section, section.model_dump(), wanted, "")
+
+
+def _select(section: BaseModel, plain: dict[str, Any], wanted: Callable[[Setting], bool], at: str) -> dict[str, Any]:
+    selected = {}
     for name, field in type(section).model_fields.items():
-        path, inner = prefix + name, getattr(section, name)
-        value = select(inner, wanted, f"{path}.") if isinstance(inner, BaseModel) else plain[name]
-        if wanted(Setting(path, Key.of(field), value)):
-            found[name] = value
-    return found
+        inner, value = getattr(section, name), plain[name]
+        if isinstance(inner, BaseModel):
+            value = _select(inner, value, wanted, f"{at}{name}.")
+        if wanted(Setting(at + name, Key.of(field), value)):
+            selected[name] = value
+    return selected
 
 
 def as_recorded(section: _S) -> _S:
