@@ -209,7 +209,7 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
         )
     mask = slot.ranking.mask(slot.index)
     packed = pack(mask.cpu().numpy())
-    kept, std = ones(packed), slot.std * slot.ranking.learner.factor(mask)
+    kept, std = ones(packed), slot.std * slot.ranking.learner.scale(weight, mask)
     k = kept / weight.numel() if slot.k is None else float(slot.k)
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]

@@ -1,7 +1,8 @@
 """What a learner is, and the product of a weight and its mask that all of them share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,26 @@ from ..deprecated import link_methods
 from ..selection import Selection
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class TrainedWeight:
+    """One masked weight of a network in training, as `after_step` gets it.
+
+    Attributes:
+        name: its stream name.
+        weight, score: its parameters. What is written into them is what the next step reads.
+        mask: gives the mask that the network shows now, and ranks the scores for it if they have changed.
+        distribution, std, seed: what its values were drawn from; the distribution is `base` where they are pretrained.
+    """
+
+    name: str
+    weight: Tensor
+    score: Tensor
+    mask: Callable[[], Tensor]
+    distribution: str
+    std: float
+    seed: int
 
 
 class Learner(ABC):
@@ -27,7 +48,8 @@ class Learner(ABC):
         samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `describe_sample` says.
         learns_weights: the scores are the weights that the network computes with, so that no file of a seed and a mask
             can hold them.
-        rescale: `effective` multiplies what is kept by `factor`; a file holds weights drawn that much wider.
+        rescale: `effective` multiplies what is kept by `scale`; a file holds weights drawn that much wider.
+        redraws: `after_step` changes the weights, so that checkpoints hold them too.
     """
 
     takes_k: bool = True
@@ -35,6 +57,7 @@ class Learner(ABC):
     samples: bool = False
     learns_weights: bool = False
     rescale: bool = False
+    redraws: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -87,9 +110,36 @@ class Learner(ABC):
         moved = size.copysign(flat).split([score.numel() for score in scores])
         return [part.view(score.shape) for part, score in zip(moved, scores, strict=True)]
 
+    def kept_at(self, progress: float, kept: int) -> int:
+        """How many weights of a ranking group take part at a point of the training: by default `kept` all along.
+
+        Args:
+            progress: the share of the training that is done, 0 before its first step. At 1 the answer must be `kept`,
+                which also holds outside a training.
+            kept: what k gives. A larger answer than there are weights stands for all of them.
+        """
+        return kept
+
+    def scale(self, weight: Tensor, mask: Tensor) -> float:
+        """The factor of a layer's kept weights in `effective`, where the learner sets `rescale`; else 1.
+
+        Args:
+            weight, mask: the layer's raw weight, and the mask that is shown.
+        """
+        return self.factor(mask)
+
     def factor(self, mask: Tensor) -> float:
-        """n / Σm for the mask m of n weights where the learner rescales, else 1."""
+        """The `scale` that depends on the mask alone: n / Σm for n weights where the learner rescales, else 1."""
         return mask.numel() / max(int(mask.sum()), 1) if self.rescale else 1.0
+
+    def after_step(self, weights: Sequence[TrainedWeight], seed: int, step: int) -> None:  # noqa: B027
+        """Called by the training loop after each step of the optimiser, in every process, without gradients.
+
+        Args:
+            weights: all masked weights of the network that this learner serves.
+            seed: the run's. What is drawn here must depend on `seed`, `step` and `weights` alone.
+            step: how many steps the run has made, those before a resume included.
+        """
 
     def describe_sample(self) -> str:
         """Which of its networks `masks`, `bake` and `save` take, for people."""

@@ -28,6 +28,7 @@ from ..learners import sampled
 from ..masking.bake import bake, masks
 from .checkpoint import Checkpoint, file_of, pack, unpack
 from .evaluation import right_answers
+from .hooks import LearnerHooks
 from .metrics import Epoch, LayerMask
 
 log = logging.getLogger("popup_surgery")
@@ -96,6 +97,8 @@ class Trainer:
         self.seconds = 0.0  # spent on the epoch before the run was gone on with
         self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)  # loss, right answers, images
         self.wrong = torch.tensor(-1, device=accelerator.device)  # the first step whose loss was not finite
+        self.hooks = LearnerHooks(model, training.seed)
+        self.hooks.at(0.0)
         self.numel = {key: mask.numel() for key, mask in self.masks().items()}
         self.initial = self.before = self.found = self._packed()  # masks at the start, an epoch ago, and now
         self.told_of_skipped = False
@@ -124,6 +127,7 @@ class Trainer:
             DataError: an image cannot be read; a worker process of the loader died.
             Stopped: `stop` was true.
         """
+        self.hooks.at(self._progress())
         while self.epoch < self.epochs:
             if not self.batch:
                 self._begin_epoch()
@@ -140,6 +144,11 @@ class Trainer:
     def _scheduled(self) -> int:
         """The epoch whose rate holds now."""
         return self.epoch
+
+    def _progress(self) -> float:
+        """The share of the run that is done, 0 … 1; of whole epochs where it is not known how many steps one has."""
+        steps = self.data.steps()
+        return (self.epoch + (min(self.batch / steps, 1.0) if steps else 0.0)) / self.epochs
 
     def _train_epoch(self, keep: Callable[[int, Checkpoint], None], stop: Callable[[], bool]) -> None:
         training, steps = self.training, self.data.steps()
@@ -202,6 +211,7 @@ class Trainer:
             self.optimizer.step()
         self.batch += 1
         self.step += 1
+        self.hooks.step_done(self._progress(), self.step)
         return True
 
     def _hold_zeros(self, kept: Mapping[str, Tensor]) -> None:
@@ -270,6 +280,7 @@ class Trainer:
         ]  # fmt: skip
 
     def _end_epoch(self, after_epoch: Callable[[Epoch], None]) -> None:
+        self.hooks.at((self.epoch + 1) / self.epochs)
         self._check_finite()
         loss, right, seen = self.accelerator.reduce(self.sums, "sum").tolist()
         self._share_statistics()
@@ -404,8 +415,9 @@ class Trainer:
         self.found = {key: checkpoint.tensors[f"before.{key}"].numpy() for key in self.found}
 
     def _learnt(self) -> dict[str, Tensor]:
-        """What training changes: parameters that require a gradient, and persistent buffers."""
+        """What training changes: parameters that require a gradient, weights that are redrawn, persistent buffers."""
         frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
+        frozen -= self.hooks.redrawn()
         entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
 
