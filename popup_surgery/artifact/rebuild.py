@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..codecs.bitpack import unpack
 from ..weights.fill import pieces_of
+from ..weights.source import source_of
 from ..weights.streams import BITS, CHUNK, draw, words
 from .container import DTYPES
 from .manifest import TensorSpec
@@ -29,11 +30,7 @@ def effective_pieces(
     if entry.distribution == "signed_constant":
         yield from _signed_pieces(entry, seed, mask)
         return
-    weights = (
-        draw(entry.distribution, entry.numel, entry.std, seed, "weight", entry.stream)
-        if base is None
-        else (piece.float().numpy() for piece in pieces_of(base))
-    )
+    weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base)
     for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
         yield (piece.view(np.uint32) & bits).view(np.float32)  # bit by bit, so that no −0.0 comes out
 
