@@ -37,6 +37,9 @@ def effective_pieces(
 
 def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
     """As `effective_pieces`: half a byte of signs and half a byte of the mask give four weights at once."""
+    # Row 16 · mask + signs of `four` has the four weights for these half bytes, lowest bit first. A mask's byte 0x63
+    # and the signs' byte 0xA6 give the rows 0x36 and 0x6A. Of 0x36 the mask 3 is 1 1 0 0 and the signs 6 are − + + −:
+    # −std +std 0 0. Of 0x6A the mask 6 is 0 1 1 0 and the signs A are − + − +: 0 +std −std 0.
     signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
     four = np.where(kept, np.where(signs, np.float32(entry.std), np.float32(-entry.std)), np.float32(0))
     generator = words(seed, "weight", entry.stream)
