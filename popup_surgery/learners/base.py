@@ -46,10 +46,10 @@ class Learner(ABC):
         takes_k: a share of weights that is kept is asked for; else the scores alone decide how many take part.
         trains: the scores are to be trained; else they stay as they were drawn.
         samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `describe_sample` says.
-        learns_weights: the scores are the weights that the network computes with, so that no file of a seed and a mask
-            can hold them.
+        learns_weights: the network computes with other weights than the seed's, such as scores that are weights, so
+            that no file of a seed and a mask can hold them.
         rescale: `effective` multiplies what is kept by `scale`; a file holds weights drawn that much wider.
-        redraws: `after_step` changes the weights, so that checkpoints hold them too.
+        redraws: `after_step` changes the weights, so that checkpoints hold them too; needs `learns_weights`.
     """
 
     takes_k: bool = True

@@ -18,6 +18,7 @@ from popup_surgery import bake, build, convert, inspect, load, masks, save, trai
 from popup_surgery.config import Recipe
 from popup_surgery.data.batches import TRAIN, quiet
 from popup_surgery.data.open import open_data
+from popup_surgery.deprecated import METHODS
 from popup_surgery.errors import Stopped
 from popup_surgery.learners import LEARNERS, EdgePopup, Learner, get_learner, register_learner
 from popup_surgery.learners.base import TrainedWeight, masked
@@ -280,6 +281,15 @@ def test_weights_that_were_redrawn_are_there_after_a_resume(registered: None, af
     assert result.file.read_bytes() == through.file.read_bytes()
 
 
+def test_a_learner_that_redraws_must_say_that_no_file_holds_its_weights() -> None:
+    class Half(EdgePopup):
+        redraws = True
+
+    with pytest.raises(ValueError, match=r"'half' redraws weights, .* set learns_weights too"):
+        register_learner("half", Half())
+    assert "half" not in LEARNERS
+
+
 # scale
 
 
@@ -303,6 +313,19 @@ def test_a_factor_of_the_mask_alone_is_a_scale() -> None:
 
     assert Old().scale(torch.ones(3), torch.ones(3, dtype=torch.bool)) == 2.0
     assert LEARNERS["supermask"].scale(torch.ones(3), torch.tensor([True, False, False])) == 1.0
+
+
+# what is documented
+
+
+def test_the_imports_that_the_docs_give_for_a_learner() -> None:
+    page = (PACKAGE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert {"Learner", "Selection", "TrainedWeight", "noise", "masked", "register_learner", "draw"} <= names.keys()
+    hooks = [name for name in vars(Learner) if not name.startswith("_") and callable(getattr(Learner, name))]
+    old = METHODS.keys()
+    assert not [name for name in hooks if name not in old and f"`{name}(" not in page]
 
 
 # who asks
