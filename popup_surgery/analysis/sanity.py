@@ -20,9 +20,7 @@ from ..experiment.evaluate import data_of
 from ..experiment.setup import open_for
 from ..plots import Group
 from ..training.evaluation import accuracy_of
-from ..weights import BASE
-from ..weights.fill import fill
-from ..weights.streams import draw
+from ..weights.source import source_of
 
 VALUES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # as in "Weight Agnostic Neural Networks", NeurIPS 2019
 BATCHES = 100  # of training images, for new statistics
@@ -139,7 +137,7 @@ def sanity(
 
 def _changes(manifest: Manifest, repeats: int, values: Sequence[float]) -> list[tuple[str, float | None]]:
     """What is measured, in order: each change and its value."""
-    drawn = any(entry.distribution != BASE for entry in manifest.masked)
+    drawn = any(source_of(entry.distribution).drawn for entry in manifest.masked)
     changes: list[tuple[str, float | None]] = [(AS_IT_IS, None)]
     changes += [(SEEDS, (manifest.seed + 1 + i) % 2**64) for i in range(repeats if drawn else 0)]
     changes += [*((SHUFFLED, i) for i in range(repeats)), (INVERTED, None), *((SHARED, float(v)) for v in values)]
@@ -159,9 +157,9 @@ class _Parts:
         """Fill the network with its weights and masks as they are after one change."""
         for place, entry in enumerate(self.masked):
             weight, mask = self.first[entry.name], self.masks[entry.name]
-            if change == SEEDS and entry.distribution != BASE:
-                pieces = draw(entry.distribution, entry.numel, entry.std, int(value or 0), "weight", entry.stream)
-                weight = fill(torch.empty_like(weight), pieces)
+            if change == SEEDS and (source := source_of(entry.distribution)).drawn:
+                weight = torch.empty_like(weight)
+                source.fill(weight, entry.std, int(value or 0), entry.stream)
             elif change == SHUFFLED:
                 order = torch.from_numpy(np.random.default_rng([int(value or 0), place]).permutation(mask.numel()))
                 mask = mask.view(-1)[order.to(mask.device)].view(mask.shape)

@@ -9,7 +9,7 @@ from ..errors import ArtifactError, ConversionError, PopupError
 from ..masking.walk import unwrap
 from ..models.architecture import Base
 from ..models.pretrained import check_tag, read_weights
-from ..weights import BASE
+from ..weights.source import source_of
 from .container import DTYPES
 from .manifest import Manifest
 from .rebuild import values_digest
@@ -45,7 +45,7 @@ def base_weights(manifest: Manifest, core: nn.Module | None, base: nn.Module | s
         source = unwrap(holder).state_dict(keep_vars=True)
     found = {}
     for entry in manifest.masked:
-        if entry.distribution == BASE:
+        if source_of(entry.distribution).in_base:
             tensor = source.get(entry.name)
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape or tensor.is_meta:
                 has = f"{tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "nothing"

@@ -12,7 +12,7 @@ import torch
 from ..codecs import CODECS
 from ..errors import ArtifactError
 from ..models.architecture import Architecture, Base
-from ..weights import BASE
+from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
 from .strict_json import canonical, parse
@@ -55,9 +55,7 @@ class TensorSpec:
             "shape": list(self.shape),
             "dtype": self.dtype,
         }
-        entry |= {"distribution": self.distribution, **self.note}
-        if self.distribution != BASE:
-            entry["std"] = self.std
+        entry |= {"distribution": self.distribution, **self.note, **source_of(self.distribution).record(self.std)}
         return entry if self.kept is None else entry | {"kept": self.kept, "encoding": self.encoding}
 
 
@@ -278,11 +276,13 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         get(
             "encoding", f"one of {', '.join(CODECS)}, the encodings that this reader knows", lambda v: _known(v, CODECS)
         )
-    distributions = [*DISTRIBUTIONS, BASE] if masked else [*DISTRIBUTIONS]
-    distribution = get("distribution", f"one of {', '.join(distributions)}", lambda v: _known(v, distributions))
-    if distribution == BASE and "std" in entry:
-        raise ArtifactError(f"{where}.std is {_short(entry['std'])}; expected none, as the distribution is {BASE!r}")
-    std = 0.0 if distribution == BASE else get("std", "a float above 0 that float32 can hold", _standard_deviation)
+    words = distributions() if masked else [*DISTRIBUTIONS]
+    distribution = get("distribution", f"one of {', '.join(words)}", lambda v: _known(v, words))
+    drawn = source_of(distribution).drawn
+    if not drawn and "std" in entry:
+        what = f"{where}.std is {_short(entry['std'])}"
+        raise ArtifactError(f"{what}; expected none, as the distribution is {distribution!r}")
+    std = get("std", "a float above 0 that float32 can hold", _standard_deviation) if drawn else 0.0
     return TensorSpec(
         name=name,
         stream=get("stream", "a string", _string),
@@ -342,9 +342,10 @@ def _base(entry: Any) -> Base:
 
 
 def _check_names(manifest: Manifest) -> None:
-    based = [entry.name for entry in manifest.masked if entry.distribution == BASE]
+    based = [entry for entry in manifest.masked if source_of(entry.distribution).in_base]
     if based and manifest.base is None:
-        raise ArtifactError(f"{based[0]!r} has the distribution {BASE!r}, and the manifest has no base")
+        first = based[0]
+        raise ArtifactError(f"{first.name!r} has the distribution {first.distribution!r}, and the manifest has no base")
     if manifest.base is not None and not based:
         raise ArtifactError("the manifest has a base, and no masked tensor is of it")
     names = [entry.name for entry in (*manifest.masked, *manifest.generated)]

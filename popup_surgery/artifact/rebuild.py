@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..codecs.bitpack import unpack
 from ..weights.fill import pieces_of
+from ..weights.source import source_of
 from ..weights.streams import BITS, CHUNK, draw, words
 from .container import DTYPES
 from .manifest import TensorSpec
@@ -29,17 +30,16 @@ def effective_pieces(
     if entry.distribution == "signed_constant":
         yield from _signed_pieces(entry, seed, mask)
         return
-    weights = (
-        draw(entry.distribution, entry.numel, entry.std, seed, "weight", entry.stream)
-        if base is None
-        else (piece.float().numpy() for piece in pieces_of(base))
-    )
+    weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base)
     for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
         yield (piece.view(np.uint32) & bits).view(np.float32)  # bit by bit, so that no −0.0 comes out
 
 
 def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
     """As `effective_pieces`: half a byte of signs and half a byte of the mask give four weights at once."""
+    # Row 16 · mask + signs of `four` has the four weights for these half bytes, lowest bit first. A mask's byte 0x63
+    # and the signs' byte 0xA6 give the rows 0x36 and 0x6A. Of 0x36 the mask 3 is 1 1 0 0 and the signs 6 are − + + −:
+    # −std +std 0 0. Of 0x6A the mask 6 is 0 1 1 0 and the signs A are − + − +: 0 +std −std 0.
     signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
     four = np.where(kept, np.where(signs, np.float32(entry.std), np.float32(-entry.std)), np.float32(0))
     generator = words(seed, "weight", entry.stream)

@@ -23,8 +23,8 @@ from ..masking.unmasked import GENERATED, Generated
 from ..masking.walk import unwrap
 from ..models.architecture import FRESH, PRETRAINED_BASE, Architecture, Base, check_kwargs, describe
 from ..models.build import build_meta
-from ..weights import BASE
 from ..weights.fill import equals, pieces_of
+from ..weights.source import source_of
 from ..weights.streams import draw
 from .container import DTYPE_NAMES, METADATA
 from .manifest import MANIFEST_LIMIT, Constant, Manifest, TensorSpec, read_manifest
@@ -93,7 +93,7 @@ def _describe(
     entries = core.state_dict(keep_vars=True)
     places = _sort(entries, slots, generated, seed)
     masked = [(replace(entry, encoding=codec.name), packed) for entry, packed in places.masked]
-    base = {entry.name: entries[entry.name] for entry, _ in masked if entry.distribution == BASE}
+    base = {entry.name: entries[entry.name] for entry, _ in masked if source_of(entry.distribution).in_base}
     manifest = Manifest(
         architecture=_architecture(
             core, {name: t.shape for name, t in entries.items() if slots.get(id(t), t) is not None}
@@ -209,7 +209,8 @@ def _base(core: nn.Module) -> Base:
     """Where the pretrained weights of a network came from, as far as it knows."""
     described = describe(core)
     base = core.__dict__.get(PRETRAINED_BASE) or Base(described.library, described.version, described.name, "")
-    kept = {name for name, module in core.named_modules() for s in slots_of(module).values() if s.distribution == BASE}
+    slots = ((name, slot) for name, module in core.named_modules() for slot in slots_of(module).values())
+    kept = {name for name, slot in slots if source_of(slot.distribution).in_base}
     return replace(base, tag="") if kept & set(core.__dict__.get(FRESH, ())) else base
 
 
@@ -227,20 +228,10 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
 
 
 def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorSpec, Packed]:
-    if slot.distribution == BASE and weight.dtype == torch.float64:
-        raise ArtifactError(
-            f"{name!r} is a pretrained weight of float64; cast the network to float32 before it is saved"
-        )
-    if slot.distribution != BASE and not equals(
-        weight, draw(slot.distribution, weight.numel(), slot.std, slot.seed, "weight", slot.stream)
-    ):
-        raise ArtifactError(
-            f"the weights of {name!r} are not those of seed {slot.seed} any more, so that no file could rebuild them; "
-            "they were loaded or changed after conversion"
-        )
+    source_of(slot.distribution).check(name, weight, slot.std, slot.seed, slot.stream)
     mask = slot.ranking.mask(slot.index)
     packed = pack(mask.cpu().numpy())
-    kept, std = ones(packed), slot.std * slot.ranking.learner.factor(mask)
+    kept, std = ones(packed), slot.std * slot.ranking.learner.scale(weight, mask)
     k = kept / weight.numel() if slot.k is None else float(slot.k)
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]

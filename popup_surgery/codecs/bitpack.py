@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ..weights.streams import BITS, CHUNK
 from .base import Bytes, Codec, Shape, register_codec
 
+# of each byte the eight words: 0x05 gives 0xFFFFFFFF 0 0xFFFFFFFF 0 0 0 0 0, to be and-ed with the bits of eight floats
 _ALL = np.where(BITS, np.uint32(0xFFFFFFFF), np.uint32(0))
 
 

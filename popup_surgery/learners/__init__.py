@@ -29,9 +29,11 @@ LEARNERS: dict[str, Learner] = {}
 
 
 def register_learner(name: str, learner: Learner) -> None:
-    """Make `learner` known as `name`; a name that is taken fails at once."""
+    """Make `learner` known as `name`; a name that is taken fails at once, and so do attributes that contradict."""
     if name in LEARNERS:
         raise ValueError(f"the learner {name!r} is registered already")
+    if learner.redraws and not learner.learns_weights:
+        raise ValueError(f"the learner {name!r} redraws weights, which no file of a seed holds: set learns_weights too")
     warn_of_methods(learner)
     LEARNERS[name] = learner
 

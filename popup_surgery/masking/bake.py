@@ -71,7 +71,7 @@ def rebuilt(module: nn.Module, name: str, slot: MaskedParam, mask: Tensor) -> Te
         return draw(slot.distribution, weight.numel(), std, slot.seed, "weight", slot.stream)
 
     weight = cast(Tensor, module._parameters[name]).detach()
-    factor = slot.ranking.learner.factor(mask)
+    factor = slot.ranking.learner.scale(weight, mask)
     if factor != 1 and equals(weight, drawn(slot.std)):  # else it was loaded, and there will be no file
         weight, factor = fill(torch.empty_like(weight), drawn(slot.std * factor)), 1.0
     weight = masked(weight, mask)

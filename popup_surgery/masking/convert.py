@@ -1,12 +1,9 @@
 """Turn a network into a hidden one: `convert` does what a plan says."""
 
 import logging
-from collections.abc import Iterator
 from typing import Unpack, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import ConversionError
@@ -15,8 +12,9 @@ from ..models.architecture import DESCRIPTION, Architecture
 from ..models.build import build, build_architecture, build_uninitialised
 from ..models.libraries import architecture_of
 from ..selection import kept_count
-from ..weights import BASE, is_pretrained
-from ..weights.fill import fill, pieces_of
+from ..weights import is_pretrained
+from ..weights.fill import fill
+from ..weights.source import source_of
 from ..weights.streams import check_seed, draw
 from .layer import masked_class, swap
 from .plan import Plan, PlannedWeight
@@ -94,7 +92,7 @@ def convert(
     _synchronise(model)
     if architecture is not None:
         core.__dict__[DESCRIPTION] = architecture
-    if drawn := sum(weight.distribution != BASE for weight in planned.masked):
+    if drawn := sum(source_of(weight.distribution).drawn for weight in planned.masked):
         seed = planned.settings["seed"]
         if drawn < len(planned.masked):
             level = logging.WARNING  # a head that was trained, perhaps
@@ -138,14 +136,14 @@ def _apply(core: nn.Module, planned: Plan) -> None:
     new_scores: dict[nn.Module, dict[str, nn.Parameter]] = {}
     for weight, score in zip(planned.masked, scores, strict=True):
         module, name = weight.owners[0]
-        if weight.distribution != BASE:
-            _draw(module, name, weight.distribution, weight.std, settings["seed"], "weight", weight.key)
+        source = source_of(weight.distribution)
+        source.fill(cast(Tensor, module._parameters[name]), weight.std, settings["seed"], weight.key)
         ranking = RankGroup(learner, weight.kept or 0)
         index = ranking.add(module, name, weight.key)
         for owner, held in weight.owners:
             cast(Tensor, owner._parameters[held]).requires_grad_(False)
             slots.setdefault(owner, {})[held] = MaskedParam(
-                weight.key, settings["seed"], weight.scheme, settings["scaled"] and weight.distribution != BASE,
+                weight.key, settings["seed"], weight.scheme, settings["scaled"] and source.drawn,
                 weight.k, weight.distribution, weight.std, weight.fan_in, ranking, index,
             )  # fmt: skip
             new_scores.setdefault(owner, {})[held] = score
@@ -166,7 +164,7 @@ def _apply(core: nn.Module, planned: Plan) -> None:
         elif other.treatment.action == "generated":
             _draw(module, name, "normal", value, settings["seed"], "other", other.key)
             module.__dict__.setdefault(GENERATED, {})[name] = Generated(other.key, settings["seed"], value)
-    pretrained = any(weight.distribution == BASE for weight in planned.masked)
+    pretrained = any(source_of(weight.distribution).in_base for weight in planned.masked)
     for module in core.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and CONVERTED not in module.__dict__ and not pretrained:
             module.reset_running_stats()
@@ -191,11 +189,7 @@ def _synchronise(model: nn.Module) -> None:
 def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Parameter:
     module, name = weight.owners[0]
     tensor = cast(Tensor, module._parameters[name])
-    values: Iterator[NDArray[np.float32]] = (
-        (piece.float().numpy() for piece in pieces_of(tensor))
-        if weight.distribution == BASE
-        else draw(weight.distribution, weight.numel, weight.std, seed, "weight", weight.key)
-    )
+    values = source_of(weight.distribution).values(weight.numel, weight.std, seed, weight.key, tensor)
     score = torch.empty_like(tensor, dtype=torch.float32, requires_grad=False)
     fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values))
     return nn.Parameter(score, requires_grad=learner.trains)

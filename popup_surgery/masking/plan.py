@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from ..weights import BASE
+from ..weights.source import source_of
 from .unmasked import UnmaskedRule
 
 
@@ -145,7 +145,9 @@ class Plan:
         settings, coverage = self.settings, self.coverage
         scheme = settings["scheme"]
         schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
-        if settings["scaled"] and (not self.masked or any(weight.distribution != BASE for weight in self.masked)):
+        if settings["scaled"] and (
+            not self.masked or any(source_of(weight.distribution).drawn for weight in self.masked)
+        ):
             schemes += ", scaled"
         before = f", {len(self.before)} masked before" if self.before else ""
         kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
@@ -167,7 +169,7 @@ class Plan:
         table = Table(*headings, box=None, header_style="")
         for weight in self.masked:
             shape = " × ".join(map(str, weight.shape))
-            std = "pretrained" if weight.distribution == BASE else f"{weight.std:.5g}"
+            std = source_of(weight.distribution).describe(weight.std)
             kept = "" if weight.kept is None else f"{weight.kept:,}"
             numbers = f"{weight.numel:,}", kept, f"{weight.fan_in:g}", std
             table.add_row(weight.key, weight.layer, shape, *numbers)

@@ -11,7 +11,8 @@ from ..learners import get_learner
 from ..models.architecture import FRESH, KWARGS
 from ..models.layer_types import Fans, layer_type_of
 from ..selection import kept_count
-from ..weights import BASE, PRETRAINED, get_scheme
+from ..weights import PRETRAINED
+from ..weights.source import source_of_scheme
 from .plan import Plan, PlannedRest, PlannedWeight
 from .ranking import score_name
 from .settings import DEFAULTS, Patterns, Settings, Shares, by_pattern, checked, own_copy
@@ -183,17 +184,16 @@ def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
         if kept == 0 and settings["scope"] == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
         scheme = _scheme(layer[0], schemes, fresh)
-        distribution, std, fan = BASE, 0.0, chosen[layer]
-        if scheme != PRETRAINED:
-            source = get_scheme(scheme)
-            distribution = source.distribution
-            std = source.std(fan.fan_in, fan.fan_out, share or 1.0, settings["scaled"])
-        elif get_learner(settings["learner"], settings["learner_options"]).rescale:
+        fan = chosen[layer]
+        source, std = source_of_scheme(scheme, fan.fan_in, fan.fan_out, share or 1.0, settings["scaled"])
+        if not source.drawn and get_learner(settings["learner"], settings["learner_options"]).rescale:
             raise ConversionError(
                 f"{settings['learner']}: rescale is True, and {key} is pretrained, which no file could hold rescaled"
             )
         cls, shape, held_by = type(module).__name__, tuple(tensor.shape), tuple((m, p) for _, m, p in held)
-        weights.append(PlannedWeight(key, cls, shape, share, kept, scheme, distribution, std, fan.fan_in, held_by))
+        weights.append(
+            PlannedWeight(key, cls, shape, share, kept, scheme, source.distribution, std, fan.fan_in, held_by)
+        )
     total = sum(weight.numel for weight in weights) + sum(before.values())
     if settings["scope"] == "global" and kept_count(total, shares["*"]) == 0:
         raise ConversionError(f"k={shares['*']!r} keeps none of the network's {total:,} weights")

@@ -19,7 +19,13 @@ class RankGroup:
 
     The mask is kept from one read to the next, and each read makes sure that it still is the scores' own: a tensor's
     version counter would not tell, because a fused optimiser and a write to `.data` leave it alone.
+
+    Attributes:
+        kept: how many of them take part, 0 where the learner takes no k.
+        kept_now: how many do at this point of a training, None where it is `kept`.
     """
+
+    kept_now: int | None = None  # on the class, for groups that were pickled before there was one
 
     def __init__(self, learner: Learner, kept: int) -> None:
         self.learner = learner
@@ -41,15 +47,25 @@ class RankGroup:
     def scores(self) -> list[Tensor]:
         return [parameter_of(module, score_name(name)) for module, name in self.members]
 
+    def at(self, progress: float) -> None:
+        """Keep as many as the learner says where this share of a training is done, 0 … 1."""
+        before, now = self._kept(), self.learner.kept_at(progress, self.kept)
+        self.kept_now = None if now == self.kept else min(now, sum(score.numel() for score in self.scores()))
+        if self._kept() != before:
+            self._selection = None
+
+    def _kept(self) -> int:
+        return self.kept if self.kept_now is None else self.kept_now
+
     def mask(self, index: int) -> Tensor:
         """The mask of member `index`: bool, of its weight's shape."""
-        scores = self.scores()
+        scores, kept = self.scores(), self._kept()
         if torch.compiler.is_compiling() or under_transform(scores):
-            return self.learner.select_traced([score.detach() for score in scores], self.kept, self.streams)[index]
+            return self.learner.select_traced([score.detach() for score in scores], kept, self.streams)[index]
         held = self._held is not None and all(a is b for a, b in zip(self._held, scores, strict=True))
         if self._selection is None or not self._selection.holds(scores, index if held else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
-                self._selection = self.learner.select(scores, self.kept, self.streams)
+                self._selection = self.learner.select(scores, kept, self.streams)
         return self._selection.masks[index]
 
     def hold_during_forward(self, root: nn.Module) -> None:

@@ -1,22 +1,16 @@
 """The one exact top-k by magnitude: which weights take part (paper, section 3; ties by the lower index).
 
-Magnitudes of float32 numbers order like their bit patterns without the sign, so everything here compares integers.
-On the CPU a sample brackets the threshold, one sweep over cache-sized pieces counts what lies above the bracket and
-collects what lies within, and only those few are partitioned (Floyd and Rivest, "Expected time bounds for selection",
-1975). On a GPU a radix select finds the threshold without the host knowing it.
+How, and by which backend, is in this folder's README.md.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .bits import MAGNITUDE, bits_of, in_pieces
-from .cpu import select_on_host
-from .gpu import select_on_device
+from .backend import backend_of
 
 
 def kept_count(n: int, k: float) -> int:
@@ -50,21 +44,8 @@ class Selection:
         """
         if len(scores) != len(self.masks):
             return False
-        start = 0
-        for i, (score, mask) in enumerate(zip(scores, self.masks, strict=True)):
-            if only not in (None, i):
-                start += mask.numel()
-                continue
-            if score.device.type != "cpu" or mask.device.type != "cpu" or score.shape != mask.shape:
-                return False
-            bits, kept = bits_of(score), mask.contiguous().view(-1).numpy()
-            ties = min(max(self.last + 1 - start, 0), len(bits))  # up to here a tie is kept, after it dropped
-            for part, threshold in ((slice(0, ties), self.threshold), (slice(ties, None), self.threshold + 1)):
-                for piece, known in zip(in_pieces(bits[part]), in_pieces(kept[part]), strict=True):
-                    if not np.array_equal((piece & MAGNITUDE) >= threshold, known):
-                        return False
-            start += len(bits)
-        return True
+        backend = backend_of([*scores, *self.masks])
+        return backend.holds((self.masks, self.threshold, self.last), scores, only)
 
 
 def select(scores: Sequence[Tensor], kept: int) -> Selection:
@@ -84,9 +65,7 @@ def select(scores: Sequence[Tensor], kept: int) -> Selection:
         raise ValueError(f"scores are ranked in float32, not {[str(score.dtype) for score in scores]}")
     if not 0 <= kept <= total:
         raise ValueError(f"kept is {kept}; expected 0 to {total}, the number of scores")
-    if all(score.device.type == "cpu" for score in scores):
-        return Selection(*select_on_host(scores, kept, total))
-    return Selection(tuple(select_on_device(scores, kept, total)), threshold=-1, last=-1)
+    return Selection(*backend_of(scores).select(scores, kept))
 
 
 @torch.library.custom_op("popup_surgery::select", mutates_args=())

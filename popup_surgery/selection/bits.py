@@ -1,4 +1,13 @@
-"""Magnitudes of float32 numbers as integers: their bit patterns without the sign order like they do."""
+"""Magnitudes of float32 numbers as integers: their bit patterns without the sign order like they do.
+
+number      bit pattern    without the sign
+0.5         0x3F000000     0x3F000000
+−1.0        0xBF800000     0x3F800000     larger than 0.5's
+1.0000001   0x3F800001     0x3F800001     the next magnitude, the next integer
+∞           0x7F800000     0x7F800000
+NaN         0x7FC00000     0x7FC00000     above ∞
+−0.0        0x80000000     0x00000000     a tie with 0.0
+"""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""The threshold on a GPU: a radix select in Triton, or PyTorch's top-k where Triton does not work."""
+"""The backend on a GPU: a radix select in Triton, or PyTorch's top-k where Triton does not work."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -13,8 +13,18 @@ log = logging.getLogger("popup_surgery")
 RADIX_LIMIT = 2**31 - 4096  # elements; the kernels count in int32
 
 
-def select_on_device(scores: Sequence[Tensor], kept: int, total: int) -> list[Tensor]:
-    """The masks of `scores`, without the host waiting for the device."""
+def select(scores: Sequence[Tensor], kept: int) -> tuple[tuple[Tensor, ...], int, int]:
+    """The masks of `scores`, without the host waiting for the device, and so without the threshold or the last tie."""
+    return tuple(_masks(scores, kept)), -1, -1
+
+
+def holds(found: tuple[tuple[Tensor, ...], int, int], scores: Sequence[Tensor], only: int | None) -> bool:
+    """Never: the answer would make the host wait for the device."""
+    return False
+
+
+def _masks(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    total = sum(score.numel() for score in scores)
     if kept in (0, total):
         return [torch.full_like(score, kept > 0, dtype=torch.bool) for score in scores]
     device = scores[0].device

@@ -16,6 +16,11 @@ BLOCK = 4096  # elements of one program
 WARPS = 8
 
 
+# What `_find` does, with the 2 largest of 2.0 = 0x40000000, 1.5 = 0x3FC00000, 1.0 = 0x3F800000 and 0.5 = 0x3F000000:
+# first digit   0x40 occurs once, 0x3F 3 times. `upward` is 1 at 0x40 and 4 from 0x3F down, so it reaches 2 in the 64
+#               bins 0x00 … 0x3F: the digit is 64 − 1 = 0x3F. Of its 3 magnitudes, 2 − (4 − 3) = 1 is still to be kept.
+# second digit  of those 3: 0xC0, 0x80 and 0x00, each once. `upward` reaches 1 from 0xC0 down: the digit is 0xC0.
+# the others    0x00 and 0x00. The threshold is 0x3FC00000 = 1.5; 1 magnitude is exactly that, and 1 is kept: no tie.
 @triton.jit
 def _find(counts, kept, DIGITS: tl.constexpr):
     """The first digits of the threshold, and how many of the magnitudes that begin with them are kept and exist."""

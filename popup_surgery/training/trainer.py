@@ -20,6 +20,7 @@ from . import trainer_state
 from .agreement import Agreement
 from .checkpoint import Checkpoint, file_of
 from .evaluation import right_answers
+from .hooks import LearnerHooks
 from .mask_history import MaskHistory
 from .metrics import Epoch, LayerMask
 from .step import OptimizerStep
@@ -68,6 +69,8 @@ class Trainer:
         self.history: list[Epoch] = []
         self.batch = self.step = self.checkpoint_step = 0
         self.seconds = 0.0
+        self.hooks = LearnerHooks(model, training.seed)
+        self.hooks.at(0.0)
         self.mask_history = MaskHistory(self.masks())
 
     @property
@@ -94,6 +97,7 @@ class Trainer:
             DataError: an image cannot be read; a worker process of the loader died.
             Stopped: `stop` was true.
         """
+        self.hooks.at(self._progress())
         while self.epoch < self.epochs:
             if not self.batch:
                 self._begin_epoch()
@@ -126,6 +130,11 @@ class Trainer:
         """The epoch whose rate holds now."""
         return self.epoch
 
+    def _progress(self) -> float:
+        """The share of the run that is done, 0 … 1; of whole epochs where it is not known how many steps one has."""
+        steps = self.data.steps()
+        return (self.epoch + (min(self.batch / steps, 1.0) if steps else 0.0)) / self.epochs
+
     def _train_epoch(self, save: Save, stop: Stop) -> None:
         self.model.train()
         began = saved = time.monotonic()
@@ -155,6 +164,7 @@ class Trainer:
                 return False
         self.batch += 1
         self.step += 1
+        self.hooks.step_done(self._progress(), self.step)
         return True
 
     def _rate(self, batch: int) -> float:
@@ -168,6 +178,7 @@ class Trainer:
         return self.rate(epoch + batch / steps, 1 / steps)
 
     def _end_epoch(self, after_epoch: AfterEpoch) -> None:
+        self.hooks.at((self.epoch + 1) / self.epochs)
         self._check_finite()
         loss, right, seen = self.agreement.total(self.update.sums).tolist()
         correct, images = self._validate()

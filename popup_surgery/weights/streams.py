@@ -75,6 +75,8 @@ def _pieces(numel: int, bits: int, values: Values, generator: np.random.Philox) 
 
 def _symmetric(bound: float) -> Values:
     def values(raw: Bytes, count: int) -> Floats:
+        # u is 0 … 2²⁴ − 1, and 2u + 1 − 2²⁴ an odd number: u = 0 gives −16,777,215 and so −bound · 0.99999994,
+        # u = 2²³ gives 1 and so bound · 0.00000006; no value is 0, and each has its negative
         u = raw.view("<u4")[:count] >> np.uint32(8)
         steps = (2 * u.astype(np.int32) + np.int32(1 - 2**24)).astype(np.float32)
         steps *= np.float32(2**-24)  # exact, so that the one rounding is the next product's
@@ -85,7 +87,8 @@ def _symmetric(bound: float) -> Values:
 
 
 def _signed_constant(std: float) -> Values:
-    eight = np.where(BITS, np.float32(std), np.float32(-std))  # a byte's elements at once
+    # a byte's elements at once: 0x05 has the bits 1 0 1 0 0 0 0 0, lowest first, which are + − + − − − − −
+    eight = np.where(BITS, np.float32(std), np.float32(-std))
     return lambda raw, count: np.take(eight, raw[: -(-count // 8)], axis=0).reshape(-1)[:count]
 
 

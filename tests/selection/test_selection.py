@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from popup_surgery import convert, selection
 from popup_surgery.selection import cpu, gpu, kept_count, select
+from popup_surgery.selection.backend import Backend, Found, backend_of
 from popup_surgery.selection.cpu import SAMPLE
-from popup_surgery.selection.gpu import select_on_device
 
 NAN, INF, TINY = math.nan, math.inf, 1.401298464324817e-45  # TINY is the least float32 above 0
 AWKWARD = [0.0, -0.0, TINY, -TINY, 1.17e-38, 1.0, -1.0, 1.0000001192092896, INF, -INF, NAN, -NAN, 3.4028234663852886e38]
@@ -118,7 +119,7 @@ def test_select_is_the_stable_sort(scores: list[Tensor], data: st.DataObject) ->
 def test_device_path_gives_the_host_path(scores: list[Tensor], data: st.DataObject) -> None:
     total = sum(score.numel() for score in scores)
     kept = data.draw(st.integers(0, total))
-    assert same(select_on_device(scores, kept, total), select(scores, kept).masks)
+    assert same(gpu.select(scores, kept)[0], select(scores, kept).masks)
 
 
 def test_nan_ranks_above_infinity_and_equal_magnitudes_by_index() -> None:
@@ -221,7 +222,7 @@ def test_a_sample_that_misleads_falls_back_to_the_exact_threshold(
 def test_device_path_on_a_large_array() -> None:
     score = (torch.randn(LARGE, generator=torch.Generator().manual_seed(5)) * 1000).round()
     for kept in (1, 90_000, 150_001, LARGE - 1):
-        assert torch.equal(select_on_device([score], kept, LARGE)[0], fast_reference(score, kept))
+        assert torch.equal(gpu.select([score], kept)[0][0], fast_reference(score, kept))
 
 
 def interpreted(values: np.ndarray, kept: int) -> np.ndarray:
@@ -325,6 +326,48 @@ def test_the_operator_passes_opcheck(kept: int) -> None:
     scores = [torch.randn(4, 4).t(), torch.randn(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)]
     torch.library.opcheck(torch.ops.popup_surgery.select.default, (scores, kept))
     assert same(torch.ops.popup_surgery.select(scores, kept), reference(scores, kept))
+
+
+# backends --------------------------------------------------------------------------------------------------------
+
+
+def test_a_backend_is_chosen_by_where_the_scores_are() -> None:
+    here, there = torch.ones(3), torch.ones(3, device="meta")
+    assert backend_of([here, here]) is cpu
+    assert backend_of([]) is cpu
+    assert backend_of([there]) is gpu
+    assert backend_of([here, there]) is gpu
+    assert select([there], 2).masks[0].is_meta
+    known = select([here], 2)
+    assert known.holds([here])
+    assert not known.holds([there])
+    assert not gpu.holds((known.masks, known.threshold, known.last), [here], None)
+
+
+@pytest.mark.parametrize(("scope", "calls"), [("layer", [[12], [20]]), ("global", [[12, 20]])])
+def test_a_group_asks_a_backend_once_for_the_masks_of_all_its_layers(
+    scope: Any, calls: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any object that has the two methods is a backend."""
+
+    class Counting:
+        def __init__(self) -> None:
+            self.asked: list[list[int]] = []
+
+        def select(self, scores: Sequence[Tensor], kept: int) -> Found:
+            self.asked.append([score.numel() for score in scores])
+            return cpu.select(scores, kept)
+
+        def holds(self, found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
+            return cpu.holds(found, scores, only)
+
+    backend = Counting()
+    chosen: Backend = backend
+    monkeypatch.setattr(selection, "backend_of", lambda tensors: chosen)
+    net = convert(nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 5)), 0.5, scope=scope)
+    for _ in range(2):
+        net(torch.ones(1, 3))
+    assert backend.asked == calls
 
 
 # CUDA ------------------------------------------------------------------------------------------------------------

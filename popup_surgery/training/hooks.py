@@ -1,0 +1,47 @@
+"""What the loop tells the learners of a network: how much of the training is done, and that a step was made."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..learners.base import Learner, TrainedWeight
+from ..masking.ranking import RankGroup, parameter_of, score_name
+from ..masking.walk import masked_weights
+
+
+class LearnerHooks:
+    """The learners of `core`, with the weights that each of them serves; none for a plain network.
+
+    Args:
+        seed: the run's, for `Learner.after_step`.
+    """
+
+    def __init__(self, core: nn.Module, seed: int) -> None:
+        self.seed = seed
+        self.groups: dict[int, RankGroup] = {}
+        self.weights: dict[int, tuple[Learner, list[TrainedWeight]]] = {}
+        for _, module, name, slot in masked_weights(core):
+            group, learner = slot.ranking, slot.ranking.learner
+            self.groups[id(group)] = group
+            weight, score = parameter_of(module, name), parameter_of(module, score_name(name))
+            mask: Callable[[], Tensor] = partial(group.mask, slot.index)
+            trained = TrainedWeight(slot.stream, weight, score, mask, slot.distribution, slot.std, slot.seed)
+            self.weights.setdefault(id(learner), (learner, []))[1].append(trained)
+
+    def at(self, progress: float) -> None:
+        """This share of the training is done, 0 … 1: what is read from here on keeps as many weights as that asks."""
+        for group in self.groups.values():
+            group.at(progress)
+
+    @torch.no_grad()
+    def step_done(self, progress: float, step: int) -> None:
+        """The optimiser has made the `step`-th step of the run."""
+        self.at(progress)
+        for learner, weights in self.weights.values():
+            learner.after_step(weights, self.seed, step)
+
+    def redrawn(self) -> set[int]:
+        """Identities of the weights that a learner changes although no gradient reaches them."""
+        return {id(one.weight) for learner, weights in self.weights.values() if learner.redraws for one in weights}
