@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..artifact import inspect, stored_masks
 from ..artifact.restore import load_unmasked
@@ -20,6 +19,7 @@ from ..errors import ConversionError
 from ..experiment.evaluate import data_of
 from ..experiment.setup import open_for
 from ..plots import Group
+from ..torch_compat import BatchNorm
 from ..training.evaluation import accuracy_of
 from ..weights import BASE
 from ..weights.fill import fill
@@ -118,7 +118,7 @@ def sanity(
         raise ConversionError(f"repeats is {repeats!r}; expected an integer from 1")
     data, manifest = data_of(path, data, data_dir), inspect(path)
     model = load_unmasked(path, base=base).to("cuda" if torch.cuda.is_available() else "cpu")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     batches = open_for(model, data, progress, train=bool(norms))
     weights = {entry.name: model.get_parameter(entry.name) for entry in manifest.masked}
     first = {name: weight.detach().clone() for name, weight in weights.items()}
@@ -159,7 +159,7 @@ def sanity(
 
 
 @contextmanager
-def _new_statistics(model: nn.Module, norms: list[_BatchNorm], batches: Batches) -> Iterator[None]:
+def _new_statistics(model: nn.Module, norms: list[BatchNorm], batches: Batches) -> Iterator[None]:
     """Within it the running statistics of `norms` are averages over training images."""
     before: list[tuple[float | None, dict[str, Tensor]]] = []
     for norm in norms:

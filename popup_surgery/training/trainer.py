@@ -26,6 +26,7 @@ from ..data.workers import worker_deaths
 from ..errors import RunError, Stopped
 from ..learners import sampled
 from ..masking.bake import bake, masks
+from ..torch_compat import BROADCAST_BUFFERS_DEPRECATED
 from .checkpoint import Checkpoint, file_of, pack, unpack
 from .evaluation import right_answers
 from .metrics import Epoch, LayerMask
@@ -80,7 +81,7 @@ class Trainer:
         if training.channels_last:
             model = model.to(memory_format=torch.channels_last)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than 2.11
+            warnings.filterwarnings("ignore", BROADCAST_BUFFERS_DEPRECATED)
             if self.parameters:
                 self.model, self.optimizer = accelerator.prepare(model, optimizer)
             else:  # nothing that processes would exchange, which DDP refuses
