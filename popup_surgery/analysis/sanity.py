@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..artifact import Artifact, Manifest
 from ..config.schema import Data
@@ -19,6 +18,7 @@ from ..errors import ConversionError
 from ..experiment.evaluate import data_of
 from ..experiment.setup import open_for
 from ..plots import Group
+from ..torch_compat import BatchNorm
 from ..training.evaluation import accuracy_of
 from ..weights.source import source_of
 
@@ -116,7 +116,7 @@ def sanity(
     artifact = Artifact.open(path)
     data, manifest = data_of(artifact, data, data_dir), artifact.manifest
     model = artifact.network(base=base, masked=False).to("cuda" if torch.cuda.is_available() else "cpu")
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     batches = open_for(model, data, progress, train=bool(norms))
     parts = _Parts(manifest, model, artifact.masks())
     changes = _changes(manifest, repeats, values)
@@ -171,7 +171,7 @@ class _Parts:
 
 
 @contextmanager
-def _new_statistics(model: nn.Module, norms: list[_BatchNorm], batches: Batches) -> Iterator[None]:
+def _new_statistics(model: nn.Module, norms: list[BatchNorm], batches: Batches) -> Iterator[None]:
     """Within it the running statistics of `norms` are averages over training images."""
     before: list[tuple[float | None, dict[str, Tensor]]] = []
     for norm in norms:

@@ -5,16 +5,14 @@ import os
 import sys
 from inspect import cleandoc
 from pathlib import Path
-from typing import Any
 
 import typer
 
 from .. import __version__
 from ..errors import PopupError, Stopped
+from ..typer_compat import UsageError
 from . import convert, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
 from .shared import STOPPED, printable
-
-UsageError: Any = typer.BadParameter.__mro__[1]  # wherever this typer keeps it
 
 app = typer.Typer(
     name="popup-surgery",

@@ -1,6 +1,5 @@
 """Open the data set that a recipe names."""
 
-import logging
 import os
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ..config.schema import Data
 from ..errors import DataError, unknown
+from ..timm_compat import reader_of, silence_missing_info
 from .batches import TRAIN, VALIDATION, Batches, Progress
 from .in_memory import InMemory, decode
 from .sources import Numbered, Rows, Shards, Source, reason, some
@@ -109,20 +109,20 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
     if most is not None and library in ("hfids", "wds"):
         raise DataError(f"{title} is walked as a whole; expected data.max_train and data.max_validation to be null")
     try:
-        logging.getLogger("timm.data.readers.reader_wds").setLevel(logging.ERROR)  # an info file is no must
+        silence_missing_info()
         if library == "hfids":
             return Rows(path, split, root, title)
         name = "" if config.name == "folder" else config.name
         dataset = create_dataset(name, root, split, download=config.download, input_img_mode=pillow_mode(input_size))
         if library == "wds":
-            return Shards(dataset.reader, title)
+            return Shards(dataset, title)
     except Exception as error:
         hint = "; --set data.download=true fetches it" if "download" in str(error) else ""
         if isinstance(error, ImportError) or "install" in str(error):
             hint = "; pip install 'popup-surgery[data]' brings what it needs"
         message = " ".join(str(error).split()) or type(error).__name__
         raise DataError(f"{title} cannot be opened: {message}{hint}") from error
-    if root is not None and config.name == "folder" and Path(dataset.reader.root) == Path(root):
+    if root is not None and config.name == "folder" and Path(reader_of(dataset).root) == Path(root):
         raise DataError(f"{root!r} has no folder for {split!r}; expected {root}/{split}/<class>/<image>")
     return Numbered(dataset, title, most)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
+from ..timm_compat import class_numbers, reader_of, shard_files
 
 SHUFFLED = 4096  # samples of a walk among which the next one is drawn; each process holds their bytes
 
@@ -61,10 +62,8 @@ class Numbered:
         self.dataset, self.title = dataset, title
         self.numbers = some(len(dataset), most)
         self.count: int | None = len(self.numbers)
-        self.reader = getattr(dataset, "reader", None)
-        places = (self.reader, "class_to_idx"), (self.reader, "class_name_to_idx"), (dataset, "class_to_idx")
-        mapping: dict[str, int] = next((found for place, name in places if (found := getattr(place, name, None))), {})
-        self.classes = [str(label) for label, _ in sorted(mapping.items(), key=lambda item: item[1])]
+        self.reader = reader_of(dataset)
+        self.classes = [str(label) for label, _ in sorted(class_numbers(dataset).items(), key=lambda item: item[1])]
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
         """As `Source.keys`; any permutation is as likely as another."""
@@ -98,11 +97,9 @@ class Shards:
     its label stands in its `cls`, or in its `json` where the data set's info file says so.
     """
 
-    def __init__(self, reader: Any, title: str) -> None:
-        self.title, self.count = title, reader.num_samples or None
-        self.classes: list[str] = []
-        self.urls = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
-        self.label = reader.split_info.alt_label
+    def __init__(self, dataset: Any, title: str) -> None:
+        self.title, self.classes = title, list[str]()
+        self.urls, self.label, self.count = shard_files(dataset)
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
         """As `Source.keys`; the keys are the samples' bytes."""

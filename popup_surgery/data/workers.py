@@ -10,9 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from ..errors import DataError
-
-_REPORT = "DataLoader worker (pid"
-_DEATH = re.compile(rf"{re.escape(_REPORT)}|received \d+ items of ancillary data")  # the second where it was sending
+from ..torch_compat import DIED_SENDING, WORKER_DIED
 
 
 @contextmanager
@@ -25,12 +23,12 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
         yield
     except Exception as error:
         death: BaseException | None = error
-        while death is not None and not _DEATH.match(str(death)):
+        while death is not None and not str(death).startswith(WORKER_DIED):
             death = death.__cause__ or death.__context__
-        if death is None and not isinstance(error, other):
-            raise
-        if death is None or not str(death).startswith(_REPORT):
-            death = _report() or death or error
+        if death is None:
+            if not isinstance(error, other) and not re.match(DIED_SENDING, str(error)):
+                raise
+            death = _report() or error
         detail = " ".join(str(death).split()).rstrip(".") or type(death).__name__
         raise DataError(
             f"a worker process of the data loader died: {detail}; where memory is short, data.workers=0 does without"

@@ -12,6 +12,7 @@ from ..models.architecture import DESCRIPTION, Architecture
 from ..models.build import build, build_architecture, build_uninitialised
 from ..models.libraries import architecture_of
 from ..selection import kept_count
+from ..torch_compat import NormWithStatistics, renew_reducer
 from ..weights import is_pretrained
 from ..weights.fill import fill
 from ..weights.source import source_of
@@ -166,7 +167,7 @@ def _apply(core: nn.Module, planned: Plan) -> None:
             module.__dict__.setdefault(GENERATED, {})[name] = Generated(other.key, settings["seed"], value)
     pretrained = any(source_of(weight.distribution).in_base for weight in planned.masked)
     for module in core.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase) and CONVERTED not in module.__dict__ and not pretrained:
+        if isinstance(module, NormWithStatistics) and CONVERTED not in module.__dict__ and not pretrained:
             module.reset_running_stats()
         module.__dict__.setdefault(CONVERTED, {})
     for other in planned.rest:
@@ -179,11 +180,7 @@ def _synchronise(model: nn.Module) -> None:
     """Let DistributedDataParallel around a network that was wrapped first know what is trained now."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
-            group = module.process_group
-            module._remove_autograd_hooks()
-            # as after unpickling, which makes a new reducer for the parameters that require a gradient
-            module.__setstate__(module.__dict__ | {"process_group": group, "reducer": None, "logger": None})
-            module.process_group = group
+            renew_reducer(module)
 
 
 def _initial_scores(weight: PlannedWeight, learner: Learner, seed: int) -> nn.Parameter:

@@ -5,7 +5,8 @@ each original class, with a property where the weight was: whoever reads `layer.
 the layer or outside. The raw weight stays in `_parameters`, frozen, and the score joins it as `<weight>_score`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
 from ..models.layer_types import layer_type_of
+from ..torch_compat import ModuleMethods, forget_weight_list, renew_weight_list
 from .ranking import score_name
 from .state import SLOTS, MaskedParam
 
 LOADING = "_popup_loading"
 
 
-class Masked:
+class Masked(ModuleMethods):
     """Mixin of every swapped layer, in front of its original class."""
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -37,8 +39,8 @@ class Masked:
             )
         super().__delattr__(name)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """As nn.Module's, but scores stay float32 whatever dtype the network is cast to."""
+    def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Scores stay float32 whatever dtype the network is cast to."""
         scores = [self._parameters[score_name(name)] for name in self.__dict__[SLOTS]]  # type: ignore[attr-defined]
         scores += [score.grad for score in scores if score.grad is not None]
 
@@ -48,15 +50,14 @@ class Masked:
                 applied = torch.empty_like(tensor, device="meta") if applied.is_meta else tensor.to(applied.device)
             return applied
 
-        return super()._apply(apply, recurse)  # type: ignore[misc]
+        return apply
 
-    def _load_from_state_dict(
-        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool, missing: Any, *rest: Any
-    ) -> None:
-        """As nn.Module's, which may assign; a plain checkpoint, that has no scores, leaves the scores as they are."""
+    @contextmanager
+    def _popup_load(self, state_dict: Mapping[str, Any], prefix: str, missing: list[str]) -> Iterator[None]:
+        """Loading may assign; a plain checkpoint, that has no scores, leaves the scores as they are."""
         self.__dict__[LOADING] = True
         try:
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)  # type: ignore[misc]
+            yield
         finally:
             del self.__dict__[LOADING]
         for name in self.__dict__[SLOTS]:
@@ -111,8 +112,7 @@ def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.
     for name, score in scores.items():
         module.register_parameter(score_name(name), score)
     module.__dict__[SLOTS] = slots
-    if isinstance(module, nn.RNNBase):
-        module.__dict__.pop("_flat_weights", None)  # or it would hold the weights beside those that are loaded later
+    forget_weight_list(module)
     module.__class__ = masked_class(type(module), tuple(slots))
 
 
@@ -122,8 +122,7 @@ def unswap(module: nn.Module) -> None:
     module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
     for name in slots:
         del module._parameters[score_name(name)]
-    if isinstance(module, nn.RNNBase):
-        module._init_flat_weights()
+    renew_weight_list(module)
 
 
 def is_masked(module: nn.Module) -> bool:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
 
@@ -11,7 +10,7 @@ from ..errors import MaskedWeightError
 class MaskedWeight(Tensor):
     """What a masked weight reads as: a plain tensor to every function, whose `.data` hides no write."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = nn.Parameter.__torch_function__  # which no function sees as a type of its own either
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)

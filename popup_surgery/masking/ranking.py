@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..learners import Learner
 from ..selection import Selection
+from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
 
 def score_name(name: str) -> str:
@@ -92,10 +93,7 @@ class _Hold:
 
 def drop_hooks(module: nn.Module) -> None:
     """Take the hooks of a ranking off `module`."""
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for handle in [handle for handle, hook in hooks.items() if isinstance(hook, _Hold)]:
-            del hooks[handle]
-            module._forward_hooks_always_called.pop(handle, None)
+    remove_forward_hooks(module, _Hold)
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor:
@@ -107,6 +105,4 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
 
 def under_transform(tensors: list[Tensor]) -> bool:
     """Whether a tensor is no plain one: a torch.func wrapper, a fake or another subclass that NumPy cannot read."""
-    return any(
-        type(t) not in (Tensor, nn.Parameter) or torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors
-    )
+    return any(type(t) not in (Tensor, nn.Parameter) or is_func_wrapper(t) for t in tensors)

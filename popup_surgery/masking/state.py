@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
+from ..torch_compat import is_fx_tracing, version_of
 from .masked_weight import MaskedWeight
 from .ranking import RankGroup, parameter_of, score_name, under_transform
 
@@ -53,13 +54,13 @@ class MaskedParam:
                 f"{name} of {type(module).__name__} was read by torch.jit.trace, which would freeze its mask; trace "
                 "bake(model)"
             )
-        if torch.fx._symbolic_trace.is_fx_symbolic_tracing():
+        if is_fx_tracing():
             raise MaskedWeightError(
                 f"{name} of {type(module).__name__} was read by a torch.fx tracer, which would freeze its mask; trace "
                 "with popup_surgery.Tracer, which takes masked layers as leaves, or trace bake(model)"
             )
         watch, self._watch = self._watch, None
-        if watch is not None and watch[0]._version != watch[1]:
+        if watch is not None and version_of(watch[0]) != watch[1]:
             raise MaskedWeightError(
                 f"the masked weight {self.stream!r} was written to in place, and the write is lost: a masked weight is "
                 f"made anew from its scores at each read; change {score_name(name)}, or bake(model) first"
@@ -70,7 +71,7 @@ class MaskedParam:
         # a tensor without memory that shares the version counter
         witness = effective.detach()
         witness.data = torch.empty(0, dtype=effective.dtype, device=effective.device)
-        self._watch = witness, witness._version
+        self._watch = witness, version_of(witness)
         return effective.as_subclass(MaskedWeight)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..torch_compat import compiled_module
 from .state import MaskedParam, slots_of
 
 
@@ -12,8 +13,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
-        elif "_orig_mod" in model._modules:
-            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        elif (inner := compiled_module(model)) is not None:
+            model = inner
         else:
             return model
 

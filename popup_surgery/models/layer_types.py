@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
+
+from ..torch_compat import RecurrentWeights
 
 
 @dataclass(frozen=True)
@@ -38,30 +40,6 @@ class LayerType:
         """Whether instances of `cls` are layers of this type."""
         mro = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
         return any(t in mro if isinstance(t, str) else issubclass(cls, t) for t in self.types)
-
-
-class RecurrentWeights:
-    """Mixin of masked recurrent layers, whose forward takes its weights from a list made beforehand."""
-
-    @property
-    def _flat_weights(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self._flat_weights_names]  # type: ignore[attr-defined]
-
-    @_flat_weights.setter
-    def _flat_weights(self, value: object) -> None:
-        pass  # made anew at each read
-
-    def _init_flat_weights(self) -> None:
-        pass
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    def flatten_parameters(self) -> None:
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        nn.Module.__setstate__(self, state | {"_flat_weight_refs": []})  # type: ignore[arg-type]
 
 
 def _linear(module: nn.Linear) -> dict[str, Fans]:

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedDataParallelKwargs
 
+from ..accelerate_compat import forget_settings
 from ..config.schema import Training
 from ..errors import RunError
+from ..torch_compat import NOT_DETERMINISTIC
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -48,7 +49,7 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
     for name in training.trackers:
         if name not in installed:
             raise RunError(f"training.trackers names {name}, which is not installed; pip install {name}")
-    AcceleratorState._reset_state()  # a run earlier in this process may have had another precision
+    forget_settings()  # a run earlier in this process may have had another precision
     # statistics of batch norms are each process's own until they are evaluated or saved
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
     # without being told, Accelerate joins processes on GPUs alone
@@ -95,7 +96,7 @@ def numerics(training: Training) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if training.deterministic and "deterministic" in str(error):
+        if training.deterministic and NOT_DETERMINISTIC in str(error):
             raise RunError(f"training.deterministic is true: {str(error).split('. ')[0]}") from error
         raise
     finally:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..config.schema import Training
 from ..data.batches import ProcessShard, TrainBatch
 from ..errors import RunError
+from ..torch_compat import BROADCAST_BUFFERS_DEPRECATED
 from .mixing import Mixing
 
 
@@ -52,7 +53,7 @@ class OptimizerStep:
         if not self.parameters:  # nothing that processes would exchange, which DDP refuses
             return model.to(self.accelerator.device), self.accelerator.prepare(optimizer)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # its successor is younger than 2.11
+            warnings.filterwarnings("ignore", BROADCAST_BUFFERS_DEPRECATED)
             return self.accelerator.prepare(model, optimizer)
 
     def __call__(self, pieces: Iterator[TrainBatch], number: int, rate: Callable[[], float]) -> bool:

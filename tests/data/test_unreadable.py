@@ -399,10 +399,9 @@ def test_workers_end_with_a_process_that_fails(images: Path) -> None:
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 
 
-@pytest.mark.parametrize(
-    "said", ["DataLoader worker (pid 7) is killed by signal: Killed. ", "received 0 items of ancillary data"]
-)
-def test_a_death_is_known_wherever_it_is_met(said: str) -> None:
+def test_a_death_is_known_wherever_it_is_met() -> None:
+    said = "DataLoader worker (pid 7) is killed by signal: Killed. "
+
     @worker_deaths()
     def busy() -> None:
         try:
@@ -416,7 +415,17 @@ def test_a_death_is_known_wherever_it_is_met(said: str) -> None:
         raise RuntimeError("Caught KeyError in DataLoader worker process 0.")
 
 
-@pytest.mark.parametrize("shown", [EOFError(), RuntimeError("received 0 items of ancillary data")])
+def test_a_death_while_sending_is_known_and_a_lack_of_open_files_is_none() -> None:
+    with pytest.raises(DataError, match=r"died: received 0 items of ancdata; "), worker_deaths():
+        raise RuntimeError("received 0 items of ancdata")
+    with pytest.raises(RuntimeError, match=r"^Too many open files"), worker_deaths():  # noqa: PT012
+        try:
+            raise RuntimeError("received 0 items of ancdata")
+        except RuntimeError:  # torch looks whether it could open more, and says so
+            raise RuntimeError("Too many open files. Communication with the workers is no longer possible.") from None
+
+
+@pytest.mark.parametrize("shown", [EOFError(), RuntimeError("received 0 items of ancdata")])
 def test_torchs_report_of_a_death_that_has_shown_already_comes_nowhere_else(shown: Exception) -> None:
     def report(*_: Any) -> None:
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
