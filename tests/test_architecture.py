@@ -34,12 +34,9 @@ LONGEST = {"module": 450, "class": 300, "function": 60}
 TOO_LONG = {
     "analysis/sanity.py:sanity",
     "artifact/writer.py:_describe",
-    "commands/convert.py:run",
     "commands/reproduce.py:run",
     "commands/train.py:run",
     "experiment/train.py:train",
-    "masking/convert.py:convert",
-    "masking/planning.py:_plan",
     "training/trainer.py:Trainer",
 }
 
