@@ -84,8 +84,7 @@ def run(
     elif dry_run:
         show(str(planned))
     else:
-        show(planned.totals())
-        show(f"wrote {file}, {size(file)}")
+        show(planned.totals(), f"wrote {file}, {size(file)}")
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:
