@@ -267,7 +267,7 @@ def process_group(tmp_path: Path) -> Iterator[None]:
 
 
 def test_renew_reducer(process_group: None) -> None:
-    exchanged = set()
+    exchanged: set[int] = set()
 
     def note(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         exchanged.update(map(id, bucket.parameters()))
@@ -365,7 +365,7 @@ def test_module_methods() -> None:
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("cls", "proj_size"), [(nn.LSTM, 1), (nn.LSTM, 0), (nn.GRU, 0), (nn.RNN, 0)])
-def test_weights_of_recurrent_layers(cls: type[nn.RNNBase], proj_size: int, bias: bool) -> None:
+def test_weights_of_recurrent_layers(cls: Any, proj_size: int, bias: bool) -> None:
     options = {"proj_size": proj_size} if proj_size else {}
     layer = cls(2, 3, num_layers=2, bidirectional=True, bias=bias, **options)
     kept, x = list(layer._flat_weights), torch.ones(4, 1, 2)
@@ -379,7 +379,7 @@ def test_weights_of_recurrent_layers(cls: type[nn.RNNBase], proj_size: int, bias
     found = layer(x)[0]
     layer.__class__ = cls
     with torch.no_grad():
-        layer.weight_hh_l0.mul_(2)
+        layer.get_parameter("weight_hh_l0").mul_(2)
     renew_weight_list(layer)
     renew_weight_list(nn.Linear(1, 1))
     assert all(w is k for w, k in zip(layer._flat_weights, kept, strict=True))
@@ -416,7 +416,7 @@ def test_timms_folders_and_tar_files(tmp_path: Path) -> None:
     write_images(folder, tuple(numbers), count=1)
     with tarfile.open(tmp_path / "images.tar", "w") as tar:
         tar.add(folder, ".")
-    of_folder = timm.data.create_dataset("", folder)
+    of_folder = timm.data.create_dataset("", str(folder))
     reader = timm_compat.reader_of(of_folder)
     file, label, *_ = reader[1]
     with file:
@@ -426,7 +426,7 @@ def test_timms_folders_and_tar_files(tmp_path: Path) -> None:
     assert Path(reader.root) == folder
     of_torchvision = torchvision.datasets.ImageFolder(folder)
     assert timm_compat.reader_of(of_torchvision) is None
-    for dataset in (of_folder, timm.data.create_dataset("", tmp_path / "images.tar"), of_torchvision):
+    for dataset in (of_folder, timm.data.create_dataset("", str(tmp_path / "images.tar")), of_torchvision):
         assert timm_compat.class_numbers(dataset) == numbers
     assert timm_compat.class_numbers(torchvision.datasets.FakeData()) == {}
 

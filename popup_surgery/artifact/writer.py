@@ -18,10 +18,10 @@ from ..errors import ArtifactError, ConversionError
 from ..learners.sampling import as_saved
 from ..masking.planning import unconverted
 from ..masking.ranking import score_name
-from ..masking.state import MaskedParam, slots_of
-from ..masking.unmasked import GENERATED, Generated
+from ..masking.state import MaskedParam, slots_of, state_of
+from ..masking.unmasked import Generated
 from ..masking.walk import unwrap
-from ..models.architecture import FRESH, PRETRAINED_BASE, Architecture, Base, check_kwargs, describe
+from ..models.architecture import Architecture, Base, check_kwargs, describe, origin_of
 from ..models.build import build_meta
 from ..weights.fill import equals, pieces_of
 from ..weights.source import source_of
@@ -207,11 +207,11 @@ def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architectur
 
 def _base(core: nn.Module) -> Base:
     """Where the pretrained weights of a network came from, as far as it knows."""
-    described = describe(core)
-    base = core.__dict__.get(PRETRAINED_BASE) or Base(described.library, described.version, described.name, "")
+    described, origin = describe(core), origin_of(core)
+    base = origin.base or Base(described.library, described.version, described.name, "")
     slots = ((name, slot) for name, module in core.named_modules() for slot in slots_of(module).values())
     kept = {name for name, slot in slots if source_of(slot.distribution).in_base}
-    return replace(base, tag="") if kept & set(core.__dict__.get(FRESH, ())) else base
+    return replace(base, tag="") if kept & set(origin.fresh) else base
 
 
 def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
@@ -222,7 +222,8 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
         for name, slot in slots_of(module).items():
             slots[id(module._parameters[name])] = slot
             slots[id(module._parameters[score_name(name)])] = None
-        for name, origin in module.__dict__.get(GENERATED, {}).items():
+        state = state_of(module)
+        for name, origin in state.generated.items() if state is not None else ():
             generated[id(module._parameters[name])] = origin
     return slots, generated
 

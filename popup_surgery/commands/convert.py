@@ -1,10 +1,15 @@
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import ConversionError, PopupError
+from ..masking.settings import DEFAULT
 from .shared import busy, new_file, show, size
+
+if TYPE_CHECKING:
+    from ..masking.plan import Plan
 
 
 class Scope(StrEnum):
@@ -17,21 +22,25 @@ class Rest(StrEnum):
     train = "train"
 
 
+SCOPE, OTHERS, NORM = Scope(DEFAULT.scope.value), Rest(DEFAULT.others.value), Rest(DEFAULT.norm.value)
+
+
 def run(
     arch: Annotated[str, typer.Argument(help="A network: resnet101, timm/vit_tiny_patch16_224, torchvision/…, conv4.")],
     k: Annotated[
-        float | None, typer.Option(help="Share of each layer's weights that is kept, in (0, 1]; 0.3 if not given.")
+        float | None,
+        typer.Option(help=f"Share of each layer's weights that is kept, in (0, 1]; {DEFAULT.k} if not given."),
     ] = None,
     scheme: Annotated[
         str, typer.Option(help="Weight scheme; pretrained keeps the library's weights.")
-    ] = "signed_kaiming_constant",
+    ] = DEFAULT.scheme.value,
     weights: Annotated[str | None, typer.Option(help="For pretrained: a tag of the library's, or a file.")] = None,
     scaled: Annotated[bool | None, typer.Option(help="Widen the weights by √(1/k), as if not given.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = 0,
-    learner: Annotated[str, typer.Option(help="How the mask is learnt.")] = "edge_popup",
-    scope: Annotated[Scope, typer.Option(help="Rank each layer by itself, or all together.")] = Scope.layer,
-    others: Annotated[Rest, typer.Option(help="What becomes of all that is not masked.")] = Rest.frozen,
-    norm: Annotated[Rest, typer.Option(help="What becomes of the scales and biases of norms.")] = Rest.frozen,
+    seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = DEFAULT.seed.value,
+    learner: Annotated[str, typer.Option(help="How the mask is learnt.")] = DEFAULT.learner.value,
+    scope: Annotated[Scope, typer.Option(help="Rank each layer by itself, or all together.")] = SCOPE,
+    others: Annotated[Rest, typer.Option(help="What becomes of all that is not masked.")] = OTHERS,
+    norm: Annotated[Rest, typer.Option(help="What becomes of the scales and biases of norms.")] = NORM,
     include: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")] = None,
     exclude: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to leave; repeatable.")] = None,
     num_classes: Annotated[int | None, typer.Option(help="Outputs of the network.")] = None,
@@ -41,6 +50,7 @@ def run(
         Path | None, typer.Option("-o", "--output", help="File; <arch>.popup.safetensors if not given.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the whole plan and write nothing.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
 ) -> None:
     """Convert a network and write it, untrained, as a file of a seed and one bit per weight.
@@ -52,33 +62,53 @@ def run(
     signed_kaiming_constant, scaled, seed 7, edge_popup, ranked layer by layer
     wrote conv4.popup.safetensors, 307 kB
     """
+    if json_ and not dry_run:
+        raise PopupError("--json prints a plan; it needs --dry-run")
     file = output or Path(f"{arch.rsplit('/', 1)[-1]}.popup.safetensors")
     if not dry_run:
         new_file(file, force)
+    given: dict[str, Any] = {
+        "k": k,
+        "scheme": scheme,
+        "scaled": scaled,
+        "seed": seed,
+        "learner": learner,
+        "scope": scope.value,
+    }
+    given |= {"include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value}
+    kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
-        from ..artifact import save
-        from ..errors import ConversionError
-        from ..masking.convert import convert
-        from ..masking.planning import plan
-        from ..models.build import build, build_meta
-        from ..models.libraries import architecture_of
-        from ..weights import PRETRAINED
-
-        given: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-        kwargs = {key: value for key, value in given.items() if value is not None}
-        settings: dict[str, Any] = {"scheme": scheme, "seed": seed, "learner": learner}
-        settings |= {} if scaled is None else {"scaled": scaled}
-        settings |= {"scope": scope.value, "include": include or None, "exclude": exclude or None}
-        settings |= {"others": others.value, "norm": norm.value}
-        if weights is not None and scheme != PRETRAINED:
-            raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
-        architecture = architecture_of(arch, **kwargs)
-        model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-        planned = plan(model or build_meta(architecture), k, **settings)
-        if not dry_run:
-            save(convert(model or architecture, k, **settings), file)
-    if dry_run:
+        planned = _convert(arch, _without_none(kwargs), weights, _without_none(given), None if dry_run else file)
+    if json_:
+        print(planned.to_json(indent=2))
+    elif dry_run:
         show(str(planned))
     else:
-        show(planned.totals())
-        show(f"wrote {file}, {size(file)}")
+        show(planned.totals(), f"wrote {file}, {size(file)}")
+
+
+def _without_none(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _convert(
+    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], file: Path | None
+) -> "Plan":
+    """Convert and write `file`, or without one only plan. The plan."""
+    from ..artifact import save
+    from ..masking.convert import convert_as_given
+    from ..masking.planning import plan_as_given
+    from ..models.build import build, build_meta
+    from ..models.libraries import architecture_of
+    from ..weights import PRETRAINED
+
+    scheme = given["scheme"]
+    if weights is not None and scheme != PRETRAINED:
+        raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
+    architecture = architecture_of(arch, **kwargs)
+    model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+    if file is None:
+        return plan_as_given(model or build_meta(architecture), given)
+    converted, planned = convert_as_given(model or architecture, given)
+    save(converted, file)
+    return planned

@@ -19,7 +19,7 @@ from pydantic import (
 
 from ..errors import PopupError, RecipeError, nearest, unknown
 from ..learners import get_learner
-from ..masking.settings import WITHOUT_K
+from ..masking.settings import DEFAULT, WITHOUT_K
 from ..models.architecture import check_kwargs
 from ..models.libraries import resolve
 from ..weights import PRETRAINED, get_scheme, is_pretrained
@@ -117,21 +117,19 @@ class Model(_Section):
 class Surgery(_Section):
     """The arguments of `convert`. A recipe states `scaled`, and `k` where the learner takes one."""
 
-    learner: Annotated[str, _known(get_learner)] = "edge_popup"
-    learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = {}
+    learner: Annotated[str, _known(get_learner)] = DEFAULT.learner.value
+    learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = DEFAULT.learner_options.value
     k: Annotated[
         float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True), Key(affects_speed=False)
     ] = None
-    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes), Key(affects_speed=False)] = (
-        "signed_kaiming_constant"
-    )
+    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
     scaled: Annotated[bool, Key(affects_speed=False)]
-    seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = 0
-    scope: Literal["layer", "global"] = "layer"
-    include: str | list[str] | None = None
-    exclude: str | list[str] | None = None
-    others: Literal["frozen", "train"] = "frozen"
-    norm: Literal["frozen", "train"] = "frozen"
+    seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
+    scope: Literal["layer", "global"] = DEFAULT.scope.value
+    include: str | list[str] | None = DEFAULT.include.value
+    exclude: str | list[str] | None = DEFAULT.exclude.value
+    others: Literal["frozen", "train"] = DEFAULT.others.value
+    norm: Literal["frozen", "train"] = DEFAULT.norm.value
 
     @field_validator("k", "scaled", "scope")
     @classmethod

@@ -1,7 +1,7 @@
 """From a converted network to plain layers, and its masks."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import cast
 
 import numpy as np
@@ -11,13 +11,11 @@ from torch import Tensor, nn
 
 from ..learners.base import masked
 from ..learners.sampling import as_saved
-from ..models.architecture import FRESH, PRETRAINED_BASE
 from ..weights.fill import equals, fill
 from ..weights.streams import draw
 from .layer import is_masked, unswap
 from .ranking import RankGroup, drop_hooks, score_name
-from .state import CONVERTED, SETTINGS, MaskedParam
-from .unmasked import GENERATED
+from .state import MaskedParam, forget
 from .walk import masked_weights, unwrap
 
 
@@ -28,31 +26,47 @@ def bake(model: nn.Module) -> nn.Module:
     file would hold, or within `sampled` that sample.
     """
     core = unwrap(model)
-    memo: dict[int, object] = {}
+    replacements: list[tuple[object, object]] = []
     with torch.no_grad(), as_saved():
         for _, module, name, slot in masked_weights(core):
-            raw, effective = module._parameters[name], slot.read(module, name)
+            effective = slot.read(module, name)
             if slot.ranking.learner.rescale:
                 effective = rebuilt(module, name, slot, slot.ranking.mask(slot.index))
             # `data` of a plain tensor: a write to the copy is none to the masked weight
-            memo[id(raw)] = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
-            memo[id(module._parameters[score_name(name)])] = nn.Parameter(torch.empty(0))
-            memo[id(slot.ranking)] = RankGroup(slot.ranking.learner, 0)
-        for module in core.modules():  # a network may keep results of its last pass, which no copy can be made of
-            for value in module.__dict__.values():
-                for kept in value if isinstance(value, list | tuple) else [value]:
-                    if isinstance(kept, Tensor) and not kept.is_leaf:
-                        memo[id(kept)] = kept.detach().clone()
-    baked = copy.deepcopy(core, memo)
+            plain = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
+            replacements += [
+                (module._parameters[name], plain),
+                (module._parameters[score_name(name)], nn.Parameter(torch.empty(0))),  # goes with `unswap`
+                (slot.ranking, RankGroup(slot.ranking.learner, 0)),  # or its masks would be copied
+            ]
+        baked = clone_with(core, replacements)
     for module in baked.modules():
         if is_masked(module):
             unswap(module)
-        for mark in (GENERATED, CONVERTED, SETTINGS, PRETRAINED_BASE, FRESH):
-            module.__dict__.pop(mark, None)
+        forget(module)
         drop_hooks(module)
     for parameter in baked.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return baked
+
+
+def clone_with(model: nn.Module, replacements: Iterable[tuple[object, object]]) -> nn.Module:
+    """A deep copy of `model` with some of its objects replaced: pairs of an object within it and what stands for it.
+
+    `copy.deepcopy` notes the copy of each object that it has met in its memo, by identity, so that what is shared stays
+    shared. A replacement is noted there beforehand: it stands wherever its object stood, is not copied itself, and the
+    object is never read.
+
+    A network may keep results of its last pass, which `deepcopy` refuses while they hang on a graph. The copy has their
+    values.
+    """
+    memo = {id(old): new for old, new in replacements}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            for kept in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(kept, Tensor) and not kept.is_leaf:
+                    memo[id(kept)] = kept.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:

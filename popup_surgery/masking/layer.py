@@ -7,6 +7,7 @@ the layer or outside. The raw weight stays in `_parameters`, frozen, and the sco
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,16 +17,14 @@ from ..errors import MaskedWeightError
 from ..models.layer_types import layer_type_of
 from ..torch_compat import ModuleMethods, forget_weight_list, renew_weight_list
 from .ranking import score_name
-from .state import SLOTS, MaskedParam
-
-LOADING = "_popup_loading"
+from .state import STATE, MaskedParam, ModuleState, slots_of, upgrade
 
 
 class Masked(ModuleMethods):
     """Mixin of every swapped layer, in front of its original class."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get(SLOTS, ()) and LOADING not in self.__dict__:
+        if name in slots_of(self) and not self.__dict__[STATE].loading:  # type: ignore[arg-type]
             raise MaskedWeightError(
                 f"{name} of {type(self).__name__} is masked and cannot be assigned; change {score_name(name)}, "
                 "load_state_dict, or bake(model) first"
@@ -33,7 +32,7 @@ class Masked(ModuleMethods):
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in self.__dict__.get(SLOTS, ()):
+        if name in slots_of(self):  # type: ignore[arg-type]
             raise MaskedWeightError(
                 f"{name} of {type(self).__name__} is masked and cannot be deleted; bake(model) first"
             )
@@ -41,7 +40,7 @@ class Masked(ModuleMethods):
 
     def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Scores stay float32 whatever dtype the network is cast to."""
-        scores = [self._parameters[score_name(name)] for name in self.__dict__[SLOTS]]  # type: ignore[attr-defined]
+        scores = [self._parameters[score_name(name)] for name in self.__dict__[STATE].masked]  # type: ignore[attr-defined]
         scores += [score.grad for score in scores if score.grad is not None]
 
         def apply(tensor: Tensor) -> Tensor:
@@ -55,12 +54,13 @@ class Masked(ModuleMethods):
     @contextmanager
     def _popup_load(self, state_dict: Mapping[str, Any], prefix: str, missing: list[str]) -> Iterator[None]:
         """Loading may assign; a plain checkpoint, that has no scores, leaves the scores as they are."""
-        self.__dict__[LOADING] = True
+        state = self.__dict__[STATE]
+        state.loading = True
         try:
             yield
         finally:
-            del self.__dict__[LOADING]
-        for name in self.__dict__[SLOTS]:
+            state.loading = False
+        for name in state.masked:
             score = self._parameters[score_name(name)]  # type: ignore[attr-defined]
             if score.dtype != torch.float32:  # assigned from a checkpoint of another dtype
                 score.data = score.data.float()
@@ -69,12 +69,16 @@ class Masked(ModuleMethods):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = super().__reduce_ex__(2)[2:]
-        return (_new, (type(self)._popup_base, tuple(self.__dict__[SLOTS])), *state)  # type: ignore[attr-defined]
+        return (_new, (type(self)._popup_base, tuple(self.__dict__[STATE].masked)), *state)  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        upgrade(state)
+        super().__setstate__(state)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         shares = ", ".join(
             f"{name} masked" + ("" if slot.k is None else f", k={slot.k:g}")
-            for name, slot in self.__dict__[SLOTS].items()
+            for name, slot in self.__dict__[STATE].masked.items()
         )
         return ", ".join(filter(None, [super().extra_repr(), shares]))  # type: ignore[misc]
 
@@ -97,7 +101,7 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
-        return self.__dict__[SLOTS][name].read(self, name)
+        return self.__dict__[STATE].masked[name].read(self, name)
 
     return property(read, doc=f"The masked `{name}`, read-only.")
 
@@ -111,16 +115,17 @@ def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.
     """Turn `module` into a masked layer, in place. It keeps its parameters; `scores` join them."""
     for name, score in scores.items():
         module.register_parameter(score_name(name), score)
-    module.__dict__[SLOTS] = slots
+    module.__dict__.setdefault(STATE, ModuleState()).masked = slots
     forget_weight_list(module)
     module.__class__ = masked_class(type(module), tuple(slots))
 
 
 def unswap(module: nn.Module) -> None:
-    """Turn a masked layer back into its original class, in place, with its raw weights."""
-    slots = module.__dict__.pop(SLOTS)
+    """Turn a masked layer back into its original class, in place, with its raw weights; its state stays."""
+    state = module.__dict__[STATE]
+    module.__dict__[STATE] = replace(state, masked={})
     module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
-    for name in slots:
+    for name in state.masked:
         del module._parameters[score_name(name)]
     renew_weight_list(module)
 

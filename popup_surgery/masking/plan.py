@@ -1,13 +1,13 @@
-"""A plan: what becomes of each parameter, printable as a table."""
+"""A plan: what becomes of each parameter. Names and numbers alone: it prints, compares, pickles and goes to JSON."""
 
 import io
+import json
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
-from torch import nn
-
+from ..errors import ConversionError
 from ..weights.source import source_of
+from .settings import MaskingSettings
 from .unmasked import UnmaskedRule
 
 
@@ -23,7 +23,7 @@ class PlannedWeight:
             None where the learner takes no k.
         scheme, distribution, std: where its values come from; of pretrained ones the distribution is `base`, std 0.
         fan_in: inputs summed into one output.
-        owners: every (module, parameter name) that holds it.
+        owners: every `state_dict` key that it stands under, `key` first.
     """
 
     key: str
@@ -35,7 +35,7 @@ class PlannedWeight:
     distribution: str
     std: float
     fan_in: float
-    owners: tuple[tuple[nn.Module, str], ...]
+    owners: tuple[str, ...]
 
     @property
     def numel(self) -> int:
@@ -47,7 +47,7 @@ class PlannedRest:
     """One parameter that will not be masked.
 
     Attributes:
-        key, shape, owner: its `state_dict` key, its shape, and the (module, parameter name) that holds it.
+        key, shape: its `state_dict` key, the first of several, and its shape.
         treatment: what becomes of it, or became of it where it is `done`.
         train: whether it is trained.
         done: an earlier conversion saw its module.
@@ -55,7 +55,6 @@ class PlannedRest:
 
     key: str
     shape: tuple[int, ...]
-    owner: tuple[nn.Module, str]
     treatment: UnmaskedRule
     train: bool
     done: bool
@@ -101,7 +100,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `convert` will do to a network, printable as a table.
+    """What `convert` will do to a network, printable as a table. It holds no module, and says it of any equal network.
 
     Attributes:
         masked: the weights to be masked, in `state_dict` order.
@@ -113,7 +112,34 @@ class Plan:
     masked: tuple[PlannedWeight, ...]
     rest: tuple[PlannedRest, ...]
     before: dict[str, int]
-    settings: dict[str, Any]
+    settings: MaskingSettings
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The whole plan as a JSON object, from which `from_json` makes an equal one."""
+        return json.dumps(asdict(self), indent=indent)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote; `ConversionError` for any other text."""
+        try:
+            found = json.loads(text)
+            given = {name: value for name, value in found["settings"].items() if name != "k" or value is not None}
+            return cls(
+                tuple(
+                    PlannedWeight(**each | {"shape": tuple(each["shape"]), "owners": tuple(each["owners"])})
+                    for each in found["masked"]
+                ),
+                tuple(
+                    PlannedRest(
+                        **each | {"shape": tuple(each["shape"]), "treatment": UnmaskedRule(**each["treatment"])}
+                    )
+                    for each in found["rest"]
+                ),
+                dict(found["before"]),
+                MaskingSettings.of(given),
+            )
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ConversionError(f"this is no plan as Plan.to_json writes it: {error}") from error
 
     @property
     def weights(self) -> int:
@@ -143,22 +169,20 @@ class Plan:
         """The totals in three lines."""
         rest = sum(other.numel for other in self.rest)
         settings, coverage = self.settings, self.coverage
-        scheme = settings["scheme"]
+        scheme = settings.scheme
         schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
-        if settings["scaled"] and (
-            not self.masked or any(source_of(weight.distribution).drawn for weight in self.masked)
-        ):
+        if settings.scaled and (not self.masked or any(source_of(weight.distribution).drawn for weight in self.masked)):
             schemes += ", scaled"
         before = f", {len(self.before)} masked before" if self.before else ""
         kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
-        if settings["k"] is None:
+        if settings.k is None:
             kept = "as many kept as the scores say"
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
-            f"{schemes}, seed {settings['seed']}, {settings['learner']}, "
-            f"ranked {'over all layers' if settings['scope'] == 'global' else 'layer by layer'}"
+            f"{schemes}, seed {settings.seed}, {settings.learner}, "
+            f"ranked {'over all layers' if settings.scope == 'global' else 'layer by layer'}"
         )
 
     def __str__(self) -> str:

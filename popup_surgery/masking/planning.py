@@ -1,47 +1,68 @@
-"""What conversion will do to a network: matched first, printed if asked for, and nothing touched."""
+"""What conversion will do to a network: match, decide, record. Nothing is touched.
+
+`_match` finds the weights that could be masked and that the patterns choose; `_Decision` says what becomes of one
+parameter; `_plan` records that of each in a `Plan`.
+"""
 
 import fnmatch
-from collections.abc import Sequence
-from typing import Any, Unpack, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Never
 
 from torch import Tensor, nn
 
 from ..errors import ConversionError, NothingToConvert, nearest
 from ..learners import get_learner
-from ..models.architecture import FRESH, KWARGS
+from ..models.architecture import origin_of
 from ..models.layer_types import Fans, layer_type_of
 from ..selection import kept_count
 from ..weights import PRETRAINED
 from ..weights.source import source_of_scheme
 from .plan import Plan, PlannedRest, PlannedWeight
 from .ranking import score_name
-from .settings import DEFAULTS, Patterns, Settings, Shares, by_pattern, checked, own_copy
-from .state import CONVERTED, SETTINGS, slots_of
+from .settings import DEFAULT, Choice, MaskingSettings, Patterns, Schemes, Scope, Shares, given_in, own_copy
+from .state import slots_of, state_of
 from .unmasked import UnmaskedRule, is_norm, treatment
-from .walk import masked_weights, unwrap
+from .walk import Place, masked_weights, places_of, unwrap
 
 
-def plan(model: nn.Module, k: Shares | None = None, **settings: Unpack[Settings]) -> Plan:
+def plan(
+    model: nn.Module,
+    k: Shares | None = DEFAULT.k,
+    *,
+    scheme: Schemes = DEFAULT.scheme,
+    scaled: bool = DEFAULT.scaled,
+    seed: int = DEFAULT.seed,
+    learner: str = DEFAULT.learner,
+    learner_options: Mapping[str, Any] = DEFAULT.learner_options,
+    scope: Scope = DEFAULT.scope,
+    include: Patterns = DEFAULT.include,
+    exclude: Patterns = DEFAULT.exclude,
+    others: Choice = DEFAULT.others,
+    norm: Choice = DEFAULT.norm,
+    **unknown: Never,
+) -> Plan:
     """What `convert` with the same arguments would do. Touches nothing; works on the meta device.
 
     Raises:
         ConversionError, NothingToConvert, UnknownName: as `convert`.
     """
+    return plan_as_given(model, given_in(locals()))
+
+
+def plan_as_given(model: nn.Module, given: Mapping[str, Any]) -> Plan:
+    """The plan for the settings that a caller gave; those of a network that is converted already must agree."""
     if not isinstance(model, nn.Module):
         raise ConversionError(f"model is {model!r}; expected a torch.nn.Module, or for convert also a network's name")
     core = unwrap(model)
-    given = {**settings, **({} if k is None else {"k": k})}
-    if unknown := given.keys() - DEFAULTS.keys():
-        hint = "build takes it" if min(unknown) in KWARGS else f"the nearest: {nearest(min(unknown), DEFAULTS)}"
-        raise TypeError(f"convert has no argument {min(unknown)!r}; {hint}")
-    before = core.__dict__.get(SETTINGS)
+    state = state_of(core)
+    before = state.settings if state is not None else None
     if before is None:
-        return _plan(core, checked(given), first=True)
-    for name, value in ((name, own_copy(value)) for name, value in given.items()):
-        if value != before[name]:
+        return _plan(core, MaskingSettings.of(given), first=True)
+    for name, value in given.items():
+        if own_copy(value) != getattr(before, name):
             raise ConversionError(
-                f"the network was converted with {name}={before[name]!r}, which {value!r} cannot change; "
-                "bake it, or convert another copy"
+                f"the network was converted with {name}={getattr(before, name)!r}, which {own_copy(value)!r} cannot "
+                "change; bake it, or convert another copy"
             )
     return _plan(core, before, first=False)
 
@@ -50,39 +71,85 @@ def unconverted(core: nn.Module) -> list[str]:
     """Weights that came into a converted network after its conversion and that are not masked, by `state_dict` key."""
     found = []
     for prefix, module in core.named_modules():
-        if (settings := module.__dict__.get(SETTINGS)) is not None:
-            fans = _fans(module)
-            for name, parameter in _chosen(fans, settings, check=False):
+        state = state_of(module)
+        if state is not None and state.settings is not None:
+            for name, parameter in _chosen(_fans(module), state.settings):
                 if parameter not in slots_of(module.get_submodule(name)):
                     found.append(".".join(filter(None, (prefix, name, parameter))))
     return found
 
 
-def _fans(core: nn.Module) -> dict[tuple[str, str], Fans]:
+# match
+
+Matched = dict[tuple[str, str], Fans]  # by the names of a module and of its parameter
+
+
+def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> Matched:
+    """The weights that could be masked and that the settings' patterns choose."""
+    fans = _fans(core)
+    if not first:
+        return _chosen(fans, settings)
+    if not fans:
+        raise NothingToConvert(
+            f"{type(core).__name__} has no layer whose weight could be masked (Conv, Linear, attention, recurrent)"
+        )
+    layers = [name for name, _ in fans]
+    for what in ("include", "exclude"):
+        _check_patterns(getattr(settings, what), layers, what)
+    for what in ("k", "scheme"):
+        _check_patterns([p for p in settings.by_pattern(what) if p != "*"], layers, what)  # type: ignore[arg-type]
+    chosen = _chosen(fans, settings)
+    if not chosen:
+        raise NothingToConvert(
+            f"include={settings.include!r} and exclude={settings.exclude!r} leave none of {len(layers)} layers"
+        )
+    return chosen
+
+
+def _fans(core: nn.Module) -> Matched:
     return {(name, p): f for name, module in core.named_modules() for p, f in _maskable(name, module).items()}
 
 
-def _chosen(fans: dict[tuple[str, str], Fans], settings: dict[str, Any], check: bool) -> dict[tuple[str, str], Fans]:
-    """Of all weights that could be masked those that the settings' patterns choose."""
-    layers = [name for name, _ in fans]
-    patterns = {what: settings[what] for what in ("include", "exclude") if settings[what] is not None}
-    if check:
-        for what, given in patterns.items():
-            _check_patterns(given, layers, what)
-        for what in ("k", "scheme"):
-            _check_patterns([p for p in by_pattern(settings, what) if p != "*"], layers, what)
-    include, exclude = (_several(settings[what]) for what in ("include", "exclude"))
-    chosen = {
+def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
+    layer_type = layer_type_of(module)
+    if layer_type is None:
+        return {}
+    if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
+        raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
+    scores = {score_name(p) for p in slots_of(module)}
+    found = {p: fan for p, fan in layer_type.weights(module).items() if p not in scores}
+    return {p: fan for p, fan in found.items() if _is_weight(f"{name}.{p}", module._parameters.get(p))}
+
+
+def _is_weight(key: str, tensor: Tensor | None) -> bool:
+    """Whether there is such a weight, of floating values; `ConversionError` if its values could not be replaced."""
+    if tensor is None or not tensor.numel() or not tensor.is_floating_point():
+        return False
+    check_writable(key, tensor)
+    return True
+
+
+def check_mode(key: str, tensor: Tensor) -> None:
+    """`ConversionError` for a tensor that may neither be written to nor get a gradient."""
+    if tensor.is_inference():
+        raise ConversionError(f"{key} was made under torch.inference_mode; build the network outside it")
+
+
+def check_writable(key: str, tensor: Tensor) -> None:
+    """`ConversionError` unless the values of `tensor` can be replaced."""
+    check_mode(key, tensor)
+    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+        raise ConversionError(f"{key} is an expanded tensor, whose elements share memory; make it contiguous first")
+
+
+def _chosen(fans: Matched, settings: MaskingSettings) -> Matched:
+    include, exclude = _several(settings.include), _several(settings.exclude)
+    return {
         (name, parameter): fan
         for (name, parameter), fan in fans.items()
-        if (settings["include"] is None or any(_matches(name, pattern) for pattern in include))
+        if (settings.include is None or any(_matches(name, pattern) for pattern in include))
         and not any(_matches(name, pattern) for pattern in exclude)
     }
-    if check and not chosen:
-        raise NothingToConvert(
-            f"include={settings['include']!r} and exclude={settings['exclude']!r} leave none of {len(layers)} layers"
-        )
-    return chosen
 
 
 def _check_patterns(given: Any, layers: list[str], what: str) -> None:
@@ -106,102 +173,126 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
 
 
-def _last_match(name: str, by_pattern: dict[str, Any]) -> Any:
-    return [value for pattern, value in by_pattern.items() if _matches(name, pattern)][-1]
+def _last_match(name: str, patterns: Collection[str]) -> str:
+    return [pattern for pattern in patterns if _matches(name, pattern)][-1]
 
 
-def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
-    layer_type = layer_type_of(module)
-    if layer_type is None:
-        return {}
-    if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
-        raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
-    scores = {score_name(p) for p in slots_of(module)}
-    found = {p: fan for p, fan in layer_type.weights(module).items() if p not in scores}
-    return {p: fan for p, fan in found.items() if _is_weight(f"{name}.{p}", module._parameters.get(p))}
+# decide
 
 
-def _is_weight(key: str, tensor: Tensor | None) -> bool:
-    """Whether there is such a weight, of floating values; `ConversionError` if its values could not be replaced."""
-    if tensor is None or not tensor.numel() or not tensor.is_floating_point():
-        return False
-    if tensor.is_inference():
-        raise ConversionError(f"{key} was made under torch.inference_mode; build the network outside it")
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
-        raise ConversionError(f"{key} is an expanded tensor, whose elements share memory; make it contiguous first")
-    return True
+class _Decision:
+    """What becomes of a parameter.
 
+    Args:
+        chosen: the weights to mask, if they are not masked yet.
+        fresh: names of layers that have no pretrained weights.
+    """
 
-def _plan(core: nn.Module, settings: dict[str, Any], first: bool) -> Plan:
-    fans = _fans(core)
-    if not fans and first:
-        raise NothingToConvert(
-            f"{type(core).__name__} has no layer whose weight could be masked (Conv, Linear, attention, recurrent)"
+    def __init__(self, settings: MaskingSettings, chosen: Matched, fresh: Collection[str]) -> None:
+        self.settings, self.chosen, self.fresh = settings, chosen, fresh
+        self.layers = {layer for layer, _ in chosen}
+        self.shares, self.schemes = settings.by_pattern("k"), settings.by_pattern("scheme")
+        self.learner = get_learner(settings.learner, settings.learner_options)
+
+    def __call__(self, held: Sequence[Place]) -> PlannedWeight | PlannedRest:
+        """That of the parameter that all these places hold; it is masked if one of them was chosen."""
+        place = next((place for place in held if (place.layer, place.name) in self.chosen), None)
+        return self._rest(held) if place is None else self._weight(held, place)
+
+    def _weight(self, held: Sequence[Place], chosen: Place) -> PlannedWeight:
+        key, tensor, fans = held[0].key, held[0].tensor, self.chosen[chosen.layer, chosen.name]
+        share = self.shares[_last_match(chosen.layer, self.shares)]
+        kept = None if share is None else kept_count(tensor.numel(), share)
+        if kept == 0 and self.settings.scope == "layer":
+            raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
+        for place in held:
+            check_score_name(place)
+        scheme = self._scheme(chosen.layer)
+        source, std = source_of_scheme(scheme, fans.fan_in, fans.fan_out, share or 1.0, self.settings.scaled)
+        if not source.drawn and self.learner.rescale:
+            raise ConversionError(
+                f"{self.settings.learner}: rescale is True, and {key} is pretrained, which no file could hold rescaled"
+            )
+        cls, owners = type(held[0].module).__name__, tuple(place.key for place in held)
+        shape = tuple(tensor.shape)
+        return PlannedWeight(key, cls, shape, share, kept, scheme, source.distribution, std, fans.fan_in, owners)
+
+    def _scheme(self, layer: str) -> str:
+        """The scheme of a layer; one without pretrained weights is drawn, unless a pattern of its own says else."""
+        pattern = _last_match(layer, self.schemes)
+        scheme = self.schemes[pattern]
+        return DEFAULT.scheme.value if layer in self.fresh and (pattern, scheme) == ("*", PRETRAINED) else scheme
+
+    def _rest(self, held: Sequence[Place]) -> PlannedRest:
+        first = held[0]
+        state, tensor = state_of(first.module), first.tensor
+        if state is None:
+            rule = self._rule(held)
+        else:
+            rule = state.others.get(first.name, UnmaskedRule("left", "came into the module after its conversion"))
+        of_norm = is_norm(first.module) and first.name in ("weight", "bias")
+        train = self.settings.others == "train" or (self.settings.norm == "train" and of_norm)
+        planned = PlannedRest(
+            first.key, tuple(tensor.shape), rule, train and tensor.is_floating_point(), done=state is not None
         )
-    chosen = _chosen(fans, settings, check=first)
-    layers = {name for name, _ in chosen}
-    shares, schemes = by_pattern(settings, "k"), by_pattern(settings, "scheme")
-    fresh = core.__dict__.get(FRESH, ()) if first else tuple(layers)
-    before = {key: module._parameters[name].numel() for key, module, name, _ in masked_weights(core)}  # type: ignore[union-attr]
-    if before and first and settings["scope"] == "global":
-        raise ConversionError(f"scope='global' ranks all layers together, and {len(before)} are masked already")
+        check_rest(planned, tensor)
+        return planned
 
+    def _rule(self, held: Sequence[Place]) -> UnmaskedRule:
+        of_masked = [place for place in held if place.layer in self.layers]
+        drawn = any(self._scheme(place.layer) != PRETRAINED for place in of_masked)
+        if PRETRAINED in self.schemes.values() and not drawn:
+            return UnmaskedRule("left", "pretrained")
+        place = next(iter(of_masked), held[0])  # a bias may belong to several modules, of which one is masked
+        return treatment(place.module, place.name, swapped=bool(of_masked))
+
+
+def check_score_name(place: Place) -> None:
+    """`ConversionError` if the module of a weight has something else under the name of the weight's score."""
+    if hasattr(place.module, score_name(place.name)):
+        raise ConversionError(f"{score_name(place.key)} exists already; the score of {place.key} needs that name")
+
+
+def check_rest(planned: PlannedRest, tensor: Tensor) -> None:
+    """`ConversionError` unless what is planned for a parameter that is not masked can be done to it."""
+    if planned.treatment.action != "left" and not planned.done:
+        check_writable(planned.key, tensor)
+    elif planned.train:
+        check_mode(planned.key, tensor)
+
+
+# record
+
+
+def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
+    chosen = _match(core, settings, first)
+    before = {key: module._parameters[name].numel() for key, module, name, _ in masked_weights(core)}  # type: ignore[union-attr]
+    if before and first and settings.scope == "global":
+        raise ConversionError(f"scope='global' ranks all layers together, and {len(before)} are masked already")
+    decide = _Decision(settings, chosen, origin_of(core).fresh if first else {layer for layer, _ in chosen})
+    decided = [decide(held) for held in _unmasked(core)]
+    planned = Plan(
+        tuple(each for each in decided if isinstance(each, PlannedWeight)),
+        tuple(each for each in decided if isinstance(each, PlannedRest)),
+        before,
+        settings,
+    )
+    total = planned.weights + sum(before.values())
+    if settings.scope == "global" and kept_count(total, settings.by_pattern("k")["*"]) == 0:
+        raise ConversionError(f"k={settings.k!r} keeps none of the network's {total:,} weights")
+    return planned
+
+
+def _unmasked(core: nn.Module) -> list[list[Place]]:
+    """The places of each parameter that is neither a masked weight nor a score."""
     masked = {
-        id(module._parameters[held])
+        id(module._parameters[name])
         for module in core.modules()
         for weight in slots_of(module)
-        for held in (weight, score_name(weight))
+        for name in (weight, score_name(weight))
     }
-    owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
-    for name, module in core.named_modules():
-        for parameter, tensor in module._parameters.items():
-            if tensor is not None and id(tensor) not in masked:
-                owners.setdefault(id(tensor), []).append((name, module, parameter))
-    weights, rest = [], []
-    for held in owners.values():
-        name, module, parameter = held[0]
-        tensor = cast(Tensor, module._parameters[parameter])
-        key = f"{name}.{parameter}" if name else parameter
-        layer = next(((n, p) for n, _, p in held if (n, p) in chosen), None)
-        if layer is None:
-            drawn = any(n in layers and _scheme(n, schemes, fresh) != PRETRAINED for n, _, _ in held)
-            done = module.__dict__.get(CONVERTED)
-            if done is not None:
-                how = done.get(parameter, UnmaskedRule("left", "came into the module after its conversion"))
-            elif PRETRAINED in schemes.values() and not drawn:
-                how = UnmaskedRule("left", "pretrained")
-            else:  # a bias may belong to several modules, of which one is masked
-                owner = next(((m, p) for n, m, p in held if n in layers), (module, parameter))
-                how = treatment(*owner, swapped=any(n in layers for n, _, _ in held))
-            of_norm = is_norm(module) and parameter in ("weight", "bias")
-            train = settings["others"] == "train" or (settings["norm"] == "train" and of_norm)
-            train = train and tensor.is_floating_point()
-            rest.append(PlannedRest(key, tuple(tensor.shape), (module, parameter), how, train, done is not None))
-            continue
-        share = _last_match(layer[0], shares)
-        share = share if share is None else float(share)
-        kept = None if share is None else kept_count(tensor.numel(), share)
-        if kept == 0 and settings["scope"] == "layer":
-            raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
-        scheme = _scheme(layer[0], schemes, fresh)
-        fan = chosen[layer]
-        source, std = source_of_scheme(scheme, fan.fan_in, fan.fan_out, share or 1.0, settings["scaled"])
-        if not source.drawn and get_learner(settings["learner"], settings["learner_options"]).rescale:
-            raise ConversionError(
-                f"{settings['learner']}: rescale is True, and {key} is pretrained, which no file could hold rescaled"
-            )
-        cls, shape, held_by = type(module).__name__, tuple(tensor.shape), tuple((m, p) for _, m, p in held)
-        weights.append(
-            PlannedWeight(key, cls, shape, share, kept, scheme, source.distribution, std, fan.fan_in, held_by)
-        )
-    total = sum(weight.numel for weight in weights) + sum(before.values())
-    if settings["scope"] == "global" and kept_count(total, shares["*"]) == 0:
-        raise ConversionError(f"k={shares['*']!r} keeps none of the network's {total:,} weights")
-    return Plan(tuple(weights), tuple(rest), before, settings)
-
-
-def _scheme(layer: str, schemes: dict[str, str], fresh: Sequence[str]) -> str:
-    """The scheme of a layer; one that pretrained weights lacked is drawn, unless a pattern of its own says else."""
-    pattern = [pattern for pattern in schemes if _matches(layer, pattern)][-1]
-    new = layer in fresh and pattern == "*" and schemes[pattern] == PRETRAINED
-    return DEFAULTS["scheme"] if new else schemes[pattern]
+    found: dict[int, list[Place]] = {}
+    for place in places_of(core):
+        if id(place.tensor) not in masked:
+            found.setdefault(id(place.tensor), []).append(place)
+    return list(found.values())

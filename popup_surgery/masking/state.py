@@ -1,5 +1,10 @@
-"""What conversion leaves on a network's modules: one record for each masked weight, and its settings."""
+"""What conversion leaves on a network's modules: one `ModuleState` for each, and in it a `MaskedParam` for each weight.
 
+What `build` knows of a network stands beside it, in an `Origin` of models/architecture.py: a network has that before it
+is converted, and models/ imports nothing of masking/.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
+from ..models.architecture import forget_base, gather
 from ..torch_compat import is_fx_tracing, version_of
 from .masked_weight import MaskedWeight
 from .ranking import RankGroup, parameter_of, score_name, under_transform
+from .settings import MaskingSettings
+from .unmasked import Generated, UnmaskedRule
 
-SLOTS = "_popup_slots"
-SETTINGS = "_popup_settings"
-CONVERTED = "_popup_converted"
+STATE = "_popup_state"  # where a module has its `ModuleState`, in its `__dict__`
 
 
 @dataclass
@@ -75,6 +81,54 @@ class MaskedParam:
         return effective.as_subclass(MaskedWeight)
 
 
+@dataclass
+class ModuleState:
+    """What conversion did to one module. Every module of a converted network has one, by which it is known.
+
+    Attributes:
+        masked: its masked weights, by parameter name.
+        others: what became of its other parameters, by name; one that is not there came into the module later.
+        generated: those of the others that were drawn, and from which stream.
+        settings: of the module that `convert` was called with alone: how.
+        loading: it is reading a `state_dict`, which may assign masked weights.
+    """
+
+    masked: dict[str, MaskedParam] = field(default_factory=dict)
+    others: dict[str, UnmaskedRule] = field(default_factory=dict)
+    generated: dict[str, Generated] = field(default_factory=dict)
+    settings: MaskingSettings | None = None
+    loading: bool = False
+
+
+_MARKS = {
+    "_popup_slots": "masked", "_popup_converted": "others", "_popup_generated": "generated",
+    "_popup_settings": "settings",
+}  # fmt: skip
+
+
+def upgrade(attributes: dict[str, Any]) -> None:
+    """Make the marks of version 0.1.0, in a network that was pickled by it, one `ModuleState`."""
+    gather(attributes, _MARKS, STATE, _from_marks)
+
+
+def _from_marks(settings: Mapping[str, Any] | None = None, **marks: Any) -> ModuleState:
+    return ModuleState(**marks, settings=None if settings is None else MaskingSettings(**settings))
+
+
+def state_of(module: nn.Module) -> ModuleState | None:
+    """What conversion did to `module`; None if it has not seen it."""
+    upgrade(module.__dict__)
+    return module.__dict__.get(STATE)
+
+
+def forget(module: nn.Module) -> None:
+    """Take off `module` what conversion left on it, and what is known of its weights, but not how it was built."""
+    upgrade(module.__dict__)
+    module.__dict__.pop(STATE, None)
+    forget_base(module)
+
+
 def slots_of(module: nn.Module) -> dict[str, MaskedParam]:
     """The masked weights of a swapped layer, by parameter name; empty for any other module."""
-    return module.__dict__.get(SLOTS, {})
+    state = module.__dict__.get(STATE)  # a swapped layer is upgraded when it is unpickled
+    return {} if state is None else state.masked

@@ -8,8 +8,6 @@ from torch import nn
 
 from ..models.layer_types import layer_type_of
 
-GENERATED = "_popup_generated"
-
 
 @dataclass(frozen=True)
 class UnmaskedRule:
@@ -27,7 +25,7 @@ class UnmaskedRule:
 
 @dataclass(frozen=True)
 class Generated:
-    """Where a generated tensor came from; kept on its module by parameter name, under `GENERATED`."""
+    """Where a generated tensor came from."""
 
     stream: str
     seed: int

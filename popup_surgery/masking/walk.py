@@ -1,11 +1,30 @@
 """Walks over a network that may be wrapped or converted."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..torch_compat import compiled_module
+from .ranking import parameter_of
 from .state import MaskedParam, slots_of
+
+
+class Place(NamedTuple):
+    """Where a parameter is held: the name of its module in the network, the module, and its own name there."""
+
+    layer: str
+    module: nn.Module
+    name: str
+
+    @property
+    def key(self) -> str:
+        """Its `state_dict` key."""
+        return f"{self.layer}.{self.name}" if self.layer else self.name
+
+    @property
+    def tensor(self) -> Tensor:
+        return parameter_of(self.module, self.name)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -19,11 +38,20 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
+def places_of(core: nn.Module) -> Iterator[Place]:
+    """Every place that holds a parameter, in `state_dict` order; a parameter that is shared has several."""
+    for layer, module in core.named_modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None:
+                yield Place(layer, module, name)
+
+
 def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, MaskedParam]]:
     """Each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot."""
     seen = set()
-    for prefix, module in core.named_modules():
+    for layer, module in core.named_modules():
         for name, slot in slots_of(module).items():
-            if id(module._parameters[name]) not in seen:
-                seen.add(id(module._parameters[name]))
-                yield f"{prefix}.{name}" if prefix else name, module, name, slot
+            place = Place(layer, module, name)
+            if id(place.tensor) not in seen:
+                seen.add(id(place.tensor))
+                yield place.key, module, name, slot

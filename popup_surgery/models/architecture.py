@@ -2,16 +2,14 @@
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from ..errors import ConversionError, nearest
 
-DESCRIPTION = "_popup_architecture"
-PRETRAINED_BASE = "_popup_base_weights"
-FRESH = "_popup_fresh"
+ORIGIN = "_popup_origin"  # where a network has its `Origin`, in its `__dict__`
 
 
 @dataclass(frozen=True)
@@ -46,6 +44,54 @@ class Base:
     name: str
     tag: str
     sha256: str = ""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a network came from, as far as it knows itself.
+
+    Attributes:
+        architecture: how to build it.
+        base: its pretrained weights, where it has some.
+        fresh: names of the layers that those weights lacked, or had in another size.
+    """
+
+    architecture: Architecture | None = None
+    base: Base | None = None
+    fresh: tuple[str, ...] = ()
+
+
+_MARKS = {"_popup_architecture": "architecture", "_popup_base_weights": "base", "_popup_fresh": "fresh"}
+
+
+def gather(attributes: dict[str, Any], marks: Mapping[str, str], key: str, record: Callable[..., Any]) -> None:
+    """Make marks that version 0.1.0 left one by one among a module's attributes one `record`, and keep it under `key`.
+
+    Args:
+        marks: the argument of `record` for each mark.
+    """
+    if found := {name: attributes.pop(mark) for mark, name in marks.items() if mark in attributes}:
+        attributes[key] = record(**found)
+
+
+def origin_of(model: nn.Module) -> Origin:
+    """Where `model` came from; an empty `Origin` if it does not know."""
+    gather(model.__dict__, _MARKS, ORIGIN, Origin)
+    return model.__dict__.get(ORIGIN, Origin())
+
+
+def note_origin(model: nn.Module, **known: Any) -> None:
+    """Let `model` know more of its `Origin`."""
+    model.__dict__[ORIGIN] = replace(origin_of(model), **known)
+
+
+def forget_base(model: nn.Module) -> None:
+    """Let `model` know how it was built, and no longer where its weights are from."""
+    built = Origin(origin_of(model).architecture)
+    if built == Origin():
+        model.__dict__.pop(ORIGIN, None)
+    else:
+        model.__dict__[ORIGIN] = built
 
 
 def _integer(low: int, high: int) -> Callable[[Any], bool]:
@@ -88,7 +134,7 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 def describe(model: nn.Module) -> Architecture:
     """The description that `model` was built or converted with; `custom` where there is none."""
-    return model.__dict__.get(DESCRIPTION) or Architecture("custom", type(model).__name__)
+    return origin_of(model).architecture or Architecture("custom", type(model).__name__)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..errors import ConversionError
-from .architecture import DESCRIPTION, FRESH, PRETRAINED_BASE, Architecture, Base
+from .architecture import Architecture, Base, note_origin
 from .libraries import architecture_of
 from .pretrained import WEIGHT_FILES, check_tag, fill_from, read_weights
 from .skip_init import Blank
@@ -42,7 +42,7 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
     else:
         tag = check_tag(described, None if pretrained is True else pretrained)
         model = build_architecture(described, tag)
-    model.__dict__[PRETRAINED_BASE] = Base(described.library, described.version, described.name, tag)
+    note_origin(model, base=Base(described.library, described.version, described.name, tag))
     return model
 
 
@@ -58,7 +58,7 @@ def build_architecture(architecture: Architecture, tag: str | None = None) -> nn
         given = ", ".join(f"{key}={value!r}" for key, value in architecture.kwargs.items()) or "its defaults"
         weights = f" and the weights {tag}" if tag else ""
         raise ConversionError(f"{library}/{name} cannot be built with {given}{weights}: {error}") from error
-    model.__dict__[DESCRIPTION] = architecture
+    note_origin(model, architecture=architecture)
     return model
 
 
@@ -97,7 +97,7 @@ def _build_timm(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     with _missing_keys() as missing:
         model = timm.create_model(f"{name}.{tag}", pretrained=True, **kwargs)
     # with another number of classes timm loads what it can
-    model.__dict__[FRESH] = tuple({key.rpartition(".")[0] for key in missing})
+    note_origin(model, fresh=tuple({key.rpartition(".")[0] for key in missing}))
     return model
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..errors import ConversionError, unknown
-from .architecture import FRESH, Architecture
+from .architecture import Architecture, note_origin
 from .layer_types import layer_type_of
 
 WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
@@ -74,4 +74,4 @@ def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
             shapes = f"{tuple(state[name].shape)}; the network's is {tuple(own[name].shape)}"
             raise ConversionError(f"{name!r} of {what} is {shapes}, and only a layer may have another size")
     model.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
-    model.__dict__[FRESH] = tuple(fresh)
+    note_origin(model, fresh=tuple(fresh))

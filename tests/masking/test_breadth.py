@@ -618,4 +618,4 @@ def test_what_was_converted_is_known_and_not_done_again() -> None:
     assert torch.equal(model.pos_embed, moved)
     assert plan(model).coverage.generated == first.generated
     with pytest.raises(TypeError, match="convert has no argument 'num_classes'; build takes it"):
-        convert(vit(), num_classes=3)  # type: ignore[call-arg]
+        convert(vit(), num_classes=3)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from torch import nn
 
 import popup_surgery as ps
 from popup_surgery import ConversionError, UnknownName, bake, build, convert, masks, plan
-from popup_surgery.models.architecture import FRESH, PRETRAINED_BASE, describe
+from popup_surgery.models.architecture import Origin, describe, origin_of
 from popup_surgery.models.skip_init import Blank
 
 # building by name
@@ -105,4 +105,4 @@ def test_loading_builds_without_initialising(tmp_path: Path) -> None:
 
 def test_baking_a_pretrained_network_forgets_its_base() -> None:
     model = bake(convert(build("timm/test_resnet")))
-    assert not [key for key in model.__dict__ if key in (PRETRAINED_BASE, FRESH)]
+    assert origin_of(model) == Origin(describe(model))

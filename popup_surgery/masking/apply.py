@@ -1,0 +1,150 @@
+"""Do to a network what a plan says: find its parameters, prepare all that could fail, and only then change anything."""
+
+import torch
+from torch import nn
+
+from ..errors import ConversionError
+from ..learners import Learner, get_learner
+from ..selection import kept_count
+from ..torch_compat import NormWithStatistics
+from ..weights.fill import fill
+from ..weights.source import source_of
+from ..weights.streams import draw
+from .layer import masked_class, swap
+from .plan import Plan, PlannedRest, PlannedWeight
+from .planning import check_rest, check_score_name, check_writable
+from .ranking import RankGroup, drop_hooks
+from .state import STATE, MaskedParam, ModuleState, slots_of, state_of
+from .unmasked import Generated
+from .walk import Place, masked_weights, places_of
+
+
+def apply(core: nn.Module, planned: Plan) -> None:
+    """Do what `planned` says to `core`, the network that it was made for or an equal one.
+
+    Raises:
+        ConversionError: the plan is for another network, and `core` is as it was.
+    """
+    settings = planned.settings
+    learner = get_learner(settings.learner, settings.learner_options)
+    places = {place.key: place for place in places_of(core)}
+    masked = [(weight, _held(places, weight)) for weight in planned.masked]
+    rest = [(other, _place(places, other.key, other.shape)) for other in planned.rest]
+    for other, place in rest:
+        check_rest(other, place.tensor)
+    scores = [_first_scores(weight, held[0], learner, settings.seed) for weight, held in masked]
+    for module, names in _by_module(masked).items():
+        masked_class(type(module), names)
+    norms = _norms_to_reset(core, planned)
+
+    _mask(masked, scores, learner, planned)
+    for module in core.modules():
+        module.__dict__.setdefault(STATE, ModuleState())
+    for other, place in rest:
+        _treat(other, place, settings.seed)
+    for norm in norms:
+        norm.reset_running_stats()
+    core.__dict__[STATE].settings = settings
+    if settings.scope == "global":
+        _rank_together(core, learner, settings.by_pattern("k")["*"])
+
+
+# find and prepare: what can fail
+
+Weights = list[tuple[PlannedWeight, list[Place]]]
+
+
+def _place(places: dict[str, Place], key: str, shape: tuple[int, ...]) -> Place:
+    found = places.get(key)
+    if found is None or tuple(found.tensor.shape) != shape:
+        has = "nothing" if found is None else tuple(found.tensor.shape)
+        raise ConversionError(f"{key}: the plan is for {shape}, the network has {has}")
+    return found
+
+
+def _held(places: dict[str, Place], weight: PlannedWeight) -> list[Place]:
+    held = [_place(places, key, weight.shape) for key in weight.owners]
+    for place in held:
+        if place.name in slots_of(place.module):
+            raise ConversionError(f"{place.key} is masked already; the plan was made before")
+        check_score_name(place)
+        check_writable(place.key, place.tensor)
+    return held
+
+
+def _first_scores(weight: PlannedWeight, place: Place, learner: Learner, seed: int) -> nn.Parameter:
+    values = source_of(weight.distribution).values(weight.numel, weight.std, seed, weight.key, place.tensor)
+    score = torch.empty_like(place.tensor, dtype=torch.float32, requires_grad=False)
+    fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values))
+    return nn.Parameter(score, requires_grad=learner.trains)
+
+
+def _by_module(masked: Weights) -> dict[nn.Module, tuple[str, ...]]:
+    names: dict[nn.Module, tuple[str, ...]] = {}
+    for _, held in masked:
+        for place in held:
+            names[place.module] = (*names.get(place.module, ()), place.name)
+    return names
+
+
+def _norms_to_reset(core: nn.Module, planned: Plan) -> list[NormWithStatistics]:
+    """Norms whose running statistics start again: those that no conversion has seen, unless weights are pretrained."""
+    if any(source_of(weight.distribution).in_base for weight in planned.masked):
+        return []
+    found = [m for m in core.modules() if isinstance(m, NormWithStatistics) and state_of(m) is None]
+    for norm in found:
+        for name, buffer in norm._buffers.items():
+            if buffer is not None and not nn.parameter.is_lazy(buffer):
+                check_writable(f"{name} of {type(norm).__name__}", buffer)
+    return found
+
+
+# change: what cannot fail
+
+
+def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned: Plan) -> None:
+    settings = planned.settings
+    slots: dict[nn.Module, dict[str, MaskedParam]] = {}
+    new_scores: dict[nn.Module, dict[str, nn.Parameter]] = {}
+    for (weight, held), score in zip(masked, scores, strict=True):
+        source = source_of(weight.distribution)
+        source.fill(held[0].tensor, weight.std, settings.seed, weight.key)
+        ranking = RankGroup(learner, weight.kept or 0)
+        index = ranking.add(held[0].module, held[0].name, weight.key)
+        for _, module, name in held:
+            slots.setdefault(module, {})[name] = MaskedParam(
+                weight.key, settings.seed, weight.scheme, settings.scaled and source.drawn,
+                weight.k, weight.distribution, weight.std, weight.fan_in, ranking, index,
+            )  # fmt: skip
+            new_scores.setdefault(module, {})[name] = score
+        held[0].tensor.requires_grad_(False)
+    for module in slots:
+        swap(module, slots[module], new_scores[module])
+
+
+def _treat(other: PlannedRest, place: Place, seed: int) -> None:
+    rule, parameter, state = other.treatment, place.tensor, place.module.__dict__[STATE]
+    parameter.requires_grad_(other.train)
+    state.others[place.name] = rule
+    if other.done:
+        return
+    if rule.action == "constant":
+        with torch.no_grad():
+            parameter.fill_(rule.value)
+    elif rule.action == "generated":
+        fill(parameter, draw("normal", other.numel, rule.value, seed, "other", other.key))
+        state.generated[place.name] = Generated(other.key, seed, rule.value)
+
+
+def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:
+    """One ranking for all masked weights of `core`, in place of those that they had."""
+    ranking = RankGroup(learner, 0)
+    place: dict[int, int] = {}
+    for _, module, name, slot in masked_weights(core):
+        place[id(module._parameters[name])] = ranking.add(module, name, slot.stream)
+    for module in core.modules():
+        for name, slot in slots_of(module).items():
+            slot.ranking, slot.index = ranking, place[id(module._parameters[name])]
+    ranking.kept = kept_count(sum(score.numel() for score in ranking.scores()), k)
+    drop_hooks(core)
+    ranking.hold_during_forward(core)
