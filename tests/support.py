@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -72,6 +73,14 @@ def write_images(
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             pixels[:, :, 0] = 60 * place % 256
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+def slow_except(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """The cases of a parametrised test; all but the quick ones are marked `slow`."""
+    values, mark = list(cases), pytest.mark.slow
+    assert all(case in values for case in quick), "a quick case is none"
+    together = [case if isinstance(case, tuple) else (case,) for case in values]
+    return [pytest.param(*case, marks=() if value in quick else mark) for value, case in zip(values, together)]
 
 
 TWO_EPOCHS = ["training.epochs=2"]

@@ -315,6 +315,7 @@ def test_a_run_on_shards_is_stopped_within_an_epoch_and_ends_in_the_same_file(ma
     assert done.file.read_bytes() == through.file.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_run_on_shards_and_go_on(many: Path, tmp_path: Path) -> None:
     more = ["--num-processes", "2", "--set", "training.epochs=2"]
     process = started(tmp_path / "run", many, *more)

@@ -22,7 +22,7 @@ from popup_surgery.data.sources import Numbered
 from popup_surgery.data.workers import worker_deaths
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
-from support import AUGMENTED, TARS, TESTS, cli_run, joined, lines, opened, pack, recipe, started, stopping
+from support import AUGMENTED, TARS, TESTS, cli_run, joined, lines, opened, pack, recipe, slow_except, started, stopping
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
@@ -362,7 +362,7 @@ def test_a_worker_that_dies_is_said_to_and_the_run_goes_on(many: Path, tmp_path:
     assert artifact(tmp_path / "run") == through
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM]))
 def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     many: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -377,6 +377,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_workers_end_with_a_run_that_is_killed(many: Path, tmp_path: Path) -> None:
     process = started(tmp_path / "run", many)

@@ -39,6 +39,7 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_two_processes_stop_within_an_epoch_and_end_in_the_same_file(imagenet: Path, tmp_path: Path) -> None:
     words = ["--data-dir", str(imagenet), "--num-processes", "2"]
     words += [word for setting in OVERRIDES for word in ("--set", setting)]

@@ -414,6 +414,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(cli: Cli, here: Path,
 # stopped and killed
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "out"
     words = command(written(tmp_path, LONG), "-o", output, "--jobs", 2)
@@ -484,6 +485,7 @@ def cluster() -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_twelve_runs_on_a_cluster_that_loses_a_node(cluster: Any, tmp_path: Path) -> None:
     """All twelve are compared with runs in this process, and one seed of each point with `--jobs 1`."""
     file, output = written(tmp_path, TWELVE), tmp_path / "ray"
@@ -535,6 +537,7 @@ def test_files_come_back_where_nodes_do_not_see_the_drivers_folder(cluster: Any,
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_on_ray_that_is_told_to_stop(cluster: Any, tmp_path: Path) -> None:
     output = tmp_path / "out"
     long = LONG | {"set": {"training.epochs": 1000}}

@@ -16,7 +16,7 @@ from popup_surgery import Recipe, evaluate
 from popup_surgery.data.batches import quiet
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.training.distributed import leave, start
-from support import TESTS, digits_begun, digits_command, run_digits
+from support import TESTS, digits_begun, digits_command, run_digits, slow_except
 
 
 def first_update(file: Path, accumulate: int) -> None:
@@ -67,7 +67,7 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", slow_except(LAUNCHERS, ["torchrun"]))
 def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
     interpreter, *words = digits_command(tmp_path / "run")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
