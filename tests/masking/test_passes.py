@@ -26,7 +26,7 @@ from torchvision.ops import StochasticDepth
 from popup_surgery import bake, build, convert, load, plan, save
 from popup_surgery.models.architecture import KWARGS
 from popup_surgery.models.libraries import architecture_of
-from support import slow_except
+from support import asked, slow_except
 
 K = 0.5
 TEN = {"num_classes": 10}
@@ -450,11 +450,9 @@ def _named(name: str, seed: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """What comes out for each network that is asked for, from two processes."""
-    tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
-    asked: dict[str, None] = {str(item.callspec.params["name"]): None for item in tests if "name" in item.fixturenames}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=_start) as pool:
-        yield {name: pool.submit(_run, name) for name in asked}
+        yield {name: pool.submit(_run, name) for name in asked(request, "outcomes", "name")}
         pool.shutdown(cancel_futures=True)
 
 

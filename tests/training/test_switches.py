@@ -41,7 +41,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start
 from popup_surgery.training.trainer import Trainer
-from support import TWO_EPOCHS, Scope, short, slow_except
+from support import PATIENCE, TWO_EPOCHS, Scope, short, slow_except
 
 
 def fit(*overrides: str) -> Trainer:
@@ -452,7 +452,7 @@ def two(tmp_path: Path, word: str) -> list[subprocess.CompletedProcess[str]]:
         )
     done = []
     for process in processes:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=PATIENCE)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
 
