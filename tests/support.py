@@ -8,13 +8,14 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -31,6 +32,8 @@ from popup_surgery.sweep.engines import Events, Stop
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
 GOLDEN = TESTS / "golden"
+
+PATIENCE = 300  # seconds for what another process does, however busy the machine: what hangs takes longer
 
 Sizes = tuple[int, int]
 Scope = Literal["layer", "global"]
@@ -72,6 +75,20 @@ def write_images(
             pixels = generator.integers(0, 256, (*size, 3), dtype=np.uint8)
             pixels[:, :, 0] = 60 * place % 256
             Image.fromarray(pixels).save(folder / f"{i}.{'jpg' if i % 2 else 'png'}")
+
+
+def slow_except(cases: Iterable[Any], quick: Collection[Any]) -> list[Any]:
+    """The cases of a parametrised test; all but the quick ones are marked `slow`."""
+    values, mark = list(cases), pytest.mark.slow
+    assert all(case in values for case in quick), "a quick case is none"
+    together = [case if isinstance(case, tuple) else (case,) for case in values]
+    return [pytest.param(*case, marks=() if value in quick else mark) for value, case in zip(values, together)]
+
+
+def asked(request: pytest.FixtureRequest, fixture: str, parameter: str) -> list[str]:
+    """The values of a parameter with which the tests of this file that will run use a fixture, each once."""
+    tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    return list(dict.fromkeys(str(test.callspec.params[parameter]) for test in tests if fixture in test.fixturenames))
 
 
 TWO_EPOCHS = ["training.epochs=2"]
@@ -191,7 +208,7 @@ def started(folder: Path, recipe: Path, *more: str) -> subprocess.Popen[str]:
         cli_run(folder, recipe, *more), text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not set((folder / "checkpoints").glob("*.json")) - before:
         if process.poll() is not None:
             break
@@ -209,7 +226,7 @@ def digits_command(folder: Path, *more: str) -> list[str]:
 
 
 def run_digits(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(digits_command(folder, *more), capture_output=True, text=True, timeout=180)
+    return subprocess.run(digits_command(folder, *more), capture_output=True, text=True, timeout=PATIENCE)
 
 
 def digits_begun(folder: Path, *more: str) -> subprocess.Popen[str]:
@@ -222,7 +239,7 @@ def digits_begun(folder: Path, *more: str) -> subprocess.Popen[str]:
 
 def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> None:
     """Until `what` holds or the process has ended."""
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while not what() and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.005)

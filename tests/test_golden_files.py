@@ -43,7 +43,7 @@ from popup_surgery import (
 )
 from popup_surgery.sweep import Run, Sweep, execute
 from popup_surgery.sweep.engines import Events, Stop
-from support import lines
+from support import PATIENCE, lines
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
@@ -184,7 +184,7 @@ RUNS = {"tiny": "tiny.popup.safetensors", "ticket": "ticket.safetensors"}
 
 def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "popup_surgery", *map(str, words)], capture_output=True, text=True, timeout=180
+        [sys.executable, "-m", "popup_surgery", *map(str, words)], capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -461,7 +461,7 @@ def test_a_script_of_a_third_party_still_works(tmp_path: Path) -> None:
     script, file = GOLDEN / "third_party.py", GOLDEN / "third_party.popup.safetensors"
     done = subprocess.run(
         [sys.executable, "-W", "default", str(script), str(tmp_path / "new"), str(file)],
-        capture_output=True, text=True, timeout=180,
+        capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == RECORDED["third_party"]

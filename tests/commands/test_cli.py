@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 import popup_surgery
 from popup_surgery import build, convert, load, save
 from popup_surgery.config.catalog import find, shipped
-from support import write_digit
+from support import PATIENCE, write_digit
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo", "sweep",
@@ -31,7 +31,9 @@ Cli = Callable[..., Any]
 
 
 def python(*arguments: str, cwd: Path | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=100, cwd=cwd, **options)
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=PATIENCE, cwd=cwd, **options
+    )
 
 
 def refused(outcome: Any, *says: str, lines: int = 1) -> None:

@@ -17,7 +17,7 @@ from popup_surgery import DataError, PopupError, evaluate, train
 from popup_surgery.data.batches import ProcessShard
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
-from support import AUGMENTED, cli_run, joined, lines, opened, recipe, started, stopping
+from support import AUGMENTED, PATIENCE, cli_run, joined, lines, opened, recipe, started, stopping
 
 CLASSES = ("cat", "dog", "eel")
 PLAIN: dict[str, Any] = {"mean": [0.0] * 3, "std": [1.0] * 3, "crop_pct": 1.0}
@@ -315,17 +315,18 @@ def test_a_run_on_shards_is_stopped_within_an_epoch_and_ends_in_the_same_file(ma
     assert done.file.read_bytes() == through.file.read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_run_on_shards_and_go_on(many: Path, tmp_path: Path) -> None:
     more = ["--num-processes", "2", "--set", "training.epochs=2"]
     process = started(tmp_path / "run", many, *more)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=90)
+    _, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said.count("goes on with --resume")) == (75, 1), said
     assert "Traceback" not in said
     files = [tmp_path / name / "net.popup.safetensors" for name in ("through", "run")]
     for file in files:
         words = cli_run(file.parent, many, *more, "--resume")
-        done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
         assert done.returncode == 0, done.stderr
     assert files[0].read_bytes() == files[1].read_bytes()
     found = evaluate(files[1], data=recorded_data(files[1], ["data.name=wds/x"]), data_dir=tmp_path / "shards")

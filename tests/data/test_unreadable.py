@@ -22,7 +22,21 @@ from popup_surgery.data.sources import Numbered
 from popup_surgery.data.workers import worker_deaths
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
-from support import AUGMENTED, TARS, TESTS, cli_run, joined, lines, opened, pack, recipe, started, stopping
+from support import (
+    AUGMENTED,
+    PATIENCE,
+    TARS,
+    TESTS,
+    cli_run,
+    joined,
+    lines,
+    opened,
+    pack,
+    recipe,
+    slow_except,
+    started,
+    stopping,
+)
 
 # timm's reader leaves the closing of tar files to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.tar'>:ResourceWarning")
@@ -296,7 +310,7 @@ def test_two_processes_add_up_what_they_skip_and_one_speaks(many: Path, tmp_path
     bad = damaged(tmp_path / "images", "train/cat/0.png", "train/eel/7.jpg", "train/dog/3.jpg", "validation/dog/1.jpg")
     sets = ["--set", "data.on_error=skip", "--set", "training.epochs=2"]
     words = cli_run(tmp_path / "run", many, "--num-processes", "2", *sets)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert [line["skipped"] for line in lines(tmp_path / "run")] == [4, 4]
     said = re.findall(r"left out (\d+) images? that could not be read; the first: (.*) cannot be read", done.stderr)
@@ -343,7 +357,7 @@ def test_skipped_images_are_counted_once_however_often_a_run_stops(many: Path, t
 
 def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The loader's workers, of which a run of one process has no other children; new ones with each epoch."""
-    until = time.monotonic() + 60
+    until = time.monotonic() + PATIENCE
     while time.monotonic() < until and process.poll() is None:
         if len(found := psutil.Process(process.pid).children()) >= 2:
             return found
@@ -355,14 +369,14 @@ def test_a_worker_that_dies_is_said_to_and_the_run_goes_on(many: Path, tmp_path:
     through = train(many, output=tmp_path / "through").file.read_bytes()
     process = started(tmp_path / "run", many)
     workers_of(process)[0].kill()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert re.search(r"^error: a worker process of the data loader died: .*data\.workers=0", said, re.MULTILINE), said
     train(many, output=tmp_path / "run", resume=True)
     assert artifact(tmp_path / "run") == through
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM]))
 def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     many: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -370,20 +384,21 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     process = started(tmp_path / "run", many)
     workers = workers_of(process)
     os.killpg(process.pid, number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, said
     assert re.fullmatch(r"stopped after step \d+, in epoch \d; the same command goes on with --resume\n", said)
-    psutil.wait_procs(workers, timeout=20)
+    psutil.wait_procs(workers, timeout=PATIENCE)
     assert not any(worker.is_running() for worker in workers)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_workers_end_with_a_run_that_is_killed(many: Path, tmp_path: Path) -> None:
     process = started(tmp_path / "run", many)
     workers = workers_of(process)
     process.kill()
     process.communicate()
-    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
 
 
 def test_workers_end_with_a_process_that_fails(images: Path) -> None:
@@ -394,7 +409,7 @@ def test_workers_end_with_a_process_that_fails(images: Path) -> None:
         "for batch in data.train(0): 1 / 0\n"
     )
     words = [sys.executable, "-c", script]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60, cwd=TESTS)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, cwd=TESTS)
     assert done.returncode == 1
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
 

@@ -14,7 +14,7 @@ from popup_surgery.config import Recipe
 from popup_surgery.data.batches import ProcessShard, quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.data.streamed import Streamed
-from support import cli_run, lines, started
+from support import PATIENCE, cli_run, lines, started
 
 CLASSES, VALIDATION = 1000, 1003  # which neither the batch nor the processes divide
 OVERRIDES = [
@@ -39,13 +39,14 @@ def imagenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_two_processes_stop_within_an_epoch_and_end_in_the_same_file(imagenet: Path, tmp_path: Path) -> None:
     words = ["--data-dir", str(imagenet), "--num-processes", "2"]
     words += [word for setting in OVERRIDES for word in ("--set", setting)]
     recipe = Path("imagenet/resnet50")
     process = started(tmp_path / "stopped", recipe, *words)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert (process.returncode, said.count("in epoch 1; the same command goes on with --resume")) == (75, 1), said
     words += ["--set", "training.checkpoint_minutes=10"]  # one of these is 40 MB
     for name in ("through", "stopped"):

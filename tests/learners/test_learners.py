@@ -45,7 +45,7 @@ from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
-from support import equal_states, stopping
+from support import PATIENCE, equal_states, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -564,7 +564,7 @@ def test_random_masks_in_the_loop(processes: int, images: Path, tmp_path: Path) 
     (tmp_path / "random.yaml").write_text(to_yaml(values))
     call = ["-m", "popup_surgery", "train", str(tmp_path / "random.yaml"), "-o", str(tmp_path / "run")]
     words = [sys.executable, *call, "--num-processes", str(processes)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     file = tmp_path / "run" / "random.popup.safetensors"
     fresh = convert(build("timm/test_resnet", num_classes=3), 0.5, scaled=False)
@@ -667,7 +667,7 @@ def test_processes_and_pieces_of_a_step_see_the_same_sample(tmp_path: Path) -> N
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         words = [sys.executable, *(launch if processes > 1 else []), str(script), str(file), str(accumulate)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*words, *SUPERMASK], capture_output=True, text=True, timeout=180, env=environment)
+        done = subprocess.run([*words, *SUPERMASK], capture_output=True, text=True, timeout=PATIENCE, env=environment)
         assert done.returncode == 0, done.stderr
         results.append(torch.load(file, weights_only=True))
     for name, score in results[0].items():

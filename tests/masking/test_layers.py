@@ -20,7 +20,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import kept_count
-from support import Scope, top
+from support import PATIENCE, Scope, top
 
 K = 0.4
 
@@ -307,7 +307,7 @@ def test_pickle_opens_in_a_fresh_process(tmp_path: Path) -> None:
         "    assert all(p.grad.any() for n, p in layer.named_parameters() if n.endswith('weight_score')), layer\n"
         "print('equal')\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, path], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout == "equal\n", done.stderr
 
 

@@ -26,6 +26,7 @@ from torchvision.ops import StochasticDepth
 from popup_surgery import bake, build, convert, load, plan, save
 from popup_surgery.models.architecture import KWARGS
 from popup_surgery.models.libraries import architecture_of
+from support import asked, slow_except
 
 K = 0.5
 TEN = {"num_classes": 10}
@@ -263,7 +264,14 @@ IN_CSATV2 = """
 DEAD = {("timm/csatv2", key): ONE_CHANNEL for key in IN_CSATV2.split()}
 DEAD["torchvision/mvit_v2_s", "blocks.15.attn.pool_q.pool.weight_score"] = UNREAD
 
-every_net = pytest.mark.parametrize("name", NETS)
+# one of each kind that differs for a mask; the others are slow
+QUICK = """
+    timm/test_byobnet timm/test_convnext timm/test_efficientnet timm/test_mambaout timm/test_nfnet timm/test_resnet
+    timm/test_vit timm/edgenext_xx_small timm/levit_128s timm/vit_tiny_r_s16_p8_224
+    torchvision/lraspp_mobilenet_v3_large torchvision/quantized_shufflenet_v2_x0_5 torchvision/squeezenet1_1
+    torchvision/ssdlite320_mobilenet_v3_large
+"""
+every_net = pytest.mark.parametrize("name", slow_except(NETS, QUICK.split()))
 
 
 @dataclass
@@ -442,11 +450,9 @@ def _named(name: str, seed: int) -> nn.Module:
 @pytest.fixture(scope="module")
 def outcomes(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[Outcome]]]:
     """What comes out for each network that is asked for, from two processes."""
-    tests = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
-    asked: dict[str, None] = {str(item.callspec.params["name"]): None for item in tests if "name" in item.fixturenames}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, context, initializer=_start) as pool:
-        yield {name: pool.submit(_run, name) for name in asked}
+        yield {name: pool.submit(_run, name) for name in asked(request, "outcomes", "name")}
         pool.shutdown(cancel_futures=True)
 
 

@@ -17,7 +17,7 @@ from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
 from popup_surgery.reproduce.table import rows
 from popup_surgery.sweep import Outcome, Run, State, points
 from popup_surgery.sweep.results import Numbers
-from support import Here
+from support import Here, slow_except
 
 RUNS = {
     "figure3": 240, "figure4": 320, "figure5": 75, "figure6": 280, "figure7": 200, "figure8": 10, "table2": 10,
@@ -135,7 +135,7 @@ def test_a_figure_again_runs_nothing(done: tuple[Any, Path, Any], monkeypatch: p
     assert [path.read_bytes() for path in again.files] == before
 
 
-@pytest.mark.parametrize("figure", ["figure6", "figure9"])
+@pytest.mark.parametrize("figure", slow_except(["figure6", "figure9"], ["figure6"]))
 def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) -> None:
     names = ["model.name=timm/resnet10t", "model.kwargs.num_classes=10"]
     settings, only = (names, []) if figure == "figure9" else (["model.kwargs.width=0.1"], ["conv2"])
@@ -148,7 +148,7 @@ def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) ->
     assert {row["paper"] for row in zhou} == ({None} if figure == "figure9" else {66.0})
 
 
-@pytest.mark.parametrize("figure", ["figure4", "figure5", "figure7", "figure8", "figure10"])
+@pytest.mark.parametrize("figure", slow_except(["figure4", "figure5", "figure7", "figure8", "figure10"], ["figure7"]))
 def test_each_series_of_a_figure_runs_two_steps(figure: str, ten: Path, tmp_path: Path) -> None:
     settings = {
         "figure8": ["model.kwargs.num_classes=10"],

@@ -26,7 +26,7 @@ from popup_surgery import PopupError, RecipeError, RunError, train
 from popup_surgery.config.catalog import find
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.sweep import Local, Outcome, State, Sweep, execute, points
-from support import ROOT, Here, surgery
+from support import PATIENCE, ROOT, Here, surgery
 
 Cli = Callable[..., Any]
 DIGITS = {"recipe": "digits", "set": {"training.epochs": 1}}
@@ -59,8 +59,8 @@ def command(*words: object) -> list[str]:
     return [sys.executable, "-m", "popup_surgery", "sweep", *map(str, words)]
 
 
-def until(condition: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> None:
-    end = time.monotonic() + seconds
+def until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + PATIENCE
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
@@ -414,6 +414,7 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(cli: Cli, here: Path,
 # stopped and killed
 
 
+@pytest.mark.slow
 def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     output = tmp_path / "out"
     words = command(written(tmp_path, LONG), "-o", output, "--jobs", 2)
@@ -422,7 +423,7 @@ def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog:
     children = psutil.Process(process.pid).children()
     assert len(children) == 2
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
     assert said == "stopped with 0 of 2 runs finished; the same command goes on\n"
     assert not any(child.is_running() for child in children)
@@ -462,12 +463,10 @@ def test_what_ray_refuses(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("ray")
-    began = time.monotonic()
     for address, says in (("127.0.0.1:9", "Connection refused"), ("auto", "any running Ray instance")):
         done = cli(*call, "--address", address)
         assert done.status == 2
         assert re.fullmatch(rf"error: no Ray cluster to use at {address}: .*{says}.*\n", done.err)
-    assert time.monotonic() - began < 30
     assert not artifacts(tmp_path)
 
 
@@ -484,6 +483,7 @@ def cluster() -> Iterator[Any]:
         cluster.shutdown()
 
 
+@pytest.mark.slow
 def test_twelve_runs_on_a_cluster_that_loses_a_node(cluster: Any, tmp_path: Path) -> None:
     """All twelve are compared with runs in this process, and one seed of each point with `--jobs 1`."""
     file, output = written(tmp_path, TWELVE), tmp_path / "ray"
@@ -500,7 +500,7 @@ def test_twelve_runs_on_a_cluster_that_loses_a_node(cluster: Any, tmp_path: Path
     assert len(artifacts(output)) < 12
     execute(Sweep.parse(TWELVE), tmp_path / "here", Here())
     for process in (ray, alone):
-        said = process.communicate(timeout=400)
+        said = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, said
     assert len(artifacts(output)) == 12
     assert artifacts(output) == artifacts(tmp_path / "here")
@@ -524,7 +524,7 @@ def test_files_come_back_where_nodes_do_not_see_the_drivers_folder(cluster: Any,
     folder = os.open(tmp_path, os.O_RDONLY)
     output = f"/proc/self/fd/{folder}/out"
     words = command(written(tmp_path, GRID), "-o", output, "--on", "ray", "--address", cluster.address)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=400, pass_fds=[folder])
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, pass_fds=[folder])
     os.close(folder)
     assert done.returncode == 0, done.stderr
     assert artifacts(tmp_path / "out") == artifacts(here)
@@ -535,6 +535,7 @@ def test_files_come_back_where_nodes_do_not_see_the_drivers_folder(cluster: Any,
         ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_on_ray_that_is_told_to_stop(cluster: Any, tmp_path: Path) -> None:
     output = tmp_path / "out"
     long = LONG | {"set": {"training.epochs": 1000}}
@@ -542,7 +543,7 @@ def test_a_sweep_on_ray_that_is_told_to_stop(cluster: Any, tmp_path: Path) -> No
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: checkpointed(output), process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, said
     assert "stopped with 0 of 2 runs finished; the same command goes on" in said
     assert len(checkpointed(output)) == 1

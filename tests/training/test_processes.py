@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -16,7 +15,7 @@ from popup_surgery import Recipe, evaluate
 from popup_surgery.data.batches import quiet
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.training.distributed import leave, start
-from support import TESTS, digits_begun, digits_command, run_digits
+from support import PATIENCE, TESTS, digits_begun, digits_command, run_digits, slow_except
 
 
 def first_update(file: Path, accumulate: int) -> None:
@@ -42,7 +41,7 @@ def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Pat
             words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
             path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            done = subprocess.run(words, capture_output=True, text=True, timeout=180, env=environment)
+            done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment)
             assert done.returncode == 0, done.stderr
         results.append(torch.load(file, weights_only=True))
     for other in results[1:]:
@@ -67,12 +66,16 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", slow_except(LAUNCHERS, ["torchrun"]))
 def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
     interpreter, *words = digits_command(tmp_path / "run")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(
-        [interpreter, "-m", *LAUNCHERS[launcher], *words], capture_output=True, text=True, timeout=180, env=environment
+        [interpreter, "-m", *LAUNCHERS[launcher], *words],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env=environment,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch 3/3") == 1
@@ -92,10 +95,8 @@ def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
     family = psutil.Process(process.pid).children(recursive=True)
     victim = next(child for child in family if child.environ().get("RANK") == "1")
     victim.kill()
-    began = time.monotonic()
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode != 0
-    assert time.monotonic() - began < 60
     assert re.search(r"rank\s*:? *1|local_rank: 1", said), said[-2000:]
 
 

@@ -41,7 +41,7 @@ from popup_surgery.learners import LEARNERS
 from popup_surgery.training import checkpoint
 from popup_surgery.training.distributed import numerics, start
 from popup_surgery.training.trainer import Trainer
-from support import TWO_EPOCHS, Scope, short
+from support import PATIENCE, TWO_EPOCHS, Scope, short, slow_except
 
 
 def fit(*overrides: str) -> Trainer:
@@ -358,7 +358,10 @@ def test_a_run_takes_the_seed_of_the_file_it_goes_on_from(tmp_path: Path) -> Non
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb", "muon", "lion", "adafactor", "nadam"])
+OPTIMISERS = ["sgd", "adamw", "lamb", "muon", "lion", "adafactor", "nadam"]
+
+
+@pytest.mark.parametrize("optimizer", slow_except(OPTIMISERS, ["sgd", "adamw"]))
 def test_an_optimisers_whole_state_is_in_a_checkpoint(optimizer: str, tmp_path: Path) -> None:
     more = [f"training.optimizer={optimizer}", "training.epochs=2", "training.lr=0.01", "training.schedule_per=step"]
     through, stopped, further = fit(*more), fit(*more), fit(*more)
@@ -388,7 +391,7 @@ def test_state_of_any_shape_goes_through_a_checkpoint(tmp_path: Path) -> None:
         checkpoint.pack({"x": range(3)}, "optimizer", {})
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lamb", "muon"])
+@pytest.mark.parametrize("optimizer", slow_except(["sgd", "adamw", "lamb", "muon"], ["adamw"]))
 def test_finetuning_trains_the_kept_weights_and_no_other(optimizer: str, first: Result, tmp_path: Path) -> None:
     more = ["surgery=none", f"model.init_from={first.file}", f"training.optimizer={optimizer}", "training.lr=0.001"]
     tuned = short(tmp_path / "run", *more, "training.clip_norm=1.0")
@@ -451,7 +454,7 @@ def two(tmp_path: Path, word: str) -> list[subprocess.CompletedProcess[str]]:
         )
     done = []
     for process in processes:
-        out, err = process.communicate(timeout=180)
+        out, err = process.communicate(timeout=PATIENCE)
         done.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
     return done
 

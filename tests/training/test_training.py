@@ -38,7 +38,7 @@ from popup_surgery import (
 )
 from popup_surgery.config.schedule import rates
 from popup_surgery.config.schema import Data, Training
-from support import TWO_EPOCHS, equal_states, numpy_state, short
+from support import TWO_EPOCHS, equal_states, numpy_state, short, slow_except
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -327,7 +327,7 @@ def test_bfloat16_runs_and_the_precision_may_change_between_runs(first: Result, 
     assert full.file.read_bytes() == first.file.read_bytes()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "lion", "nadam"])
+@pytest.mark.parametrize("optimizer", slow_except(["adamw", "lion", "nadam"], ["lion"]))
 def test_other_optimisers_of_timm(tmp_path: Path, optimizer: str) -> None:
     overrides = [f"training.optimizer={optimizer}", "training.lr=1e-3", "training.epochs=1"]
     result = train("digits", overrides=overrides, output=tmp_path)
