@@ -52,6 +52,9 @@ from popup_surgery.torch_compat import (
 from popup_surgery.typer_compat import UsageError
 from support import write_images
 
+# of torch 2.11's own
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+
 PACKAGE = Path(popup_surgery.__file__).parent
 SHIMS = sorted(PACKAGE.glob("*_compat.py"))
 
