@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from popup_surgery import convert, selection
 from popup_surgery.selection import cpu, gpu, kept_count, select
-from popup_surgery.selection.backend import Backend, Found, backend_of
+from popup_surgery.selection.backend import Backend, backend_of
+from popup_surgery.selection.bits import Found
 from popup_surgery.selection.cpu import SAMPLE
 
 NAN, INF, TINY = math.nan, math.inf, 1.401298464324817e-45  # TINY is the least float32 above 0
