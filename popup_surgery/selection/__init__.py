@@ -44,8 +44,8 @@ class Selection:
         """
         if len(scores) != len(self.masks):
             return False
-        backend = backend_of([*scores, *self.masks])
-        return backend.holds((self.masks, self.threshold, self.last), scores, only)
+        looked_at = [*scores, *self.masks] if only is None else [scores[only], self.masks[only]]
+        return backend_of(looked_at).holds((self.masks, self.threshold, self.last), scores, only)
 
 
 def select(scores: Sequence[Tensor], kept: int) -> Selection:

@@ -6,15 +6,14 @@ from typing import Protocol
 from torch import Tensor
 
 from . import cpu, gpu
-
-Found = tuple[tuple[Tensor, ...], int, int]  # the fields of a `Selection`: masks, threshold, last
+from .bits import Found
 
 
 class Backend(Protocol):
     """Ranks all layers of a group in one call. The modules `cpu` and `gpu` are backends; an object may be one too."""
 
     def select(self, scores: Sequence[Tensor], kept: int) -> Found:
-        """The fields of `selection.select(scores, kept)`, whose arguments have been checked.
+        """What `selection.select` asks for, which has checked the arguments.
 
         A backend whose `holds` never says yes gives −1 for the threshold and the last tie.
         """

@@ -18,6 +18,7 @@ MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
 CHUNK = 1 << 16  # elements a sweep holds in cache
 
 Bits = NDArray[np.int32]
+Found = tuple[tuple[Tensor, ...], int, int]  # what a backend finds: a `Selection`'s masks, threshold and last
 
 
 def bits_of(score: Tensor) -> Bits:

@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .bits import MAGNITUDE, Bits, bits_of, in_pieces
+from .bits import MAGNITUDE, Bits, Found, bits_of, in_pieces
 
 SAMPLE = 1 << 15
 
 
-def select(scores: Sequence[Tensor], kept: int) -> tuple[tuple[Tensor, ...], int, int]:
+def select(scores: Sequence[Tensor], kept: int) -> Found:
     """The masks of `scores`, and the threshold and the last kept tie as in a `Selection`."""
     arrays = [bits_of(score) for score in scores]
     total = sum(map(len, arrays))
@@ -50,7 +50,7 @@ def select(scores: Sequence[Tensor], kept: int) -> tuple[tuple[Tensor, ...], int
     return tuple(masks), threshold, last
 
 
-def holds(found: tuple[tuple[Tensor, ...], int, int], scores: Sequence[Tensor], only: int | None) -> bool:
+def holds(found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
     """Whether the masks are still right: one comparison of each score with the threshold."""
     masks, threshold, last = found
     start = 0

@@ -7,18 +7,18 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from .bits import MAGNITUDE
+from .bits import MAGNITUDE, Found
 
 log = logging.getLogger("popup_surgery")
 RADIX_LIMIT = 2**31 - 4096  # elements; the kernels count in int32
 
 
-def select(scores: Sequence[Tensor], kept: int) -> tuple[tuple[Tensor, ...], int, int]:
+def select(scores: Sequence[Tensor], kept: int) -> Found:
     """The masks of `scores`, without the host waiting for the device, and so without the threshold or the last tie."""
     return tuple(_masks(scores, kept)), -1, -1
 
 
-def holds(found: tuple[tuple[Tensor, ...], int, int], scores: Sequence[Tensor], only: int | None) -> bool:
+def holds(found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
     """Never: the answer would make the host wait for the device."""
     return False
 

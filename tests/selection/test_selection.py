@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from popup_surgery import convert, selection
 from popup_surgery.selection import cpu, gpu, kept_count, select
-from popup_surgery.selection.backend import Backend, Found, backend_of
+from popup_surgery.selection.backend import Backend, backend_of
+from popup_surgery.selection.bits import Found
 from popup_surgery.selection.cpu import SAMPLE
 from support import slow_except
 
