@@ -112,6 +112,12 @@ class Trainer:
         """The mask of each weight at the end of the last epoch."""
         return self.mask_history.layers()
 
+    def learned(self) -> dict[str, Tensor]:
+        """What training changes: parameters that require a gradient, and persistent buffers."""
+        frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
+        entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
+        return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume where `checkpoint` was taken."""
         trainer_state.restore(self, checkpoint)
@@ -153,8 +159,8 @@ class Trainer:
             seed_generators([self.training.seed, self.epoch, self.batch, self.part.rank])
             if not self.update(pieces, self.step, lambda: self._rate(self.batch)):
                 return False
-        self.batch += 1
-        self.step += 1
+            self.batch += 1
+            self.step += 1
         return True
 
     def _rate(self, batch: int) -> float:
