@@ -12,7 +12,6 @@ from ..selection import kept_count, select
 from .checkpoint import Checkpoint
 from .mask_history import packed
 from .trainer import Trainer
-from .trainer_state import learned
 
 
 class TicketTrainer(Trainer):
@@ -47,7 +46,7 @@ class TicketTrainer(Trainer):
         self.start = self._values()  # what a round starts from
 
     def _values(self) -> dict[str, Tensor]:
-        return {key: tensor.detach().clone() for key, tensor in learned(self.core).items()}
+        return {key: tensor.detach().clone() for key, tensor in self.learned().items()}
 
     def _begin_epoch(self) -> None:
         if self.epoch == self.ticket.rewind_epoch:
@@ -73,7 +72,7 @@ class TicketTrainer(Trainer):
         for weight, mask in self.weight_masks:
             size = torch.where(mask, weight.float().abs().nextafter(infinity), 0.0)  # what is gone comes last
             mask.copy_(select([size], kept_count(weight.numel(), share)).masks[0])
-        for key, tensor in learned(self.core).items():
+        for key, tensor in self.learned().items():
             tensor.copy_(self.start[key])
         self.weight_masks.zero()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {}})

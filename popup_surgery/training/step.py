@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +49,7 @@ class OptimizerStep:
         if self.training.sync_batchnorm and self.part.processes > 1:
             model = convert_sync_batchnorm(model)
         if self.training.channels_last:
-            model = model.to(memory_format=torch.channels_last)
+            model = cast(Any, model).to(memory_format=torch.channels_last)  # torch 2.11 types no such argument
         if not self.parameters:  # nothing that processes would exchange, which DDP refuses
             return model.to(self.accelerator.device), self.accelerator.prepare(optimizer)
         with warnings.catch_warnings():

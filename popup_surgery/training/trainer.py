@@ -116,6 +116,13 @@ class Trainer:
         """The mask of each weight at the end of the last epoch."""
         return self.mask_history.layers()
 
+    def learned(self) -> dict[str, Tensor]:
+        """What training changes: parameters that require a gradient, weights that are redrawn, persistent buffers."""
+        frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
+        frozen -= self.hooks.redrawn()
+        entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
+        return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Resume where `checkpoint` was taken."""
         trainer_state.restore(self, checkpoint)
@@ -162,9 +169,9 @@ class Trainer:
             seed_generators([self.training.seed, self.epoch, self.batch, self.part.rank])
             if not self.update(pieces, self.step, lambda: self._rate(self.batch)):
                 return False
-        self.batch += 1
-        self.step += 1
-        self.hooks.step_done(self._progress(), self.step)
+            self.batch += 1
+            self.step += 1
+            self.hooks.step_done(self._progress(), self.step)
         return True
 
     def _rate(self, batch: int) -> float:

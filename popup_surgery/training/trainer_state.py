@@ -1,12 +1,10 @@
 """The state of a trainer, as a checkpoint keeps it."""
 
 import logging
-from collections.abc import Collection
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
 
 from ..data.batches import TRAIN
 from .checkpoint import Checkpoint, pack, unpack
@@ -18,17 +16,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("popup_surgery")
 
 
-def learned(model: nn.Module, redrawn: Collection[int] = ()) -> dict[str, Tensor]:
-    """What training changes: parameters that require a gradient or are `redrawn`, by `id`, and persistent buffers."""
-    frozen = {id(parameter) for parameter in model.parameters() if not parameter.requires_grad}.difference(redrawn)
-    entries: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
-
-
 def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkpoint:
     """The state of a trainer; `sums` and `skipped` are those of all processes."""
-    changed = learned(trainer.core, trainer.hooks.redrawn())
-    tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in changed.items()}
+    tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in trainer.learned().items()}
     tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in trainer.mask_history.latest.items()}
     scaler = trainer.accelerator.scaler
     return Checkpoint(
@@ -54,7 +44,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     if accelerator.is_main_process:
         _warn_of_differences(trainer, checkpoint)
     with torch.no_grad():
-        for key, tensor in learned(trainer.core, trainer.hooks.redrawn()).items():
+        for key, tensor in trainer.learned().items():
             tensor.copy_(tensors[f"model.{key}"])
     trainer.optimizer.load_state_dict(unpack(state["optimizer"], tensors))
     if accelerator.scaler is not None and state["scaler"] is not None:
