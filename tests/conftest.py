@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -84,6 +84,13 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(edge_popup, "select", spy)
     return calls
+
+
+@pytest.fixture
+def one_sample() -> Iterator[None]:
+    """What a learner must keep to it keeps for each sample, so that those that sample show one here."""
+    with popup_surgery.sampled(0):
+        yield
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ def test_the_scripts_run_the_tools_of_the_environment(tmp_path: Path) -> None:
         said[script.name] = subprocess.run(command, cwd="/", check=True, capture_output=True, text=True).stdout
     assert said == {
         "check": "ruff format --check .\nruff check .\nmypy\n",
-        "test": "pytest -q -n 2 --dist loadfile -m not slow -x\n",
+        "test": "pytest -q -n 2 --dist loadfile -x\n",
         "docs": "mkdocs build --strict -x\n",
     }
 
