@@ -15,12 +15,13 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from pydantic import BaseModel
+from typer.main import get_command
+
 import popup_surgery
 from popup_surgery import errors
 from popup_surgery.commands import app
 from popup_surgery.config.schema import Recipe
-from pydantic import BaseModel
-from typer.main import get_command
 
 ROOT = Path(__file__).parent.parent
 MARKER = re.compile(r"^<!-- generated: (.+) -->$", re.M)
@@ -60,7 +61,9 @@ def _section(name: str) -> str:
     for text, keys in by_text.items():
         for key in keys:
             of = model.model_fields[key]
-            default = "required" if of.is_required() else f"default `{_yaml(of.get_default(call_default_factory=True))}`"
+            default = (
+                "required" if of.is_required() else f"default `{_yaml(of.get_default(call_default_factory=True))}`"
+            )
             lines.append(f"`{name}.{key}`{{ #{name}.{key} }} {kind(of.annotation, of.metadata)}; {default}")
         lines += [f":   {text}", ""]
     return "\n".join(lines)
@@ -102,7 +105,12 @@ def kind(annotation: Any, limits: Any = ()) -> str:
     if origin is dict:
         return "mapping" if arguments[1] is Any else f"mapping to {kind(arguments[1])}"
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
-    bounds = [f"{sign} {_number(getattr(limit, name))}" for name, sign in signs.items() for limit in limits if hasattr(limit, name)]
+    bounds = [
+        f"{sign} {_number(getattr(limit, name))}"
+        for name, sign in signs.items()
+        for limit in limits
+        if hasattr(limit, name)
+    ]
     return " ".join([words[annotation], ", ".join(bounds)]).strip()
 
 
@@ -225,5 +233,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if page.file.src_uri == "zoo.md":
         page.meta["search"] = {"exclude": True}  # 1,500 rows would bury every other result
     here = posixpath.dirname(page.file.src_uri)
-    moved = {link: posixpath.relpath(f"{SHOWN_AS}/{path}", here or ".") for link, path in outside(markdown, page.file.src_uri)}
+    moved = {
+        link: posixpath.relpath(f"{SHOWN_AS}/{path}", here or ".")
+        for link, path in outside(markdown, page.file.src_uri)
+    }
     return expand(OUTSIDE.sub(lambda found: moved.get(found[0], found[0]), markdown))
