@@ -188,7 +188,7 @@ def _plain(text: str) -> str:
 
 def error_classes() -> str:
     """Every error of the public interface, from its docstring."""
-    return "\n\n".join(f"::: popup_surgery.{name}" for name in error_names())
+    return "\n\n".join(f"::: popup_surgery.{name}\n    options: {{heading_level: 3}}" for name in error_names())
 
 
 def error_names() -> list[str]:
