@@ -204,7 +204,11 @@ GENERATORS = {"recipe keys": recipe_keys, "command line": command_line, "errors"
 
 
 def expand(markdown: str) -> str:
-    """A page with its generated text in place."""
+    """A page with its generated text in place.
+
+    In a table the repository's page wants `\\|` for a bar within code, where Python-Markdown would show the backslash.
+    """
+    markdown = re.sub(r"`[^`\n]+`", lambda code: code[0].replace(r"\|", "|"), markdown)
     return MARKER.sub(lambda found: GENERATORS[found[1]](), markdown)
 
 

@@ -129,6 +129,10 @@ def test_a_link_that_leaves_docs_is_found_from_any_depth() -> None:
     assert list(hooks.outside(text, "tutorials/share.md")) == [("../../README.md", "README.md")]
 
 
+def test_a_bar_in_a_table_has_no_backslash() -> None:
+    assert hooks.expand(r"| `a\|1` | b \| c |") == r"| `a|1` | b \| c |"
+
+
 def test_the_method_on_the_home_page_is_that_of_convert() -> None:
     """The ten lines and a converted layer, with the same weights and scores: the same output and gradients."""
     import torch
