@@ -95,6 +95,8 @@ class Model(_Section):
     """The network: a name that `build` knows, its arguments, and its weights.
 
     Attributes:
+        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`.
+        kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`.
         init_from: a popup artifact to go on from: its seed, and scores that begin with its mask; with `surgery: none`
             its weights, of which those that take part are trained.
@@ -154,6 +156,8 @@ class Data(_Section):
             name, such as `train-{0000..0146}.tar`.
         root: its folder, for `hfds` and `hfids` that of its cache; `digits` needs none.
         download: let the data set's library fetch it.
+        train_split, val_split: names of the training images and of the validation images in the data set.
+        batch_size: images of a step, over all processes.
         max_train, max_validation: so many images at most, chosen by lot, the same for every seed; null for all.
         input_size: channels, height, width; the network's own where null.
         mean, std: of each channel, for images scaled to 0 … 1.
@@ -194,6 +198,12 @@ class Training(_Section):
     """Optimiser, schedule and length.
 
     Attributes:
+        epochs: passes over the training images.
+        lr: the learning rate, after warm-up and before the schedule lowers it.
+        momentum, nesterov: for optimisers that have them.
+        weight_decay: of what is trained, the scores or a dense network's weights.
+        warmup_epochs: epochs at the start in which the rate rises to `lr`.
+        label_smoothing: the share of each label that is spread over all classes.
         optimizer, optimizer_kwargs: a name of timm's and its further arguments; `momentum` and `nesterov` reach those
             that have them.
         schedule, schedule_kwargs: `constant`, or a name of timm's with further arguments of `create_scheduler_v2`,
