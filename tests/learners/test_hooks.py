@@ -321,7 +321,8 @@ def test_a_factor_of_the_mask_alone_is_a_scale() -> None:
 def test_the_imports_that_the_docs_give_for_a_learner() -> None:
     page = (PACKAGE.parent / "docs" / "extending.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
+    block = next(b for b in page.split("```python\n") if b.startswith("from popup_surgery import ConversionError"))
+    exec(block.split("```")[0], names)
     assert {"Learner", "Selection", "TrainedWeight", "noise", "masked", "register_learner", "draw"} <= names.keys()
     hooks = [name for name in vars(Learner) if not name.startswith("_") and callable(getattr(Learner, name))]
     old = METHODS.keys()
