@@ -1,9 +1,9 @@
-"""Convert, save, load and bake, against timm building the same network and reading its dense safetensors.
+"""Benchmark of convert, save, load and bake, against timm building the same network and reading its dense safetensors.
 
     python benchmarks/artifact.py [--rounds 5] [--only resnet101] [--output benchmarks/results/artifact.json]
 
-Every measurement is a process of its own, which has imported everything and built one small network before; ours and
-timm's alternate. Memory is what the peak resident size grows by.
+Every measurement takes place in its own process, which has already imported everything and built one small network.
+Ours and timm's alternate. Memory is the growth of the peak resident size.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def child(what: str, name: str, folder: Path) -> None:
     """Measure one thing in this process and print it as JSON."""
     import timm
     import torch
-    import torchvision  # noqa: F401  # the first look at all libraries' names belongs to no measurement
+    import torchvision  # noqa: F401  # listing the libraries' names the first time belongs to no measurement
     from safetensors.torch import save_file
 
     import popup_surgery as ps

@@ -1,11 +1,11 @@
-"""Bad days: runs that are killed at random moments, and every other fault that the tests make.
+"""Robustness: runs that are killed at random moments, and every other fault that the tests cause.
 
     python benchmarks/faults.py [--kills 20] [--seed 0] [--output benchmarks/results/faults.json]
 
-Half of the kills fall at a random moment of the training, half while a checkpoint is being written, as the half-written
-file beside it shows; a checkpoint is kept after each step. Then the run goes on with --resume and must end in the file
-of a run that nobody killed. The other faults are the tests marked `fault`: full and read-only disks, damaged and lost
-files, dead processes, a clock that goes backwards, an edited recipe, a second run in the folder.
+Half of the kills fall at a random moment of the training. The other half fall while a checkpoint is being written, as a
+half-written file shows; a checkpoint is saved after each step. The run then resumes with --resume and must end in the
+same file as a run that was not killed. The other faults are the tests marked `fault`: full and read-only disks, damaged
+and lost files, dead processes, a clock that runs backwards, an edited recipe, a second run in the folder.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def artifact(folder: Path) -> bytes:
 
 
 def kill(folder: Path, within_a_write: bool, moment: random.Random) -> tuple[bool, bool]:
-    """Start a run and kill it. Returns whether it was alive then, and whether a checkpoint was half written."""
+    """Start a run and kill it. Returns whether it was still alive, and whether a checkpoint was half written."""
     process = subprocess.Popen(command(folder), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     checkpoints = folder / "checkpoints"
     while not list(checkpoints.glob("*.json")) and process.poll() is None:
@@ -45,7 +45,7 @@ def kill(folder: Path, within_a_write: bool, moment: random.Random) -> tuple[boo
 
 
 def others() -> dict[str, int]:
-    """How many of the tests marked `fault` passed, failed and were skipped."""
+    """Run the tests marked `fault`. Returns how many passed, failed and were skipped."""
     call = [sys.executable, "-m", "pytest", "-q", "-m", "fault", "-p", "no:cacheprovider", "tests"]
     said = subprocess.run(call, capture_output=True, text=True, cwd=Path(__file__).parent.parent).stdout
     print(said.strip().splitlines()[-1])

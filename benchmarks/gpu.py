@@ -1,24 +1,24 @@
-"""What a GPU is spent on when one is at hand: checks, a trial, and then the paper's figure 3, in order of value.
+"""Use of limited GPU time: checks, a trial, and then the runs of the paper's figure 3, the most valuable first.
 
     python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data DIR --output OUT
     python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data DIR --output OUT    # the rest of the day
 
 1. Device and versions, the tests marked `gpu`, and benchmarks/step.py: 90 seconds at most.
-2. A trial: 4, 8 and 16 runs of Conv4 at once under NVIDIA's MPS, 60 seconds at most. The number that gives the most
-   steps a second is taken for what follows.
-3. Conv4 by the paper's protocol, then Conv2, Conv6 and Conv8, then the same with another seed. A run is started only
-   if it will end within the day, and so will those that run beside it. It is an ordinary run of a sweep.
+2. A trial: 4, 8 and 16 runs of Conv4 at once under NVIDIA's MPS, 60 seconds at most. The number with the most steps per
+   second is used from then on.
+3. Conv4 by the paper's protocol, then Conv2, Conv6 and Conv8, then the same with another seed. A run starts only if it
+   will end within the day, together with the runs beside it. Each run is an ordinary run of a sweep.
 
-A day is one call or several with the same `--work` folder. A call that ends stops its runs with a checkpoint, and the
-next one resumes them. The day counts the time of its calls, not the time between them.
+A day is one or several calls with the same `--work` folder. When a call ends, its runs stop with a checkpoint, and the
+next call resumes them. The day counts the time of its calls, not the time between them.
 
-OUT gets `gpu.json`, all that has been measured (rewritten after every epoch); `runs.zip`, the finished runs, from which
-`popup-surgery reproduce figure3 --from OUT/runs.zip` draws the figure; and the logs `checks.log` and `step.log`.
+Files in OUT: `gpu.json`, everything measured so far (rewritten after every epoch); `runs.zip`, the finished runs, from
+which `popup-surgery reproduce figure3 --from OUT/runs.zip` draws the figure; and the logs `checks.log` and `step.log`.
 
 A machine without a network needs this checkout, PyTorch, torchvision, timm, accelerate, scikit-learn, matplotlib,
-pytest and hypothesis, and as wheels what else is missing there of: pydantic, pydantic-core, annotated-types,
+pytest and hypothesis. It also needs, as wheels if they are missing: pydantic, pydantic-core, annotated-types,
 typing-inspection, filelock, psutil, typer, rich. The data is CIFAR-10 as a folder of `train/<class>/` and
-`validation/<class>/`, or a tar archive of it, which is unpacked into the work folder. Then type, twice the second:
+`validation/<class>/`, or a tar archive of it, which is unpacked into the work folder. Enter, the second line twice:
 
     python -m pip install --no-index --no-deps --target site wheels/*.whl
     PYTHONPATH=site:. python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data cifar10.tar.xz --output OUT
@@ -57,13 +57,13 @@ from popup_surgery.sweep.engines import Events, Stop, start_run
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("conv4", "conv2", "conv6", "conv8")
-SHARES = (0.5, 0.3, 0.7, 0.1, 0.9)  # of weights kept, the most telling first
+SHARES = (0.5, 0.3, 0.7, 0.1, 0.9)  # of weights kept, the most informative first
 SERIES = ("Signed Constant", "dense, SGD", "Kaiming Normal", "dense, Adam")
 ON_GPU = ("training.compile=reduce-overhead", "training.optimizer_kwargs={fused: true}")
 CLOSING = 20.0  # seconds that a call needs at its end, for checkpoints and files
-CHECKS, TRIAL = 90.0, 60.0  # seconds that these phases have
-MARGIN = 1.03  # of a forecast
-LARGEST = 16_000_000  # bytes of a file in OUT
+CHECKS, TRIAL = 90.0, 60.0  # time limits of these phases in seconds
+MARGIN = 1.03  # safety factor of a forecast
+LARGEST = 16_000_000  # maximum size of a file in OUT, in bytes
 IMAGES = 50_000  # in CIFAR-10's training split
 
 
@@ -73,7 +73,7 @@ IMAGES = 50_000  # in CIFAR-10's training split
 def runs_of_the_day(
     scale: str, settings: Sequence[str], networks: Sequence[str], seeds: Sequence[int], data_dir: Path
 ) -> Sweep:
-    """The runs of figure 3, and Zhou et al. of figure 6, the most wanted first."""
+    """Return the runs of figure 3, and those of Zhou et al. in figure 6, the most valuable first."""
     found: dict[str, Run] = {}
     for seed, network in itertools.product(seeds, networks):
         own: dict[str, Any] = {"only": [network], "seeds": [seed], "data_dir": data_dir}
@@ -90,14 +90,14 @@ def _worth(run: Run) -> tuple[int, int]:
 
 
 def kind_of(recipe: Recipe) -> str:
-    """The same text for recipes whose steps take about the same time."""
+    """Return a text that is the same for recipes whose steps take about the same time."""
     learner = "dense" if isinstance(recipe.surgery, str) else recipe.surgery.learner
     network = f"{recipe.model.name.rsplit('/', 1)[-1]} {json.dumps(recipe.model.kwargs)}"
     return f"{network}, {learner}, {recipe.training.optimizer}, batch {recipe.data.batch_size}"
 
 
 def flops(recipe: Recipe) -> int:
-    """Operations of one training step of a recipe's network, but for its masks."""
+    """Return the floating-point operations of one training step of a recipe's network, without its masks."""
     from torch.utils.flop_counter import FlopCounterMode
 
     model = ps.build(recipe.model.name, **recipe.model.kwargs)
@@ -111,7 +111,7 @@ def flops(recipe: Recipe) -> int:
 
 @dataclass(frozen=True)
 class Job:
-    """A run that runs or may run: seconds until its first step, and reference steps until its end."""
+    """A running or possible run: `start` seconds until its first step, and `work` reference steps until its end."""
 
     start: float
     work: float
@@ -119,12 +119,13 @@ class Job:
 
 @dataclass
 class Forecast:
-    """When runs that share a GPU will end. They share it equally, and their speed together depends on their number.
+    """A forecast of when runs that share a GPU end. They share it equally; their total speed depends on their number.
 
     Attributes:
-        speeds: reference steps a second of all runs together, by their number, as the trial measured them.
+        speeds: reference steps per second of all runs together, by their number, as the trial measured them.
         start: seconds from a run's start to its first step.
-        costs: of a step of each kind of run, in reference steps; measured, or else from `priors`.
+        priors: estimated cost of a step of each kind of run, in reference steps.
+        costs: measured cost of a step of each kind of run, in reference steps; it takes precedence over `priors`.
     """
 
     speeds: Mapping[int, float]
@@ -133,7 +134,10 @@ class Forecast:
     costs: dict[str, float] = field(default_factory=dict)
 
     def speed(self, count: float) -> float:
-        """Reference steps a second of so many runs; fewer than were tried are each as fast as the fewest that were."""
+        """Return the reference steps per second of `count` runs together.
+
+        Below the smallest number tried, each run is as fast as at that number.
+        """
         numbers = sorted(self.speeds)
         return float(np.interp(count, [0, *numbers], [0, *(self.speeds[number] for number in numbers)]))
 
@@ -141,7 +145,7 @@ class Forecast:
         return self.costs.get(kind, self.priors.get(kind, 1.0))
 
     def ends(self, jobs: Sequence[Job]) -> list[float]:
-        """Seconds from now until each job ends, if no other starts."""
+        """Return the seconds from now until each job ends, if no other one starts."""
         now, left = 0.0, [job.work for job in jobs]
         found = [0.0] * len(jobs)
         open_ = set(range(len(jobs)))
@@ -165,10 +169,10 @@ class Forecast:
 
 @dataclass
 class Day:
-    """The time there is: of this call, and of the day.
+    """The available time: of this call, and of the day.
 
     Attributes:
-        minutes, day_minutes: of a call, and of all calls of the day.
+        minutes, day_minutes: length of a call, and of all calls of the day together.
         before: seconds that earlier calls took.
     """
 
@@ -182,7 +186,7 @@ class Day:
 
     @property
     def spent(self) -> float:
-        """Seconds of the day that are over."""
+        """Seconds of the day that have been used."""
         return self.before + self.clock() - self.began
 
     @property
@@ -191,7 +195,7 @@ class Day:
         return min(60 * self.minutes - (self.clock() - self.began), 60 * self.day_minutes - self.spent) - CLOSING
 
     def left(self, start: float) -> float:
-        """Seconds left to work in the whole day, where every further call takes `start` until its runs go on."""
+        """Return the seconds left to work in the whole day, if every further call needs `start` to resume its runs."""
         total = self.here
         rest = 60 * self.day_minutes - self.spent - max(total, 0.0) - CLOSING
         while rest > CLOSING + start:
@@ -202,27 +206,27 @@ class Day:
 
 
 class Scheduler:
-    """Which run may start, by what the runs before it took.
+    """Decides which run may start, from the time that earlier runs took.
 
     Args:
-        done: epochs that a run has behind it, by its name.
+        done: finished epochs of each run, by its name.
     """
 
     def __init__(self, day: Day, forecast: Forecast, done: Mapping[str, int]) -> None:
         self.day, self.forecast, self.done = day, forecast, dict(done)
         self.running: dict[str, Run] = {}
         self.began: dict[str, float] = {}  # when each running run was started
-        self.warm: set[str] = set()  # running runs that have ended an epoch since then
-        self.share: dict[str, float] = {}  # reference steps that each had the time for since its last epoch
-        self.taken: dict[str, tuple[float, float]] = {}  # all of these and the steps, since its first epoch here
+        self.warm: set[str] = set()  # running runs that have finished an epoch since then
+        self.share: dict[str, float] = {}  # reference steps that each had time for since its last epoch
+        self.taken: dict[str, tuple[float, float]] = {}  # total of these, and the steps, since its first epoch here
         self.looked = day.clock()
 
     def steps(self, run: Run) -> float:
-        """Steps of one epoch of a run."""
+        """Return the steps of one epoch of a run."""
         return -(-(run.recipe.data.max_train or IMAGES) // run.recipe.data.batch_size)
 
     def job(self, run: Run) -> Job:
-        """What is left of a run."""
+        """Return what is left of a run."""
         epochs = run.recipe.epochs - self.done.get(run.name, 0)
         work = epochs * self.steps(run) * self.forecast.cost(kind_of(run.recipe))
         start = self.forecast.start
@@ -231,11 +235,11 @@ class Scheduler:
         return Job(start, max(work - self.share.get(run.name, 0.0), 0.01 * work / epochs))
 
     def admits(self, run: Run) -> bool:
-        """Whether a run will end within the day, and with it all those running that would without it."""
+        """Return whether a run will end within the day, and does not keep running ones from doing so."""
         self._look()
-        if self.day.here < self.forecast.start:  # its first step belongs to the next call
+        if self.day.here < self.forecast.start:  # its first step would fall into the next call
             return False
-        if not self.forecast.speeds:  # nothing is known: the first few runs will tell
+        if not self.forecast.speeds:  # nothing is known yet: the first few runs will tell
             return len(self.running) < 4
         jobs = [self.job(other) for other in self.running.values()]
         before, after = self.forecast.ends(jobs), self.forecast.ends([*jobs, self.job(run)])
@@ -258,7 +262,7 @@ class Scheduler:
             values.pop(run.name, None)
 
     def epochs(self, run: Run, done: int) -> None:
-        """Note that a run has so many epochs behind it now."""
+        """Note that a run has finished `done` epochs."""
         self._look()
         name, more = run.name, done - self.done.get(run.name, 0)
         if name in self.warm:
@@ -272,7 +276,7 @@ class Scheduler:
         self.warm.add(name)
 
     def _look(self) -> None:
-        """Share the time since the last look among the runs that had it."""
+        """Divide the time since the last call among the runs that were active."""
         now = self.day.clock()
         active = [n for n in self.running if n in self.warm or now - self.began[n] > self.forecast.start]
         for name in active:
@@ -313,7 +317,7 @@ class Ledger:
 
 
 def epochs_of(run: Run, output: Path) -> list[dict[str, Any]]:
-    """The epochs that a run has written down."""
+    """Return the epochs in a run's metrics.jsonl."""
     with suppress(OSError):
         lines = (run.folder(output).path / "metrics.jsonl").read_text().split("\n")[:-1]  # the last may be half written
         return [json.loads(line) for line in lines]
@@ -324,7 +328,7 @@ def epochs_of(run: Run, output: Path) -> list[dict[str, Any]]:
 
 
 def check(ledger: Ledger, day: Day) -> None:
-    """Device and versions, the tests of GPUs, a few rounds of step.py."""
+    """Record device and versions, run the tests marked `gpu`, and a few rounds of step.py."""
     gpu = torch.cuda.is_available()
     versions = {name: __import__(name).__version__ for name in ("torch", "torchvision", "timm", "accelerate")}
     ledger.values |= {
@@ -349,7 +353,7 @@ def check(ledger: Ledger, day: Day) -> None:
 
 
 def _bounded(call: Sequence[str], log: Path, seconds: float) -> int | str:
-    """The exit status of a command, or that it was cut off."""
+    """Run a command for at most `seconds`. Returns its exit status, or a text if it was cut off or not run."""
     if seconds <= 1:
         return "not run, there was no time left"
     with open(log, "wb") as file:
@@ -365,7 +369,7 @@ def _bounded(call: Sequence[str], log: Path, seconds: float) -> int | str:
 
 @contextmanager
 def mps(ledger: Ledger) -> Iterator[None]:
-    """Context manager: processes share the GPU through NVIDIA's MPS, where it is there."""
+    """Context manager: share the GPU between processes through NVIDIA's MPS, if it is installed."""
     program = shutil.which("nvidia-cuda-mps-control") if torch.cuda.is_available() else None
     ledger.values["mps"] = program is not None and subprocess.run([program, "-d"]).returncode == 0
     try:
@@ -376,7 +380,7 @@ def mps(ledger: Ledger) -> Iterator[None]:
 
 
 class Trial:
-    """Runs of Conv4 that are started together and stopped one after another, for their speed by their number."""
+    """Runs of Conv4, started together and stopped one after another, to measure the speed by their number."""
 
     def __init__(self, runs: Sequence[Run], folder: Path, day: Day) -> None:
         self.runs, self.folder, self.day = runs, folder, day
@@ -385,7 +389,7 @@ class Trial:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         self.began = day.clock()
         self.children = {run.name: start_run(run, folder, environment) for run in runs}
-        self.seen: dict[str, list[float]] = {run.name: [] for run in runs}  # when each epoch's line was there
+        self.seen: dict[str, list[float]] = {run.name: [] for run in runs}  # when each epoch's line appeared
 
     def look(self) -> None:
         for run in self.runs:
@@ -395,7 +399,7 @@ class Trial:
         time.sleep(0.02)
 
     def wait(self, until: Callable[[], bool]) -> bool:
-        """Look until something holds; False where the trial's time is over, or a run has ended."""
+        """Look until a condition is true. Returns False if the trial's time is over, or a run has failed."""
         while not until():
             if self.day.clock() > self.end or any(child.poll() for child in self.children.values()):
                 return False
@@ -403,7 +407,7 @@ class Trial:
         return True
 
     def speed(self, runs: Sequence[Run], seconds: float, steps: float) -> float | None:
-        """Steps a second of `runs` together, over whole epochs in the next seconds or so; None where time is over."""
+        """Return the steps per second of `runs` together, over whole epochs in about `seconds`; None if out of time."""
         first = {run.name: len(self.seen[run.name]) for run in runs}
         began = self.day.clock()
         if not self.wait(lambda: all(len(self.seen[name]) > count for name, count in first.items())):
@@ -434,7 +438,7 @@ class Trial:
 
 
 def trial(ledger: Ledger, day: Day, counts: Sequence[int], settings: Sequence[str], data_dir: Path, tiny: bool) -> None:
-    """Measure how fast 4, 8 and 16 runs at once are, and a few in bfloat16."""
+    """Measure the speed of each number of runs in `counts`, and of a few runs in bfloat16."""
     small = ["data.max_train=64", "data.max_validation=32", "data.batch_size=16"] if tiny else [
         "data.max_train=6400", "data.max_validation=1280"
     ]  # fmt: skip
@@ -453,11 +457,11 @@ def trial(ledger: Ledger, day: Day, counts: Sequence[int], settings: Sequence[st
     tried = Trial([*runs, *half], folder, day)
     try:
         tried.wait(lambda: all(tried.seen[run.name] for run in half))
-        for run in half:  # they wait until their turn comes
+        for run in half:  # paused until their turn comes
             tried.children[run.name].send_signal(signal.SIGSTOP)
         if tried.wait(lambda: all(len(tried.seen[run.name]) > 1 for run in runs)):
             seen = [tried.seen[run.name] for run in runs]
-            # twice, because a whole data set takes longer to read
+            # doubled, because a whole data set takes longer to read
             result["start_seconds"] = round(2 * max(2 * lines[0] - lines[1] - tried.began for lines in seen), 2)
         left = list(runs)
         for count in sorted(counts, reverse=True):
@@ -482,7 +486,7 @@ def trial(ledger: Ledger, day: Day, counts: Sequence[int], settings: Sequence[st
 
 @dataclass(frozen=True)
 class UntilItIsOver(Local):
-    """`Local`, whose runs stop when a call's time is over, too."""
+    """`Local`, but its runs also stop when a call's time is over."""
 
     over: Callable[[], bool] = lambda: False
 
@@ -491,7 +495,7 @@ class UntilItIsOver(Local):
 
 
 def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) -> list[Outcome]:
-    """Run what of the day's runs will end within it, and write everything down as it comes."""
+    """Run those of the day's runs that will end within it, and record everything as it happens."""
     output, measured = ledger.work / "runs", ledger.values["trial"]
     known = {run.name: run for run in sweep.runs}
     kinds = {kind_of(run.recipe): run.recipe for run in sweep.runs}
@@ -503,9 +507,7 @@ def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) ->
     )
     done = {name: len(epochs_of(run, output)) for name, run in known.items()}
     scheduler = Scheduler(day, forecast, done)
-    begun = sorted(
-        sweep.runs, key=lambda run: not 0 < done[run.name] < run.recipe.epochs
-    )  # those first that were stopped
+    begun = sorted(sweep.runs, key=lambda run: not 0 < done[run.name] < run.recipe.epochs)  # stopped runs first
     entries: dict[str, dict[str, Any]] = ledger.values.setdefault("runs", {})
 
     def note(outcome: Outcome) -> None:
@@ -563,7 +565,7 @@ def _pack(ledger: Ledger, outcomes: Sequence[Outcome], output: Path, about: Mapp
 
 
 def unpacked(data: Path, work: Path) -> Path:
-    """The folder of train/ and validation/ in `data`, which is one, or an archive that is unpacked into `work`."""
+    """Return the folder with train/ and validation/ in `data`: a folder, or an archive to unpack into `work`."""
     if not data.exists():
         raise RunError(f"--data is {data}, which does not exist; expected a folder or a tar archive of images")
     if data.is_file():
@@ -602,7 +604,7 @@ def main() -> int:
     )
     parser.add_argument("--set", action="append", default=[], help="key=value of any recipe key; repeatable")
     arguments = parser.parse_args()
-    # this checkout is what all processes import
+    # all processes import this checkout
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     settings = [*(ON_GPU if torch.cuda.is_available() else ()), *arguments.set]
     try:

@@ -1,11 +1,11 @@
-"""Images a second of our input pipeline, and of timm's own loader, over the same files with the same workers.
+"""Images per second of our input pipeline and of timm's own loader, over the same files with as many workers.
 
     python benchmarks/pipeline.py [--repeats 7] [--workers 2] [--output benchmarks/results/pipeline-cpu.json]
 
-ImageNet's training transforms (random resized crop to 224, flip) on JPEGs of mixed sizes about 500 × 375, made in a
-temporary folder. Both read whole epochs in turn, each image's augmentation seeded in ours and workers anew in each,
-timm's with its defaults, a prefetcher and workers that stay. Ratios are medians of those of neighbouring epochs; that
-of the processors' time, the workers' too, is the steadier one where others use the machine.
+Both apply ImageNet's training transforms (random resized crop to 224, flip) to JPEGs of mixed sizes about 500 × 375,
+made in a temporary folder. They read whole epochs in turn. Our pipeline seeds each image's augmentation and starts new
+workers in each epoch. timm's runs with its defaults: a prefetcher and persistent workers. Ratios are medians over pairs
+of neighbouring epochs. The ratio of processor time, workers included, is the steadier one on a machine in use.
 """
 
 import argparse
@@ -35,7 +35,7 @@ SCALE, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 
 
 def write_images(root: Path, count: int) -> float:
-    """`count` JPEGs of smooth colours with some noise, of which 512 are different. Returns their mean size in kB."""
+    """Write `count` JPEGs of smooth colours with noise, 512 of them different. Returns their mean size in kB."""
     generator = np.random.default_rng(0)
     for split, number in (("train", count), ("validation", 4)):
         for i in range(number):
@@ -53,7 +53,7 @@ def write_images(root: Path, count: int) -> float:
 
 
 def ours(root: Path, batch: int, workers: int, device: torch.device) -> Iterator[Any]:
-    """Epochs of our training images."""
+    """Yield epochs of training images from our pipeline."""
     shape: dict[str, Any] = {"scale": list(SCALE), "ratio": list(RATIO)}
     config = Data(name="folder", root=str(root), batch_size=batch, hflip=0.5, workers=workers, **shape)
     data = open_data(config, SIZE, 0, device, quiet)
@@ -64,7 +64,7 @@ def ours(root: Path, batch: int, workers: int, device: torch.device) -> Iterator
 
 
 def timms(root: Path, batch: int, workers: int, device: torch.device) -> Iterator[Any]:
-    """The same, of timm's."""
+    """Yield epochs of training images from timm's loader."""
     loader = create_loader(
         create_dataset("", str(root), "train"), SIZE, batch, is_training=True, scale=SCALE, ratio=RATIO, hflip=0.5,
         color_jitter=None,  # type: ignore[arg-type]
@@ -76,13 +76,13 @@ def timms(root: Path, batch: int, workers: int, device: torch.device) -> Iterato
 
 
 def processor_seconds() -> float:
-    """Of this process and its workers, living and ended."""
+    """Return the processor time of this process and its workers, running and ended, in seconds."""
     me = psutil.Process()
     return sum(me.cpu_times()[:4]) + sum(sum(child.cpu_times()[:2]) for child in me.children())
 
 
 def rate(epochs: Iterator[Any], count: int) -> tuple[float, float]:
-    """Images a second, and a second of the processors' time, of the next epoch."""
+    """Read the next epoch. Returns images per second, and per second of processor time."""
     began, used, seen = time.perf_counter(), processor_seconds(), 0
     for images, *_ in next(epochs):
         assert images.dtype == torch.float32
@@ -110,7 +110,7 @@ def main() -> None:
         for repeat in range(arguments.repeats + 1):
             for name in sorted(both, reverse=repeat % 2 == 1):  # neither always follows the other
                 found = rate(both[name], arguments.images)
-                if repeat:  # the first starts workers and warms the files' cache
+                if repeat:  # the first epoch starts workers and warms the file cache
                     rates[name].append(found)
                     print(f"{name} {found[0]:7.1f} images/s, {found[1]:7.1f} a processor's second", flush=True)
         both.clear()

@@ -2,8 +2,8 @@
 
     python benchmarks/pretrained.py --cifar DIR --fashion DIR [--network timm/resnet10t] [--output pretrained.json]
 
-A network is trained densely on CIFAR-10, and from its weights learns Fashion-MNIST in four ways, with the same loop,
-data and number of epochs: a mask with the norms frozen, a mask with the norms trained, a new head alone, and all
+A network is trained densely on CIFAR-10. From its weights it then learns Fashion-MNIST in four ways, with the same
+loop, data and number of epochs: a mask with the norms frozen, a mask with the norms trained, only a new head, and all
 weights. The head is new each time.
 """
 
@@ -37,7 +37,7 @@ def recipe(network: str, data: dict[str, Any], surgery: Any, epochs: int, lr: fl
 
 
 def weights_of_features(network: str, dense: Path, folder: Path) -> Path:
-    """The dense run's weights under a classifier of another size, so that the head counts as new."""
+    """Write the dense run's weights with a classifier of another size, so that the head counts as new."""
     from safetensors.torch import save_file
 
     state = read_weights(dense)
@@ -50,7 +50,7 @@ def weights_of_features(network: str, dense: Path, folder: Path) -> Path:
 
 
 def probe(values: dict[str, Any], weights: Path) -> float:
-    """Accuracy of a new head on frozen features, whose running statistics follow the new images."""
+    """Return the accuracy of a new head on frozen features. The running statistics adapt to the new images."""
     parsed = ps.Recipe.parse(values)
     accelerator = Accelerator()
     with ambient_seed([0]):

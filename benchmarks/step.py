@@ -1,9 +1,9 @@
-"""One training step: dense, with a sort-based mask, and ours, interleaved in one run.
+"""Time of one training step: dense, with a sort-based mask, and with ours. The three are interleaved in one run.
 
     python benchmarks/step.py [--pairs 15] [--only conv4] [--output benchmarks/results/step.json]
 
-The sort-based layer does what the paper's text says with PyTorch's own operators: sort all |scores| of a layer, write a
-mask of zeros and ones through the order, multiply, and let the gradient pass. On a GPU the batch is 256 and the forward
+The sort-based layer implements the paper's text with PyTorch's own operators: sort all |scores| of a layer, write a
+mask of zeros and ones in that order, multiply, and pass the gradient through. On a GPU the batch is 256 and the forward
 pass runs in bfloat16.
 """
 
@@ -26,7 +26,7 @@ K = 0.5
 
 
 class SortMask(torch.autograd.Function):
-    """A mask of the k largest scores, by a sort of them all; the gradient passes unchanged."""
+    """A mask of the share K of largest scores, found by sorting all of them. The gradient passes unchanged."""
 
     @staticmethod
     def forward(ctx: Any, score: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def with_sort(model: nn.Module) -> nn.Module:
 
 
 def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
-    """A function that takes one step and returns its seconds."""
+    """Return a function that makes one training step and returns its time in seconds."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
     gpu = x.is_cuda
@@ -101,7 +101,7 @@ def measure(name: str, batch: int, pairs: int, device: torch.device) -> dict[str
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for round_ in range(pairs + 2):
         kinds = list(steps)
-        kinds = kinds[round_ % len(kinds) :] + kinds[: round_ % len(kinds)]  # no kind always follows the same one
+        kinds = kinds[round_ % len(kinds) :] + kinds[: round_ % len(kinds)]  # every kind comes first in turn
         for kind in kinds:
             taken = steps[kind]()
             if round_ >= 2:
@@ -145,7 +145,7 @@ def main() -> None:
     for name, batch in nets:
         if not arguments.only or arguments.only in name:
             steps.append(measure(name, 256 if gpu else batch, arguments.pairs, device))
-            arguments.output.write_text(json.dumps(result, indent=2) + "\n")  # what there is, should it be cut off
+            arguments.output.write_text(json.dumps(result, indent=2) + "\n")  # partial results, in case it is cut off
 
 
 if __name__ == "__main__":

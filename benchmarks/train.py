@@ -1,10 +1,11 @@
-"""The training loop against a bare PyTorch loop over the same data, which is in memory already.
+"""Benchmark of the training loop against a bare PyTorch loop over the same data, which is already in memory.
 
     python benchmarks/train.py [--pairs 9] [--output benchmarks/results/train.json]
 
-Conv4, batch 128, images of CIFAR-10's size, made from a seed. One network is trained by a plain loop of forward,
-backward and step, the same by `Trainer`, and its hidden form by `Trainer`; they take epochs of ten steps in turn. Peak
-memory is that of processes of their own, on a CPU (Linux) less what they held before the network was built.
+Conv4, batch 128, images of CIFAR-10's size, made from a seed. The network is trained three times: by a plain loop of
+forward, backward and step; by `Trainer`; and in its hidden form by `Trainer`. They run epochs of ten steps in turn.
+Peak memory is measured in separate processes. On a CPU (Linux) the memory used before the network was built is
+subtracted.
 """
 
 import argparse
@@ -80,16 +81,16 @@ MAKERS: dict[str, Callable[[torch.device], Callable[[], None]]] = {
 
 
 def memory(kind: str) -> dict[str, float]:
-    """Mebibytes at the peak of a process of its own: all of it, and what training added; medians of five."""
+    """Return the peak memory of a separate process in MiB: the total, and what training added. Medians of five."""
     call = [sys.executable, __file__, "--memory", kind]
-    # what is freed goes back at once, so that the peak is of what was held, not of what malloc kept
+    # freed memory is returned at once, so that the peak counts memory in use, not memory cached by malloc
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     found = [json.loads(subprocess.check_output(call, text=True, env=environment)) for _ in range(5)]
     return {key: statistics.median(each[key] for each in found) for key in found[0]}
 
 
 def print_memory(kind: str, device: torch.device) -> None:
-    functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(3, 3, 3, 3))  # libraries that load at the first use
+    functional.conv2d(torch.zeros(1, 3, 8, 8), torch.zeros(3, 3, 3, 3))  # loads the libraries that load at first use
     before = kibibytes("VmRSS")
     MAKERS[kind](device)()
     peak = kibibytes("VmHWM") / 1024
@@ -100,7 +101,7 @@ def print_memory(kind: str, device: torch.device) -> None:
 
 
 def kibibytes(what: str) -> int:
-    """A line of this process's status; what `getrusage` says begins with its parent's."""
+    """Return a value from this process's status in KiB. That of `getrusage` would start from the parent's."""
     return int(re.findall(rf"{what}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
 
 

@@ -1,10 +1,10 @@
-"""Bytes that two processes exchange in a training step of ResNet-50, against PyTorch's own DDP of the dense network.
+"""Bytes that two processes exchange in a training step of ResNet-50, against PyTorch's DDP on the dense network.
 
     python benchmarks/wire.py [--steps 3] [--output benchmarks/results/wire.json]
 
-What goes over the loopback device is counted (Linux), so nothing else should use it meanwhile. A ring of two sends each
-gradient once from each process; the rest is headers, the integer by which processes agree to stop, and whatever should
-not be sent: frozen weights that were reduced or broadcast would add as much again. The images' size changes nothing.
+The traffic of the loopback device is counted (Linux), so nothing else should use it meanwhile. A ring of two sends each
+gradient once from each process. The rest is headers, the integer by which processes agree to stop, and whatever should
+not be sent: reducing or broadcasting frozen weights would add as much again. The images' size does not matter.
 """
 
 import argparse
@@ -30,12 +30,12 @@ TRAINING = Training(epochs=1, lr=0.01, checkpoint_minutes=0)
 
 
 def sent() -> int:
-    """Bytes that the loopback device has carried."""
+    """Return the bytes that the loopback device has carried so far."""
     return int(re.findall(r"lo:\s*(\d+)", Path("/proc/net/dev").read_text())[0])
 
 
 def popup(images: torch.Tensor, labels: torch.Tensor) -> int:
-    """Train the hidden network by the loop; bytes of its scores."""
+    """Train the hidden network by our loop. Returns the bytes of its scores."""
     accelerator = start(TRAINING)
     model, config = ps.convert(NET, 0.3), Data(batch_size=BATCH)
     split = {"train": (images, labels), "validation": (images, labels)}
@@ -47,7 +47,7 @@ def popup(images: torch.Tensor, labels: torch.Tensor) -> int:
 
 
 def dense(images: torch.Tensor, labels: torch.Tensor) -> int:
-    """Train the dense network by PyTorch's DDP with its defaults; bytes of its weights."""
+    """Train the dense network by PyTorch's DDP with its defaults. Returns the bytes of its weights."""
     torch.distributed.init_process_group("gloo")
     model = ps.build(NET)
     parallel = DistributedDataParallel(model)
@@ -76,7 +76,7 @@ def in_process(kind: str, steps: int) -> None:
 
 
 def carried(kind: str, steps: int) -> tuple[int, int]:
-    """Bytes of the gradients, and bytes that a run of so many steps sends."""
+    """Return the bytes of the gradients, and the bytes that a run of `steps` steps sends."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     before = sent()
     out = subprocess.check_output([*launch, "--in-process", kind, "--steps", str(steps)], text=True)
@@ -94,7 +94,7 @@ def main() -> None:
         return
     result: dict[str, dict[str, float]] = {}
     for kind in ("dense", "popup"):
-        # a longer run less a shorter one: what starting costs, DDP's first broadcast above all, falls out
+        # a longer run minus a shorter one: this cancels the cost of the start, mainly DDP's first broadcast
         (found, long), (_, short) = carried(kind, 1 + arguments.steps), carried(kind, 1)
         each = (long - short) / arguments.steps / 2
         result[kind] = {"gradient_bytes": found, "bytes_per_step": round(each), "ratio": round(each / found, 4)}

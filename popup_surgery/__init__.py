@@ -1,8 +1,8 @@
-"""Hidden networks: random frozen weights, a learnt mask, one small file to share.
+"""Hidden networks: random frozen weights, a learned mask, one small file to share.
 
-`convert(model, k=0.3)` turns a network into a hidden one, `train` learns which weights take part, `save` and `load`
-move the result as a seed and one bit a weight. Names are imported when they are first used, so that `import
-popup_surgery` is light and the command line answers without torch.
+`convert(model, k=0.3)` turns a network into a hidden one. `train` learns which weights take part. `save` writes the
+result as a seed and one bit per weight, and `load` reads it back. Names are imported on first use, so that
+`import popup_surgery` is light and the command line answers without torch.
 """
 
 from importlib import import_module

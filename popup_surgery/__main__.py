@@ -1,4 +1,4 @@
-"""python -m popup_surgery …, the same as popup-surgery …"""
+"""Run the command line: `python -m popup_surgery …` is the same as `popup-surgery …`."""
 
 from .commands import main
 

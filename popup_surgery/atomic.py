@@ -1,4 +1,4 @@
-"""Files that are either the old one or the whole new one, never a half."""
+"""Atomic writes: a path has either the old file or the complete new one, never a part of it."""
 
 import errno
 import os
@@ -12,10 +12,10 @@ _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
-    """Write `data` to a new file beside `path`, bring it to the disk, and put it in `path`'s place.
+    """Write `data` to a new file beside `path`, flush it to disk, and move it to `path`.
 
     Raises:
-        PopupError: the folder does not exist, cannot be written, or the disk is full; `path` is as it was.
+        PopupError: the folder does not exist or cannot be written to, or the disk is full. `path` is unchanged.
     """
     path = Path(path)
     temporary = None
@@ -28,7 +28,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp keeps others out, which is not what a shared file is for
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes the file private; give it the usual permissions
         os.replace(temporary, path)
         _sync(path.parent)
     except OSError as error:
@@ -47,7 +47,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's names to the disk, where the system can."""
+    """Flush a folder's entries to disk, if the system can."""
     with suppress(OSError, AttributeError):
         handle = os.open(folder, os.O_DIRECTORY)
         try:

@@ -1,7 +1,7 @@
-"""Names from before the modules moved into rooms: they still work, and say what they are called now.
+"""Names from before the modules moved into folders. They still work, with a warning that gives the new name.
 
-`OLD` lists the modules that are gone. Importing one gives a stand-in that looks each name up where it is today.
-`METHODS` lists what the methods of a learner were called.
+`OLD` lists the modules that are gone. Importing one gives a stand-in, which looks up each name where it is today.
+`METHODS` maps the old names of a learner's methods to the new ones.
 """
 
 import sys
@@ -14,7 +14,7 @@ from typing import Any
 
 PACKAGE = __package__
 
-# old module: where its names are today, lower modules first; and those of them that have another name
+# old module: the modules that have its names today, lower ones first; and the names that have changed
 OLD: dict[str, tuple[str, dict[str, str]]] = {
     "ablation": ("analysis.sanity", {}),
     "artifact.packing": ("codecs.bitpack", {}),
@@ -57,7 +57,7 @@ OLD: dict[str, tuple[str, dict[str, str]]] = {
     ),
 }
 
-# what networks pickled by version 0.1.0 are made of: whoever loads one wrote none of these names
+# names in networks pickled by version 0.1.0; no warning, since whoever loads such a network did not write them
 PICKLED = {
     "layers": ("_new", "_Hold", "Slot", "Ranking"),
     "nets": ("ConvNet",),
@@ -69,7 +69,7 @@ METHODS = {"favour": "seed_from_mask", "shown": "describe_sample", "trace": "sel
 
 
 class OldModules:
-    """Finder and loader of the modules that are gone."""
+    """Import finder and loader for the modules that are gone."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:
         old = name.removeprefix(f"{PACKAGE}.")
@@ -89,7 +89,7 @@ def install() -> None:
 
 
 def look_up(old: str, name: str) -> Any:
-    """What `name` of the module `old` is today, with a DeprecationWarning that says so."""
+    """Return what `name` of the module `old` is today. Warns with the new name, unless only pickles use the old."""
     homes, renamed = OLD[old]
     new = renamed.get(name, name)
     for home in homes.split() if not name.startswith("__") else ():
@@ -103,7 +103,7 @@ def look_up(old: str, name: str) -> Any:
 
 
 def link_methods(learner: type) -> None:
-    """Let each method of a class of learners be found under its old name and its new one, whichever the class uses."""
+    """Make each method of a learner class available under its old and its new name, whichever the class uses."""
     own = vars(learner)
     for old, new in METHODS.items():
         if new in own:
@@ -113,7 +113,7 @@ def link_methods(learner: type) -> None:
 
 
 def warn_of_methods(learner: object) -> None:
-    """A DeprecationWarning where the class of a learner that is being registered uses old names of methods."""
+    """Emit a DeprecationWarning if the class of a learner that is being registered uses old method names."""
     used = {
         old: new
         for cls in type(learner).__mro__

@@ -1,58 +1,58 @@
-"""Every error that a user of popup-surgery can cause, each one clear sentence."""
+"""Every error that a user of popup-surgery can cause. Each message is one clear sentence."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class PopupError(Exception):
-    """Base of all errors that popup-surgery raises on purpose."""
+    """Base class of all errors that popup-surgery raises on purpose."""
 
 
 class ConversionError(PopupError, ValueError):
-    """A network cannot be converted as asked: a bad k, pattern, scheme, or a layer that cannot be swapped."""
+    """A network cannot be converted as asked: a bad k, pattern or scheme, or a layer that cannot be swapped."""
 
 
 class NothingToConvert(ConversionError):
-    """No layer of the network can be masked, or the patterns left none."""
+    """No layer of the network can be masked, or the patterns leave none."""
 
 
 class UnknownName(PopupError, LookupError):
-    """A name (scheme, learner, architecture, recipe, …) that no registry has."""
+    """A name (scheme, learner, architecture, recipe, …) is in no registry."""
 
 
 class MaskedWeightError(PopupError, RuntimeError):
-    """Somebody assigned or wrote to a masked weight, which only its scores can change."""
+    """A masked weight was assigned or written to. Only its scores can change it."""
 
 
 class ArtifactError(PopupError, ValueError):
-    """A file is no popup artifact, is damaged, or does not belong to the network at hand."""
+    """A file is not a popup artifact, is damaged, or does not belong to the given network."""
 
 
 class RecipeError(PopupError, ValueError):
-    """A recipe has unknown keys or bad values; the message lists all of them."""
+    """A recipe has unknown keys or bad values. The message lists all of them."""
 
 
 class DataError(PopupError, ValueError):
-    """A data set is missing or is not what the recipe says."""
+    """A data set is missing or does not match the recipe."""
 
 
 class RunError(PopupError, RuntimeError):
-    """A training run cannot start or go on."""
+    """A training run cannot start or continue."""
 
 
 class Stopped(RunError):
-    """A run was told to stop; it has kept a checkpoint, and `resume` goes on with it."""
+    """A run was told to stop. It has saved a checkpoint, and `resume` continues from it."""
 
-    status = 75  # of the command line: "try again later", as sysexits.h has it
+    status = 75  # exit code of the command line: "try again later" in sysexits.h
 
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
-    """The `n` choices nearest to `name`, as text for an error message."""
+    """Return the `n` choices nearest to `name`, as text for an error message."""
     lower = {choice.lower(): choice for choice in choices}
     near = difflib.get_close_matches(name.lower(), lower, n, cutoff=0.4) or sorted(lower)[:n]
     return ", ".join(lower[found] for found in near)
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UnknownName:
-    """An `UnknownName` for `name` that says the nearest of `choices`."""
+    """Return an `UnknownName` for `name` that lists the nearest of `choices`."""
     return UnknownName(f"unknown {kind} {name!r}; the nearest known: {nearest(str(name), choices)}")

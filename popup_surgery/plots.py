@@ -1,4 +1,4 @@
-"""Pictures of runs."""
+"""Plots of runs."""
 
 import io
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from .atomic import write_atomically
 
 
 def draw_curve(path: Path, title: str, train: Sequence[float], validation: Sequence[float]) -> None:
-    """Accuracy by epoch on both splits, shares of 0 … 1, as a PNG at `path`."""
+    """Draw the accuracy on both splits, 0 … 1, by epoch, and write it to `path` as a PNG."""
     from matplotlib.ticker import MaxNLocator
 
     figure, (axes,) = canvas(6, 3.6)
@@ -28,7 +28,12 @@ def draw_curve(path: Path, title: str, train: Sequence[float], validation: Seque
 def draw_masks(
     path: Path, title: str, names: Sequence[str], density: Sequence[float], overlap: Sequence[float]
 ) -> None:
-    """Share of each layer's weights that is kept, and of those the share that was kept at the start, as a PNG."""
+    """Draw the share of weights that each layer keeps, and how many of those it kept at the start, as a PNG.
+
+    Args:
+        density: for each layer, the share of its weights that is kept, 0 … 1.
+        overlap: for each layer, the share of the kept weights that was kept at the start too, 0 … 1.
+    """
     figure, (axes,) = canvas(max(6.0, min(16.0, 0.22 * len(names))), 4.2)
     places = range(len(names))
     axes.plot(places, [100 * share for share in density], "s", color="#999999", label="weights kept")
@@ -43,7 +48,11 @@ def draw_masks(
 
 @dataclass(frozen=True)
 class Group:
-    """Accuracies of networks that have something in common, 0 … 1; `recalibrated` with statistics of their own."""
+    """Accuracies, 0 … 1, of networks that have something in common.
+
+    Attributes:
+        recalibrated: the accuracies of the same networks with norm statistics of their own.
+    """
 
     name: str
     accuracies: list[float]
@@ -51,7 +60,7 @@ class Group:
 
 
 def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) -> None:
-    """Accuracies of the variations of a subnetwork, a row for each group and a dot for each network, as a PNG."""
+    """Draw the accuracies of variations of a subnetwork as a PNG: a row for each group, a dot for each network."""
     figure, (axes,) = canvas(7, 1.2 + 0.32 * len(groups))
     series = [("o", "#0072b2", "a network", [group.accuracies for group in groups])]
     if any(group.recalibrated for group in groups):
@@ -70,7 +79,7 @@ def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) 
 
 
 def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    """A figure of that size in inches, and its panels side by side, with one y axis."""
+    """Return a figure of that size in inches, and its panels side by side, which share a y axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -84,6 +93,6 @@ def write_figure(figure: Any, path: Path) -> None:
 
     picture, kind = io.BytesIO(), path.suffix[1:]
     metadata = {"Date": None} if kind == "svg" else {"Software": None}
-    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture, the same file
+    with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture gives the same file
         figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
     write_atomically(path, picture.getvalue())

@@ -1,8 +1,8 @@
-"""Every private name of torch that the package uses, and every text of torch's that it matches, under a public name.
+"""Every private name of torch that the package uses, and every message of torch that it matches, under a public name.
 
-A release of torch may drop or change any of them; `tests/test_compat.py` then says which. Nothing else of the package
-reaches for a private name of torch, with one exception: `_parameters`, `_buffers` and `_modules` of `nn.Module`, the
-dictionaries that every module keeps, are read in many places.
+A release of torch may drop or change any of them; `tests/test_compat.py` then says which. No other module of the
+package uses a private name of torch, with one exception: `_parameters`, `_buffers` and `_modules`, the dictionaries of
+every `nn.Module`, are read in many places.
 """
 
 from collections.abc import Callable, Mapping
@@ -44,34 +44,34 @@ The text is that of Python's multiprocessing, from 3.6 to 3.13, which torch pass
 
 
 def version_of(tensor: Tensor) -> int:
-    """How often `tensor`, or any alias that shares its counter, was written to in place.
+    """Return how often `tensor`, or any alias that shares its counter, was written to in place.
 
-    torch publishes only the other direction, `torch.autograd.graph.increment_version`. Tried on torch 2.11 and 2.14.
+    torch's public `torch.autograd.graph.increment_version` can only increase it. Tried on torch 2.11 and 2.14.
     """
     return tensor._version
 
 
 def is_func_wrapper(tensor: Tensor) -> bool:
-    """Whether a transform of torch.func, such as `vmap` or `grad`, has wrapped `tensor`, so that it has no memory.
+    """Return whether a transform of torch.func, such as `vmap` or `grad`, has wrapped `tensor`: it then has no memory.
 
-    Its type is Tensor, and torch.func has no question for it. Tried on torch 2.11 and 2.14.
+    A wrapped tensor has the type Tensor, and no public function recognises it. Tried on torch 2.11 and 2.14.
     """
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def is_fx_tracing() -> bool:
-    """Whether a tracer of torch.fx runs in this thread. `torch.compile` and `torch.export` do not count.
+    """Return whether a torch.fx tracer runs in this thread. `torch.compile` and `torch.export` do not count.
 
-    A masked weight is no input of what is traced, so that no `torch.fx.Proxy` would show it. Tried on torch 2.11 and
-    2.14.
+    A masked weight is not an input of the traced function, so no `torch.fx.Proxy` would show the tracer. Tried on torch
+    2.11 and 2.14.
     """
     return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
 def compiled_module(model: nn.Module) -> nn.Module | None:
-    """The module inside what `torch.compile(model)` returned; None where `model` is nothing like it.
+    """Return the module inside the wrapper that `torch.compile` returns; None if `model` is not such a wrapper.
 
-    The wrapper's class is private, and so is the name that it keeps the module under. Tried on torch 2.11 and 2.14.
+    The wrapper's class is private, and so is the name of the module inside it. Tried on torch 2.11 and 2.14.
     """
     return model._modules.get("_orig_mod")
 
@@ -79,7 +79,7 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
 def remove_forward_hooks(module: nn.Module, kind: type) -> None:
     """Remove the forward hooks and forward pre-hooks of `module` that are instances of `kind`.
 
-    The public way needs the handles that registering returned, which a copied or unpickled module does not have. Tried
+    The public way needs the handles that registration returned. A copied or unpickled module does not have them. Tried
     on torch 2.11 and 2.14.
     """
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -89,10 +89,10 @@ def remove_forward_hooks(module: nn.Module, kind: type) -> None:
 
 
 def renew_reducer(wrapper: nn.parallel.DistributedDataParallel) -> None:
-    """Let DistributedDataParallel exchange the gradients of whatever requires one now.
+    """Let DistributedDataParallel exchange the gradients of all parameters that require one now.
 
-    It makes its reducer when it is made, and again only when it is unpickled: that is what happens here, in place and
-    in any process group. Tried on torch 2.11 and 2.14.
+    It creates its reducer when it is constructed, and again only when it is unpickled. This function does what
+    unpickling does, in place and in any process group. Tried on torch 2.11 and 2.14.
     """
     group = wrapper.process_group
     wrapper._remove_autograd_hooks()
@@ -101,20 +101,20 @@ def renew_reducer(wrapper: nn.parallel.DistributedDataParallel) -> None:
 
 
 class ModuleMethods:
-    """Mixin in front of a module's class: what nn.Module does by methods of private names, to be overridden.
+    """Mixin in front of a module's class, with methods to override what nn.Module does in private methods.
 
-    There are public hooks for loading, but they are stored on each module and pickled with it; for casting there are
-    none. Tried on torch 2.11 and 2.14.
+    There are public hooks for loading, but they are stored on each module and pickled with it. There are none for
+    casting. Tried on torch 2.11 and 2.14.
     """
 
     def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """What `to`, `half`, `cuda` and the like do to each tensor of this module, in place of `fn`."""
+        """Return what `to`, `half`, `cuda` and the like apply to each tensor of this module, in place of `fn`."""
         return fn
 
     def _popup_load(
         self, state_dict: Mapping[str, Any], prefix: str, missing: list[str]
     ) -> AbstractContextManager[None]:
-        """Context manager: entered while `load_state_dict` fills this module; `missing` gets the keys that it lacks."""
+        """Context manager: entered while `load_state_dict` fills this module. `missing` collects the missing keys."""
         return nullcontext()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
@@ -128,9 +128,9 @@ class ModuleMethods:
 
 
 class RecurrentWeights:
-    """Mixin of masked recurrent layers, whose forward takes its weights from a list made beforehand.
+    """Mixin of masked recurrent layers. It replaces the list of weights that their forward uses, at each read.
 
-    `nn.RNNBase` keeps that list, and weak references that tell when it is old. Tried on torch 2.11 and 2.14.
+    `nn.RNNBase` stores that list, and weak references that tell when it is outdated. Tried on torch 2.11 and 2.14.
     """
 
     @property
@@ -139,7 +139,7 @@ class RecurrentWeights:
 
     @_flat_weights.setter
     def _flat_weights(self, value: object) -> None:
-        pass  # made again at each read
+        pass  # the list is made again at each read
 
     def _init_flat_weights(self) -> None:
         pass
@@ -155,18 +155,19 @@ class RecurrentWeights:
 
 
 def forget_weight_list(module: nn.Module) -> None:
-    """Take the list of its weights off a recurrent layer, or it would hold them beside those that are loaded later.
+    """Remove a recurrent layer's list of its weights.
 
-    Does nothing to another module. Tried on torch 2.11 and 2.14.
+    The list would keep them in memory beside the weights that are loaded later. Does nothing to other modules. Tried on
+    torch 2.11 and 2.14.
     """
     if isinstance(module, nn.RNNBase):
         module.__dict__.pop("_flat_weights", None)
 
 
 def renew_weight_list(module: nn.Module) -> None:
-    """Make the list of its weights again for a recurrent layer that had lost it.
+    """Rebuild a recurrent layer's list of its weights after it was removed.
 
-    `flatten_parameters` reads the list and makes none. Does nothing to another module. Tried on torch 2.11 and 2.14.
+    `flatten_parameters` only reads the list. Does nothing to other modules. Tried on torch 2.11 and 2.14.
     """
     if isinstance(module, nn.RNNBase):
         module._init_flat_weights()

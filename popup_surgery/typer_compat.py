@@ -1,4 +1,4 @@
-"""What typer does not publish and the command line uses; `tests/test_compat.py` tests it."""
+"""The private part of typer that the command line uses. `tests/test_compat.py` tests it."""
 
 from typing import Any
 

@@ -1,1 +1,1 @@
-"""What a found subnetwork owes to its parts, and what conversion covers of each network."""
+"""What each part of a subnetwork contributes, and how much of each network conversion covers."""

@@ -1,4 +1,4 @@
-"""What conversion would do to every network of a library: a row for each."""
+"""What conversion would do to every network of a library, one row each."""
 
 import json
 import time
@@ -16,17 +16,17 @@ from ..models.libraries import architecture_of, names
 
 @dataclass(frozen=True)
 class Row:
-    """One network.
+    """What conversion would do to one network.
 
     Attributes:
-        name: with its library.
-        layers: masked weights; tied ones count once.
-        parameters: all of the network's, each once.
-        masked, generated, constant, left: shares of them, 0 … 1.
-        of_weights: the share of what looks like a weight that is masked, as `Coverage.of_weights`.
-        missed: elements of the weights that are left, by `state_dict` key.
-        seconds: to build it without memory and to plan.
-        refused: why it cannot be converted; empty where it can.
+        name: the network's name, with its library.
+        layers: number of masked weight tensors; tied ones count once.
+        parameters: number of the network's parameters, each counted once.
+        masked, generated, constant, left: shares of the parameters, 0 … 1.
+        of_weights: of everything that looks like a weight, the share that is masked, as in `Coverage.of_weights`.
+        missed: number of elements of each weight that is left, by `state_dict` key.
+        seconds: time to build the network without memory and to plan.
+        refused: why the network cannot be converted; empty if it can.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Row:
 
 
 def look(name: str) -> Row:
-    """The row of one network, which is built without memory and given up."""
+    """Return the row of one network. The network is built without memory and then discarded."""
     began = time.perf_counter()
     try:
         planned = plan(build_meta(architecture_of(name)))
-    except Exception as error:  # whatever a library's network does when it is built
+    except Exception as error:  # building a library's network may raise anything
         return Row(name, refused=f"{type(error).__name__}: {' '.join(str(error).split())}")
     seconds = round(time.perf_counter() - began, 2)
     coverage = planned.coverage
@@ -59,24 +59,24 @@ def look(name: str) -> Row:
 
 
 def survey(names: Sequence[str], jobs: int = 1) -> Iterator[Row]:
-    """The rows of networks, in order, looked at by `jobs` processes."""
+    """Yield the rows of networks, in order, made by `jobs` processes."""
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
         yield from pool.map(look, names, chunksize=8)
 
 
 def all_names(libraries: Sequence[str]) -> list[str]:
-    """Every network of `libraries`, with its library's name."""
+    """Return the name of every network of `libraries`, with its library's name."""
     return [f"{library}/{name}" for library in libraries for name in names(library)]
 
 
 def as_json(rows: Sequence[Row], libraries: Sequence[str]) -> str:
-    """The rows, a line each, and the libraries' versions."""
+    """Return the rows as JSON, one line each, with the libraries' versions."""
     lines = ",\n".join(json.dumps(_rounded(row)) for row in rows)
     return f'{{"versions": {json.dumps(_versions(libraries))},\n"networks": [\n{lines}\n]}}\n'
 
 
 def as_markdown(rows: Sequence[Row], libraries: Sequence[str]) -> str:
-    """The rows as a table, after what stands out."""
+    """Return the rows as a Markdown table, after a list of what stands out."""
     versions = ", ".join(f"{library} {version}" for library, version in _versions(libraries).items())
     refused = [row for row in rows if row.refused]
     below = [row for row in rows if not row.refused and row.of_weights < 0.99]

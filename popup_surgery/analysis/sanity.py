@@ -1,4 +1,4 @@
-"""What a found subnetwork owes to its weights, its mask and its statistics: the same file, put together otherwise."""
+"""What the weights, the mask and the statistics of a subnetwork contribute, measured by replacing them."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -30,15 +30,15 @@ AS_IT_IS, SEEDS, SHUFFLED, INVERTED, SHARED = "as it is", "other seeds", "mask s
 
 @dataclass(frozen=True)
 class Variation:
-    """One network made of a subnetwork's parts.
+    """One variant of a subnetwork, and its accuracy.
 
     Attributes:
-        change: what is other than in the file: `as it is`, `other seeds`, `mask shuffled`, `mask inverted`, or
-            `all weights`, which are one value then.
-        value: that value; the seed of the weights or of the shuffle; None where there is none.
-        accuracy: on the validation images, 0 … 1.
-        recalibrated: the same with the running statistics of BatchNorm taken anew from training images; None where the
-            network has none.
+        change: what differs from the file: `as it is` (nothing), `other seeds`, `mask shuffled`, `mask inverted`, or
+            `all weights`, which then share one value.
+        value: the shared value, or the seed of the weights or of the shuffle; None if there is neither.
+        accuracy: accuracy on the validation images, 0 … 1.
+        recalibrated: the accuracy with BatchNorm's running statistics recomputed from training images; None if the
+            network has no such statistics.
     """
 
     change: str
@@ -49,7 +49,7 @@ class Variation:
 
 @dataclass(frozen=True)
 class Sanity:
-    """What `sanity` found, on `images` images of the data set `data`; `chance` is 1 / classes, 0 where unknown."""
+    """The result of `sanity` on `images` images of the data set `data`. `chance` is 1 / classes, or 0 if unknown."""
 
     variations: tuple[Variation, ...]
     images: int
@@ -57,7 +57,7 @@ class Sanity:
     chance: float
 
     def groups(self) -> list[Group]:
-        """The accuracies that belong together: those of one change, and of one shared value."""
+        """Group the accuracies by change, and those of `all weights` by shared value too."""
         found: dict[str, tuple[list[float], list[float]]] = {}
         for one in self.variations:
             name = f"{one.change} {one.value:g}".replace("-", "−") if one.change == SHARED else one.change
@@ -95,21 +95,21 @@ def sanity(
     values: Sequence[float] = VALUES,
     progress: Progress = quiet,
 ) -> Sanity:
-    """Accuracy of the subnetwork in a popup artifact, and of what is left of it when one of its parts is another.
+    """Measure the accuracy of the subnetwork in a popup artifact, and of variants in which one part is replaced.
 
-    Measured are the network as it is; with drawn weights of other seeds under the same mask; with the mask shuffled
-    within each layer; with the mask inverted; and with all weights one shared value. Where it has BatchNorm, each of
-    them also with running statistics of its own, over at most 100 batches of training images.
+    The variants are: weights drawn from other seeds under the same mask; the mask shuffled within each layer; the mask
+    inverted; and one shared value for all weights. If the network has BatchNorm, it and each variant are also measured
+    with their own running statistics, from at most 100 batches of training images.
 
     Args:
         path: the file, or an open `Artifact`.
-        data, data_dir, base: as for `evaluate`; training images are read only where there is BatchNorm.
-        repeats: how many other seeds, those that follow the file's, and how many shuffles.
-        values: of the shared weight.
+        data, data_dir, base: as for `evaluate`. Training images are read only if there is BatchNorm.
+        repeats: number of other seeds, which follow the file's seed, and number of shuffles.
+        values: values of the shared weight.
 
     Raises:
         ArtifactError, DataError: as for `evaluate`.
-        ConversionError: `repeats` is no integer from 1.
+        ConversionError: `repeats` is not an integer of at least 1.
     """
     if isinstance(repeats, bool) or not isinstance(repeats, int) or repeats < 1:
         raise ConversionError(f"repeats is {repeats!r}; expected an integer from 1")
@@ -136,7 +136,7 @@ def sanity(
 
 
 def _changes(manifest: Manifest, repeats: int, values: Sequence[float]) -> list[tuple[str, float | None]]:
-    """What is measured, in order: each change and its value."""
+    """Return what is measured, in order: each change and its value."""
     drawn = any(source_of(entry.distribution).drawn for entry in manifest.masked)
     changes: list[tuple[str, float | None]] = [(AS_IT_IS, None)]
     changes += [(SEEDS, (manifest.seed + 1 + i) % 2**64) for i in range(repeats if drawn else 0)]
@@ -145,7 +145,7 @@ def _changes(manifest: Manifest, repeats: int, values: Sequence[float]) -> list[
 
 
 class _Parts:
-    """The masked weights of `model`, which has all of them at first, and their masks, to put together otherwise."""
+    """The masked weights of `model` and their masks, to be combined in other ways. At first `model` has all weights."""
 
     def __init__(self, manifest: Manifest, model: nn.Module, masks: dict[str, Tensor]) -> None:
         self.masked = manifest.masked
@@ -154,7 +154,7 @@ class _Parts:
         self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
 
     def put(self, change: str, value: float | None) -> None:
-        """Fill the network with its weights and masks as they are after one change."""
+        """Fill the network with its weights and masks after one change."""
         for place, entry in enumerate(self.masked):
             weight, mask = self.first[entry.name], self.masks[entry.name]
             if change == SEEDS and (source := source_of(entry.distribution)).drawn:
@@ -172,7 +172,7 @@ class _Parts:
 
 @contextmanager
 def _new_statistics(model: nn.Module, norms: list[BatchNorm], batches: Batches) -> Iterator[None]:
-    """Within it the running statistics of `norms` are averages over training images."""
+    """Context manager: replace the running statistics of `norms` by averages over training images."""
     before: list[tuple[float | None, dict[str, Tensor]]] = []
     for norm in norms:
         before.append((norm.momentum, {name: buffer.clone() for name, buffer in norm.named_buffers()}))

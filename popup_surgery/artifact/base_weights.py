@@ -16,7 +16,7 @@ from .rebuild import values_digest
 
 
 def library_tag(manifest: Manifest) -> str:
-    """The tag of the library's weights that the masks are for."""
+    """Return the tag of the library's weights that the masks are for."""
     architecture, base = manifest.architecture, cast(Base, manifest.base)
     if not base.tag or (base.library, base.name) != (architecture.library, architecture.name):
         raise ArtifactError(
@@ -30,7 +30,10 @@ def library_tag(manifest: Manifest) -> str:
 
 
 def base_weights(manifest: Manifest, core: nn.Module | None, base: nn.Module | str | Path | None) -> dict[str, Tensor]:
-    """The weights under the masks that are not the seed's, by name, after their digest was checked."""
+    """Return the pretrained weights under the masks, by name, after checking their digest.
+
+    The result is empty if the seed gives all weights.
+    """
     if manifest.base is None:
         return {}
     if isinstance(base, str | Path):

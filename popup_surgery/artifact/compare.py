@@ -1,4 +1,4 @@
-"""Whether a file and a network are made for each other."""
+"""Checks that a file and a network fit each other."""
 
 import re
 
@@ -13,7 +13,7 @@ from .reader import Contents
 
 
 def check_architecture(architecture: Architecture) -> None:
-    """`ArtifactError` unless a library builds this architecture, with arguments within their bounds."""
+    """Raise `ArtifactError` unless a library builds this architecture, with arguments within their bounds."""
     library, name = architecture.library, architecture.name
     if library == "custom":
         raise ArtifactError(
@@ -33,13 +33,13 @@ def check_architecture(architecture: Architecture) -> None:
 
 
 def common_dtype(contents: Contents) -> torch.dtype | None:
-    """The floating dtype that the network was cast to, where the masked weights have one in common, not float32."""
+    """Return the floating dtype that the network was cast to; None if the masked weights share none or float32."""
     dtypes = {entry.dtype for entry in contents.manifest.masked}
     return DTYPES[dtypes.pop()] if len(dtypes) == 1 and dtypes != {"F32"} else None
 
 
 def compare(contents: Contents, core: nn.Module) -> None:
-    """Check that the file has each `state_dict` entry of the network, in its shape and dtype, and no other."""
+    """Check that file and network have the same `state_dict` entries, with the same shapes, dtypes and ties."""
     manifest = contents.manifest
     file: dict[str, tuple[str, tuple[int, ...]]] = {
         entry.name: (entry.dtype, entry.shape) for entry in (*manifest.masked, *manifest.generated)

@@ -1,4 +1,4 @@
-"""The safetensors file itself, read without trust: header first, and nothing allocated that the file does not hold."""
+"""Read a safetensors file without trusting it: header first, and memory only for bytes that the file really has."""
 
 import math
 import os
@@ -12,7 +12,7 @@ from ..errors import ArtifactError
 from .strict_json import parse
 
 HEADER_LIMIT = 16 << 20
-DIMENSIONS_LIMIT = 64  # as NumPy's and PyTorch's
+DIMENSIONS_LIMIT = 64  # the same limit as in NumPy and PyTorch
 METADATA = "popup_surgery"
 
 # safetensors' names of dtypes
@@ -39,7 +39,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor of the file: dtype by safetensors' name, shape, and where its bytes lie in the data."""
+    """One tensor of the file: dtype (safetensors' name), shape, and the range of its bytes in the data."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Container:
-    """A checked header: the manifest's text, the tensors by name, where the data begins, and the stamp of the file."""
+    """A checked header: the manifest's text, the tensors by name, the data's offset in bytes, and the file's stamp."""
 
     manifest: str
     tensors: dict[str, Stored]
@@ -58,7 +58,7 @@ class Container:
 
 
 def element_count(shape: Any, what: str) -> int:
-    """Product of a shape from a file, each of whose sizes must be a non-negative integer."""
+    """Return the number of elements of a shape from a file, after checking that each size is a non-negative integer."""
     if not isinstance(shape, list) or len(shape) > DIMENSIONS_LIMIT:
         raise ArtifactError(f"{what}: the shape is no list of at most {DIMENSIONS_LIMIT} sizes")
     if not all(type(size) is int and size >= 0 for size in shape):
@@ -70,7 +70,7 @@ def read_header(file: BinaryIO) -> Container:
     """Read and check the header alone, from the beginning of `file`.
 
     Raises:
-        ArtifactError: this is no safetensors file, or not one that holds a popup artifact and nothing else.
+        ArtifactError: the file is not a safetensors file, or does not hold one popup artifact and nothing else.
     """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
@@ -104,6 +104,7 @@ def read_header(file: BinaryIO) -> Container:
 
 
 def _stored(name: str, entry: Any) -> Stored:
+    """Check one tensor's entry in the header."""
     what = f"tensor {name!r}"
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise ArtifactError(f"{what}: expected dtype, shape and data_offsets")
@@ -122,13 +123,13 @@ def _stored(name: str, entry: Any) -> Stored:
 
 
 def stamp_of(file: BinaryIO) -> tuple[int, int, int]:
-    """What changes when a file is replaced or written to: its inode, size and time."""
+    """Return a file's inode, size and modification time, which change when it is replaced or written to."""
     found = os.fstat(file.fileno())
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """`path` opened to read bytes; an `ArtifactError` says why it cannot be."""
+    """Open `path` for reading bytes. If that fails, an `ArtifactError` says why."""
     try:
         if not Path(path).is_file():
             raise ArtifactError("there is no such file" if not Path(path).exists() else "this is no file")

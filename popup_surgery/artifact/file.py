@@ -1,4 +1,4 @@
-"""A popup artifact on disk, read once however much is asked of it."""
+"""A popup artifact on disk, which is read only once, however often it is used."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,12 +19,12 @@ from .restore import fill_network
 class Artifact:
     """A popup artifact on disk, from `Artifact.open(path)`.
 
-    Opening reads and checks the header and the manifest. The tensors are read, checked and digested when something
-    first needs them. Neither happens twice. A file that changes in between is refused.
+    Opening reads and checks the header and the manifest. The tensors are read, checked and digested when they are
+    first needed. Both happen only once. A file that changes in between is refused.
 
     Attributes:
-        path: the file, as it was given.
-        manifest: what the file says of its network, its provenance, probe and base included.
+        path: the file's path, as given.
+        manifest: what the file says about its network, including provenance, probe and base.
     """
 
     path: str | Path
@@ -33,10 +33,10 @@ class Artifact:
 
     @classmethod
     def open(cls, source: "str | Path | Artifact") -> "Artifact":
-        """The artifact in a file, which is treated as hostile; one that is open already stays as it is.
+        """Open a file, which is treated as hostile. An `Artifact` that is already open is returned unchanged.
 
         Raises:
-            ArtifactError: the file is missing, or its header or manifest is not as the format says.
+            ArtifactError: the file is missing, or its header or manifest does not follow the format.
         """
         if isinstance(source, Artifact):
             return source
@@ -46,11 +46,11 @@ class Artifact:
 
     @cached_property
     def contents(self) -> Contents:
-        """The tensors, still packed. Errors do not name the file: read this within `naming`."""
+        """The tensors, still packed. Errors raised here do not name the file; use this inside `naming`."""
         return read_contents(self.path, self.container, self.manifest)
 
     def masks(self) -> dict[str, Tensor]:
-        """The mask of each masked weight, by `state_dict` key: bool, of the weight's shape.
+        """Return the mask of each masked weight, by `state_dict` key: bool, of the weight's shape.
 
         Raises:
             ArtifactError: the file is damaged.
@@ -63,7 +63,7 @@ class Artifact:
     def network(
         self, model: nn.Module | None = None, base: nn.Module | str | Path | None = None, *, masked: bool = True
     ) -> nn.Module:
-        """The plain network, as from `load`; with `masked=False` also the weights that take no part have their values.
+        """Return the plain network, as `load` does. With `masked=False`, weights outside the mask keep their values.
 
         Raises:
             ArtifactError: as for `load`.
@@ -78,36 +78,37 @@ class Artifact:
 
 
 def inspect(path: str | Path) -> Manifest:
-    """The manifest of a popup artifact, without reading its tensors.
+    """Read the manifest of a popup artifact, but not its tensors.
 
     Raises:
-        ArtifactError: the file is missing, or its header or manifest is not as the format says.
+        ArtifactError: the file is missing, or its header or manifest does not follow the format.
     """
     return Artifact.open(path).manifest
 
 
 def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None) -> nn.Module:
-    """The plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
+    """Rebuild the plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
 
     Args:
-        path: the file. It is treated as hostile: nothing in it is unpickled or run, and memory is at most twice the
-            file, plus the network, plus 256 MiB.
-        model: a plain network to fill, needed only where the file's architecture is `custom`; it is changed only
-            after all checks have passed.
-        base: for a mask on pretrained weights the network that has them, or a file of weights; without it they are
-            `model`'s own, or the library's by the tag that the file names. Other weights are refused.
+        path: the file. It is treated as hostile: nothing in it is unpickled or run. Memory use is at most twice the
+            file's size, plus the network, plus 256 MiB.
+        model: a plain network to fill, needed only if the file's architecture is `custom`. It is changed only after
+            all checks have passed.
+        base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the
+            weights of `model`, or else the library's weights with the tag that the file names. Other weights are
+            refused.
 
     Returns:
-        A network of ordinary layers, float tensors of the file's dtypes; `model` itself if it was given.
+        A network of ordinary layers, with float tensors in the file's dtypes; `model` itself if given.
 
     Raises:
-        ArtifactError: names the file, the tensor, and what was expected.
+        ArtifactError: the message names the file, the tensor, and what was expected.
     """
     return Artifact.open(path).network(model, base)
 
 
 def stored_masks(path: str | Path) -> dict[str, Tensor]:
-    """The mask of each masked weight in a popup artifact, by `state_dict` key: bool, of the weight's shape.
+    """Read the mask of each masked weight in a popup artifact, by `state_dict` key: bool, of the weight's shape.
 
     Raises:
         ArtifactError: the file is damaged.

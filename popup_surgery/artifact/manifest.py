@@ -1,4 +1,4 @@
-"""The manifest: what each tensor of the network is, checked key by key (docs/artifact-format.md, section 2)."""
+"""The manifest: what each tensor of the network is. Every key is checked (docs/artifact-format.md, section 2)."""
 
 import hashlib
 import math
@@ -21,16 +21,16 @@ FORMAT = "popup-surgery"
 VERSION = 1
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
-PROBE_LIMIT = 4 << 20  # elements of the input, as of one image of 1,024 pixels a side
+PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
 
 
 @dataclass(frozen=True)
 class TensorSpec:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
-    `kept` is the number of ones in its mask, None where the tensor is not masked; `encoding` the codec of the mask. A
-    masked tensor of the distribution `base` is no drawn one: its values are the base's, and its `std` is 0. `note`
-    informs: scheme, scaled, k, fan_in.
+    `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask. A
+    masked tensor with the distribution `base` is not drawn: its values come from the base, and its `std` is 0. `note`
+    is informational: scheme, scaled, k, fan_in.
     """
 
     name: str
@@ -48,7 +48,7 @@ class TensorSpec:
         return math.prod(self.shape)
 
     def text(self) -> dict[str, Any]:
-        """As the manifest has it."""
+        """Return the tensor's entry in the manifest."""
         entry: dict[str, Any] = {
             "name": self.name,
             "stream": self.stream,
@@ -61,7 +61,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor all of whose elements are `value`."""
+    """A tensor whose elements all equal `value`."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -79,7 +79,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a popup artifact says about its network. `text()` is the JSON object without its digest."""
+    """What a popup artifact says about its network. `text()` returns it as a JSON object."""
 
     architecture: Architecture
     seed: int
@@ -96,16 +96,16 @@ class Manifest:
 
     @property
     def weights(self) -> int:
-        """How many weights are masked."""
+        """Number of masked weights."""
         return sum(entry.numel for entry in self.masked)
 
     @property
     def kept(self) -> int:
-        """How many of them take part."""
+        """Number of masked weights that take part."""
         return sum(entry.kept or 0 for entry in self.masked)
 
     def text(self) -> dict[str, Any]:
-        """The JSON object, `manifest_sha256` included."""
+        """Return the JSON object, including `manifest_sha256`."""
         architecture = self.architecture
         manifest: dict[str, Any] = {
             "format": FORMAT,
@@ -138,10 +138,10 @@ class Manifest:
 
 
 def read_manifest(text: str) -> Manifest:
-    """The manifest of a file, every key checked.
+    """Parse a file's manifest and check every key.
 
     Raises:
-        ArtifactError: names the key, its value and what was expected.
+        ArtifactError: the message names the key, its value and what was expected.
     """
     manifest = _parse_whole(text)
     seed = _get(manifest, "seed", "a decimal string", lambda v: isinstance(v, str) and _SEED.fullmatch(v))
@@ -166,7 +166,7 @@ def read_manifest(text: str) -> Manifest:
 
 
 def _parse_whole(text: str) -> dict[str, Any]:
-    """The JSON object of a manifest of this format that is undamaged, its other keys unchecked."""
+    """Parse a manifest's JSON object. Check its format, version and digest, and no other keys."""
     if len(text) > MANIFEST_LIMIT:
         raise ArtifactError(f"the manifest has {len(text):,} characters; expected at most {MANIFEST_LIMIT:,}")
     manifest = parse(text, "the manifest")
@@ -191,7 +191,7 @@ def _parse_whole(text: str) -> dict[str, Any]:
 
 
 def exact(value: Any, dtype: str) -> bool:
-    """Whether a JSON value is exactly an element of `dtype`: of its type, finite, in range, unrounded, not −0.0."""
+    """Return whether a JSON value is exactly an element of `dtype`: its type, finite, in range, unrounded, not −0.0."""
     if dtype == "BOOL":
         return type(value) is bool
     torch_dtype = DTYPES[dtype]
@@ -253,6 +253,7 @@ def _architecture(entry: dict[str, Any]) -> Architecture:
 
 
 def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
+    """Check an entry of `masked` or `generated`; `where` names it in messages."""
     if not isinstance(entry, dict):
         raise ArtifactError(f"{where} is {_short(entry)}; expected an object")
 
@@ -299,7 +300,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
 
 
 def _standard_deviation(value: Any) -> bool:
-    # the widest that is made of it is the bound of a uniform distribution
+    # the largest value derived from it is the bound of a uniform distribution, std · √3
     return (
         type(value) is float and float(torch.tensor(value, dtype=torch.float32)) > 0 and value * 3**0.5 <= FLOAT32_MAX
     )
@@ -310,6 +311,7 @@ def _known(value: Any, names: Any) -> bool:
 
 
 def _constant(name: str, entry: Any) -> Constant:
+    """Check an entry of `constants`."""
     what = f"constants[{name!r}]"
     if not isinstance(entry, dict):
         raise ArtifactError(f"{what} is {_short(entry)}; expected an object")
@@ -321,6 +323,7 @@ def _constant(name: str, entry: Any) -> Constant:
 
 
 def _probe(entry: Any) -> Probe:
+    """Check `probe`."""
     if not isinstance(entry, dict):
         raise ArtifactError(f"probe is {_short(entry)}; expected an object")
     if not 0 < element_count(entry.get("shape"), "probe") <= PROBE_LIMIT:
@@ -342,6 +345,7 @@ def _base(entry: Any) -> Base:
 
 
 def _check_names(manifest: Manifest) -> None:
+    """Check that each `state_dict` key has one place, that aliases are valid, and that a base is there if needed."""
     based = [entry for entry in manifest.masked if source_of(entry.distribution).in_base]
     if based and manifest.base is None:
         first = based[0]

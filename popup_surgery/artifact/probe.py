@@ -1,4 +1,4 @@
-"""The first values of a network's output for an input that the seed gives."""
+"""The probe: the first values of a network's output for an input drawn from the seed."""
 
 import numpy as np
 import torch
@@ -10,20 +10,20 @@ from ..weights.streams import draw
 from .manifest import Probe
 
 VALUES = 16
-RTOL = 1e-3  # float32 sums in another order, through a hundred layers, stay well within
+RTOL = 1e-3  # float32 sums in a different order stay well within it, even through a hundred layers
 
 
 def take_probe(model: nn.Module, seed: int, shape: tuple[int, ...]) -> Probe | None:
-    """The probe of a converted network for an input of `shape`; None where the output is not finite or no tensor."""
+    """Return a converted network's probe for an input of `shape`; None if the output is not finite or not a tensor."""
     output = _first_outputs(bake(model), seed, shape, VALUES)
     return Probe(shape, tuple(map(float, output)), RTOL) if output is not None else None
 
 
 def check_probe(model: nn.Module, seed: int, probe: Probe) -> tuple[bool, str]:
-    """Whether a plain network's outputs are the probe's, and a word on it."""
+    """Return whether a plain network's outputs match the probe, and a short description of the outcome."""
     try:
         output = _first_outputs(model, seed, probe.shape, len(probe.output))
-    except Exception as error:  # whatever a network says to an input that is not for it
+    except Exception as error:  # a network may raise anything for an input that does not fit it
         return False, f"the network does not take the probe's input {probe.shape}: {error}"
     if output is None or len(output) != len(probe.output):
         return False, f"the network does not give {len(probe.output)} finite outputs"

@@ -1,4 +1,7 @@
-"""Reading a file that somebody else made: everything is checked before anything of its sizes is made (section 3)."""
+"""Read a file that somebody else made (docs/artifact-format.md, section 3).
+
+Everything is checked before memory is allocated whose size the file decides.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ Parts = dict[str, tuple[Stored, memoryview]]
 
 @dataclass(frozen=True)
 class Contents:
-    """A file that has passed all checks that need no network: manifest, packed masks and stored tensors by name."""
+    """A file that has passed all checks that need no network: manifest, and packed masks and stored tensors by name."""
 
     manifest: Manifest
     masks: dict[str, Packed]
@@ -28,16 +31,16 @@ class Contents:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Put the file's name in front of an `ArtifactError`."""
+    """Context manager: put the file's name in front of an `ArtifactError`."""
     try:
         yield
     except ArtifactError as error:
-        text = str(error)  # which may quote a stranger's file
+        text = str(error)  # it may quote a stranger's file
         raise ArtifactError(f"{path}: {text[:1000]}{'…' if len(text) > 1000 else ''}") from error.__cause__
 
 
 def read_front(path: str | Path) -> tuple[Container, Manifest]:
-    """Header and manifest of a file, checked, and checked against each other; its tensors stay unread."""
+    """Read and check a file's header and manifest, also against each other. The tensors stay unread."""
     with open_file(path) as file:
         container = read_header(file)
     manifest = read_manifest(container.manifest)
@@ -47,7 +50,7 @@ def read_front(path: str | Path) -> tuple[Container, Manifest]:
 
 
 def read_contents(path: str | Path, container: Container, manifest: Manifest) -> Contents:
-    """The tensors of a file whose header and manifest `read_front` has read, each checked, and their digests."""
+    """Read the tensors of a file whose header and manifest `read_front` has read, and check them and their digests."""
     with open_file(path) as file:
         if stamp_of(file) != container.stamp:
             raise ArtifactError("the file changed while it was read")
@@ -69,7 +72,7 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
 
 
 def _check_masks(manifest: Manifest, container: Container) -> None:
-    """Each masked tensor has a mask whose size can be right."""
+    """Check that each masked tensor has a mask, and that its size is possible."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
         sizes = get_codec(entry.encoding).bound(entry.shape)
@@ -83,7 +86,7 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
 
 
 def _check_places(manifest: Manifest, container: Container) -> None:
-    """Each stored tensor stands in none of the manifest's lists, and each alias is of something that is there."""
+    """Check that no stored tensor is in the manifest's lists too, and that each alias names a tensor of the file."""
     described = {e.name for e in (*manifest.masked, *manifest.generated)} | {*manifest.constants, *manifest.aliases}
     if both := described & container.tensors.keys():
         raise ArtifactError(f"{min(both)!r} is stored, and stands in the manifest's lists too")
@@ -94,7 +97,7 @@ def _check_places(manifest: Manifest, container: Container) -> None:
 
 
 def _mask(entry: TensorSpec, part: memoryview) -> Packed:
-    """The bits of a mask, as many of them 1 as the manifest says."""
+    """Decode the bits of a mask, and check that the number of ones is the manifest's."""
     try:
         packed = get_codec(entry.encoding).decode(np.frombuffer(part, np.uint8), entry.shape)
     except ValueError as error:

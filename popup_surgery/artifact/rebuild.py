@@ -1,4 +1,4 @@
-"""Weights from a seed and a mask, and the digests over them."""
+"""Rebuild weights from a seed and a mask, and compute digests over them."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,24 +19,24 @@ Packed = NDArray[np.uint8]
 
 
 def generated_pieces(entry: TensorSpec, seed: int) -> Iterator[NDArray[np.float32]]:
-    """Values of an unmasked tensor, in pieces of float32."""
+    """Yield the values of an unmasked tensor, in pieces of float32."""
     return draw(entry.distribution, entry.numel, entry.std, seed, "other", entry.stream)
 
 
 def effective_pieces(
     entry: TensorSpec, seed: int, mask: Packed, base: Tensor | None = None
 ) -> Iterator[NDArray[np.float32]]:
-    """Effective weights in pieces of float32: the weight, drawn or `base`'s, where the bit is 1, +0.0 elsewhere."""
+    """Yield effective weights in pieces of float32: the drawn or `base` weight where the bit is 1, +0.0 elsewhere."""
     if entry.distribution == "signed_constant":
         yield from _signed_pieces(entry, seed, mask)
         return
     weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base)
     for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
-        yield (piece.view(np.uint32) & bits).view(np.float32)  # bit by bit, so that no −0.0 comes out
+        yield (piece.view(np.uint32) & bits).view(np.float32)  # a bitwise AND, so that no −0.0 comes out
 
 
 def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
-    """As `effective_pieces`: half a byte of signs and half a byte of the mask give four weights at once."""
+    """As `effective_pieces`, but four weights at once, from half a byte of signs and half a byte of the mask."""
     # Row 16 · mask + signs of `four` has the four weights for these half bytes, lowest bit first. A mask's byte 0x63
     # and the signs' byte 0xA6 give the rows 0x36 and 0x6A. Of 0x36 the mask 3 is 1 1 0 0 and the signs 6 are − + + −:
     # −std +std 0 0. Of 0x6A the mask 6 is 0 1 1 0 and the signs A are − + − +: 0 +std −std 0.
@@ -52,7 +52,11 @@ def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArr
 
 
 def weights_digest(entries: list[tuple[TensorSpec, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:
-    """SHA-256 over the effective weights, rounded to their dtype and widened to float32; `base` by name."""
+    """Return the SHA-256 over the effective weights, rounded to their dtype and widened to float32.
+
+    Args:
+        base: the pretrained weights by name.
+    """
     digest = hashlib.sha256()
     for entry, mask in entries:
         for piece in effective_pieces(entry, seed, mask, base.get(entry.name)):
@@ -62,7 +66,7 @@ def weights_digest(entries: list[tuple[TensorSpec, Packed]], seed: int, base: Ma
 
 
 def values_digest(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 over the values of floating tensors, widened to float32."""
+    """Return the SHA-256 over the values of floating tensors, widened to float32."""
     digest = hashlib.sha256()
     for tensor in tensors:
         for piece in pieces_of(tensor):
@@ -71,7 +75,7 @@ def values_digest(tensors: Iterable[Tensor]) -> str:
 
 
 def masks_digest(masks: list[Packed]) -> str:
-    """SHA-256 over the packed masks, one after another."""
+    """Return the SHA-256 over the packed masks, one after another."""
     digest = hashlib.sha256()
     for mask in masks:
         digest.update(mask.data)
@@ -79,7 +83,7 @@ def masks_digest(masks: list[Packed]) -> str:
 
 
 def tensors_digest(tensors: dict[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
-    """SHA-256 over the dtype's name, shape and bytes of each stored tensor that is no mask, sorted by name."""
+    """Return the SHA-256 over name, dtype, shape and bytes of each stored tensor that is not a mask, sorted by name."""
     digest = hashlib.sha256()
     for name, (dtype, shape, data) in sorted(tensors.items()):
         digest.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())

@@ -1,4 +1,4 @@
-"""The network that a file describes, built and filled."""
+"""Build and fill the network that a file describes."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from .rebuild import effective_pieces, generated_pieces
 
 
 def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | str | Path | None) -> nn.Module:
-    """The network that `contents` describes, in `model` if it is given."""
+    """Build and fill the network that `contents` describes, or fill `model` if it is given."""
     manifest = contents.manifest
     if base is not None and manifest.base is None:
         raise ArtifactError("a base was given, and the file's weights are those of its seed")
@@ -46,6 +46,7 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
 
 
 def _fill(contents: Contents, core: nn.Module, base: dict[str, Tensor]) -> None:
+    """Write every tensor of the file into the network, in place."""
     manifest = contents.manifest
     entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
     meta = [name for name, tensor in entries.items() if tensor.is_meta]

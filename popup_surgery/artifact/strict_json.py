@@ -1,4 +1,7 @@
-"""JSON from a stranger: bounded before it is parsed, and refused where two readers could disagree about it."""
+"""Parse JSON from a stranger.
+
+Its size is checked before it is parsed, and a text that two readers could understand differently is refused.
+"""
 
 import json
 import math
@@ -9,18 +12,18 @@ from ..errors import ArtifactError
 
 DEPTH = 32
 DIGITS = 32
-# what a text may have, so that its values stay within some 150 MiB; no network comes near
+# limits that keep the values of a text within about 150 MiB; no network comes near them
 LIMITS = {"objects and lists": 250_000, "commas": 500_000, "strings": 1_000_000}
-# possessive, so that no input makes it look twice; a string without an end is one to the end of the text
+# possessive quantifiers, so that no input causes backtracking; an unterminated string runs to the end of the text
 _TOKENS = re.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{},]', re.DOTALL)
 
 
 def parse(text: str, what: str) -> Any:
-    """The value of a JSON text that `what` names in messages.
+    """Parse a JSON text; messages call it `what`.
 
     Raises:
-        ArtifactError: no JSON; a duplicate key, a lone surrogate, a NaN or infinity, a number over 32 characters, more
-            than 32 levels, or so many values that it could only mean harm.
+        ArtifactError: the text is not JSON, or it has a duplicate key, a lone surrogate, a NaN or infinity, a number
+            over 32 characters, more than 32 levels of nesting, or more values than any network needs.
     """
     _bound(text, what)
 
@@ -60,12 +63,12 @@ def parse(text: str, what: str) -> Any:
 
 
 def canonical(value: Any) -> str:
-    """The one text of a JSON value that the format allows."""
+    """Return the one text that the format allows for a JSON value."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
 def _bound(text: str, what: str) -> None:
-    """Check depth and counts before anything is made of the text."""
+    """Check nesting depth and counts before the text is parsed."""
     depth = 0
     counts = dict.fromkeys(LIMITS, 0)
     for token in _TOKENS.finditer(text):
@@ -84,6 +87,7 @@ def _bound(text: str, what: str) -> None:
 
 
 def _check_characters(value: Any, what: str) -> None:
+    """Refuse strings with half a surrogate pair."""
     waiting = [value]
     while waiting:
         item = waiting.pop()

@@ -1,4 +1,4 @@
-"""Rebuild what a file describes and compare: `verify`."""
+"""Rebuild what a file describes and compare the two: `verify`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,11 @@ from .restore import fill_network
 
 @dataclass(frozen=True)
 class Verification:
-    """Each check of a file by name: whether it holds, and a word on it. True where all hold."""
+    """The outcome of `verify`, true if all checks passed.
+
+    Attributes:
+        checks: of each check its name, whether it passed, and a short description.
+    """
 
     checks: tuple[tuple[str, bool, str], ...]
 
@@ -36,14 +40,14 @@ def verify(
 
     Args:
         path: the file, or an open `Artifact`.
-        model: as for `load`; without it a `custom` network's weights are verified, and its architecture is not.
+        model: as for `load`. Without it, the weights of a `custom` network are verified, but not its architecture.
         base: as for `load`.
 
     Returns:
-        Each check with its outcome; true where all hold.
+        The outcome of each check; true if all passed.
 
     Raises:
-        ArtifactError: the file is damaged, or is no popup artifact.
+        ArtifactError: the file is damaged, or is not a popup artifact.
     """
     artifact = Artifact.open(path)
     manifest = artifact.manifest

@@ -1,4 +1,4 @@
-"""Going on from somebody's file: its mask becomes the mask that a converted network starts with."""
+"""Start a converted network with the mask of an existing file."""
 
 from pathlib import Path
 from typing import cast
@@ -16,17 +16,17 @@ from .restore import fill_network
 
 
 def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module | str | Path | None = None) -> None:
-    """Let a converted network start with the subnetwork of a popup artifact: its mask, running statistics and the like.
+    """Start a converted network with the subnetwork of a popup artifact: its mask, running statistics and the like.
 
-    The scores stay the ones that were drawn, and change places: those of kept weights come above the rest.
+    The scores keep the values that were drawn but change places, so that kept weights rank above all others.
 
     Args:
-        model: converted with the file's seed, scheme and, where scaled, k.
+        model: a network converted with the file's seed and scheme and, if scaled, its k.
         path: the file, or an open `Artifact`.
-        base: for a mask on pretrained weights as for `load`; without it they are the model's own.
+        base: for a mask on pretrained weights, as for `load`. Default: the model's own weights.
 
     Raises:
-        ArtifactError: the file is damaged, or its weights are not those of `model`, which stays as it is.
+        ArtifactError: the file is damaged, or its weights are not those of `model`. `model` is unchanged then.
     """
     core, artifact = unwrap(model), Artifact.open(path)
     with naming(artifact.path):

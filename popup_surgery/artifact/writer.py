@@ -1,4 +1,4 @@
-"""Writing a subnetwork: every entry of the `state_dict` finds its one place in the file."""
+"""Write a subnetwork: every entry of the `state_dict` has exactly one place in the file."""
 
 import logging
 import math
@@ -34,7 +34,7 @@ from .strict_json import canonical
 
 log = logging.getLogger("popup_surgery")
 
-Slots = dict[int, MaskedParam | None]  # by identity: a masked weight's record, None for a score
+Slots = dict[int, MaskedParam | None]  # by tensor identity: the record of a masked weight, None for a score
 
 
 def save(
@@ -48,23 +48,23 @@ def save(
     """Write a converted network as a popup artifact: a seed, one bit per masked weight, and what no seed gives back.
 
     Args:
-        model: a network that `convert` returned, perhaps trained, perhaps wrapped.
-        path: the file; one that is there is replaced at once or stays as it is.
-        provenance: JSON to go with it: recipe, accuracies, versions. What is not finite becomes null. Where the learner
-            samples, its key `mask` says which network the file holds.
-        probe: shape of an input, batch first, for which the first outputs are recorded, so that `verify` notices a
-            library whose code has changed under an unchanged name.
-        encoding: name of the codec that the masks are written with.
+        model: a network that `convert` returned. It may be trained, and it may be wrapped.
+        path: the file to write. An existing file is replaced atomically.
+        provenance: JSON values to record: recipe, accuracies, versions. Numbers that are not finite become null. If
+            the learner samples, the key `mask` says which network the file holds.
+        probe: shape of an input, batch first. The first outputs for such an input are recorded, so that `verify`
+            notices a library whose code has changed under an unchanged name.
+        encoding: name of the codec for the masks.
 
     Returns:
         The manifest as written.
 
     Raises:
-        ArtifactError: the network is not converted, or not all of it since its head was replaced; it is on the meta
-            device, has weights that are no longer the seed's or were trained, or a `state_dict` entry that a file
-            cannot hold; the message names it.
+        ArtifactError: the network is not converted, or only in part since its head was replaced; it is on the meta
+            device; its weights are no longer the seed's, or were trained; or a file cannot hold one of its
+            `state_dict` entries. The message names it.
         UnknownName: there is no such codec.
-        PopupError: the file cannot be written; what was there is as it was.
+        PopupError: the file cannot be written. An existing file is unchanged.
     """
     core, codec = unwrap(model), get_codec(encoding)
     with as_saved():
@@ -75,7 +75,7 @@ def save(
         raise ArtifactError(f"{path}: the provenance is no JSON: {error}") from error
     if len(text) > MANIFEST_LIMIT:
         raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
-    read_manifest(text)  # whatever is written can be read
+    read_manifest(text)  # make sure that what is written can be read
     data = serialize(tensors, metadata={METADATA: text})
     write_atomically(path, data)
     return manifest
@@ -84,7 +84,7 @@ def save(
 def _describe(
     core: nn.Module, codec: Codec, provenance: dict[str, Any], probe: tuple[int, ...] | None
 ) -> tuple[Manifest, dict[str, Tensor]]:
-    """What the manifest says of a converted network, and the tensors that the file holds."""
+    """Return the manifest of a converted network, and the tensors that the file holds."""
     slots, generated = _origins(core)
     seed = _check_whole(core, slots)
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
@@ -115,7 +115,7 @@ def _describe(
 
 
 def _check_whole(core: nn.Module, slots: Slots) -> int:
-    """The one seed of a network that is converted, whole, and whose weights were not trained."""
+    """Return the network's one seed. Check that it is converted as a whole and that its weights were not trained."""
     if not slots:
         raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before it is saved")
     seeds = {slot.seed for slot in slots.values() if slot is not None}
@@ -147,7 +147,7 @@ class _Places:
 
 
 def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated], seed: int) -> _Places:
-    """Find the one place of each entry that is not a score."""
+    """Assign each entry that is not a score to its one place."""
     places, first = _Places(), dict[int, str]()
     for name, tensor in entries.items():
         if id(tensor) in slots and slots[id(tensor)] is None:
@@ -173,7 +173,7 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
 
 
 def _check_entry(name: str, tensor: Any) -> None:
-    """`ArtifactError` unless a file can hold this entry of a `state_dict`."""
+    """Raise `ArtifactError` unless a file can hold this entry of a `state_dict`."""
     if not isinstance(tensor, Tensor):
         raise ArtifactError(f"the state_dict entry {name!r} is a {type(tensor).__name__}; expected a tensor")
     if tensor.is_meta:
@@ -183,7 +183,10 @@ def _check_entry(name: str, tensor: Any) -> None:
 
 
 def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architecture:
-    """What builds this network: what did build it, with another number of classes perhaps, or else nothing that can."""
+    """Return the architecture that builds a network of these shapes.
+
+    It is the recorded one, perhaps with another number of classes, or `custom` if that does not build it.
+    """
     described = describe(core)
     if described.library == "custom":
         return described
@@ -206,7 +209,7 @@ def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architectur
 
 
 def _base(core: nn.Module) -> Base:
-    """Where the pretrained weights of a network came from, as far as it knows."""
+    """Return where the pretrained weights of a network came from, as far as the network knows."""
     described, origin = describe(core), origin_of(core)
     base = origin.base or Base(described.library, described.version, described.name, "")
     slots = ((name, slot) for name, module in core.named_modules() for slot in slots_of(module).values())
@@ -215,7 +218,7 @@ def _base(core: nn.Module) -> Base:
 
 
 def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
-    """By tensor identity: the slot of a masked weight, None for a score; and where a generated tensor came from."""
+    """Return by tensor identity: each masked weight's slot (None for a score); and each generated tensor's origin."""
     slots: Slots = {}
     generated: dict[int, Generated] = {}
     for module in core.modules():
@@ -229,6 +232,7 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
 
 
 def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorSpec, Packed]:
+    """Return the manifest's entry for a masked weight, and its packed mask."""
     source_of(slot.distribution).check(name, weight, slot.std, slot.seed, slot.stream)
     mask = slot.ranking.mask(slot.index)
     packed = pack(mask.cpu().numpy())
@@ -241,7 +245,7 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:
-    """None where the tensor has been changed since, and must be stored."""
+    """Return the manifest's entry; None if the tensor has changed since conversion and must be stored."""
     pieces = draw(origin.distribution, tensor.numel(), origin.std, origin.seed, "other", origin.stream)
     if origin.seed != seed or not tensor.numel() or not equals(tensor, pieces):
         return None
@@ -251,6 +255,7 @@ def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) ->
 
 
 def _constant(tensor: Tensor) -> Constant | None:
+    """Return the one finite value that all elements equal; None if there is none, or if one is −0.0."""
     if not tensor.numel() or tensor.is_complex():
         return None
     value = tensor.detach().reshape(-1)[0].item()

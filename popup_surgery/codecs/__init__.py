@@ -1,4 +1,4 @@
-"""Masks to bytes and back: one file for each codec, registered by name."""
+"""Codecs between masks and bytes: one file each, registered by name."""
 
 from . import bitpack  # noqa: F401
 from .base import CODECS, Codec, get_codec, register_codec

@@ -1,6 +1,6 @@
-"""One bit a weight: uint8 [ceil(n / 8)], least significant bit first, the last byte's unused high bits 0.
+"""One bit per weight: uint8 [ceil(n / 8)], least significant bit first; the unused high bits of the last byte are 0.
 
-Masks have this form in memory too, and in checkpoints; as a codec it is the identity.
+Packed masks have this form in memory and in checkpoints too, so this codec is the identity.
 """
 
 import math
@@ -12,34 +12,34 @@ from numpy.typing import NDArray
 from ..weights.streams import BITS, CHUNK
 from .base import Bytes, Codec, Shape, register_codec
 
-# of each byte the eight words: 0x05 gives 0xFFFFFFFF 0 0xFFFFFFFF 0 0 0 0 0, to be and-ed with the bits of eight floats
+# eight words for each byte: 0x05 gives 0xFFFFFFFF 0 0xFFFFFFFF 0 0 0 0 0, to be ANDed with the bits of eight floats
 _ALL = np.where(BITS, np.uint32(0xFFFFFFFF), np.uint32(0))
 
 
 def pack(mask: NDArray[np.bool_]) -> Bytes:
-    """Bits of a boolean mask in row-major order: uint8 [ceil(n / 8)]."""
+    """Pack a boolean mask in row-major order into bits: uint8 [ceil(n / 8)]."""
     return np.packbits(mask.reshape(-1), bitorder="little")
 
 
 def unpack(packed: Bytes, n: int) -> Iterator[NDArray[np.uint32]]:
-    """The `n` bits of a packed mask, all 32 bits of an element 1 or 0, in pieces of uint32 [at most CHUNK]."""
+    """Yield the `n` bits of a packed mask as words of 32 ones or 32 zeros, in pieces of uint32 [at most CHUNK]."""
     for start in range(0, n, CHUNK):
         count = min(CHUNK, n - start)
         yield np.take(_ALL, packed[start // 8 : -(-(start + count) // 8)], axis=0).reshape(-1)[:count]
 
 
 def unpack_mask(packed: Bytes, shape: Shape) -> NDArray[np.bool_]:
-    """The boolean mask that `pack` was given."""
+    """Return the boolean mask of shape `shape` that `pack` packed."""
     return np.unpackbits(packed, count=math.prod(shape), bitorder="little").view(np.bool_).reshape(shape)
 
 
 def ones(packed: Bytes) -> int:
-    """How many bits are 1."""
+    """Return how many bits are 1."""
     return int(np.bitwise_count(packed).sum(dtype=np.int64))
 
 
 def padding_is_zero(packed: Bytes, n: int) -> bool:
-    """Whether the bits after the `n`-th are 0."""
+    """Return whether all bits after the `n`-th are 0."""
     return n % 8 == 0 or int(packed[-1]) >> n % 8 == 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: one file for each subcommand. torch is imported when a command runs, not before."""
+"""The command line: one file for each subcommand. torch is imported only when a command runs."""
 
 import logging
 import os
@@ -49,7 +49,8 @@ def _root(
 def main() -> int:
     """Run the command line.
 
-    Returns 0; 1 where the answer is no; 2 for bad use, after one sentence on stderr; 75 where a run can go on.
+    Returns the exit status: 0; 1 if the answer is no; 2 for bad use, after one sentence on stderr; 75 if a run can be
+    resumed; 130 if interrupted.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:

@@ -94,7 +94,7 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 def _convert(
     arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], file: Path | None
 ) -> "Plan":
-    """Convert and write `file`, or without one only plan. The plan."""
+    """Convert a network and write it to `file`; without `file` only plan. Returns the plan."""
     from ..artifact import save
     from ..masking.convert import convert_as_given
     from ..masking.planning import plan_as_given

@@ -12,7 +12,7 @@ def run(
     data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> None:
-    """Accuracy of an artifact's network on the data set that it was trained on, or another.
+    """Print the accuracy of an artifact's network on the data set that it was trained on, or on another.
 
     \b
     $ popup-surgery evaluate digits.popup.safetensors

@@ -12,7 +12,7 @@ def run(
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
 ) -> None:
-    """Write an artifact's network as a dense safetensors file, as timm.create_model(…, checkpoint_path=…) loads.
+    """Write an artifact's network as a dense safetensors file for timm.create_model(…, checkpoint_path=…).
 
     \b
     $ popup-surgery export digits.popup.safetensors -o digits.safetensors

@@ -12,7 +12,7 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
     json_: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
-    """What an artifact says about itself, without building anything.
+    """Print what an artifact says about itself, without building anything.
 
     \b
     $ popup-surgery inspect digits.popup.safetensors

@@ -12,7 +12,7 @@ def run(
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> None:
-    """The five most probable classes of images, as the network in an artifact sees them.
+    """Print the five most probable classes of each image, according to an artifact's network.
 
     \b
     $ popup-surgery predict digits.popup.safetensors digit.png

@@ -91,7 +91,7 @@ def run(
 
 
 def _print(done: "Reproduction") -> int:
-    """Show the table and name the files; the exit status."""
+    """Print the table and name the files. Returns the exit status."""
     print("\n".join(line for line in done.table.splitlines() if line))
     show(f"wrote {done.files[0]}, {', '.join(path.suffix for path in done.files[1:-1])} and {done.files[-1].suffix}")
     return 1 if any(outcome.state.value == "failed" for outcome in done.outcomes) else 0

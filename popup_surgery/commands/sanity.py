@@ -20,7 +20,7 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace a picture that is there.")] = False,
 ) -> None:
-    """What an artifact's accuracy owes to its weights, its mask and its statistics: a table and a picture.
+    """Measure what an artifact's accuracy owes to weights, mask and statistics; print a table and write a picture.
 
     \b
     $ popup-surgery sanity digits.popup.safetensors

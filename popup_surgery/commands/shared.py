@@ -1,4 +1,4 @@
-"""What several commands need: the console, progress, and files that must not be lost."""
+"""Helpers of several commands: the console, progress, and a guard against overwriting files."""
 
 import io
 import sys
@@ -13,11 +13,11 @@ from ..errors import PopupError
 
 messages = Console(stderr=True, highlight=False)
 
-STOPPED = "POPUP_SURGERY_STOPPED"  # names the file by which processes of a run tell who launched them that it can go on
+STOPPED = "POPUP_SURGERY_STOPPED"  # names the file by which a run's processes tell their launcher that it is resumable
 
 
 def show(*things: object) -> None:
-    """Print text and tables on stdout, as wide as they are where that is no terminal."""
+    """Print text and tables on stdout, up to 200 columns wide if stdout is not a terminal."""
     wide = None if sys.stdout.isatty() else 200
     console = Console(file=io.StringIO(), width=wide, force_terminal=False, color_system=None)
     console.print(*things, sep="\n", markup=False, highlight=False, soft_wrap=all(isinstance(t, str) for t in things))
@@ -26,13 +26,13 @@ def show(*things: object) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` without what could steer the terminal, which names in a stranger's file may hold."""
+    """Return `text` without control characters, which a stranger's file may have in its names."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
-    """A bar on the terminal, or nothing where there is no terminal; gone when it is done."""
+    """Context manager: show a progress bar that disappears at the end, or nothing if stderr is not a terminal."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as bar:
         task = bar.add_task(what, total=total)
@@ -41,7 +41,7 @@ def progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def busy(what: str) -> Iterator[None]:
-    """A word on the terminal while something takes its time."""
+    """Context manager: show `what` with a spinner, or nothing if stderr is not a terminal."""
     if not messages.is_terminal:
         yield
         return
@@ -50,13 +50,17 @@ def busy(what: str) -> Iterator[None]:
 
 
 def new_file(path: Path, force: bool) -> Path:
-    """`path`, unless a file is there and `force` is not given."""
+    """Return `path` if nothing is there or `force` is given.
+
+    Raises:
+        PopupError: something is there, and `force` is not given.
+    """
     if path.exists() and not force:
         raise PopupError(f"{path} exists already; pass --force to replace it, or another name with -o")
     return path
 
 
 def size(path: Path) -> str:
-    """A file's size for people."""
+    """Return the size of a file in human-readable form."""
     count = path.stat().st_size
     return f"{count:,} bytes" if count < 10_000 else f"{count / 1000:,.0f} kB"

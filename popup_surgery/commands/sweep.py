@@ -95,7 +95,7 @@ def chosen(
     gpus_per_run: float | None,
     data_dir: Path | None,
 ) -> "Local | OnRay":
-    """The engine that a command's options ask for."""
+    """Return the engine that a command's options select."""
     from ..sweep import Local, OnRay
 
     if on is None and data_dir is not None and not data_dir.exists():
@@ -112,12 +112,12 @@ def chosen(
 
 @contextmanager
 def shown(folder: Path) -> "Iterator[Report]":
-    """What a sweep reports to: a table on the terminal, elsewhere a line for each run that ends."""
+    """Context manager: yield a function that reports a sweep: a live table on a terminal, else a line for each run."""
     from ..sweep import State, points
 
     live = Live(console=messages, transient=True, refresh_per_second=4) if messages.is_terminal else None
     began = drawn = time.monotonic()
-    earlier = -1  # runs that ended in a sweep before this one
+    earlier = -1  # runs that had ended before this call
 
     def report(outcomes: "Sequence[Outcome]", changed: "Outcome | None") -> None:
         nonlocal drawn, earlier
@@ -148,7 +148,10 @@ def shown(folder: Path) -> "Iterator[Report]":
 
 
 def _table(points: "Sequence[Point]", folder: Path | None = None) -> Table:
-    """A row for each grid point. With the sweep's folder also how far its runs are, in as many rows as are seen."""
+    """Return a table with a row for each grid point.
+
+    With the sweep's folder it also shows the epochs of unfinished runs, and has only as many rows as fit the screen.
+    """
     from ..sweep import as_text
 
     keys = list(dict.fromkeys(key for point in points for key in point.values))
@@ -171,7 +174,7 @@ def _table(points: "Sequence[Point]", folder: Path | None = None) -> Table:
 
 
 def _epochs(point: "Point", folder: Path) -> str:
-    """How many epochs each run that is not finished has behind it, where it has begun."""
+    """Return the epochs done by each unfinished run that has begun, such as 2/10."""
     found = []
     for outcome in point.outcomes:
         if outcome.state in ("waiting", "running"):
@@ -187,7 +190,7 @@ def _percent(accuracy: float, std: float | None = None) -> str:
 
 
 def estimate(sweep: "Sweep", folder: Path, engine: "Local | OnRay") -> None:
-    """Print how many runs a sweep has, and about how long those that are not finished take."""
+    """Print how many runs a sweep has, and about how long the unfinished ones take."""
     from ..sweep import Local
     from ..sweep.estimate import measure
 

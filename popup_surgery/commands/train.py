@@ -29,7 +29,7 @@ def run(
     resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or start one.")] = False,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
 ) -> int:
-    """Learn a mask as a recipe says; write recipe.yaml, metrics.jsonl, the pictures and the artifact.
+    """Learn a mask as a recipe describes; write recipe.yaml, metrics.jsonl, the pictures and the artifact.
 
     \b
     $ popup-surgery train digits --set training.epochs=2
@@ -65,7 +65,7 @@ def run(
 
 
 class _EpochLines:
-    """Shows a line for each epoch of so many that ends."""
+    """Shows a line at the end of each of `epochs` epochs."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -73,7 +73,7 @@ class _EpochLines:
 
     def show(self, epoch: "Epoch") -> None:
         self.ends.append(time.perf_counter())
-        # with validation, once it is known
+        # includes validation from the second epoch on
         each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if self.ends[1:] else epoch.seconds
         left = each * (self.epochs - epoch.epoch)
         show(
@@ -85,7 +85,7 @@ class _EpochLines:
 
 
 def _show_result(result: "Result", seconds: float | None) -> None:
-    """The table of a finished run; it took `seconds`, or was finished before."""
+    """Show the table of a finished run. `seconds` is the time it took, or None if it was finished before."""
     if seconds is None:
         show(f"the run in {result.output} is finished already")
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
@@ -100,7 +100,7 @@ def _show_result(result: "Result", seconds: float | None) -> None:
 
 
 def launch(processes: int, arguments: list[str]) -> int:
-    """Run the same command line in so many processes, by Accelerate's launcher. Returns the status of them all."""
+    """Run the same command line in several processes, by Accelerate's launcher. Returns their common exit status."""
     import psutil
     import torch
 
@@ -115,7 +115,7 @@ def launch(processes: int, arguments: list[str]) -> int:
     command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     with tempfile.TemporaryDirectory() as folder:
         environment[STOPPED] = stopped = str(Path(folder) / "stopped")
-        # in a session of its own: the launcher would end its processes at once, who end with a checkpoint by themselves
+        # in its own session, else the launcher would end its processes at once; they end by themselves and checkpoint
         child = subprocess.Popen([*command, "-m", "popup_surgery", *arguments], env=environment, start_new_session=True)
 
         def pass_on(number: int, _: Any) -> None:

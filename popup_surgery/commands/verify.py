@@ -10,7 +10,7 @@ def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> int:
-    """Rebuild everything in an artifact and compare it with its digests. Exit status 1 where something differs.
+    """Rebuild everything in an artifact and compare it with its digests. The exit status is 1 if something differs.
 
     \b
     $ popup-surgery verify digits.popup.safetensors

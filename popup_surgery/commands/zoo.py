@@ -15,7 +15,7 @@ def run(
     jobs: Annotated[int, typer.Option(min=1, help="Processes; one for each core if not given.")] = os.cpu_count() or 1,
     force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
 ) -> None:
-    """What conversion would mask in every network of a library, without memory for any of them.
+    """List what conversion would mask in every network of a library, without allocating any of them.
 
     \b
     $ popup-surgery zoo popup_surgery

@@ -12,11 +12,19 @@ SHIPPED = next(
     if folder.is_dir()
 )
 
-SWEEPS = "paper/"  # their names begin so
+SWEEPS = "paper/"  # the names of sweeps begin with it
 
 
 def find(name: str | Path) -> Path:
-    """The file of a recipe: a path to a YAML file, or the name of a shipped one."""
+    """Return the file of a recipe or sweep.
+
+    Args:
+        name: the path of a YAML file, or the name of a shipped recipe or sweep.
+
+    Raises:
+        RecipeError: there is no such file.
+        UnknownName: nothing of that name comes with the package.
+    """
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
@@ -28,12 +36,12 @@ def find(name: str | Path) -> Path:
 
 
 def shipped() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Return the names of the recipes that come with the package."""
     return [name for name in _files() if not name.startswith(SWEEPS)]
 
 
 def shipped_sweeps() -> list[str]:
-    """Names of the sweeps that come with the package."""
+    """Return the names of the sweeps that come with the package."""
     return [name for name in _files() if name.startswith(SWEEPS)]
 
 
@@ -42,5 +50,5 @@ def _files() -> list[str]:
 
 
 def is_sweep(values: Mapping[str, Any]) -> bool:
-    """Whether the mapping of a YAML file is a sweep, and no recipe."""
+    """Return whether the mapping of a YAML file is a sweep and not a recipe."""
     return bool({"recipe", "runs"} & values.keys())

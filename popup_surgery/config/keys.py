@@ -1,4 +1,4 @@
-"""What a recipe key says of itself, and the fingerprint of a recipe, which follows from that."""
+"""Properties of recipe keys, and the fingerprint of a recipe, which depends on them."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-# The keys of version 0.1.0. They are in every fingerprint; a key that came later is, where it differs from its default.
+# The keys of version 0.1.0, which are in every fingerprint. A later key is in it only if it differs from its default.
 FIRST_KEYS = frozenset(
     f"{section}.{name}".removeprefix(".")
     for section, names in {
@@ -31,13 +31,13 @@ _S = TypeVar("_S", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Key:
-    """What a recipe key says of itself, beside its type: `Annotated[int, Key(affects_result=False)]`.
+    """Properties of a recipe key beside its type: `Annotated[int, Key(affects_result=False)]`.
 
     Attributes:
-        affects_result: False where no result depends on it, or only the images that cannot be read do. Such a key may
-            differ on resume.
-        affects_speed: False where a step takes the same time whatever its value.
-        first_default: the default that the key came with, to be stated once it has another one.
+        affects_result: False if no result depends on the key, except through images that cannot be read. Such a key
+            may differ on resume.
+        affects_speed: False if a step takes the same time whatever the key's value.
+        first_default: the default that the key was introduced with. State it once the default has changed.
     """
 
     affects_result: bool = True
@@ -46,7 +46,7 @@ class Key:
 
     @classmethod
     def of(cls, field: FieldInfo) -> "Key":
-        """What a field says, with its first default."""
+        """Return the properties of a field, including its first default."""
         key = next((each for each in field.metadata if isinstance(each, cls)), cls())
         if key.first_default is not ...:
             return key
@@ -55,7 +55,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Setting:
-    """A key, its path such as `training.lr`, and its value in a recipe."""
+    """A key of a recipe: its path such as `training.lr`, its properties, and its value."""
 
     path: str
     key: Key
@@ -63,7 +63,7 @@ class Setting:
 
 
 def select(section: BaseModel, wanted: Callable[[Setting], bool]) -> dict[str, Any]:
-    """Plain values of a section's keys, and of those of sections in it, as far as they are `wanted`."""
+    """Return plain values of the `wanted` keys of a section, including those of nested sections."""
     return _select(section, section.model_dump(), wanted, "")
 
 
@@ -79,7 +79,7 @@ def _select(section: BaseModel, plain: dict[str, Any], wanted: Callable[[Setting
 
 
 def as_recorded(section: _S) -> _S:
-    """A section as a run's record has it: keys that came after the record was written have their first default."""
+    """Return a section read from a run's record, where keys introduced after the record get their first default."""
     values = {}
     for name, field in type(section).model_fields.items():
         value = getattr(section, name) if name in section.model_fields_set else Key.of(field).first_default
@@ -88,7 +88,7 @@ def as_recorded(section: _S) -> _S:
 
 
 def fingerprint(recipe: BaseModel) -> str:
-    """A hash of all that a run's result depends on: equal for recipes that a run may resume with."""
+    """Return a hash of all that a run's result depends on. A run may resume with any recipe that has the same hash."""
     values = {}
     for section, inner in select(recipe, _in_fingerprint).items():
         for key, value in inner.items() if inner and isinstance(inner, dict) else [("", inner)]:
@@ -98,7 +98,7 @@ def fingerprint(recipe: BaseModel) -> str:
 
 def _in_fingerprint(setting: Setting) -> bool:
     first = setting.key.first_default
-    # of a section nothing is left where all its keys have their defaults
+    # a section whose keys all have their defaults is empty
     default = {} if isinstance(first, BaseModel) else first
     return setting.key.affects_result and (
         setting.path in FIRST_KEYS or comparable(setting.value) != comparable(default)
@@ -106,13 +106,13 @@ def _in_fingerprint(setting: Setting) -> bool:
 
 
 def comparable(values: Any) -> str:
-    """Text that is equal for equal values: 1.0 is 1, and the order counts, since the last pattern of a k does."""
+    """Return text that is equal for equal values: 1.0 is 1. Order counts, as the last match of a k's patterns does."""
     text = json.dumps(values, default=str)
     return json.dumps(json.loads(text, parse_float=lambda digits: int(x) if (x := float(digits)).is_integer() else x))
 
 
 def flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested values by keys such as `training.lr`."""
+    """Flatten nested values to keys such as `training.lr`."""
     if not isinstance(values, dict):
         return {prefix.removesuffix("."): values}
     return {key: value for name, inner in values.items() for key, value in flat(inner, f"{prefix}{name}.").items()}

@@ -9,7 +9,7 @@ from .yaml import parse_yaml
 
 
 def override(values: Any, overrides: Iterable[str]) -> Any:
-    """Plain values of a recipe with `key=value` overrides; what was given stays as it is."""
+    """Return a copy of a recipe's plain values with `key=value` overrides."""
     values = copy.deepcopy(values)
     for setting in overrides:
         assign(values, *parse_setting(setting))
@@ -17,7 +17,7 @@ def override(values: Any, overrides: Iterable[str]) -> Any:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """Key and value of `key=value`, whose value is YAML."""
+    """Split `key=value` into the key and the value. The value is parsed as YAML."""
     key, equals, value = setting.partition("=")
     key = key.strip()
     if not equals:

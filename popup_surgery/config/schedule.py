@@ -8,10 +8,11 @@ if TYPE_CHECKING:
 
 
 def rates(training: "Training") -> Callable[[float, float], float]:
-    """The learning rate as a function of the epochs that have passed, from 0, and the epochs from one rate to the next.
+    """Return the learning rate as a function of the epochs passed, from 0, and the epochs from one rate to the next.
 
-    (e + stride)/W of `lr` in the W epochs of warm-up; then timm's schedule over the epochs that are left, which for
-    `cosine` is lr · 0.5·(1 + cos(π(e − W)/(E − W))), as in the paper's experiments.
+    After e of E epochs, the rate is lr · (e + stride)/W within the W epochs of warm-up. After them, it follows timm's
+    schedule over the remaining epochs. For `cosine` this is lr · 0.5·(1 + cos(π(e − W)/(E − W))), as in the paper's
+    experiments.
     """
     import torch
     from timm.scheduler import create_scheduler_v2

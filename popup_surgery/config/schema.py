@@ -1,4 +1,4 @@
-"""Recipes: typed YAML, every unknown key and bad value an error, all of them at once."""
+"""Recipes: typed YAML. Every unknown key and bad value is an error, and all errors are reported at once."""
 
 import json
 from collections.abc import Iterable
@@ -63,6 +63,7 @@ def _options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
 
 
 def _shares(k: Any) -> Any:
+    """Check `k`: a share in (0, 1], or such shares by pattern."""
     if k is None:
         return k
     shares = k.values() if isinstance(k, dict) else [k]
@@ -81,7 +82,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Missing(ValueError):
-    """A key that is missing for the sake of another."""
+    """A missing key that the value of another key requires."""
 
 
 class _Section(BaseModel):
@@ -97,9 +98,10 @@ class Model(_Section):
     Attributes:
         name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`.
         kwargs: its arguments, such as `{num_classes: 10}`.
-        pretrained: as for `build`.
-        init_from: a popup artifact to go on from: its seed, and scores that begin with its mask; with `surgery: none`
-            its weights, of which those that take part are trained.
+        pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
+            of weights.
+        init_from: a popup artifact to start from. The run takes its seed, and scores that begin with its mask. With
+            `surgery: none`, it takes the weights and trains those that take part.
     """
 
     name: Annotated[str, _known(resolve)]
@@ -117,7 +119,7 @@ class Model(_Section):
 
 
 class Surgery(_Section):
-    """The arguments of `convert`. A recipe states `scaled`, and `k` where the learner takes one."""
+    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one."""
 
     learner: Annotated[str, _known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = DEFAULT.learner_options.value
@@ -136,6 +138,7 @@ class Surgery(_Section):
     @field_validator("k", "scaled", "scope")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
+        """Check a key against whether the learner takes a k."""
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
@@ -148,25 +151,28 @@ class Surgery(_Section):
 
 
 class Data(_Section):
-    """A data set and how its images become batches.
+    """A data set, and how its images become batches.
 
     Attributes:
-        name: `digits`, or a name of timm's: `torch/cifar10`, `folder` (of folders, or of tar files named by the two
-            splits, such as `train.tar`), `hfds/…`, `hfids/…` (streamed), or `wds/…` for shards that the two splits
-            name, such as `train-{0000..0146}.tar`.
-        root: its folder, for `hfds` and `hfids` that of its cache; `digits` needs none.
-        download: let the data set's library fetch it.
-        train_split, val_split: names of the training images and of the validation images in the data set.
-        batch_size: images of a step, over all processes.
-        max_train, max_validation: so many images at most, chosen by lot, the same for every seed; null for all.
-        input_size: channels, height, width; the network's own where null.
-        mean, std: of each channel, for images scaled to 0 … 1.
-        in_memory: hold the decoded images as uint8; null decides by their size and whether `scale`, `auto_augment` or
-            `re_prob` ask for work on single images.
-        pad, hflip: in memory: random crop after padding with so many zero pixels, and probability of a flip.
-        scale, ratio, hflip, color_jitter, auto_augment, re_prob, crop_pct, interpolation: else: timm's transforms.
-        workers: processes that decode, for each process that trains.
-        on_error: what an image that cannot be read does: `stop` the run with its name, or `skip`, left out and counted.
+        name: `digits`, or one of timm's names: `torch/cifar10`; `folder` (of folders, or of tar files that the two
+            splits name, such as `train.tar`); `hfds/…`; `hfids/…` (streamed); or `wds/…` for shards that the two
+            splits name, such as `train-{0000..0146}.tar`.
+        root: the data set's folder; for `hfds` and `hfids`, the folder of its cache. `digits` needs none.
+        download: let the data set's library download it.
+        train_split, val_split: the data set's names for its training and its validation images.
+        batch_size: images per step, over all processes.
+        max_train, max_validation: at most this many images, chosen at random, the same for every seed; null for all.
+        input_size: channels, height, width; null for the network's own.
+        mean, std: mean and standard deviation of each channel, for images scaled to 0 … 1.
+        in_memory: hold the decoded images in memory as uint8. With null, this depends on their size, and on whether
+            `scale`, `auto_augment`, `re_prob` or `color_jitter` need work on single images.
+        pad: for images in memory: zero pixels added on each side before a random crop.
+        hflip: probability of a horizontal flip.
+        scale, ratio, color_jitter, auto_augment, re_prob: for images not in memory: arguments of timm's transforms.
+        crop_pct, interpolation: how timm's transforms resize and crop images.
+        workers: processes that decode images, for each process that trains.
+        on_error: what happens at an image that cannot be read. `stop` ends the run and names the image; `skip` leaves
+            it out and counts it.
     """
 
     name: str = "digits"
@@ -199,29 +205,30 @@ class Training(_Section):
 
     Attributes:
         epochs: passes over the training images.
-        lr: the learning rate, after warm-up and before the schedule lowers it.
+        lr: the learning rate after warm-up, before the schedule lowers it.
         momentum, nesterov: for optimisers that have them.
-        weight_decay: of what is trained, the scores or a dense network's weights.
-        warmup_epochs: epochs at the start in which the rate rises to `lr`.
+        weight_decay: weight decay of what is trained: the scores, or a dense network's weights.
+        warmup_epochs: number of epochs at the start in which the rate rises to `lr`.
         label_smoothing: the share of each label that is spread over all classes.
-        optimizer, optimizer_kwargs: a name of timm's and its further arguments; `momentum` and `nesterov` reach those
-            that have them.
-        schedule, schedule_kwargs: `constant`, or a name of timm's with further arguments of `create_scheduler_v2`,
-            over the epochs after `warmup_epochs`.
-        schedule_per: the rate moves once an `epoch`, as in the paper, or at each `step`.
-        mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode: timm's `Mixup`, with alphas of 0 for none; images are
-            mixed with others of their process's piece of the batch.
-        accumulate: pieces into which each process cuts its part of a batch, to save memory; `data.batch_size` is the
-            whole batch's, over all processes and pieces.
-        clip_norm: the largest norm of all gradients together; null for none.
-        checkpoint_minutes: a checkpoint is kept after each epoch, and within one so often; 0 for never.
-        precision: of the forward pass; scores and their ranking are always float32.
-        compile: `torch.compile`; true, or the name of a mode of it.
-        channels_last: keep images and convolutions' weights channels last.
-        sync_batchnorm: batch statistics over all processes, on GPUs.
-        deterministic: only algorithms that give the same result each time; on the CPU all do.
-        trackers: of Accelerate, by name: `tensorboard`, `wandb`, `mlflow`, `trackio`.
-        seed: of the order of images, augmentation and dropout, and of a dense network's weights.
+        optimizer, optimizer_kwargs: the name of one of timm's optimisers, and its further arguments. Optimisers that
+            have `momentum` and `nesterov` get these too.
+        schedule, schedule_kwargs: `constant`, or the name of one of timm's schedules, with further arguments of
+            `create_scheduler_v2`. It covers the epochs after `warmup_epochs`.
+        schedule_per: the rate changes once per `epoch`, as in the paper, or at each `step`.
+        mixup, cutmix, mixup_prob, mixup_switch_prob, mixup_mode: arguments of timm's `Mixup`. An alpha of 0 turns mixup
+            or CutMix off. Images are mixed with others from the same process's piece of the batch.
+        accumulate: number of pieces into which each process cuts its part of a batch, to save memory.
+            `data.batch_size` is the size of the whole batch, over all processes and pieces.
+        clip_norm: largest norm of all gradients together; null for no limit.
+        checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
+            each epoch.
+        precision: dtype of the forward pass. Scores and their ranking are always float32.
+        compile: use `torch.compile`: true, or the name of one of its modes.
+        channels_last: keep images and the weights of convolutions in channels-last memory format.
+        sync_batchnorm: compute batch statistics over all processes, on GPUs.
+        deterministic: use only algorithms that give the same result each time. On the CPU, all do.
+        trackers: names of Accelerate's trackers: `tensorboard`, `wandb`, `mlflow`, `trackio`.
+        seed: seed of the order of images, of augmentation and dropout, and of a dense network's weights.
     """
 
     epochs: Annotated[int, Field(ge=1), Key(affects_speed=False)]
@@ -268,9 +275,10 @@ class LotteryTicket(_Section):
 
     Attributes:
         k: share of each layer's weights that is kept in the end.
-        rounds: how often it is pruned, each time by the same share, after `training.epochs` at first and as many, but
-            for `rewind_epoch`, between prunings and at the end.
-        rewind_epoch: what is left goes back to its value after so many epochs of the first training; 0 is the start.
+        rounds: number of prunings, each by the same share. The first comes after `training.epochs` epochs. After each
+            pruning, the network is trained for `training.epochs` less `rewind_epoch` epochs.
+        rewind_epoch: after each pruning, the remaining weights return to their values after this many epochs of the
+            first training; 0 is the start.
     """
 
     k: Share
@@ -278,12 +286,12 @@ class LotteryTicket(_Section):
     rewind_epoch: Annotated[int, Field(ge=0)] = 0
 
     def epochs(self, epochs: int) -> int:
-        """All epochs, where a training has `epochs`."""
+        """Return the epochs of the whole run, if one training has `epochs`."""
         return epochs + self.rounds * (epochs - self.rewind_epoch)
 
 
 class Recipe(_Section):
-    """Everything that decides a run: network, surgery (`none` trains it densely), data and training."""
+    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training."""
 
     model: Model
     surgery: Surgery | Literal["none"]
@@ -323,22 +331,26 @@ class Recipe(_Section):
 
     @property
     def epochs(self) -> int:
-        """The epochs of the whole run."""
+        """Number of epochs of the whole run."""
         epochs = self.training.epochs
         return epochs if self.lottery_ticket is None else self.lottery_ticket.epochs(epochs)
 
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
-        """A recipe from plain values. `RecipeError` lists everything that is wrong with them."""
+        """Build a recipe from plain values. A `RecipeError` lists all mistakes."""
         return _validated(cls, values, name)
 
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
-        """The recipe called `name`, shipped or a YAML file, with `key=value` overrides such as `training.epochs=3`.
+        """Load a recipe.
+
+        Args:
+            name: the name of a shipped recipe, or a YAML file.
+            overrides: `key=value` settings such as `training.epochs=3`.
 
         Raises:
-            UnknownName: no such recipe.
-            RecipeError: it is no YAML, or has mistakes; all of them are listed.
+            UnknownName: there is no such recipe.
+            RecipeError: the file is not YAML, or has mistakes; all of them are listed.
         """
         values = read_yaml(find(name))
         if is_sweep(values):
@@ -346,12 +358,12 @@ class Recipe(_Section):
         return cls.parse(override(values, overrides), str(name))
 
     def dump(self) -> dict[str, Any]:
-        """Plain values of all keys."""
+        """Return the plain values of all keys."""
         return self.model_dump()
 
 
 def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:
-    """A data section from plain values, with `data.key=value` overrides. `RecipeError` lists all mistakes."""
+    """Build a data section from plain values, with `data.key=value` overrides. A `RecipeError` lists all mistakes."""
     overrides = list(overrides)
     if other := [setting for setting in overrides if not setting.startswith("data.")]:
         raise RecipeError(f"--set {other[0]!r} is no key of the data section; expected data.key=value")
@@ -377,6 +389,7 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 
 
 def _sentence(error: Any) -> str:
+    """Turn one of pydantic's errors into a sentence that names the key."""
     path = [str(part) for part in error["loc"] if part not in ("Surgery", "float", "dict[str,float]")]
     path = [part for part in path if not part.startswith(("dict[", "function-", "constrained"))]
     key = ".".join(path) or "the recipe"
@@ -387,7 +400,7 @@ def _sentence(error: Any) -> str:
         return f"{key} is missing"
     message = error["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
-    if error["type"] == "value_error" and len(path) < 2:  # of several keys, which it names
+    if error["type"] == "value_error" and len(path) < 2:  # the message concerns several keys, and names them
         return f"{key}: {message}" if path else message
     value = repr(error["input"])
     return f"{key} is {value if len(value) < 60 else value[:57] + '...'}: {message}"

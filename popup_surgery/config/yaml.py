@@ -1,4 +1,4 @@
-"""YAML for recipes: numbers such as 1e-4, and no key twice."""
+"""YAML for recipes: 1e-4 is a number, and a duplicate key is an error."""
 
 import re
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from ..errors import RecipeError
 
 
 def read_yaml(path: Path, expected: str = "model, surgery, data and training") -> dict[str, Any]:
-    """The mapping in a YAML file."""
+    """Read the mapping in a YAML file; a `RecipeError` says what is `expected` in it."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -23,12 +23,12 @@ def read_yaml(path: Path, expected: str = "model, surgery, data and training") -
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that `read_yaml` reads back to the same values."""
+    """Return YAML text that `read_yaml` reads back to the same values."""
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-4 for a string, where people mean a number, and the last of two equal keys."""
+    """Reads 1e-4 as a number and refuses duplicate keys. YAML 1.1 reads 1e-4 as a string and takes the last key."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -49,7 +49,7 @@ for _class in (_Loader, _Dumper):
 
 
 def parse_yaml(text: str, what: str) -> Any:
-    """The value of YAML text; `RecipeError` calls it `what`."""
+    """Parse YAML text; a `RecipeError` calls it `what`."""
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

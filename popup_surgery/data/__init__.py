@@ -1,4 +1,4 @@
-"""Images into batches: where they come from, in which order, and how they are prepared.
+"""Turn images into batches: where they come from, in which order, and how they are prepared.
 
-The order and the augmentation are functions of (seed, epoch, image) alone.
+The order and the augmentation depend only on (seed, epoch, image).
 """

@@ -1,4 +1,4 @@
-"""What a data set gives to training: batches, and the share of them that falls to each process."""
+"""What a data set provides for training: batches, and the part of each that a process gets."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -12,22 +12,22 @@ from ..config.schema import Data
 from .sources import Key, Unreadable
 from .transforms import Normalise
 
-TRAIN, VALIDATION = "train", "validation"  # what a split is for, whatever it is called
+TRAIN, VALIDATION = "train", "validation"  # the role of a split, whatever its name
 
 Batch = tuple[Tensor, Tensor]
 TrainBatch = tuple[Tensor, Tensor, float]
-MicroBatch = tuple[Sequence[Key], float]  # images of one batch and the share of it that they are
+MicroBatch = tuple[Sequence[Key], float]  # images of one batch, and their share of it
 
 
 class Progress(Protocol):
-    """What counts the steps of something long: `with progress(total, what) as step: step()`."""
+    """A callable that shows the progress of a long task: `with progress(total, what) as step: step()`."""
 
     def __call__(self, total: int | None, what: str) -> Any: ...
 
 
 @dataclass(frozen=True)
 class ProcessShard:
-    """The part of each batch that falls to one of several processes, in so many pieces one after another."""
+    """The part of each batch that one of several processes gets, cut into `accumulate` consecutive pieces."""
 
     rank: int = 0
     processes: int = 1
@@ -35,14 +35,14 @@ class ProcessShard:
 
     @property
     def pieces(self) -> int:
-        """Into how many pieces a whole batch is cut."""
+        """Number of pieces into which a whole batch is cut."""
         return self.processes * self.accumulate
 
     def cut(self, batch: Any) -> Iterator[tuple[Any, float]]:
-        """This part's pieces of a whole batch, a list or an array, and the share of it that each is.
+        """Yield this part's pieces of a whole batch, a list or an array, each with its share of the batch.
 
-        A batch too small to give every piece an image repeats its first one, with the share 0, because all processes
-        must take part in every step.
+        If a batch is too small to give every piece an image, the remaining pieces repeat its first image with the
+        share 0, because all processes must take part in every step.
         """
         size, more = divmod(len(batch), self.pieces)
         for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
@@ -58,10 +58,10 @@ class Batches(Protocol):
     """A data set ready for training. Images are float32 [batch, channels, height, width], labels int64 [batch].
 
     Attributes:
-        classes: names of the classes in the order of their labels; none where the data set does not say.
-        counts: images of each role, where known.
-        skipped: images that this process has left out, which could not be read; whoever counts them sets it back.
-        left_out: the first of them and what is wrong with it; empty where there was none.
+        classes: names of the classes in the order of their labels; empty if the data set does not say.
+        counts: number of images of each role; None if unknown.
+        skipped: number of images that this process could not read and left out. The caller that counts them resets it.
+        left_out: the first of these images and what is wrong with it; empty if there is none.
     """
 
     classes: list[str]
@@ -70,21 +70,21 @@ class Batches(Protocol):
     left_out: str
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
-        """`part` of the training images from the batch `first` on, in the epoch's order, augmented.
+        """Yield `part` of the training images, augmented, in the epoch's order, from the batch `first` on.
 
-        The third value is the share of its whole batch that a piece is; less where images of it are left out, and 0,
-        with one image of zeros, where all are.
+        The third value is the share of its whole batch that a piece makes up. It is less if images of the piece are
+        left out. If all are, it is 0, and the piece is one image of zeros.
         """
 
     def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
-        """The validation images that fall to a process of `part`, each of them once."""
+        """Yield the validation images that the process of `part` gets, each once."""
 
     def steps(self, role: str = TRAIN) -> int | None:
-        """Batches in an epoch of the training or the validation images, where known."""
+        """Return the number of batches in an epoch of the training or the validation images; None if unknown."""
 
 
 class Prepared:
-    """What both kinds of data have."""
+    """Base class of `InMemory` and `Streamed`."""
 
     def __init__(
         self,

@@ -36,7 +36,7 @@ class InMemory(Prepared):
         counts = {role: len(labels) for role, (_, labels) in splits.items()}
         super().__init__(config, input_size, seed, device, classes, counts)
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
-        self.missing = missing  # every process has read all images, so that the first alone counts these
+        self.missing = missing  # every process has read all images, so only the first one counts these
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         images, labels = self.splits[TRAIN]
@@ -65,7 +65,7 @@ class InMemory(Prepared):
 
 
 def _crop(images: Tensor, pad: int, shift: Tensor, flip: Tensor) -> Tensor:
-    """Windows of zero-padded images at `shift`, int [batch, 2] in 0 … 2·pad, mirrored where `flip`, bool [batch]."""
+    """Crop zero-padded images at `shift`, int [batch, 2] in 0 … 2·pad, and mirror those with `flip`, bool [batch]."""
     batch, channels, height, width = images.shape
     padded = functional.pad(images, (pad,) * 4)
     rows = shift[:, :1] + torch.arange(height, device=images.device)
@@ -79,7 +79,15 @@ def _crop(images: Tensor, pad: int, shift: Tensor, flip: Tensor) -> Tensor:
 def decode(
     source: Source, config: Data, input_size: tuple[int, int, int], progress: Progress, role: str
 ) -> tuple[Batch, list[Unreadable]]:
-    """A split's images, uint8, and labels; and what of it could not be read."""
+    """Decode a split's images.
+
+    Returns:
+        The images, uint8 [images, channels, height, width], and labels, int64 [images]; and those that could not be
+        read.
+
+    Raises:
+        DataError: no image can be read.
+    """
     count = source.count or 0
     images = torch.empty((count, *input_size), dtype=torch.uint8)
     labels = torch.empty(count, dtype=torch.int64)

@@ -18,7 +18,7 @@ from .streamed import Streamed
 from .transforms import Normalise, ToBytes, pillow_mode
 
 LIBRARIES = ("torch", "hfds", "hfids", "wds")  # timm's prefixes of data set names
-MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held without being asked
+MEMORY_LIMIT = 1 << 30  # bytes of decoded images that are held in memory by default
 
 
 def open_data(
@@ -29,13 +29,14 @@ def open_data(
     progress: Progress,
     train: bool = True,
 ) -> Batches:
-    """The data set that `config` names, for images of `input_size`.
+    """Open the data set that `config` names.
 
     Args:
-        train: without it only the validation images are opened.
+        input_size: channels, height and width of the images.
+        train: False opens only the validation images.
 
     Raises:
-        DataError: it is missing, unreadable, or its two splits have other classes.
+        DataError: the data set is missing or unreadable, or its two splits have different classes.
     """
     if (config.mean and len(config.mean) != input_size[0]) or (config.std and len(config.std) != input_size[0]):
         raise DataError(
@@ -68,7 +69,7 @@ def open_data(
 
 
 def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Tensor:
-    """One image as validation sees it: float32 of `input_size`. `DataError` if it cannot be read."""
+    """Read one image as validation sees it: float32 of `input_size`. `DataError` if it cannot be read."""
     try:
         with Image.open(path) as image:
             pixels = ToBytes(config, input_size)(image.convert(pillow_mode(input_size)))
@@ -78,7 +79,7 @@ def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Te
 
 
 def _digits(split: str, most: int | None) -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1,797 handwritten digits of 8 × 8 pixels; every fifth is for validation."""
+    """Return a split of scikit-learn's 1,797 handwritten digits of 8 × 8 pixels. Every fifth is for validation."""
     from sklearn.datasets import load_digits
 
     if split not in (TRAIN, VALIDATION):
@@ -91,12 +92,13 @@ def _digits(split: str, most: int | None) -> tuple[Tensor, Tensor]:
 
 
 def check_root(config: Data) -> None:
-    """`DataError` where the data set needs a folder and none is given."""
+    """Raise `DataError` if the data set needs a folder and none is given."""
     if config.root is None and config.name.partition("/")[0] not in ("digits", "hfds", "hfids"):
         raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
 
 
 def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int | None) -> Source:
+    """Open one split. `DataError` says why it cannot be opened."""
     from timm.data import create_dataset
 
     library, _, path = config.name.partition("/")

@@ -1,4 +1,4 @@
-"""Reading images in worker processes, each under a seed of its own."""
+"""Read images in worker processes, each image with its own seed."""
 
 import logging
 from collections.abc import Iterable, Iterator
@@ -22,7 +22,7 @@ _T = TypeVar("_T")
 
 
 class MicroBatches(Dataset):
-    """Parts of batches, read and transformed: each image under a seed of its own, whatever process reads it."""
+    """Parts of batches, read and transformed. Each image has its own seed, whichever process reads it."""
 
     def __init__(self, source: Source, transform: Any, input_size: tuple[int, int, int], entropy: list[int]) -> None:
         self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
@@ -45,14 +45,18 @@ class MicroBatches(Dataset):
             if image.mode != self.mode:
                 image = image.convert(self.mode)
             return self.transform(image), int(label)
-        except Exception as error:  # whatever a damaged file makes a decoder raise
+        except Exception as error:  # a damaged file can make a decoder raise anything
             return Unreadable(self.source.name(key), reason(error))
 
 
 def read_pieces(
     pieces: MicroBatches, plan: Iterable[MicroBatch], config: Data, pin_memory: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, float, list[Unreadable]]]:
-    """The pieces of a plan in its order, read by worker processes."""
+    """Yield the pieces of a plan in its order, read by worker processes.
+
+    Raises:
+        DataError: an image cannot be read and `config.on_error` is `stop`, or a worker process died.
+    """
     loader = DataLoader(
         pieces,
         sampler=plan,
@@ -71,7 +75,7 @@ def read_pieces(
 
 
 def warn_of_skipped(count: int, first: str) -> None:
-    """Say how many images were left out, and why the first of them."""
+    """Log how many images were left out, and why the first of them was."""
     log.warning("left out %d image%s that could not be read; the first: %s", count, "s" * (count != 1), first)
 
 
@@ -80,7 +84,7 @@ def _as_it_is(piece: _T) -> _T:
 
 
 def chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:
-    """`items` in lists of `size`, the last of what is left."""
+    """Yield `items` in lists of `size`; the last list has what is left."""
     items = iter(items)
     while chunk := list(islice(items, size)):
         yield chunk

@@ -1,4 +1,4 @@
-"""The generators of Python, NumPy and PyTorch, started together."""
+"""Seed the generators of Python, NumPy and PyTorch together."""
 
 import random
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def ambient_seed(entropy: list[int], gpu: bool = True) -> Iterator[None]:
-    """Within it the generators of Python, NumPy and PyTorch start from `entropy`; after it they are as before."""
+    """Context manager: seed the generators of Python, NumPy and PyTorch from `entropy`, and restore them afterwards."""
     states = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if gpu and torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices):
@@ -23,9 +23,9 @@ def ambient_seed(entropy: list[int], gpu: bool = True) -> Iterator[None]:
 
 
 def seed_generators(entropy: list[int], gpu: bool = True) -> None:
-    """Start the generators of Python, NumPy and PyTorch from `entropy`; those of GPUs too, unless told otherwise."""
+    """Seed the generators of Python, NumPy and PyTorch from `entropy`, and those of GPUs unless `gpu` is False."""
     first, second, third = map(int, np.random.SeedSequence(entropy).generate_state(3))
     random.seed(first)
     np.random.seed(second)
-    # where no GPU is in use, manual_seed writes down the whole stack, for a tenth of an image's time
+    # when no GPU is in use, manual_seed records the whole stack, which takes a tenth of an image's time
     (torch.manual_seed if gpu else torch.default_generator.manual_seed)(third)

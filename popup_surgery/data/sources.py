@@ -1,4 +1,4 @@
-"""Where images come from. Each is itself, or the reason why it cannot be read; never another one in its place."""
+"""Where images come from. Reading gives the image itself or the reason why it cannot be read, never another image."""
 
 import json
 import os
@@ -15,14 +15,14 @@ from PIL import Image, UnidentifiedImageError
 from ..errors import DataError
 from ..timm_compat import class_numbers, reader_of, shard_files
 
-SHUFFLED = 4096  # samples of a walk among which the next one is drawn; each process holds their bytes
+SHUFFLED = 4096  # size of a stream's shuffle buffer, in samples; each process holds their bytes
 
-Key = tuple[int, Any]  # an image's number, which seeds its augmentation, and what `read` finds it by
+Key = tuple[int, Any]  # an image's number, which seeds its augmentation, and the key that `read` takes
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that cannot be read: its file, or what else names it, and why."""
+    """An image that cannot be read: its file or another name for it, and the reason."""
 
     name: str
     reason: str
@@ -35,27 +35,28 @@ class Source(Protocol):
     """One split of a data set.
 
     Attributes:
-        classes: names of the classes in the order of their labels; none where the data set does not say.
-        count: images in it, where known.
+        classes: names of the classes in the order of their labels; empty if the data set does not say.
+        count: number of images; None if unknown.
     """
 
     classes: list[str]
     count: int | None
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
-        """Each image once: in an order that `entropy` alone decides, or without it in the data set's own."""
+        """Yield each image's key once, in an order that only `entropy` decides, or else in the data set's own order."""
 
     def read(self, key: Any) -> tuple[Image.Image, Any]:
-        """An image and its label. Whatever is wrong with it raises."""
+        """Return an image and its label. Any problem with the image raises an exception."""
 
     def name(self, key: Any) -> str:
-        """What people find an image by."""
+        """Return a human-readable name of an image."""
 
 
 class Numbered:
-    """Images read by number: timm's `ImageDataset` or one of torchvision's.
+    """A map-style data set: timm's `ImageDataset` or one of torchvision's.
 
-    timm's own `__getitem__` gives the next image for one that cannot be read, so that its reader is asked instead.
+    For an image that cannot be read, timm's own `__getitem__` returns the next one. This class calls timm's reader
+    instead.
     """
 
     def __init__(self, dataset: Any, title: str, most: int | None = None) -> None:
@@ -66,7 +67,7 @@ class Numbered:
         self.classes = [str(label) for label, _ in sorted(class_numbers(dataset).items(), key=lambda item: item[1])]
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
-        """As `Source.keys`; any permutation is as likely as another."""
+        """As `Source.keys`; every permutation is equally likely."""
         order = self.numbers if entropy is None else np.random.default_rng(entropy).permutation(self.numbers)
         return ((int(index), int(index)) for index in order)
 
@@ -82,7 +83,7 @@ class Numbered:
         return image, label
 
     def name(self, key: int) -> str:
-        """As `Source.name`: its path, or the number of one that has none."""
+        """As `Source.name`: the image's path, or its number if it has none."""
         try:
             path = str(self.reader.filename(key, absolute=True) if self.reader else self.dataset.samples[key][0])
         except Exception:
@@ -91,10 +92,10 @@ class Numbered:
 
 
 class Shards:
-    """Tar files of webdataset's form, walked one after another by each process in full; workers decode.
+    """Tar files in webdataset's format, streamed one after another. Each process reads all of them; workers decode.
 
-    Shards are shuffled, and samples among `SHUFFLED` at a time. A sample's image has the suffix jpg, jpeg, png or webp,
-    its label stands in its `cls`, or in its `json` where the data set's info file says so.
+    Shards are shuffled, and samples are shuffled in a buffer of `SHUFFLED`. A sample's image has the suffix jpg, jpeg,
+    png or webp. Its label is in its `cls`, or in its `json` if the data set's info file says so.
     """
 
     def __init__(self, dataset: Any, title: str) -> None:
@@ -131,14 +132,14 @@ class Shards:
         return Image.open(BytesIO(image)), json.loads(key["json"])[self.label] if self.label else key["cls"]
 
     def name(self, key: dict[str, Any]) -> str:
-        """As `Source.name`: its key and its shard."""
+        """As `Source.name`: the sample's key and its shard."""
         return f"{key['__key__']} in {key['__url__']}"
 
 
 class Rows:
-    """A data set of Hugging Face's, streamed: walked by each process in full; workers decode.
+    """A streamed Hugging Face data set. Each process reads all of it; workers decode.
 
-    Shuffled as its library does, files first and then rows among `SHUFFLED` at a time.
+    It is shuffled as its library does it: first the files, then the rows in a buffer of `SHUFFLED`.
     """
 
     def __init__(self, path: str, split: str, cache: str | None, title: str) -> None:
@@ -155,7 +156,7 @@ class Rows:
         self.count = known.num_examples if known and known.num_examples else None
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
-        """As `Source.keys`; the keys are rows with the images' bytes, and their numbers."""
+        """As `Source.keys`; each key is a row with the image's bytes, and its number."""
         rows = self.rows
         if entropy is not None:
             rows = rows.shuffle(seed=_number(entropy), buffer_size=SHUFFLED)
@@ -170,18 +171,18 @@ class Rows:
         return self.image.decode_example(key["image"]), key["label"]
 
     def name(self, key: dict[str, Any]) -> str:
-        """As `Source.name`: its path, or its number in the epoch."""
+        """As `Source.name`: the image's path, or its number in the epoch."""
         return f"{key['image']['path'] or key['number']} of {self.title}"
 
 
 def some(count: int, most: int | None) -> NDArray[np.int64]:
-    """The numbers of `count` images, or of `most` of them by lot, in ascending order."""
+    """Return the numbers of `count` images, or of `most` of them chosen at random, in ascending order."""
     chosen = np.arange(count) if most is None else np.random.default_rng(0).permutation(count)[:most]
     return np.sort(chosen)
 
 
 def reason(error: BaseException) -> str:
-    """What an error says of a file, on one line."""
+    """Return what an error says about a file, on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "it is no image of a kind that Pillow knows"
     if isinstance(error, DataError):

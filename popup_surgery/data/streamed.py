@@ -36,7 +36,7 @@ class Streamed(Prepared):
             "mean": mean,
             "std": std,
             "interpolation": config.interpolation,
-            "use_prefetcher": not config.re_prob,  # uint8, to be normalised on the device; erasing is after that
+            "use_prefetcher": not config.re_prob,  # uint8, normalised on the device; random erasing comes after that
         }
         augment: dict[str, Any] = {
             "hflip": config.hflip,

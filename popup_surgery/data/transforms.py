@@ -12,7 +12,7 @@ DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Normalise:
-    """uint8 images, [..., channels, height, width], to float32 of mean 0 and deviation 1 or so; others as they are."""
+    """Convert uint8 images [..., channels, height, width] to float32, mean about 0, std about 1; keep other dtypes."""
 
     def __init__(self, config: Data, input_size: tuple[int, int, int], device: torch.device) -> None:
         mean, std = mean_std(config, input_size[0])
@@ -25,7 +25,7 @@ class Normalise:
 
 
 class ToBytes:
-    """A PIL image as uint8 [channels, height, width], resized and centre-cropped where it has another size."""
+    """Convert a PIL image to uint8 [channels, height, width]. Resize and centre-crop it if it has another size."""
 
     def __init__(self, config: Data, input_size: tuple[int, int, int]) -> None:
         from timm.data import create_transform
@@ -43,12 +43,12 @@ class ToBytes:
 
 
 def mean_std(config: Data, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation of each channel, for images scaled to 0 … 1: the recipe's, or the usual ones."""
+    """Return each channel's mean and standard deviation for images scaled to 0 … 1: the recipe's, or the usual ones."""
     mean = config.mean or (DEFAULT_MEAN if channels == 3 else [0.5] * channels)
     std = config.std or (DEFAULT_STD if channels == 3 else [0.5] * channels)
     return tuple(mean), tuple(std)
 
 
 def pillow_mode(input_size: tuple[int, int, int]) -> str:
-    """The mode of Pillow's images for `input_size`."""
+    """Return the mode of Pillow's images for `input_size`."""
     return "L" if input_size[0] == 1 else "RGB"

@@ -1,4 +1,4 @@
-"""Worker processes of a data loader: which signals they obey, and what their death looks like."""
+"""Worker processes of a data loader: which signals they obey, and how their death is reported."""
 
 import multiprocessing
 import os
@@ -15,9 +15,10 @@ from ..torch_compat import DIED_SENDING, WORKER_DIED
 
 @contextmanager
 def worker_deaths(*other: type[Exception]) -> Iterator[None]:
-    """Within it the death of a loader's worker process is a `DataError`; so are errors that come of it, the `other`.
+    """Context manager: raise `DataError` if a worker process of a loader dies, or for an error of a type in `other`.
 
-    torch raises its own from a signal's handler, wherever the process happens to be, also where it handles others.
+    The types in `other` are those that a worker's death can cause. torch raises its own error from a signal handler,
+    wherever the process is at that moment, even while it handles another error.
     """
     try:
         yield
@@ -36,7 +37,10 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
 
 
 def _report() -> RuntimeError | None:
-    """torch's error for a death that showed otherwise; not awaited here, it comes wherever the process is by then."""
+    """Return torch's own error for a death that showed as another error; None if it does not come.
+
+    If this function did not wait for it, torch would raise it later, wherever the process is by then.
+    """
     try:
         time.sleep(1)
     except RuntimeError as error:
@@ -45,7 +49,10 @@ def _report() -> RuntimeError | None:
 
 
 def outlive_signals(worker: int) -> None:
-    """Signals that stop a run are sent to all its processes; a worker obeys only the process that it works for."""
+    """Make a worker ignore signals that stop a run, unless they come from its parent process.
+
+    Such signals are sent to all processes of a run. `worker` is the worker's number.
+    """
     for name in {"SIGINT", "SIGUSR1"} & vars(signal).keys():
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):

@@ -1,4 +1,4 @@
-"""What a file's network says of images: its accuracy, and the classes of single ones."""
+"""Run a file's network on images: measure its accuracy, and predict the classes of single images."""
 
 import time
 from collections.abc import Sequence
@@ -37,18 +37,18 @@ def evaluate(
     base: str | Path | nn.Module | None = None,
     progress: Progress = quiet,
 ) -> Evaluation:
-    """Accuracy of the network in a popup artifact on the validation images of the data set it was trained on.
+    """Measure the accuracy of the network in a popup artifact on the validation images of its data set.
 
     Args:
         path: the file, or an open `Artifact`.
-        data: another data set; without it the one that the file's provenance names.
+        data: another data set. Default: the one it was trained on, which the file's provenance names.
         data_dir: the data set's folder.
         base: the weights under the mask, as for `load`.
 
     Raises:
         ArtifactError: the file is damaged, or its architecture is `custom`.
-        DataError: the file names no data set, or the data set is missing or is not what the network expects; an
-            image cannot be read.
+        DataError: the file names no data set; the data set is missing or does not fit the network; or an image
+            cannot be read.
     """
     artifact = Artifact.open(path)
     data = data_of(artifact, data, data_dir)
@@ -68,16 +68,18 @@ def predict(
     base: str | Path | nn.Module | None = None,
     top: int = 5,
 ) -> list[list[tuple[str, float]]]:
-    """The `top` most probable classes of each image, by name where the file has names, with probabilities of 0 … 1.
+    """Return the `top` most probable classes of each image, with probabilities in 0 … 1.
+
+    Classes have names if the file has them.
 
     Args:
-        path: an artifact that `train` wrote, which knows how images are prepared for its network, or such an open
-            `Artifact`.
+        path: an artifact that `train` wrote, as a file or an open `Artifact`. It records how images are prepared for
+            its network.
         images: files that Pillow reads.
         base: the weights under the mask, as for `load`.
 
     Raises:
-        ArtifactError: as `load`.
+        ArtifactError: as for `load`.
         DataError: an image cannot be read, or the file does not say how images are prepared.
     """
     artifact = Artifact.open(path)
@@ -95,15 +97,15 @@ def predict(
 
 
 def data_of(path: str | Path | Artifact, data: Data | None, data_dir: str | Path | None) -> Data:
-    """`data`, or what a file's provenance names, in the folder `data_dir` where it is given."""
+    """Return `data`, or the data section in a file's provenance; with the folder `data_dir` if it is given."""
     data = recorded_data(path) if data is None else data
     return data if data_dir is None else data.model_copy(update={"root": str(data_dir)})
 
 
 def recorded_data(path: str | Path | Artifact, overrides: Sequence[str] = ()) -> Data:
-    """The data section of the recipe in a file's provenance, with `data.key=value` overrides.
+    """Return the data section of the recipe in a file's provenance, with `data.key=value` overrides.
 
-    Neither a folder nor leave to download is taken from the file, which a stranger may have written.
+    The file may come from a stranger. Its folder and its permission to download are therefore ignored.
     """
     artifact = Artifact.open(path)
     path, recipe = artifact.path, artifact.manifest.provenance.get("recipe")

@@ -1,4 +1,4 @@
-"""What a run gave, and the files that it ends with."""
+"""The result of a run, and the files that it ends with."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -29,15 +29,16 @@ from .setup import start_masks
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
         model: the plain network, with its effective weights, in eval mode.
-        accuracy: of the last epoch on the validation images, 0 … 1; where the learner samples, of that epoch's sample.
-        history: every epoch.
+        accuracy: accuracy of the last epoch on the validation images, 0 … 1. If the learner samples, it is that of the
+            epoch's sample.
+        history: the metrics of every epoch.
         output: the run's folder.
-        file: the artifact in it; or the weights, dense, where they were trained.
-        weights, kept: masked weights and how many take part; a dense run keeps all.
+        file: the artifact in that folder; or the file of dense weights, if weights were trained.
+        weights, kept: number of masked weights, and how many of them take part. A dense run keeps all.
     """
 
     model: nn.Module
@@ -50,7 +51,7 @@ class Result:
 
 
 def counts(run: RunFolder) -> tuple[int, int]:
-    """Masked weights and how many take part in the file of a finished run; of a dense run all."""
+    """Return how many weights the file of a finished run masks, and how many take part; for a dense run, all."""
     if run.kind is Kind.ARTIFACT:
         manifest = inspect(run.final)
         return manifest.weights, manifest.kept
@@ -60,14 +61,14 @@ def counts(run: RunFolder) -> tuple[int, int]:
 
 
 def write_dense(model: nn.Module, path: Path) -> int:
-    """Write a plain network's `state_dict` as safetensors, tied tensors each in full. Returns the number of tensors."""
+    """Write a plain network's `state_dict` as safetensors, each tied tensor in full. Return the number of tensors."""
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
     write_atomically(path, serialize(tensors, metadata={"format": "pt"}))
     return len(tensors)
 
 
 def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tuple[int, int, int]) -> None:
-    """Write the files that a run ends with, the one that says so last; `size` is of the images."""
+    """Write the files that a run ends with. The one that marks its end comes last. `size` is that of the images."""
     _draw(run, trainer)
     if run.kind is Kind.ARTIFACT:
         provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
@@ -88,23 +89,23 @@ def _draw(run: RunFolder, trainer: Trainer) -> None:
 
 
 def _file_accuracy(recipe: Recipe, model: nn.Module, trainer: Trainer) -> float:
-    """Of the network in the file: where a learner samples, another one than the last epoch's sample."""
+    """Return the accuracy of the network in the file. If the learner samples, it is not the last epoch's sample."""
     if recipe.surgery == "none" or not get_learner(recipe.surgery.learner).samples:
         return trainer.history[-1].accuracy
     return accuracy_of(bake(model).to(trainer.accelerator.device), trainer.data.validation(), nullcontext)[0]
 
 
 def mask_counts(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Weights that `masks` are for, and how many take part; without masks all, twice."""
+    """Return how many weights `masks` cover, and how many take part. Without masks, both are the parameter count."""
     if not masks:
         return (count := sum(parameter.numel() for parameter in model.parameters())), count
     return sum(mask.numel() for mask in masks.values()), sum(int(mask.sum()) for mask in masks.values())
 
 
 def finished_result(run: RunFolder) -> Result:
-    """The result of a run that has ended, from its folder."""
+    """Read the result of a finished run from its folder."""
     run.check_recipe()
-    run.finish()  # a run that was killed after its last file has left its checkpoints
+    run.finish()  # a run that was killed after writing its last file still has its checkpoints
     history, described = tuple(Epoch(**line) for line in run.history()), run.recipe.model
     if run.kind is Kind.ARTIFACT:
         base = described.pretrained
@@ -115,6 +116,7 @@ def finished_result(run: RunFolder) -> Result:
 
 
 def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, Any]:
+    """Return what the file records of the run. Paths are left out or shortened to file names."""
     import numpy
     import timm
 

@@ -1,4 +1,4 @@
-"""What a recipe names, made: network, data, trainer and folder."""
+"""Build what a recipe describes: network, data, trainer and folder."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from ..training.trainer import Trainer
 
 
 def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
-    """The images of `data` for a plain network, on its device; `DataError` where they are not for it."""
+    """Open the images of `data` for a plain network, on its device. `DataError` if they do not fit the network."""
     size = image_size(data, model)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
     _check_classes(model, batches, size)
@@ -31,7 +31,7 @@ def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> B
 
 
 def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
-    """The folder of a run, whose files are called by `stem`."""
+    """Return the folder of a run. Its files are named after `stem`."""
     dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
     masked = recipe.surgery != "none" or recipe.lottery_ticket is not None
     kind = Kind.ARTIFACT if not dense else Kind.MASKED_WEIGHTS if masked else Kind.WEIGHTS
@@ -39,7 +39,7 @@ def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:
-    """Network, data and optimiser of a recipe, ready for the first step, and the size of the images."""
+    """Return a trainer with a recipe's network, data and optimiser, ready for the first step; and the images' size."""
     model = _network(recipe)
     size = image_size(recipe.data, model)
     data = open_data(recipe.data, size, recipe.training.seed, accelerator.device, progress)
@@ -51,7 +51,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
 
 
 def with_seed(recipe: Recipe) -> Recipe:
-    """The recipe, with the seed of the file that it goes on from."""
+    """Return the recipe with the seed of the file that it starts from."""
     file, surgery = recipe.model.init_from, recipe.surgery
     if file is None or surgery == "none":
         return recipe
@@ -62,7 +62,7 @@ def with_seed(recipe: Recipe) -> Recipe:
 
 
 def _network(recipe: Recipe) -> nn.Module:
-    """The network of a recipe: converted, or for `surgery: none` plain; with the mask of the file it goes on from."""
+    """Build a recipe's network: converted, or plain for `surgery: none`; filled from `model.init_from` if it is set."""
     model, file = _fresh_network(recipe), recipe.model.init_from
     if file is not None:
         base = recipe.model.pretrained if isinstance(recipe.model.pretrained, str) else None
@@ -82,7 +82,7 @@ def _fresh_network(recipe: Recipe) -> nn.Module:
 
 
 def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
-    """Channels, height and width of a network's images: the recipe's, or else the network's own."""
+    """Return channels, height and width of a network's images: the recipe's, or else the network's own."""
     size = data.input_size or input_size(model)
     if size is None:
         raise DataError(
@@ -92,6 +92,7 @@ def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
 
 
 def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) -> None:
+    """Raise `DataError` unless the network takes images of `size` and has one output per class."""
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -109,6 +110,6 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:
-    """The masks that the weights of a dense run stay in, where it goes on from a file."""
+    """Return the masks that a dense run keeps its weights in if it starts from a file; otherwise none."""
     file = recipe.model.init_from
     return stored_masks(file) if file is not None and recipe.surgery == "none" else {}

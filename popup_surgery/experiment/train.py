@@ -35,19 +35,19 @@ def train(
 
     Args:
         recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
-        overrides: `key=value` of any recipe key, such as `training.epochs=3`.
-        output: a folder that holds no run yet; `runs/<recipe>` if not given.
+        overrides: `key=value` settings of any recipe keys, such as `training.epochs=3`.
+        output: a folder that has no run in it yet. Default: `runs/<recipe>`.
         data_dir: the data set's folder, in place of the recipe's `data.root`.
-        resume: resume the run in `output` from its newest whole checkpoint; start one where there is none.
-        progress, after_epoch: called while it runs, to show something.
+        resume: resume the run in `output` from its newest complete checkpoint, or start a run if there is none.
+        progress, after_epoch: called during the run, to show progress.
 
     Raises:
-        RecipeError, UnknownName: what is wrong with the recipe, all of it.
-        DataError: the data set is missing, or is not what the network expects; an image cannot be read; a worker
-            process of the loader died.
-        RunError: `output` holds a run already, or one of another recipe; another process runs in it; the loss is not
-            finite.
-        Stopped: SIGTERM, SIGINT or SIGUSR1 came; a checkpoint is kept.
+        RecipeError, UnknownName: the recipe has mistakes; all of them are listed.
+        DataError: the data set is missing or does not fit the network; an image cannot be read; or a worker process of
+            the loader died.
+        RunError: `output` already has a run in it, or a run of another recipe; another process runs in it; or the loss
+            is not finite.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 arrived. A checkpoint was written.
         PopupError: the folder cannot be written.
     """
     recipe, name = _loaded(recipe, overrides)
@@ -62,7 +62,7 @@ def train(
 
 
 def _loaded(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[Recipe, str]:
-    """The recipe with its overrides, and its name."""
+    """Return the recipe with its overrides, and its name."""
     if isinstance(recipe, str | Path):
         name = Path(recipe).stem if Path(recipe).suffix else str(recipe)
         return Recipe.load(recipe, overrides), name
@@ -71,7 +71,7 @@ def _loaded(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence
 
 
 def _train_in(run: RunFolder, resume: bool, progress: Progress, after_epoch: Callable[[Epoch], None]) -> Result:
-    """Train in a run's folder, in each of its processes; the first one writes the files."""
+    """Train in a run's folder. Each of the run's processes calls this; the first one writes the files."""
     recipe = run.recipe
     accelerator = start(recipe.training, run.path)
     main = accelerator.is_main_process

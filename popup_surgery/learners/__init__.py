@@ -1,4 +1,4 @@
-"""Ways to learn a mask: one file each, registered by name."""
+"""Learners, the ways to learn a mask: one file each, registered by name."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
@@ -29,7 +29,11 @@ LEARNERS: dict[str, Learner] = {}
 
 
 def register_learner(name: str, learner: Learner) -> None:
-    """Make `learner` known as `name`; a name that is taken fails at once, and so do attributes that contradict."""
+    """Register `learner` under `name`.
+
+    Raises:
+        ValueError: the name is taken, or the learner's attributes contradict each other.
+    """
     if name in LEARNERS:
         raise ValueError(f"the learner {name!r} is registered already")
     if learner.redraws and not learner.learns_weights:
@@ -39,11 +43,11 @@ def register_learner(name: str, learner: Learner) -> None:
 
 
 def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
-    """The learner called `name`, with some of its options set.
+    """Return the learner called `name`, with the given options set.
 
     Raises:
-        UnknownName: there is none; the message lists the nearest.
-        ConversionError: it has no such option, or the option no such value.
+        UnknownName: there is no such learner; the message lists the nearest.
+        ConversionError: the learner has no such option, or the option does not allow the value.
     """
     if not isinstance(name, str) or name not in LEARNERS:
         raise unknown("learner", name, LEARNERS)

@@ -1,4 +1,4 @@
-"""What a learner is, and the product of a weight and its mask that all of them share."""
+"""The base class of learners, and the product of a weight and its mask, which all learners share."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,13 +18,13 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class TrainedWeight:
-    """One masked weight of a network in training, as `after_step` gets it.
+    """One masked weight of a network in training, as passed to `after_step`.
 
     Attributes:
         name: its stream name.
-        weight, score: its parameters. What is written into them is what the next step reads.
-        mask: gives the mask that the network shows now, and ranks the scores for it if they have changed.
-        distribution, std, seed: what its values were drawn from; the distribution is `base` where they are pretrained.
+        weight, score: its parameters. The next step reads what is written into them.
+        mask: returns the current mask. It ranks the scores again if they have changed.
+        distribution, std, seed: what its values were drawn from. The distribution is `base` for pretrained weights.
     """
 
     name: str
@@ -39,17 +39,20 @@ class TrainedWeight:
 class Learner(ABC):
     """A way to learn which weights take part. Stateless: one instance serves every layer.
 
-    A learner draws a layer's first scores, turns the scores of a ranking group into masks, and says how a gradient
-    reaches a score. One that has options is a frozen dataclass, and they are its fields.
+    A learner draws a layer's first scores, turns the scores of a ranking group into masks, and defines how a gradient
+    reaches a score. A learner with options is a frozen dataclass, and the options are its fields.
 
     Attributes:
-        takes_k: a share of weights that is kept is asked for; else the scores alone decide how many take part.
-        trains: the scores are to be trained; else they stay as they were drawn.
-        samples: each read of a mask may be another one; `masks`, `bake` and `save` take what `describe_sample` says.
-        learns_weights: the network computes with other weights than the seed's, such as scores that are weights, so
-            that no file of a seed and a mask can hold them.
-        rescale: `effective` multiplies what is kept by `scale`; a file holds weights drawn that much wider.
-        redraws: `after_step` changes the weights, so that checkpoints hold them too; needs `learns_weights`.
+        takes_k: whether k sets the share of weights that is kept. Otherwise the scores alone decide how many take part.
+        trains: whether the scores are trained. Otherwise they keep their first values.
+        samples: whether each read of a mask may give a different one. `masks`, `bake` and `save` then use the network
+            that `describe_sample` names.
+        learns_weights: whether the network computes with other weights than the seed's, such as scores that are
+            weights. A file of a seed and a mask cannot store them.
+        rescale: whether `effective` multiplies the kept weights by `scale`. A file stores weights drawn that much
+            wider.
+        redraws: whether `after_step` changes the weights. Checkpoints then store the weights too. Needs
+            `learns_weights`.
     """
 
     takes_k: bool = True
@@ -67,38 +70,43 @@ class Learner(ABC):
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:
-        """First scores of the weight with the stream name `name`, row-major, in pieces of float32.
+        """Yield the first scores of the weight with the stream name `name`, in row-major order, in pieces of float32.
 
         Args:
-            weights: the weight's own values, in such pieces, made as they are asked for.
+            numel: number of scores.
+            fan_in: inputs summed into one output of the layer.
+            seed: the conversion's seed.
+            name: the weight's stream name.
+            weights: the weight's own values, in pieces of the same form, computed lazily.
         """
 
     @abstractmethod
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
-        """Masks for scores ranked together, float32 of any shape; `kept` weights of them all take part.
+        """Return the masks for scores that are ranked together.
 
         Args:
-            kept: 0 where no k is taken.
+            scores: float32 tensors of any shape.
+            kept: how many weights of the whole group take part; 0 if the learner takes no k.
             names: the stream names of the scores' weights.
         """
 
     @abstractmethod
     def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
-        """The masks of `select`, by operators alone, for compilers and tracers."""
+        """Return the masks of `select`, computed by operators alone, for compilers and tracers."""
 
     @abstractmethod
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        """The weight that the network computes with, differentiable in `score`: shape and dtype of `weight`."""
+        """Return the weight that the network computes with: shape and dtype of `weight`, differentiable in `score`."""
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """The same scores in other places, so that the weights in `masks` come before all others and are kept.
+        """Return the same scores in other places, so that the weights in `masks` rank above all others and are kept.
 
         Args:
             scores: ranked together, float32 of any shape.
             masks: bool, of the scores' shapes.
         """
-        # |s| = 4 1 3 2 and the mask 0 1 0 1: the largest two, 4 and 3, go to the weights in the mask, in the order of
-        # their own, and 2 and 1 to the others: |s| = 2 3 1 4.
+        # Example: |s| = 4 1 3 2 and the mask 0 1 0 1. The largest two, 4 and 3, go to the weights in the mask, in the
+        # order of those weights' own scores. 2 and 1 go to the others: |s| = 2 3 1 4.
         flat = torch.cat([score.detach().reshape(-1) for score in scores])
         chosen = torch.cat([mask.reshape(-1) for mask in masks])
         size = flat.abs()
@@ -113,38 +121,42 @@ class Learner(ABC):
         return [part.view(score.shape) for part, score in zip(moved, scores, strict=True)]
 
     def kept_at(self, progress: float, kept: int) -> int:
-        """How many weights of a ranking group take part at a point of the training: by default `kept` all along.
+        """Return how many weights of a ranking group take part at this point of the training. The default is `kept`.
+
+        A result larger than the number of weights means all of them.
 
         Args:
-            progress: the share of the training that is done, 0 before its first step. At 1 the answer must be `kept`,
-                which also holds outside a training.
-            kept: what k gives. A larger answer than there are weights stands for all of them.
+            progress: the share of the training that is done: 0 before the first step. At 1 the result must be `kept`,
+                the number that also applies outside training.
+            kept: the number that k gives.
         """
         return kept
 
     def scale(self, weight: Tensor, mask: Tensor) -> float:
-        """The factor of a layer's kept weights in `effective`, where the learner sets `rescale`; else 1.
+        """Return the factor of a layer's kept weights in `effective`: 1 unless the learner sets `rescale`.
 
         Args:
-            weight, mask: the layer's raw weight, and the mask that is shown.
+            weight, mask: the layer's raw weight, and its current mask.
         """
         return self.factor(mask)
 
     def factor(self, mask: Tensor) -> float:
-        """The `scale` that depends on the mask alone: n / Σm for n weights where the learner rescales, else 1."""
+        """Return the `scale` that depends on the mask alone: n / Σm for n weights if the learner rescales, else 1."""
         return mask.numel() / max(int(mask.sum()), 1) if self.rescale else 1.0
 
     def after_step(self, weights: Sequence[TrainedWeight], seed: int, step: int) -> None:  # noqa: B027
-        """Called by the training loop after each step of the optimiser, in every process, without gradients.
+        """Hook that the training loop calls after each optimiser step, in every process, without gradients.
+
+        Anything drawn here must depend on `seed`, `step` and `weights` alone.
 
         Args:
-            weights: all masked weights of the network that this learner serves.
-            seed: the run's. What is drawn here must depend on `seed`, `step` and `weights` alone.
-            step: how many steps the run has made, those before a resume included.
+            weights: all masked weights of the network that use this learner.
+            seed: the run's seed.
+            step: how many steps the run has made, including those before a resume.
         """
 
     def describe_sample(self) -> str:
-        """Which of its networks `masks`, `bake` and `save` take, for people."""
+        """Return a human-readable name of the network that `masks`, `bake` and `save` use."""
         return "the only network"
 
 
@@ -152,7 +164,7 @@ link_methods(Learner)
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """`weight` where `mask` is True and +0.0 elsewhere, never −0.0.
+    """Return `weight` where `mask` is True and +0.0 elsewhere, never −0.0.
 
     Args:
         weight: any floating dtype, any shape.
@@ -160,8 +172,8 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """
     if torch.compiler.is_compiling() or weight.device.type != "cpu" or weight.element_size() not in _INTEGERS:
         return torch.where(mask, weight, 0.0)
-    # torch.where is not vectorised on the CPU: an integer product with 0 or 1 gives the same bits, 8 times as fast.
-    # −0.75 is 0xBF400000 in float32: times 1 it stays that, times 0 it is 0x00000000 = +0.0, where a product of floats
-    # would give −0.0. An infinite weight that is dropped becomes +0.0 too, not NaN.
+    # torch.where is not vectorised on the CPU. An integer product with 0 or 1 gives the same bits, 8 times as fast.
+    # Example: −0.75 is 0xBF400000 in float32. Times 1 it is the same; times 0 it is 0x00000000 = +0.0, where a product
+    # of floats would give −0.0. An infinite weight that is dropped becomes +0.0 too, not NaN.
     integer = _INTEGERS[weight.element_size()]
     return mask.view(torch.int8).to(integer).mul_(weight.detach().view(integer)).view(weight.dtype)

@@ -1,4 +1,4 @@
-"""Discovering neural wirings: the weights learn, and the largest of them are used (Wortsman et al., 2019)."""
+"""Discovering neural wirings: the weights are trained, and the largest are used (Wortsman et al., 2019)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,9 +16,10 @@ class DNW(EdgePopup):
     """w_eff = v · h(|v|), where h is 1 for the k share of a layer's largest |v| and 0 elsewhere.
 
     "Discovering Neural Wirings", NeurIPS 2019, algorithm 1, within given layers. Backward, straight through h:
-    ∂L/∂v = ∂L/∂w_eff, for kept and unkept weights alike. v is the score: float32, of the weight's shape, and starts as
-    the weight, which itself stays as it is. What has learnt is no subnetwork of the seed's weights: it is written
-    densely. Deviation: exactly `kept` weights take part, of equal ones the lower index.
+    ∂L/∂v = ∂L/∂w_eff, for kept and unkept weights alike. v is the score: float32, of the weight's shape. It starts with
+    the weight's values; the weight itself does not change. The learned network is not a subnetwork of the seed's
+    weights, so it is saved as dense weights. Deviation from the paper: exactly `kept` weights take part, and ties go to
+    the lower index.
     """
 
     learns_weights = True
@@ -32,11 +33,13 @@ class DNW(EdgePopup):
         return _StraightThrough.apply(score, mask, weight.dtype)
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """The weights of `masks`, and 0 for all others."""
+        """Return the scores of the weights in `masks`, and 0 for all others."""
         return [torch.where(mask, score.detach(), 0.0) for score, mask in zip(scores, masks, strict=True)]
 
 
 class _StraightThrough(torch.autograd.Function):
+    """The masked score; its gradient passes unchanged."""
+
     generate_vmap_rule = True
 
     @staticmethod

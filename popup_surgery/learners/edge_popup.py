@@ -1,4 +1,4 @@
-"""edge-popup: rank by |score|, gradient straight through the ranking (paper, section 3, equations 3 to 5)."""
+"""edge-popup: rank by |score|, and pass the gradient straight through (paper, section 3, equations 3 to 5)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from .base import Learner, masked
 class EdgePopup(Learner):
     """w_eff = w · h(|s|), where h is 1 for the k share of a layer's largest |s| and 0 elsewhere.
 
-    Backward, straight through h: ∂L/∂s = ∂L/∂w_eff · w · sign(s), for kept and unkept weights alike. One score for
-    each weight, of its shape, always float32. Scores start as U(−1/√fan_in, 1/√fan_in). Exactly `kept` weights take
-    part, of equal scores the lower index, where the authors' code leaves ties to its sort.
+    Backward, straight through h: ∂L/∂s = ∂L/∂w_eff · w · sign(s), for kept and unkept weights alike. There is one
+    score for each weight: a tensor of the weight's shape, always float32. Scores start as U(−1/√fan_in, 1/√fan_in).
+    Exactly `kept` weights take part, and ties go to the lower index; the authors' code leaves ties to its sort.
     """
 
     def initial_scores(
@@ -37,6 +37,8 @@ class EdgePopup(Learner):
 
 
 class _StraightThrough(torch.autograd.Function):
+    """The masked weight; the score gets its gradient as if the mask were the score's magnitude."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -46,7 +48,7 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
         weight, score, mask = inputs
-        # the mask serves only a weight that learns too
+        # the mask is needed only if the weight is trained too
         ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
 
     @staticmethod

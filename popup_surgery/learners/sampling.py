@@ -1,4 +1,4 @@
-"""Which network a learner that samples shows: another at each read, one that has a name, or the most probable."""
+"""The network that a sampling learner shows: a new sample at each read, a named one, or the most probable network."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,17 +7,20 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-# of the process and not of a thread: autograd recomputes checkpointed forwards in threads of its own
+# per process, not per thread: autograd recomputes checkpointed forwards in its own threads
 _name: str | None = None
 _as_saved = False
 
 
 @contextmanager
 def sampled(*name: int) -> Iterator[None]:
-    """Within it a learner that samples shows one and the same sample, wherever it is read.
+    """Context manager: a learner that samples shows the same sample at every read.
 
-    The sample is a function of `name`, one integer or several, of the weight's stream name, the scores and the kind of
-    device: processes that agree on those agree on it. Other learners take no notice.
+    The sample is a function of `name`, the weight's stream name, the scores and the type of device. Processes that
+    agree on these get the same sample. Other learners are not affected.
+
+    Args:
+        name: one integer or several, which name the sample.
     """
     global _name
     before, _name = _name, "/".join(map(str, name))
@@ -29,7 +32,7 @@ def sampled(*name: int) -> Iterator[None]:
 
 @contextmanager
 def as_saved() -> Iterator[None]:
-    """Within it such a learner shows the network that a file would hold, instead of another one at each read."""
+    """Context manager: a learner that samples shows the network that a file would store, not a new one at each read."""
     global _as_saved
     before, _as_saved = _as_saved, True
     try:
@@ -39,18 +42,19 @@ def as_saved() -> Iterator[None]:
 
 
 def named(held: int | None) -> str | None:
-    """The name of the sample that is shown now; None where none is.
+    """Return the name of the sample that is shown now; None if there is none.
 
     Args:
-        held: the sample that a file would hold; None for the most probable network.
+        held: the sample that a file would store; None for the most probable network.
     """
     return str(held) if _name is None and _as_saved and held is not None else _name
 
 
 def noise(like: Tensor, stream: str, held: int | None) -> Tensor | None:
-    """Uniform noise in 0 … 1, float32 of the shape of `like`, for a sample of the weight with that stream name.
+    """Return uniform noise in 0 … 1, float32 of the shape of `like`, for a sample of the weight called `stream`.
 
-    Of the sample shown now, or drawn from PyTorch's own generator; None where the most probable network is shown.
+    The noise belongs to the sample shown now, or comes from PyTorch's own generator. It is None if the most probable
+    network is shown.
     """
     name = named(held)
     if name is None:

@@ -1,4 +1,4 @@
-"""Supermasks: a probability for each weight, a network drawn at each forward (Zhou et al., 2019, section 5)."""
+"""Supermasks: a probability for each weight, and a new network at each forward (Zhou et al., 2019, section 5)."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,19 +20,20 @@ from .sampling import named, noise
 class Supermask(Learner):
     """w_eff = w · m, m ~ Bernoulli(σ(s)) at each read of the weight, in training and in evaluation alike.
 
-    "Deconstructing Lottery Tickets", NeurIPS 2019, section 5. One score for each weight, of its shape, always float32.
-    Backward, straight through the sample: ∂L/∂s = ∂L/∂m · σ(s) · (1 − σ(s)) with ∂L/∂m = ∂L/∂w_eff · w.
+    "Deconstructing Lottery Tickets", NeurIPS 2019, section 5. There is one score for each weight: a tensor of
+    the weight's shape, always float32. Backward, straight through the sample:
+    ∂L/∂s = ∂L/∂m · σ(s) · (1 − σ(s)) with ∂L/∂m = ∂L/∂w_eff · w.
 
     With `rescale` (dynamic weight rescaling) w_eff = w · m · r, r = n / Σm over the layer's n weights, and the gradient
     goes through r too, as in the authors' code: ∂L/∂m = r · ∂L/∂w_eff · w − Σ(∂L/∂w_eff · w_eff) / Σm.
 
-    `masks`, `bake` and `save` take the most probable network, s > 0, or the sample that is named.
+    `masks`, `bake` and `save` use the most probable network, s > 0, or the named sample.
 
     Args:
-        init: `uniform`, U(−1/√fan_in, 1/√fan_in), as the edge-popup paper ran it; or a number that all scores start at,
-            0 in the authors' code. From 0 on the most probable network of untrained scores is empty.
+        init: `uniform` for U(−1/√fan_in, 1/√fan_in), as in the edge-popup paper's experiments; or a number that all
+            scores start at, 0 in the authors' code. Untrained scores of 0 have an empty most probable network.
         rescale: whether kept weights are multiplied by n / Σm.
-        sample: the sample that a file holds, from 0; the most probable network if not given.
+        sample: number of the sample that a file stores, 0 or larger. Default: the most probable network.
     """
 
     init: float | str = "uniform"
@@ -70,7 +71,7 @@ class Supermask(Learner):
         return _StraightThrough.apply(weight, score, mask, self.rescale)
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """The same scores with other signs, so that the most probable network is that of `masks`."""
+        """Return the same scores with other signs, so that the most probable network is that of `masks`."""
         above = [score.detach().abs().clamp(min=torch.finfo(torch.float32).tiny) for score in scores]
         return [torch.where(mask, score, -score) for mask, score in zip(masks, above, strict=True)]
 
@@ -80,7 +81,7 @@ class Supermask(Learner):
 
 
 class _Sample(Selection):
-    """Masks of one read."""
+    """Masks of one read. The next read draws others."""
 
     def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
         return False
@@ -92,13 +93,13 @@ def _choose(score: Tensor, name: str, sample: int | None) -> Tensor:
     return torch.empty_like(score, dtype=torch.bool).copy_(mask)
 
 
-# not to be computed again in the backward pass, nor to be caught in a CUDA graph, which would show one sample for ever
+# not recomputed in the backward pass, and not captured in a CUDA graph, which would show the same sample forever
 _TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
 
 @torch.library.custom_op("popup_surgery::choose", mutates_args=(), tags=_TAGS)
 def choose_op(score: Tensor, name: str, sample: int | None) -> Tensor:
-    """The mask shown for `score`, as one operator that compilers and tracers take whole."""
+    """Return the current mask for `score`, as one operator that compilers and tracers do not look into."""
     return _choose(score, name, sample)
 
 
@@ -114,6 +115,8 @@ def _(info: Any, in_dims: Any, score: Tensor, name: str, sample: int | None) -> 
 
 
 class _StraightThrough(torch.autograd.Function):
+    """The masked weight, rescaled if asked; the gradients are those of `Supermask`."""
+
     generate_vmap_rule = True
 
     @staticmethod

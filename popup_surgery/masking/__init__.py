@@ -1,4 +1,4 @@
-"""What `convert` does to a network, and the way back.
+"""What `convert` does to a network, and how `bake` turns it back into plain layers.
 
-Which weights are masked, how a masked layer works, and what becomes of all other parameters.
+Decides which weights are masked, how a masked layer works, and what happens to all other parameters.
 """

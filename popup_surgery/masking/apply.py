@@ -1,4 +1,4 @@
-"""Do to a network what a plan says: find its parameters, prepare all that could fail, and only then change anything."""
+"""Apply a plan to a network: find its parameters, prepare everything that can fail, and only then change anything."""
 
 import torch
 from torch import nn
@@ -20,10 +20,10 @@ from .walk import Place, masked_weights, places_of
 
 
 def apply(core: nn.Module, planned: Plan) -> None:
-    """Do what `planned` says to `core`, the network that it was made for or an equal one.
+    """Apply `planned` to `core`, the network that it was made for or an equal one, in place.
 
     Raises:
-        ConversionError: the plan is for another network, and `core` is as it was.
+        ConversionError: the plan is for another network. `core` is unchanged.
     """
     settings = planned.settings
     learner = get_learner(settings.learner, settings.learner_options)
@@ -88,7 +88,7 @@ def _by_module(masked: Weights) -> dict[nn.Module, tuple[str, ...]]:
 
 
 def _norms_to_reset(core: nn.Module, planned: Plan) -> list[NormWithStatistics]:
-    """Norms whose running statistics start again: those that no conversion has seen, unless weights are pretrained."""
+    """Return the norms whose statistics are to be reset: those not converted before; none if weights are pretrained."""
     if any(source_of(weight.distribution).in_base for weight in planned.masked):
         return []
     found = [m for m in core.modules() if isinstance(m, NormWithStatistics) and state_of(m) is None]
@@ -103,6 +103,7 @@ def _norms_to_reset(core: nn.Module, planned: Plan) -> list[NormWithStatistics]:
 
 
 def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned: Plan) -> None:
+    """Give the weights to mask their values, freeze them, and swap their layers."""
     settings = planned.settings
     slots: dict[nn.Module, dict[str, MaskedParam]] = {}
     new_scores: dict[nn.Module, dict[str, nn.Parameter]] = {}
@@ -123,6 +124,7 @@ def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned
 
 
 def _treat(other: PlannedRest, place: Place, seed: int) -> None:
+    """Apply its rule to a parameter that is not masked, and record the rule."""
     rule, parameter, state = other.treatment, place.tensor, place.module.__dict__[STATE]
     parameter.requires_grad_(other.train)
     state.others[place.name] = rule
@@ -137,7 +139,7 @@ def _treat(other: PlannedRest, place: Place, seed: int) -> None:
 
 
 def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:
-    """One ranking for all masked weights of `core`, in place of those that they had."""
+    """Put all masked weights of `core` into one ranking group, in place of the groups they had."""
     ranking = RankGroup(learner, 0)
     place: dict[int, int] = {}
     for _, module, name, slot in masked_weights(core):

@@ -1,4 +1,4 @@
-"""From a converted network to plain layers, and its masks."""
+"""Turn a converted network back into plain layers, and read its masks."""
 
 import copy
 from collections.abc import Iterable, Iterator
@@ -20,10 +20,10 @@ from .walk import masked_weights, unwrap
 
 
 def bake(model: nn.Module) -> nn.Module:
-    """A plain copy of a converted network: original classes and `state_dict` keys, effective weights, all trainable.
+    """Return a plain copy of a converted network: original classes and `state_dict` keys, effective weights.
 
-    The copy shares no memory with `model`, which stays as it is. Of a learner that samples it is the network that a
-    file would hold, or within `sampled` that sample.
+    All floating-point parameters of the copy are trainable. It shares no memory with `model`, which does not change. If
+    the learner samples, the copy is the network that a file would store; inside `sampled` it is that sample.
     """
     core = unwrap(model)
     replacements: list[tuple[object, object]] = []
@@ -32,12 +32,12 @@ def bake(model: nn.Module) -> nn.Module:
             effective = slot.read(module, name)
             if slot.ranking.learner.rescale:
                 effective = rebuilt(module, name, slot, slot.ranking.mask(slot.index))
-            # `data` of a plain tensor: a write to the copy is none to the masked weight
+            # `data` of a plain tensor, so that a write to the copy does not count as one to the masked weight
             plain = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
             replacements += [
                 (module._parameters[name], plain),
-                (module._parameters[score_name(name)], nn.Parameter(torch.empty(0))),  # goes with `unswap`
-                (slot.ranking, RankGroup(slot.ranking.learner, 0)),  # or its masks would be copied
+                (module._parameters[score_name(name)], nn.Parameter(torch.empty(0))),  # `unswap` removes it
+                (slot.ranking, RankGroup(slot.ranking.learner, 0)),  # otherwise its masks would be copied
             ]
         baked = clone_with(core, replacements)
     for module in baked.modules():
@@ -51,14 +51,17 @@ def bake(model: nn.Module) -> nn.Module:
 
 
 def clone_with(model: nn.Module, replacements: Iterable[tuple[object, object]]) -> nn.Module:
-    """A deep copy of `model` with some of its objects replaced: pairs of an object within it and what stands for it.
+    """Return a deep copy of `model` with some of its objects replaced.
 
-    `copy.deepcopy` notes the copy of each object that it has met in its memo, by identity, so that what is shared stays
-    shared. A replacement is noted there beforehand: it stands wherever its object stood, is not copied itself, and the
+    `copy.deepcopy` notes the copy of each object in its memo, by identity, so that shared objects stay shared. Each
+    replacement is put into the memo beforehand. It then appears wherever its object was, is not copied itself, and the
     object is never read.
 
-    A network may keep results of its last pass, which `deepcopy` refuses while they hang on a graph. The copy has their
-    values.
+    A network may store results of its last pass. `deepcopy` refuses them while they are part of a graph, so the copy
+    gets their values.
+
+    Args:
+        replacements: pairs of an object in `model` and its replacement.
     """
     memo = {id(old): new for old, new in replacements}
     for module in model.modules():
@@ -70,23 +73,23 @@ def clone_with(model: nn.Module, replacements: Iterable[tuple[object, object]]) 
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
-    """The mask of each masked weight, by the weight's `state_dict` key: bool, of the weight's shape, a copy.
+    """Return a copy of each masked weight's mask, by the weight's `state_dict` key: bool, of the weight's shape.
 
-    Of a learner that samples they are those that a file would hold, or within `sampled` those of that sample.
+    If the learner samples, they are the masks that a file would store; inside `sampled` they are those of that sample.
     """
     with as_saved():
         return {key: slot.ranking.mask(slot.index).clone() for key, _, _, slot in masked_weights(unwrap(model))}
 
 
 def rebuilt(module: nn.Module, name: str, slot: MaskedParam, mask: Tensor) -> Tensor:
-    """A drawn or pretrained weight under `mask` as a file gives it, to the bit."""
+    """Return a drawn or pretrained weight under `mask`, bit for bit as a file restores it."""
 
     def drawn(std: float) -> Iterator[NDArray[np.float32]]:
         return draw(slot.distribution, weight.numel(), std, slot.seed, "weight", slot.stream)
 
     weight = cast(Tensor, module._parameters[name]).detach()
     factor = slot.ranking.learner.scale(weight, mask)
-    if factor != 1 and equals(weight, drawn(slot.std)):  # else it was loaded, and there will be no file
+    if factor != 1 and equals(weight, drawn(slot.std)):  # otherwise it was loaded, and no file can store it
         weight, factor = fill(torch.empty_like(weight), drawn(slot.std * factor)), 1.0
     weight = masked(weight, mask)
     return weight * factor if factor != 1 else weight

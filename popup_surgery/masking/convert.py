@@ -1,4 +1,4 @@
-"""Turn a network into a hidden one: `convert` makes a plan and does what it says."""
+"""Turn a network into a hidden one: `convert` makes a plan and applies it."""
 
 import logging
 from collections.abc import Mapping
@@ -40,37 +40,43 @@ def convert(
     architecture: Architecture | str | None = None,
     **unknown: Never,
 ) -> nn.Module:
-    """Turn a network into a hidden one, in place: random frozen weights, and a score for each that training changes.
+    """Turn a network into a hidden one, in place: frozen random weights, each with a score that training changes.
 
-    Every Conv, ConvTranspose and Linear layer, subclasses too, attention's packed projections, the weights of LSTM, GRU
-    and RNN, timm's CondConv2d and transformers' Conv1D are read through a mask from then on. docs/surgery.md says what
-    becomes of everything else. Only scores, float32 of their weight's shape, require a gradient. Method: "What's Hidden
-    in a Randomly Weighted Neural Network?", CVPR 2020, sections 3 and 4.
+    Afterwards, masks cover the weights of Conv, ConvTranspose and Linear layers and of their subclasses, the packed
+    projections of attention, the weights of LSTM, GRU and RNN, and those of timm's CondConv2d and transformers' Conv1D.
+    docs/surgery.md describes what happens to everything else. Only the scores require a gradient; they are float32, of
+    their weight's shape. Method: "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020, sections 3 and 4.
 
-    A converted network is completed: new layers in it, as by `reset_classifier`, are masked with the same settings.
+    A network that is converted already is completed: layers that are new in it, for example after `reset_classifier`,
+    are masked with the same settings.
 
     Args:
-        model: any network, also one layer alone, also wrapped by DDP or `torch.compile`; or a name or description, as
-            for `build`: the network is then built without its own initialisation, which takes the most time.
-        k: share of a layer's weights that is kept, in (0, 1]; or shares by glob pattern on layer names: the last match
-            counts, and the default where none matches. Not for a learner whose scores decide how many are kept.
-        scheme: a key of `weights.SCHEMES`; or `pretrained`, which leaves all weights as they are (Piggyback, Mallya et
-            al., ECCV 2018) but those that `build` found no pretrained ones for; or schemes by pattern, as for k.
-        scaled: widen drawn weights by √(1/k), which keeps the variance of a layer's output.
-        seed: 0 … 2⁶⁴ − 1.
-        learner, learner_options: a key of `learners.LEARNERS`, and its options by name, as its class explains them.
-        scope: `layer` ranks each layer by itself, `global` all layers together.
-        include, exclude: glob patterns on module names; a pattern that matches a module covers all within it.
-        others, norm: `train` makes what is not masked trainable; or scales and biases of normalisation layers alone.
-        architecture: what `save` shall record, such as `timm/resnet50`; `build` has recorded it already.
+        model: any network or single layer, which may be wrapped by DDP or `torch.compile`; or a name or description, as
+            for `build`. The network is then built without its own initialisation, which takes most of the time.
+        k: share of each layer's weights that is kept, in (0, 1]; or shares by glob pattern on layer names. The last
+            pattern that matches counts; a layer that none matches gets the default. Not allowed for a learner whose
+            scores decide how many weights are kept.
+        scheme: a key of `weights.SCHEMES`; or `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al.,
+            ECCV 2018), except those for which `build` found no pretrained values; or schemes by pattern, as for k.
+        scaled: whether drawn weights are widened by √(1/k), which keeps the variance of a layer's output.
+        seed: the seed that random weights and first scores are drawn from, 0 … 2⁶⁴ − 1.
+        learner, learner_options: a key of `learners.LEARNERS`, and the learner's options by name, documented in its
+            class.
+        scope: `layer` ranks each layer by itself, `global` ranks all layers together.
+        include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
+        others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the
+            scales and biases of normalisation layers.
+        architecture: what `save` records, such as `timm/resnet50`. Not needed for a network from `build`, which has
+            recorded it.
 
     Returns:
-        `model` itself, or the swapped layer if `model` is a layer, or the network of that name.
+        `model` itself; or the swapped layer if `model` is a layer; or the network of that name.
 
     Raises:
-        ConversionError: a bad argument; a layer would keep nothing; it was converted with other settings.
+        ConversionError: an argument is bad, a layer would keep no weights, or the network was converted with other
+            settings.
         NothingToConvert: there is no layer to mask, or the patterns leave none.
-        UnknownName: no such scheme, learner or architecture.
+        UnknownName: there is no such scheme, learner or architecture.
     """
     return convert_as_given(model, given_in(locals()), architecture)[0]
 
@@ -78,7 +84,7 @@ def convert(
 def convert_as_given(
     model: nn.Module | str | Architecture, given: Mapping[str, Any], architecture: Architecture | str | None = None
 ) -> tuple[nn.Module, Plan]:
-    """As `convert`, for the settings that a caller gave; and the plan that it followed, the only one it made."""
+    """Do what `convert` does, with the settings that a caller gave. Return the network and the plan it followed."""
     if architecture is not None and not isinstance(architecture, str | Architecture):
         raise ConversionError(f"architecture is {architecture!r}; expected a name such as 'timm/resnet50'")
     if torch.is_inference_mode_enabled():
@@ -90,7 +96,7 @@ def convert_as_given(
     else:
         planned = plan_as_given(model, given)
     core = unwrap(model)
-    # whoever let `build` make the network knows that its weights were random
+    # who had the network made by `build` knows that its weights were random
     level = logging.WARNING if origin_of(core).architecture is None else logging.INFO
     apply(core, planned)
     _synchronise(model)
@@ -101,7 +107,7 @@ def convert_as_given(
 
 
 def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.Module, Plan]:
-    """The network of that name and the plan for it: whatever conversion will not fill is initialised."""
+    """Build the described network and plan its conversion. All that conversion does not fill is initialised."""
     architecture = architecture_of(described) if isinstance(described, str) else described
     settings = MaskingSettings.of(given)
     if is_pretrained(settings.scheme):
@@ -119,10 +125,10 @@ def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.
 
 
 def _tell(planned: Plan, level: int) -> None:
-    """Log what was lost, and which weights are not masked."""
+    """Log how many layers lost their weights, and which weights are not masked."""
     if drawn := sum(source_of(weight.distribution).drawn for weight in planned.masked):
         if drawn < len(planned.masked):
-            level = logging.WARNING  # a head that was trained, perhaps
+            level = logging.WARNING  # perhaps a trained head was replaced
         seed = planned.settings.seed
         log.log(level, "the weights of %d layers were drawn anew from seed %d; what they were is gone", drawn, seed)
     if (coverage := planned.coverage).of_weights < 0.99:
@@ -132,7 +138,7 @@ def _tell(planned: Plan, level: int) -> None:
 
 
 def _synchronise(model: nn.Module) -> None:
-    """Let DistributedDataParallel around a network that was wrapped first know what is trained now."""
+    """Tell DistributedDataParallel which parameters are trained now, if the network was wrapped before conversion."""
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             renew_reducer(module)

@@ -1,8 +1,8 @@
-"""What a swapped layer is: the layer's own class, except that its weight is read through a mask.
+"""Swapped layers: layers of their original class, except that the weight is read through a mask.
 
-A swapped layer keeps its parameters, its `state_dict` keys and its forward. Its class becomes a subclass, made once for
-each original class, with a property where the weight was: whoever reads `layer.weight` meets the masked weight, inside
-the layer or outside. The raw weight stays in `_parameters`, frozen, and the score joins it as `<weight>_score`.
+A swapped layer keeps its parameters, its `state_dict` keys and its forward. Its class becomes a subclass, created once
+for each original class, with a property in place of the weight. So `layer.weight` is the masked weight, inside the
+layer or outside. The raw weight stays in `_parameters`, frozen. The score is stored next to it as `<weight>_score`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,7 +21,7 @@ from .state import STATE, MaskedParam, ModuleState, slots_of, upgrade
 
 
 class Masked(ModuleMethods):
-    """Mixin of every swapped layer, in front of its original class."""
+    """Mixin of every swapped layer, placed before its original class."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in slots_of(self) and not self.__dict__[STATE].loading:  # type: ignore[arg-type]
@@ -39,7 +39,7 @@ class Masked(ModuleMethods):
         super().__delattr__(name)
 
     def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Scores stay float32 whatever dtype the network is cast to."""
+        """Keep scores float32, whatever dtype the network is cast to."""
         scores = [self._parameters[score_name(name)] for name in self.__dict__[STATE].masked]  # type: ignore[attr-defined]
         scores += [score.grad for score in scores if score.grad is not None]
 
@@ -53,7 +53,7 @@ class Masked(ModuleMethods):
 
     @contextmanager
     def _popup_load(self, state_dict: Mapping[str, Any], prefix: str, missing: list[str]) -> Iterator[None]:
-        """Loading may assign; a plain checkpoint, that has no scores, leaves the scores as they are."""
+        """Let loading assign weights. A plain checkpoint without scores leaves the scores unchanged."""
         state = self.__dict__[STATE]
         state.loading = True
         try:
@@ -87,10 +87,10 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
-    """The subclass of `base` whose parameters `names` are read through their masks; the same one at each call."""
+    """Return the subclass of `base` that reads the parameters `names` through masks; the same class at each call."""
     key = base, names
     if key not in _CLASSES:
-        # A tracer that takes the original class as a leaf by its module takes this one too.
+        # A tracer that takes the original class as a leaf because of its module takes this one too.
         namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base}
         layer_type = layer_type_of(base)
         mixin = None if layer_type is None else layer_type.mixin
@@ -112,7 +112,7 @@ def _new(base: type[nn.Module], names: tuple[str, ...]) -> nn.Module:
 
 
 def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.Parameter]) -> None:
-    """Turn `module` into a masked layer, in place. It keeps its parameters; `scores` join them."""
+    """Turn `module` into a masked layer, in place. It keeps its parameters, and `scores` are added to them."""
     for name, score in scores.items():
         module.register_parameter(score_name(name), score)
     module.__dict__.setdefault(STATE, ModuleState()).masked = slots
@@ -121,7 +121,7 @@ def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.
 
 
 def unswap(module: nn.Module) -> None:
-    """Turn a masked layer back into its original class, in place, with its raw weights; its state stays."""
+    """Turn a masked layer back into its original class, in place, with its raw weights. Its `ModuleState` stays."""
     state = module.__dict__[STATE]
     module.__dict__[STATE] = replace(state, masked={})
     module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
@@ -131,12 +131,12 @@ def unswap(module: nn.Module) -> None:
 
 
 def is_masked(module: nn.Module) -> bool:
-    """Whether `module` itself is a swapped layer."""
+    """Return whether `module` itself is a swapped layer."""
     return isinstance(module, Masked)
 
 
 class Tracer(torch.fx.Tracer):
-    """A torch.fx tracer that takes masked layers as leaves, so that their masks stay alive in the graph."""
+    """A torch.fx tracer that treats masked layers as leaves, so that the graph does not freeze their masks."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_masked(m) or super().is_leaf_module(m, module_qualified_name)

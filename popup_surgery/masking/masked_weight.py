@@ -1,4 +1,4 @@
-"""What a masked weight reads as."""
+"""The tensor type that reading a masked weight returns."""
 
 from typing import Any
 
@@ -8,9 +8,9 @@ from ..errors import MaskedWeightError
 
 
 class MaskedWeight(Tensor):
-    """What a masked weight reads as: a plain tensor to every function, whose `.data` hides no write."""
+    """The tensor that reading a masked weight returns. For functions it is a plain one; `.data` hides no write."""
 
-    __torch_function__ = nn.Parameter.__torch_function__  # which no function sees as a type of its own either
+    __torch_function__ = nn.Parameter.__torch_function__  # no function sees a Parameter as a type of its own either
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.detach().__reduce_ex__(protocol)
@@ -22,7 +22,7 @@ class MaskedWeight(Tensor):
 
     @property
     def data(self) -> Tensor:
-        return self.detach()  # shares the version counter, which `data` of a plain tensor does not
+        return self.detach()  # shares the version counter; `data` of a plain tensor does not
 
     @data.setter
     def data(self, value: Tensor) -> None:

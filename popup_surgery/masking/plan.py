@@ -1,4 +1,4 @@
-"""A plan: what becomes of each parameter. Names and numbers alone: it prints, compares, pickles and goes to JSON."""
+"""Plans: what happens to each parameter, as names and numbers. A plan prints, compares, pickles and goes to JSON."""
 
 import io
 import json
@@ -16,14 +16,15 @@ class PlannedWeight:
     """One weight that will be masked.
 
     Attributes:
-        key: its `state_dict` key, the first of several; its stream's name.
-        layer: its layer's class.
-        shape: of the weight and of its scores.
-        k, kept: the share asked for, and the number of weights that gives (`scope="global"` spreads the sum freely);
-            None where the learner takes no k.
-        scheme, distribution, std: where its values come from; of pretrained ones the distribution is `base`, std 0.
+        key: its first `state_dict` key, which is also its stream name.
+        layer: the class of its layer.
+        shape: the shape of the weight and of its scores.
+        k, kept: the requested share, and the number of weights that it gives; None if the learner takes no k. With
+            `scope="global"` the sum of all `kept` is spread freely over the layers.
+        scheme, distribution, std: where its values come from. For pretrained values the distribution is `base` and std
+            is 0.
         fan_in: inputs summed into one output.
-        owners: every `state_dict` key that it stands under, `key` first.
+        owners: all of its `state_dict` keys, `key` first.
     """
 
     key: str
@@ -47,10 +48,10 @@ class PlannedRest:
     """One parameter that will not be masked.
 
     Attributes:
-        key, shape: its `state_dict` key, the first of several, and its shape.
-        treatment: what becomes of it, or became of it where it is `done`.
+        key, shape: its first `state_dict` key, and its shape.
+        treatment: what happens to it, or what happened to it if `done` is True.
         train: whether it is trained.
-        done: an earlier conversion saw its module.
+        done: whether an earlier conversion covered its module.
     """
 
     key: str
@@ -66,10 +67,10 @@ class PlannedRest:
 
 @dataclass(frozen=True)
 class Coverage:
-    """A network's parameters by what becomes of them: numbers of elements by `state_dict` key.
+    """A network's parameters, grouped by what happens to them: in each group, numbers of elements by `state_dict` key.
 
-    `left` ones keep the values that they have. `missed` are those of them that look like weights, with two dimensions
-    or more above 1, and that no type of layer claims.
+    Parameters in `left` keep their values. `missed` are those among them that look like weights, with two or more
+    dimensions above 1, but belong to no known type of layer.
     """
 
     masked: dict[str, int]
@@ -80,16 +81,16 @@ class Coverage:
 
     @property
     def total(self) -> int:
-        """All parameters, each once."""
+        """The number of all parameters, each counted once."""
         return sum(sum(group.values()) for group in (self.masked, self.generated, self.constant, self.left))
 
     def share(self, group: str) -> float:
-        """The share of all parameters in `masked`, `generated`, `constant` or `left`: 0 … 1."""
+        """Return the share, 0 … 1, of all parameters that is in `masked`, `generated`, `constant` or `left`."""
         return sum(getattr(self, group).values()) / max(self.total, 1)
 
     @property
     def of_weights(self) -> float:
-        """The share of weights that are masked: those masked and those missed make up the whole."""
+        """The share of weights that are masked, among those masked and those missed."""
         masked, missed = sum(self.masked.values()), sum(self.missed.values())
         return masked / max(masked + missed, 1)
 
@@ -100,12 +101,12 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `convert` will do to a network, printable as a table. It holds no module, and says it of any equal network.
+    """What `convert` will do to a network, printable as a table. It has no modules, and applies to any equal network.
 
     Attributes:
-        masked: the weights to be masked, in `state_dict` order.
+        masked: the weights to mask, in `state_dict` order.
         rest: all other parameters.
-        before: elements of the weights that are masked already, by `state_dict` key.
+        before: numbers of elements of the weights that are masked already, by `state_dict` key.
         settings: all arguments of `convert`.
     """
 
@@ -115,12 +116,12 @@ class Plan:
     settings: MaskingSettings
 
     def to_json(self, indent: int | None = None) -> str:
-        """The whole plan as a JSON object, from which `from_json` makes an equal one."""
+        """Return the whole plan as a JSON object, from which `from_json` makes an equal plan."""
         return json.dumps(asdict(self), indent=indent)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote; `ConversionError` for any other text."""
+        """Return the plan that `to_json` wrote; `ConversionError` for any other text."""
         try:
             found = json.loads(text)
             given = {name: value for name, value in found["settings"].items() if name != "k" or value is not None}
@@ -143,17 +144,17 @@ class Plan:
 
     @property
     def weights(self) -> int:
-        """How many weights are to be masked."""
+        """The number of weights to mask."""
         return sum(weight.numel for weight in self.masked)
 
     @property
     def kept(self) -> int:
-        """How many of them take part, as far as k says so."""
+        """The number of these weights that take part, as far as k determines it."""
         return sum(weight.kept or 0 for weight in self.masked)
 
     @property
     def coverage(self) -> Coverage:
-        """What becomes of each parameter, in numbers."""
+        """What happens to each parameter, in numbers of elements."""
         groups: dict[str, dict[str, int]] = {"constant": {}, "generated": {}, "left": {}}
         for other in self.rest:
             groups[other.treatment.action][other.key] = other.numel
@@ -166,7 +167,7 @@ class Plan:
         return Coverage(masked, **groups, missed=missed)
 
     def totals(self) -> str:
-        """The totals in three lines."""
+        """Return the totals in three lines."""
         rest = sum(other.numel for other in self.rest)
         settings, coverage = self.settings, self.coverage
         scheme = settings.scheme

@@ -1,7 +1,7 @@
-"""What conversion will do to a network: match, decide, record. Nothing is touched.
+"""Plan a conversion: match, decide, record. The network is not changed.
 
-`_match` finds the weights that could be masked and that the patterns choose; `_Decision` says what becomes of one
-parameter; `_plan` records that of each in a `Plan`.
+`_match` finds the maskable weights that the patterns choose. `_Decision` decides what happens to one parameter. `_plan`
+records the decisions for all parameters in a `Plan`.
 """
 
 import fnmatch
@@ -41,16 +41,16 @@ def plan(
     norm: Choice = DEFAULT.norm,
     **unknown: Never,
 ) -> Plan:
-    """What `convert` with the same arguments would do. Touches nothing; works on the meta device.
+    """Return what `convert` with the same arguments would do. Changes nothing; works on the meta device.
 
     Raises:
-        ConversionError, NothingToConvert, UnknownName: as `convert`.
+        ConversionError, NothingToConvert, UnknownName: as for `convert`.
     """
     return plan_as_given(model, given_in(locals()))
 
 
 def plan_as_given(model: nn.Module, given: Mapping[str, Any]) -> Plan:
-    """The plan for the settings that a caller gave; those of a network that is converted already must agree."""
+    """Return the plan for the settings that a caller gave. They must agree with those of a converted network."""
     if not isinstance(model, nn.Module):
         raise ConversionError(f"model is {model!r}; expected a torch.nn.Module, or for convert also a network's name")
     core = unwrap(model)
@@ -68,7 +68,7 @@ def plan_as_given(model: nn.Module, given: Mapping[str, Any]) -> Plan:
 
 
 def unconverted(core: nn.Module) -> list[str]:
-    """Weights that came into a converted network after its conversion and that are not masked, by `state_dict` key."""
+    """Return the `state_dict` keys of unmasked weights that were added to a converted network after its conversion."""
     found = []
     for prefix, module in core.named_modules():
         state = state_of(module)
@@ -85,7 +85,7 @@ Matched = dict[tuple[str, str], Fans]  # by the names of a module and of its par
 
 
 def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> Matched:
-    """The weights that could be masked and that the settings' patterns choose."""
+    """Return the maskable weights that the settings' patterns choose."""
     fans = _fans(core)
     if not first:
         return _chosen(fans, settings)
@@ -122,7 +122,7 @@ def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
 
 
 def _is_weight(key: str, tensor: Tensor | None) -> bool:
-    """Whether there is such a weight, of floating values; `ConversionError` if its values could not be replaced."""
+    """Return whether the weight exists and is floating-point; `ConversionError` if its values cannot be replaced."""
     if tensor is None or not tensor.numel() or not tensor.is_floating_point():
         return False
     check_writable(key, tensor)
@@ -130,13 +130,13 @@ def _is_weight(key: str, tensor: Tensor | None) -> bool:
 
 
 def check_mode(key: str, tensor: Tensor) -> None:
-    """`ConversionError` for a tensor that may neither be written to nor get a gradient."""
+    """Raise `ConversionError` for a tensor that can neither be written to nor get a gradient."""
     if tensor.is_inference():
         raise ConversionError(f"{key} was made under torch.inference_mode; build the network outside it")
 
 
 def check_writable(key: str, tensor: Tensor) -> None:
-    """`ConversionError` unless the values of `tensor` can be replaced."""
+    """Raise `ConversionError` unless the values of `tensor` can be replaced."""
     check_mode(key, tensor)
     if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         raise ConversionError(f"{key} is an expanded tensor, whose elements share memory; make it contiguous first")
@@ -168,7 +168,7 @@ def _several(patterns: Patterns) -> Sequence[str]:
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` matches the module `name` or one that contains it."""
+    """Return whether `pattern` matches the module `name` or one that contains it."""
     parts = name.split(".")
     return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
 
@@ -181,9 +181,10 @@ def _last_match(name: str, patterns: Collection[str]) -> str:
 
 
 class _Decision:
-    """What becomes of a parameter.
+    """Decides what happens to a parameter.
 
     Args:
+        settings: the checked arguments of `convert`.
         chosen: the weights to mask, if they are not masked yet.
         fresh: names of layers that have no pretrained weights.
     """
@@ -195,11 +196,12 @@ class _Decision:
         self.learner = get_learner(settings.learner, settings.learner_options)
 
     def __call__(self, held: Sequence[Place]) -> PlannedWeight | PlannedRest:
-        """That of the parameter that all these places hold; it is masked if one of them was chosen."""
+        """Decide on the parameter that is in all these places. It is masked if one of the places was chosen."""
         place = next((place for place in held if (place.layer, place.name) in self.chosen), None)
         return self._rest(held) if place is None else self._weight(held, place)
 
     def _weight(self, held: Sequence[Place], chosen: Place) -> PlannedWeight:
+        """Plan a weight to mask; `ConversionError` if it cannot be masked as the settings ask."""
         key, tensor, fans = held[0].key, held[0].tensor, self.chosen[chosen.layer, chosen.name]
         share = self.shares[_last_match(chosen.layer, self.shares)]
         kept = None if share is None else kept_count(tensor.numel(), share)
@@ -218,12 +220,13 @@ class _Decision:
         return PlannedWeight(key, cls, shape, share, kept, scheme, source.distribution, std, fans.fan_in, owners)
 
     def _scheme(self, layer: str) -> str:
-        """The scheme of a layer; one without pretrained weights is drawn, unless a pattern of its own says else."""
+        """Return a layer's scheme. Without pretrained weights it is drawn, unless its own pattern says otherwise."""
         pattern = _last_match(layer, self.schemes)
         scheme = self.schemes[pattern]
         return DEFAULT.scheme.value if layer in self.fresh and (pattern, scheme) == ("*", PRETRAINED) else scheme
 
     def _rest(self, held: Sequence[Place]) -> PlannedRest:
+        """Plan a parameter that is not masked; one that was converted before keeps its rule."""
         first = held[0]
         state, tensor = state_of(first.module), first.tensor
         if state is None:
@@ -243,18 +246,18 @@ class _Decision:
         drawn = any(self._scheme(place.layer) != PRETRAINED for place in of_masked)
         if PRETRAINED in self.schemes.values() and not drawn:
             return UnmaskedRule("left", "pretrained")
-        place = next(iter(of_masked), held[0])  # a bias may belong to several modules, of which one is masked
+        place = next(iter(of_masked), held[0])  # a bias may belong to several modules, one of which is masked
         return treatment(place.module, place.name, swapped=bool(of_masked))
 
 
 def check_score_name(place: Place) -> None:
-    """`ConversionError` if the module of a weight has something else under the name of the weight's score."""
+    """Raise `ConversionError` if a weight's module uses the name of the weight's score for something else."""
     if hasattr(place.module, score_name(place.name)):
         raise ConversionError(f"{score_name(place.key)} exists already; the score of {place.key} needs that name")
 
 
 def check_rest(planned: PlannedRest, tensor: Tensor) -> None:
-    """`ConversionError` unless what is planned for a parameter that is not masked can be done to it."""
+    """Raise `ConversionError` unless the plan for an unmasked parameter can be carried out."""
     if planned.treatment.action != "left" and not planned.done:
         check_writable(planned.key, tensor)
     elif planned.train:
@@ -265,6 +268,7 @@ def check_rest(planned: PlannedRest, tensor: Tensor) -> None:
 
 
 def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
+    """Return the plan for a network's first conversion, or for completing a converted one."""
     chosen = _match(core, settings, first)
     before = {key: module._parameters[name].numel() for key, module, name, _ in masked_weights(core)}  # type: ignore[union-attr]
     if before and first and settings.scope == "global":
@@ -284,7 +288,7 @@ def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
 
 
 def _unmasked(core: nn.Module) -> list[list[Place]]:
-    """The places of each parameter that is neither a masked weight nor a score."""
+    """Return the places of each parameter that is neither a masked weight nor a score."""
     masked = {
         id(module._parameters[name])
         for module in core.modules()

@@ -1,4 +1,4 @@
-"""The weights that are ranked together, and when their mask is made again."""
+"""Groups of weights that are ranked together, and when their masks are computed again."""
 
 from typing import Any
 
@@ -11,22 +11,22 @@ from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
 
 def score_name(name: str) -> str:
-    """The name of the score parameter that belongs to the weight `name`."""
+    """Return the name of the score parameter that belongs to the weight `name`."""
     return f"{name}_score"
 
 
 class RankGroup:
     """The weights that are ranked together: one layer's, or with `scope="global"` all of a network's.
 
-    The mask is kept from one read to the next, and each read makes sure that it still is the scores' own: a tensor's
-    version counter would not tell, because a fused optimiser and a write to `.data` leave it alone.
+    The mask is cached from one read to the next. Each read checks that it still matches the scores. A tensor's version
+    counter would not tell, because a fused optimiser or a write to `.data` does not change it.
 
     Attributes:
-        kept: how many of them take part, 0 where the learner takes no k.
-        kept_now: how many do at this point of a training, None where it is `kept`.
+        kept: how many weights take part; 0 if the learner takes no k.
+        kept_now: how many take part at this point of the training; None if as many as `kept`.
     """
 
-    kept_now: int | None = None  # on the class, for groups that were pickled before there was one
+    kept_now: int | None = None  # on the class, for groups pickled before this attribute existed
 
     def __init__(self, learner: Learner, kept: int) -> None:
         self.learner = learner
@@ -40,7 +40,7 @@ class RankGroup:
         return self.__dict__ | {"_selection": None, "_held": None}
 
     def add(self, module: nn.Module, name: str, stream: str) -> int:
-        """Rank the weight `name` of `module` here too. Returns its place."""
+        """Add the weight `name` of `module` to the group, and return its index."""
         self.members.append((module, name))
         self.streams.append(stream)
         return len(self.members) - 1
@@ -49,7 +49,7 @@ class RankGroup:
         return [parameter_of(module, score_name(name)) for module, name in self.members]
 
     def at(self, progress: float) -> None:
-        """Keep as many as the learner says where this share of a training is done, 0 … 1."""
+        """Keep as many weights as the learner says when this share of the training is done, 0 … 1."""
         before, now = self._kept(), self.learner.kept_at(progress, self.kept)
         self.kept_now = None if now == self.kept else min(now, sum(score.numel() for score in self.scores()))
         if self._kept() != before:
@@ -59,7 +59,7 @@ class RankGroup:
         return self.kept if self.kept_now is None else self.kept_now
 
     def mask(self, index: int) -> Tensor:
-        """The mask of member `index`: bool, of its weight's shape."""
+        """Return the mask of member `index`: bool, of its weight's shape."""
         scores, kept = self.scores(), self._kept()
         if torch.compiler.is_compiling() or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams)[index]
@@ -70,13 +70,13 @@ class RankGroup:
         return self._selection.masks[index]
 
     def hold_during_forward(self, root: nn.Module) -> None:
-        """Check all scores once at the start of each forward of `root`; in it each read checks its own alone."""
+        """Check all scores once at the start of each forward of `root`. During it, a read checks its own score only."""
         root.register_forward_pre_hook(_Hold(self, True))
         root.register_forward_hook(_Hold(self, False), always_call=True)
 
 
 class _Hold:
-    """Forward hook that starts or ends the holding of a ranking's masks."""
+    """Forward hook that marks the start or the end of a root's forward for a ranking group."""
 
     def __init__(self, ranking: RankGroup, start: bool) -> None:
         self.ranking, self.start = ranking, start
@@ -92,17 +92,17 @@ class _Hold:
 
 
 def drop_hooks(module: nn.Module) -> None:
-    """Take the hooks of a ranking off `module`."""
+    """Remove the hooks of a ranking from `module`."""
     remove_forward_hooks(module, _Hold)
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor:
-    """The parameter `name` of `module`, as it is stored: a masked weight raw."""
+    """Return the parameter `name` of `module` as it is stored; a masked weight raw."""
     parameter = module._parameters[name]
     assert parameter is not None
     return parameter
 
 
 def under_transform(tensors: list[Tensor]) -> bool:
-    """Whether a tensor is no plain one: a torch.func wrapper, a fake or another subclass that NumPy cannot read."""
+    """Return whether a tensor is not plain: a torch.func wrapper, a fake or another subclass that NumPy cannot read."""
     return any(type(t) not in (Tensor, nn.Parameter) or is_func_wrapper(t) for t in tensors)

@@ -1,6 +1,6 @@
-"""The arguments of `convert`: their defaults, and the check of what a caller gave.
+"""The arguments of `convert`: their defaults, and the checks of given values.
 
-To import this module imports neither torch nor NumPy, so that `popup-surgery convert --help` can show the defaults.
+Importing this module imports neither torch nor NumPy, so that `popup-surgery convert --help` can show the defaults.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,17 @@ Schemes = str | Mapping[str, str]
 Scope = Literal["layer", "global"]
 Choice = Literal["frozen", "train"]
 
-WITHOUT_K: dict[str, Any] = {"k": None, "scaled": False, "scope": "layer"}  # what learners that take no k allow
+WITHOUT_K: dict[str, Any] = {"k": None, "scaled": False, "scope": "layer"}  # the only values for learners without k
 _WORDS = {"scope": get_args(Scope), "others": get_args(Choice), "norm": get_args(Choice)}
 
 
 @dataclass(frozen=True)
 class MaskingSettings:
-    """Every argument of `convert`, which explains them, with its default.
+    """Every argument of `convert`, with its default. The docstring of `convert` explains them.
 
     The signatures of `convert` and `plan`, the recipe's `surgery` section and the command's options take their defaults
-    from here. A converted network keeps the settings that it was converted with. `of` makes one from what a caller
-    gave, and checks it; the class itself checks nothing.
+    from here. A converted network stores the settings that it was converted with. `of` checks the values that a caller
+    gave and makes settings of them; the constructor checks nothing.
     """
 
     k: Shares | None = 0.3
@@ -44,9 +44,13 @@ class MaskingSettings:
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "MaskingSettings":
-        """The given arguments and defaults for all others, checked, each of its type.
+        """Return the given arguments, checked and converted to their types, with defaults for all others.
 
-        A k or a scheme by pattern without `*` has the default there.
+        If k or the scheme is given by pattern without `*`, `*` gets the default.
+
+        Raises:
+            ConversionError: an argument has a bad value.
+            UnknownName: there is no such scheme or learner.
         """
         from ..learners import get_learner
         from ..weights import PRETRAINED, get_scheme
@@ -72,7 +76,7 @@ class MaskingSettings:
         return cls(**copies | {"k": k, "seed": check_seed(asked.seed)})
 
     def by_pattern(self, name: Literal["k", "scheme"]) -> dict[str, Any]:
-        """k or the scheme by glob pattern, `*` first unless it is given elsewhere."""
+        """Return k or the scheme by glob pattern. `*` comes first, unless the caller gave it in another place."""
         value = getattr(self, name)
         if not isinstance(value, Mapping):
             return {"*": value}
@@ -83,6 +87,7 @@ class MaskingSettings:
 
 
 def _checked_shares(asked: MaskingSettings) -> Shares:
+    """Return k as a float, or as floats by pattern; `ConversionError` if a share is not in (0, 1] or cannot be used."""
     by_pattern = asked.by_pattern("k")
     for pattern, share in by_pattern.items():
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
@@ -96,17 +101,18 @@ def _checked_shares(asked: MaskingSettings) -> Shares:
 
 
 def own_copy(value: Any) -> Any:
-    """A copy that no caller can change later, equal for equal patterns."""
+    """Return a copy that no caller can change later. Equal patterns give equal copies."""
     if isinstance(value, Mapping):
         return dict(value)
     return value if isinstance(value, str) or not isinstance(value, Sequence) else list(value)
 
 
 class Default:
-    """The default of an argument in a signature: shown as its value and equal to it, and yet told from a given value.
+    """The default of an argument in a signature: prints and compares like its value, but differs from a given value.
 
-    A converted network that is completed keeps its settings: whatever the caller gives must agree with them, be it the
-    default or not, and what the caller does not give is as it was. So `k=0.3` in a call is not the same as no k.
+    A converted network that is completed keeps its settings. A value that the caller gives must agree with them, even
+    if it is the default; an argument that the caller does not give keeps its setting. So `k=0.3` in a call is not the
+    same as no k.
     """
 
     def __init__(self, value: Any) -> None:
@@ -125,9 +131,15 @@ DEFAULT: Any = SimpleNamespace(**{name: Default(value) for name, value in vars(M
 
 
 def given_in(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the arguments of `convert` or `plan`, as their `locals()` has them, the settings that the caller gave.
+    """Return the settings that the caller of `convert` or `plan` gave.
 
-    A k of None is not given. `TypeError` where there are arguments that the two do not take, under the name `unknown`.
+    A k of None counts as not given.
+
+    Args:
+        arguments: the function's `locals()`. `unknown` has the arguments that it does not take.
+
+    Raises:
+        TypeError: there are unknown arguments.
     """
     names = vars(DEFAULT)
     if arguments["unknown"]:

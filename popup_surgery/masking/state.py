@@ -1,7 +1,7 @@
-"""What conversion leaves on a network's modules: one `ModuleState` for each, and in it a `MaskedParam` for each weight.
+"""The records that conversion leaves: a `ModuleState` on each module, with a `MaskedParam` for each masked weight.
 
-What `build` knows of a network stands beside it, in an `Origin` of models/architecture.py: a network has that before it
-is converted, and models/ imports nothing of masking/.
+What `build` knows about a network is stored beside it, in an `Origin` (models/architecture.py). A network has its
+`Origin` before it is converted, and models/ imports nothing from masking/.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .ranking import RankGroup, parameter_of, score_name, under_transform
 from .settings import MaskingSettings
 from .unmasked import Generated, UnmaskedRule
 
-STATE = "_popup_state"  # where a module has its `ModuleState`, in its `__dict__`
+STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
 
 
 @dataclass
@@ -30,8 +30,8 @@ class MaskedParam:
         stream: the stream name that its weights and scores were drawn under.
         fan_in: inputs summed into one output.
         std: the weights' standard deviation.
-        k: the share that was asked for, None where the learner takes none; `scaled` weights were widened by √(1/k).
-        ranking, index: the group that it is ranked in, and its place there.
+        k: the requested share; None if the learner takes no k. `scaled` weights were widened by √(1/k).
+        ranking, index: the group that it is ranked in, and its index in the group.
     """
 
     stream: str
@@ -50,7 +50,11 @@ class MaskedParam:
         return self.__dict__ | {"_watch": None}
 
     def read(self, module: nn.Module, name: str) -> Tensor:
-        """The masked weight: a fresh tensor at each read, with the learner's gradient to the score."""
+        """Return the masked weight: a new tensor at each read, with the learner's gradient to the score.
+
+        Raises:
+            MaskedWeightError: the last tensor was written to in place, or a tracer that would freeze the mask reads it.
+        """
         weight, score = parameter_of(module, name), parameter_of(module, score_name(name))
         learner = self.ranking.learner
         if torch.compiler.is_compiling():
@@ -74,7 +78,7 @@ class MaskedParam:
         effective = learner.effective(weight, score, self.ranking.mask(self.index))
         if effective.is_inference() or under_transform([effective]):
             return effective
-        # a tensor without memory that shares the version counter
+        # a tensor without memory of its own, which shares the version counter
         witness = effective.detach()
         witness.data = torch.empty(0, dtype=effective.dtype, device=effective.device)
         self._watch = witness, version_of(witness)
@@ -83,14 +87,14 @@ class MaskedParam:
 
 @dataclass
 class ModuleState:
-    """What conversion did to one module. Every module of a converted network has one, by which it is known.
+    """What conversion did to one module. Every module of a converted network has one, which marks it as converted.
 
     Attributes:
         masked: its masked weights, by parameter name.
-        others: what became of its other parameters, by name; one that is not there came into the module later.
-        generated: those of the others that were drawn, and from which stream.
-        settings: of the module that `convert` was called with alone: how.
-        loading: it is reading a `state_dict`, which may assign masked weights.
+        others: what happened to its other parameters, by name. A parameter that is not listed was added later.
+        generated: which of the others were drawn, and from which stream.
+        settings: the settings of the conversion, only on the module that `convert` was called with.
+        loading: whether it is loading a `state_dict`, which may assign masked weights.
     """
 
     masked: dict[str, MaskedParam] = field(default_factory=dict)
@@ -107,7 +111,7 @@ _MARKS = {
 
 
 def upgrade(attributes: dict[str, Any]) -> None:
-    """Make the marks of version 0.1.0, in a network that was pickled by it, one `ModuleState`."""
+    """Combine the marks in a network that version 0.1.0 pickled into one `ModuleState`."""
     gather(attributes, _MARKS, STATE, _from_marks)
 
 
@@ -116,19 +120,19 @@ def _from_marks(settings: Mapping[str, Any] | None = None, **marks: Any) -> Modu
 
 
 def state_of(module: nn.Module) -> ModuleState | None:
-    """What conversion did to `module`; None if it has not seen it."""
+    """Return what conversion did to `module`; None if it was not converted."""
     upgrade(module.__dict__)
     return module.__dict__.get(STATE)
 
 
 def forget(module: nn.Module) -> None:
-    """Take off `module` what conversion left on it, and what is known of its weights, but not how it was built."""
+    """Remove what conversion left on `module` and what is recorded of its weights, but not how it was built."""
     upgrade(module.__dict__)
     module.__dict__.pop(STATE, None)
     forget_base(module)
 
 
 def slots_of(module: nn.Module) -> dict[str, MaskedParam]:
-    """The masked weights of a swapped layer, by parameter name; empty for any other module."""
+    """Return the masked weights of a swapped layer, by parameter name; empty for any other module."""
     state = module.__dict__.get(STATE)  # a swapped layer is upgraded when it is unpickled
     return {} if state is None else state.masked

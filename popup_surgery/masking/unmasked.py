@@ -1,4 +1,4 @@
-"""What becomes of the parameters that are not masked, so that a frozen network is alive and the seed gives it back."""
+"""The rules for unmasked parameters: they keep a frozen network working, and the seed can restore it."""
 
 import re
 from dataclasses import dataclass
@@ -14,8 +14,9 @@ class UnmaskedRule:
     """What conversion does with one unmasked parameter.
 
     Attributes:
-        action: set it to the constant `value`; draw it from the seed with the standard deviation `value`; or leave it.
-        why: the reason, for people.
+        action: `constant` sets it to `value`; `generated` draws it from the seed, with the standard deviation `value`;
+            `left` does not change it.
+        why: the reason, human-readable.
     """
 
     action: Literal["constant", "generated", "left"]
@@ -42,19 +43,19 @@ _POSITIONS = re.compile(
 _SCALES = re.compile(r"^(gamma(_?\d|_\w+)?|ls\d?|lambda_?\d|layer_?scale(_?\d|_parameter)?|skipinit_gain|gain)$")
 
 
-_BIASES = re.compile(r"^([qkv]|qkv|mlp)_bias$")  # of masked layers, kept by the module around them
-_CENTRED = re.compile(r"(T5)?Gemma[23]?RMSNorm|Qwen3NextRMSNorm")  # their scale is one more than their weight
+_BIASES = re.compile(r"^([qkv]|qkv|mlp)_bias$")  # biases of masked layers that the module around them has
+_CENTRED = re.compile(r"(T5)?Gemma[23]?RMSNorm|Qwen3NextRMSNorm")  # the scale of these norms is 1 + weight
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a normalisation layer, of whatever library."""
+    """Return whether `module` is a normalisation layer, of any library."""
     own = [tensor for tensor in module._parameters.values() if tensor is not None]
     named = re.search("norm|grn$", type(module).__name__.lower())
     return bool(named) and all(sum(size > 1 for size in t.shape) <= 1 for t in own)
 
 
 def treatment(module: nn.Module, name: str, swapped: bool) -> UnmaskedRule:
-    """What to do with the unmasked parameter `name` of `module`, whose weights are masked if it is `swapped`."""
+    """Return the rule for the unmasked parameter `name` of `module`, whose weights are masked if it is `swapped`."""
     layer_type = layer_type_of(module)
     if layer_type is not None:
         if swapped and name in layer_type.biases(module):

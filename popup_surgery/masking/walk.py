@@ -11,7 +11,7 @@ from .state import MaskedParam, slots_of
 
 
 class Place(NamedTuple):
-    """Where a parameter is held: the name of its module in the network, the module, and its own name there."""
+    """Where a parameter is: the name of its module in the network, the module, and its own name there."""
 
     layer: str
     module: nn.Module
@@ -19,7 +19,7 @@ class Place(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its `state_dict` key."""
+        """The parameter's `state_dict` key."""
         return f"{self.layer}.{self.name}" if self.layer else self.name
 
     @property
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel and `torch.compile` wrappers."""
+    """Return the network inside DistributedDataParallel, DataParallel and `torch.compile` wrappers."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
             model = model.module
@@ -39,7 +39,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def places_of(core: nn.Module) -> Iterator[Place]:
-    """Every place that holds a parameter, in `state_dict` order; a parameter that is shared has several."""
+    """Yield every place of every parameter, in `state_dict` order. A shared parameter has several places."""
     for layer, module in core.named_modules():
         for name, tensor in module._parameters.items():
             if tensor is not None:
@@ -47,7 +47,7 @@ def places_of(core: nn.Module) -> Iterator[Place]:
 
 
 def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, MaskedParam]]:
-    """Each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot."""
+    """Yield each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot."""
     seen = set()
     for layer, module in core.named_modules():
         for name, slot in slots_of(module).items():

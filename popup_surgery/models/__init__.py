@@ -1,1 +1,1 @@
-"""Networks by name and description, and which of their parameters are weights."""
+"""Networks by name or description, and which of their parameters are weights."""

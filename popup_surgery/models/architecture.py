@@ -1,4 +1,4 @@
-"""What describes a network in a file: library, name, arguments, and where pretrained weights came from."""
+"""The description of a network in a file: library, name, arguments, and the origin of pretrained weights."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -9,18 +9,18 @@ from torch import nn
 
 from ..errors import ConversionError, nearest
 
-ORIGIN = "_popup_origin"  # where a network has its `Origin`, in its `__dict__`
+ORIGIN = "_popup_origin"  # key of a network's `Origin` in its `__dict__`
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How to build a network: what an artifact's `architecture` says.
+    """How to build a network, as recorded under `architecture` in an artifact.
 
     Attributes:
-        library: `timm`, `torchvision`, `popup_surgery`, or `custom` for a network that no library has.
-        name: its name there, or its class's name for `custom`.
-        kwargs: the keyword arguments, of those in `KWARGS` alone.
-        version: the library's version, to inform.
+        library: `timm`, `torchvision`, `popup_surgery`, or `custom` for a network that is in no library.
+        name: the network's name in the library; for `custom`, the name of its class.
+        kwargs: the keyword arguments; only those in `KWARGS` are allowed.
+        version: the library's version, informational.
     """
 
     library: str
@@ -31,12 +31,12 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Base:
-    """Pretrained weights: what an artifact's `base` says of them.
+    """Pretrained weights, as recorded under `base` in an artifact.
 
     Attributes:
-        library, version, name: the network's, as in `Architecture`.
-        tag: which of the network's pretrained weights; empty where they came from a file or from the user's own hands.
-        sha256: over the values of all weights that came from there and are masked, in the artifact.
+        library, version, name: of the network, as in `Architecture`.
+        tag: the name of the pretrained weights in the library; empty if they came from a file or from the user.
+        sha256: in an artifact, the digest of the values of all masked weights that are pretrained.
     """
 
     library: str
@@ -48,12 +48,12 @@ class Base:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a network came from, as far as it knows itself.
+    """Where a network came from, as far as the network records it.
 
     Attributes:
         architecture: how to build it.
-        base: its pretrained weights, where it has some.
-        fresh: names of the layers that those weights lacked, or had in another size.
+        base: its pretrained weights, if it has any.
+        fresh: names of the layers that the pretrained weights lacked, or had in another size.
     """
 
     architecture: Architecture | None = None
@@ -65,28 +65,29 @@ _MARKS = {"_popup_architecture": "architecture", "_popup_base_weights": "base", 
 
 
 def gather(attributes: dict[str, Any], marks: Mapping[str, str], key: str, record: Callable[..., Any]) -> None:
-    """Make marks that version 0.1.0 left one by one among a module's attributes one `record`, and keep it under `key`.
+    """Combine the marks that version 0.1.0 left among a module's attributes into one `record`, stored under `key`.
 
     Args:
-        marks: the argument of `record` for each mark.
+        attributes: the module's `__dict__`, changed in place.
+        marks: maps each mark to an argument of `record`.
     """
     if found := {name: attributes.pop(mark) for mark, name in marks.items() if mark in attributes}:
         attributes[key] = record(**found)
 
 
 def origin_of(model: nn.Module) -> Origin:
-    """Where `model` came from; an empty `Origin` if it does not know."""
+    """Return where `model` came from; an empty `Origin` if nothing is recorded."""
     gather(model.__dict__, _MARKS, ORIGIN, Origin)
     return model.__dict__.get(ORIGIN, Origin())
 
 
 def note_origin(model: nn.Module, **known: Any) -> None:
-    """Let `model` know more of its `Origin`."""
+    """Record attributes of the `Origin` of `model`."""
     model.__dict__[ORIGIN] = replace(origin_of(model), **known)
 
 
 def forget_base(model: nn.Module) -> None:
-    """Let `model` know how it was built, and no longer where its weights are from."""
+    """Drop the record of where the weights of `model` came from, and keep how it was built."""
     built = Origin(origin_of(model).architecture)
     if built == Origin():
         model.__dict__.pop(ORIGIN, None)
@@ -107,7 +108,7 @@ def _number(high: float, zero: bool) -> Callable[[Any], bool]:
     return lambda value: type(value) in (int, float) and (value >= 0 if zero else value > 0) and value <= high
 
 
-# the arguments that an artifact may hold: what is expected, and the check
+# the arguments that an artifact may record: the expected value in words, and the check
 KWARGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_classes": ("an integer from 0 to 1,000,000", _integer(0, 1_000_000)),
     "in_chans": ("an integer from 1 to 1,024", _integer(1, 1024)),
@@ -122,7 +123,7 @@ KWARGS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def check_kwargs(kwargs: Mapping[str, Any]) -> None:
-    """`ConversionError` unless every argument is one of `KWARGS`, within its bounds."""
+    """Raise `ConversionError` unless every argument is in `KWARGS` and within its bounds."""
     for key, value in kwargs.items():
         if key not in KWARGS:
             near = nearest(key, KWARGS)
@@ -133,12 +134,12 @@ def check_kwargs(kwargs: Mapping[str, Any]) -> None:
 
 
 def describe(model: nn.Module) -> Architecture:
-    """The description that `model` was built or converted with; `custom` where there is none."""
+    """Return the description that `model` was built or converted with; `custom` if there is none."""
     return origin_of(model).architecture or Architecture("custom", type(model).__name__)
 
 
 def input_size(model: nn.Module) -> tuple[int, int, int] | None:
-    """Channels, height and width of the images that `model` is made for, where it says so."""
+    """Return channels, height and width of the images that `model` is made for; None if it does not say."""
     size = getattr(model, "input_size", None) or (getattr(model, "default_cfg", None) or {}).get("input_size")
     kwargs = describe(model).kwargs
     if size is None:

@@ -1,4 +1,4 @@
-"""Networks that know their own description, with, without or before their initialisation."""
+"""Build networks that record their own description: initialised, uninitialised, or on the meta device."""
 
 import inspect
 import warnings
@@ -19,19 +19,20 @@ from .skip_init import Blank
 
 
 def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) -> nn.Module:
-    """A network that knows its own description, so that `save` can record it.
+    """Build a network that records its own description, so that `save` can write it to a file.
 
     Args:
-        name: `timm/…`, `torchvision/…`, `popup_surgery/conv4`, or the bare name of one of them.
-        pretrained: False for the network's own random initialisation; True for the library's default weights; one of
-            its tags, such as `a1_in1k`; or a file of weights, safetensors or a checkpoint that unpickles no code. A
-            classifier of another size than theirs stays random, and conversion draws it from the seed.
-        kwargs: arguments of the network, of those that an artifact can record: `KWARGS`.
+        name: `timm/…`, `torchvision/…`, `popup_surgery/conv4`, or such a name without the library.
+        pretrained: False for the network's own random initialisation; True for the library's default weights; a tag of
+            the library, such as `a1_in1k`; or the path of a file of weights, which is safetensors or a checkpoint that
+            unpickles no code. If the classifier has another size than the pretrained one, it stays random, and
+            conversion draws it from the seed.
+        kwargs: arguments of the network. Only those that an artifact can record are allowed: `KWARGS`.
 
     Raises:
-        UnknownName: no such network or tag.
-        ConversionError: an argument that an artifact cannot record, or that the network does not take; weights that
-            cannot be had, or that are not for this network.
+        UnknownName: there is no such network or tag.
+        ConversionError: an artifact cannot record an argument, or the network does not take it; or the weights cannot
+            be obtained, or do not fit the network.
     """
     described = architecture_of(name, **kwargs)
     if pretrained is False or pretrained is None:
@@ -47,7 +48,11 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
 
 
 def build_architecture(architecture: Architecture, tag: str | None = None) -> nn.Module:
-    """The network that `architecture` describes, of checked names and arguments, with the pretrained weights `tag`."""
+    """Build the network that `architecture` describes, whose names and arguments were checked.
+
+    Args:
+        tag: which of the library's pretrained weights to load; none if None or empty.
+    """
     library, name = architecture.library, architecture.name
     try:
         with _quiet():
@@ -63,7 +68,7 @@ def build_architecture(architecture: Architecture, tag: str | None = None) -> nn
 
 
 def build_meta(architecture: Architecture) -> nn.Module:
-    """As `build_architecture`, without memory: parameters on the meta device."""
+    """Build like `build_architecture`, with parameters on the meta device, which take no memory."""
     try:
         with torch.device("meta"), Blank():
             return build_architecture(architecture)
@@ -72,12 +77,16 @@ def build_meta(architecture: Architecture) -> nn.Module:
             raise
     from accelerate import init_empty_weights
 
-    with init_empty_weights():  # torchvision's regnets read values while they are built; only parameters are left out
+    with init_empty_weights():  # torchvision's regnets read values while being built: only parameters go to meta
         return build_architecture(architecture)
 
 
 def build_uninitialised(architecture: Architecture) -> tuple[nn.Module, Blank]:
-    """As `build_architecture`, without its random initialisation; the second value tells what is not initialised."""
+    """Build like `build_architecture`, without random initialisation.
+
+    Returns:
+        The network, and the `Blank` that tells which of its parameters are not initialised.
+    """
     with Blank() as blank:
         return build_architecture(architecture), blank
 
@@ -85,25 +94,26 @@ def build_uninitialised(architecture: Architecture) -> tuple[nn.Module, Blank]:
 @contextmanager
 def _quiet() -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # deprecations between the libraries, nothing that a user could act on
+        warnings.simplefilter("ignore")  # deprecations between the libraries, which a user can do nothing about
         yield
 
 
 def _build_timm(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
+    """Build a timm network, and note the layers that the pretrained weights lack as fresh."""
     import timm
 
     if not tag:
         return timm.create_model(name, pretrained=False, **kwargs)
     with _missing_keys() as missing:
         model = timm.create_model(f"{name}.{tag}", pretrained=True, **kwargs)
-    # with another number of classes timm loads what it can
+    # if the number of classes differs, timm loads the weights that fit
     note_origin(model, fresh=tuple({key.rpartition(".")[0] for key in missing}))
     return model
 
 
 @contextmanager
 def _missing_keys() -> Iterator[list[str]]:
-    """The keys that weights loaded within it lacked."""
+    """Context manager: a list that collects the keys missing from every `state_dict` that is loaded."""
     missing: list[str] = []
     load = nn.Module.load_state_dict
 
@@ -117,6 +127,7 @@ def _missing_keys() -> Iterator[list[str]]:
 
 
 def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
+    """Build a torchvision network; with another number of classes, load the pretrained weights that fit."""
     import torchvision
 
     builder = torchvision.models.get_model_builder(name)

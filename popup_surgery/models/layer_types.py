@@ -1,4 +1,4 @@
-"""Which parameters of a module are weights, and their fans: one entry for each type of layer."""
+"""Which parameters of a module are weights, and their fans: one entry per type of layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ class LayerType:
     """A type of layer.
 
     Args:
-        types: instances of these, subclasses too, are layers of this type; a class of a library that may not be there,
-            or that is slow to import, by its full name.
-        weights: the fans of each maskable weight of such a layer, by parameter name.
-        biases: parameter names of its biases.
-        mixin: a class that comes before the layer's own once it is masked, where the layer reads its weights by
-            another way than `self.<name>`.
+        types: classes whose instances are layers of this type, subclasses included. A class from a library that may
+            not be installed, or is slow to import, is given by its full name.
+        weights: returns the fans of each maskable weight of such a layer, by parameter name.
+        biases: returns the parameter names of the layer's biases.
+        mixin: a class that is put before the layer's own once it is masked. It is needed if the layer does not read its
+            weights as `self.<name>`.
     """
 
     types: tuple[type[nn.Module] | str, ...]
@@ -37,7 +37,7 @@ class LayerType:
     mixin: type | None = None
 
     def covers(self, cls: type) -> bool:
-        """Whether instances of `cls` are layers of this type."""
+        """Return whether instances of `cls` are layers of this type."""
         mro = {f"{c.__module__}.{c.__qualname__}" for c in cls.__mro__}
         return any(t in mro if isinstance(t, str) else issubclass(cls, t) for t in self.types)
 
@@ -63,7 +63,7 @@ def _conv1d_of_transformers(module: Any) -> dict[str, Fans]:
 
 
 def _packed(module: nn.Module, names: tuple[str, ...]) -> dict[str, Fans]:
-    """The two-dimensional weights (outputs, inputs) called `names…`."""
+    """Return the fans of the two-dimensional weights (outputs, inputs) whose names start with one of `names`."""
     found = {name: tensor for name, tensor in module._parameters.items() if name.startswith(names)}
     return {n: Fans(float(t.shape[1]), float(t.shape[0])) for n, t in found.items() if t is not None}
 
@@ -93,6 +93,6 @@ LAYER_TYPES = [
 
 
 def layer_type_of(layer: nn.Module | type) -> LayerType | None:
-    """The type of layer that a module is, or that a class makes; None if it is none."""
+    """Return the layer type of a module or of a class; None if it has none."""
     cls = layer if isinstance(layer, type) else type(layer)
     return next((each for each in LAYER_TYPES if each.covers(cls)), None)

@@ -1,4 +1,4 @@
-"""The libraries that networks come from, and the names in them."""
+"""The libraries that networks come from, and the names of their networks."""
 
 from importlib import import_module
 from typing import Any
@@ -10,7 +10,7 @@ LIBRARIES = ("popup_surgery", "timm", "torchvision")
 
 
 def names(library: str) -> list[str]:
-    """All names of networks in `library`."""
+    """Return the names of all networks in `library`."""
     if library == "timm":
         import timm
 
@@ -25,10 +25,12 @@ def names(library: str) -> list[str]:
 
 
 def resolve(name: str) -> tuple[str, str]:
-    """Library and name of `timm/resnet50`, or of a bare `resnet50`: ours first, then timm, then torchvision.
+    """Split `timm/resnet50` into library and name; find the library of a bare `resnet50`.
+
+    A bare name is looked up in popup_surgery first, then in timm, then in torchvision.
 
     Raises:
-        UnknownName: no library has it; the message has the three nearest names.
+        UnknownName: the name is in no library; the message gives the three nearest names.
     """
     library, slash, bare = name.rpartition("/")
     for candidate in [library] if slash else LIBRARIES:
@@ -40,7 +42,7 @@ def resolve(name: str) -> tuple[str, str]:
 
 
 def architecture_of(name: str, **kwargs: Any) -> Architecture:
-    """The description of what `build` with the same arguments builds, with the same errors."""
+    """Return the description of the network that `build` with the same arguments builds. Raises the same errors."""
     library, bare = resolve(name)
     check_kwargs(kwargs)
     kwargs = {key: list(value) if isinstance(value, tuple) else value for key, value in kwargs.items()}

@@ -1,6 +1,6 @@
 """The networks of the paper's CIFAR-10 experiments (section 4.1, after Frankle and Carbin, 2019), and a few more.
 
-Conv2 to Conv8 and fc have no biases and no normalisation, and ReLU between layers. Sizes for 10 classes of
+Conv2 to Conv8 and fc have ReLU between layers, and neither biases nor normalisation. Sizes for 10 classes of
 3 × 32 × 32 images:
 
 | net | convolutions (3 × 3, padding 1, each pair followed by a 2 × 2 max-pool) | fully connected | weights |
@@ -24,13 +24,16 @@ class ConvNet(nn.Module):
     """Pairs of 3 × 3 convolutions, then linear layers: float [N, in_chans, H, W] to logits, float [N, num_classes].
 
     Args:
-        convs: output channels of the convolutions, an even number of them, possibly none.
+        convs: output channels of the convolutions. Their number is even, and may be 0.
         hidden: widths of the linear layers before the last.
-        width: multiplies all of `convs` and `hidden`, rounded to the nearest integer, at least 1 (paper, section 4.3).
+        num_classes: number of outputs.
+        in_chans: number of input channels.
         img_size: H and W, or one number for both.
+        width: factor of all `convs` and `hidden`, which are rounded to the nearest integer, at least 1 (paper, section
+            4.3).
 
     Raises:
-        ConversionError: the image is too small for the pools.
+        ConversionError: the image is too small for the pooling layers.
     """
 
     def __init__(
@@ -67,27 +70,27 @@ class ConvNet(nn.Module):
 
 
 def conv2(num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32, width: float = 1.0) -> ConvNet:
-    """The paper's Conv2; arguments as `ConvNet`'s."""
+    """The paper's Conv2. Arguments are as for `ConvNet`."""
     return ConvNet([64, 64], [256, 256], num_classes, in_chans, img_size, width)
 
 
 def conv4(num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32, width: float = 1.0) -> ConvNet:
-    """The paper's Conv4; arguments as `ConvNet`'s."""
+    """The paper's Conv4. Arguments are as for `ConvNet`."""
     return ConvNet([64, 64, 128, 128], [256, 256], num_classes, in_chans, img_size, width)
 
 
 def conv6(num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32, width: float = 1.0) -> ConvNet:
-    """The paper's Conv6; arguments as `ConvNet`'s."""
+    """The paper's Conv6. Arguments are as for `ConvNet`."""
     return ConvNet([64, 64, 128, 128, 256, 256], [256, 256], num_classes, in_chans, img_size, width)
 
 
 def conv8(num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32, width: float = 1.0) -> ConvNet:
-    """The paper's Conv8; arguments as `ConvNet`'s."""
+    """The paper's Conv8. Arguments are as for `ConvNet`."""
     return ConvNet([64, 64, 128, 128, 256, 256, 512, 512], [256, 256], num_classes, in_chans, img_size, width)
 
 
 def fc(num_classes: int = 10, in_chans: int = 1, img_size: int | Sequence[int] = 28, width: float = 1.0) -> ConvNet:
-    """The fully connected 300-100 network for MNIST-like images; arguments as `ConvNet`'s."""
+    """The fully connected 300-100 network for MNIST-like images. Arguments are as for `ConvNet`."""
     return ConvNet([], [300, 100], num_classes, in_chans, img_size, width)
 
 
@@ -95,8 +98,8 @@ def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, img_size: int | Seq
     """ResNet-18 for small images: torchvision's, with a 3 × 3 stem of stride 1 and no max-pool; 11,164,352 weights.
 
     Args:
-        num_classes, in_chans: outputs and input channels.
-        img_size: H and W, or one number for both, to record; any size is taken.
+        num_classes, in_chans: number of outputs and of input channels.
+        img_size: H and W, or one number for both. It is only recorded; the network takes images of any size.
     """
     from torchvision.models import resnet18
 

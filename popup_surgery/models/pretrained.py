@@ -1,4 +1,4 @@
-"""Pretrained weights: the tags that a library has, and files of weights."""
+"""Pretrained weights: tags of a library, and files of weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
 
 
 def tags(architecture: Architecture) -> list[str]:
-    """The names of a network's pretrained weights, the default first."""
+    """Return the names of a network's pretrained weights, the default first."""
     if architecture.library == "timm":
         import timm
 
@@ -31,7 +31,12 @@ def tags(architecture: Architecture) -> list[str]:
 
 
 def check_tag(architecture: Architecture, tag: str | None) -> str:
-    """`tag` if the network has such pretrained weights, or its default one for None; else `UnknownName`."""
+    """Return `tag`, or the network's default tag if it is None.
+
+    Raises:
+        UnknownName: the network has no such tag.
+        ConversionError: the network has no pretrained weights.
+    """
     known = tags(architecture)
     if not known:
         raise ConversionError(f"{architecture.library}/{architecture.name} has no pretrained weights")
@@ -41,7 +46,7 @@ def check_tag(architecture: Architecture, tag: str | None) -> str:
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The `state_dict` in a file: safetensors, or a checkpoint, of which nothing is run."""
+    """Read the `state_dict` in a file: safetensors, or a checkpoint, none of whose code is run."""
     from timm.models import load_state_dict
 
     if not path.is_file():
@@ -53,7 +58,14 @@ def read_weights(path: Path) -> dict[str, Any]:
 
 
 def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
-    """A `state_dict`, which `what` names, into a network; layers that it has in another size are noted as fresh."""
+    """Load a `state_dict` into a network. Layers that have another size there are noted as fresh.
+
+    Args:
+        what: name of the `state_dict`, for messages.
+
+    Raises:
+        ConversionError: the `state_dict` does not fit the network.
+    """
     own = model.state_dict()
     if missing := [name for name in own if name not in state and not name.endswith("num_batches_tracked")]:
         raise ConversionError(f"{what} lacks {missing[0]!r} and {len(missing) - 1} more tensors of the network")

@@ -1,4 +1,4 @@
-"""Build a network without its random initialisation, which takes most of the time and which conversion overwrites."""
+"""Build a network without its random initialisation: it takes most of the time, and conversion overwrites it."""
 
 from typing import Any
 
@@ -14,26 +14,28 @@ _SET = {nn.init.constant_, Tensor.fill_, Tensor.zero_}
 
 
 class Blank(TorchFunctionMode):
-    """While it is entered, parameters are not filled at random: their memory is reserved and never touched.
+    """Context manager: parameters are not filled with random numbers. Their memory is reserved and not touched.
 
-    All else is built as ever: buffers, also those that no `state_dict` holds, constants, and random tensors that are
-    no parameters' own memory. `is_blank` tells afterwards what has no value. On the meta device nothing is filled.
+    Everything else is built as usual: buffers, including those that are not in the `state_dict`, constants, and random
+    tensors outside the memory of parameters. Afterwards `is_blank` tells which parameters have no values. On the meta
+    device nothing is filled.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._parameters: dict[int, Tensor] = {}  # by address, held so that no address serves twice
+        self._parameters: dict[int, Tensor] = {}  # by address; references keep an address from being reused
         self._blank: set[int] = set()
 
     def is_blank(self, parameter: Tensor) -> bool:
-        """Whether `parameter` was to be filled at random, and was not."""
+        """Return whether `parameter` was left without the random values that it should have."""
         return parameter.untyped_storage().data_ptr() in self._blank
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Skip random fills of parameters, and remember which parameters are blank."""
         kwargs = kwargs or {}
         tensor = args[0] if args else kwargs.get("tensor")
         if isinstance(tensor, Tensor) and tensor.is_meta and func in _RANDOM | _ADJUST | _SET:
-            return tensor  # there is nothing to write to, and finding that out takes its time
+            return tensor  # there is nothing to write to, and torch takes time to find that out
         if isinstance(tensor, Tensor) and (address := tensor.untyped_storage().data_ptr()):
             if isinstance(tensor, nn.Parameter):
                 self._parameters.setdefault(address, tensor)

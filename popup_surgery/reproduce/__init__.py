@@ -1,4 +1,4 @@
-"""The paper's figures and tables, each one sweep of recipes/paper and a picture of it."""
+"""Reproduction of the paper's figures and tables. Each is a sweep in recipes/paper and a picture of it."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -26,8 +26,8 @@ class Scale:
     """How much of the paper's protocol is run.
 
     Attributes:
-        cifar10, imagenet: settings of the recipes that differ from the paper's.
-        seeds: how many for CIFAR-10; the paper's where None, and for ImageNet, where these are one.
+        cifar10, imagenet: recipe settings that differ from the paper's.
+        seeds: number of seeds for CIFAR-10; the paper's number if None. ImageNet keeps the paper's one seed.
     """
 
     cifar10: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What came of it: the outcomes of all runs, and the files that show them."""
+    """The outcomes of all runs of a figure, its table as Markdown, and the files written."""
 
     outcomes: tuple[Outcome, ...]
     table: str
@@ -74,21 +74,21 @@ def sweep_of(
     seeds: int | list[int] | None = None,
     data_dir: str | Path | None = None,
 ) -> Sweep:
-    """The runs behind a figure.
+    """Return the runs of a figure as a sweep.
 
     Args:
         figure: a key of `FIGURES`.
         scale: a key of `SCALES`.
         settings: `key=value`, or `key=[value, …]` in place of the figure's own values, as for a sweep.
-        only: series and networks to run, by their labels; all of the kind that none is given of.
-        seeds: how many, from 0, or which, in place of the scale's.
-        data_dir: the data set's folder; for CIFAR-10 torchvision's, or one of train/ and validation/ with a folder of
-            images for each class.
+        only: series and networks to run, by their labels. If no series is given, all series run; likewise networks.
+        seeds: how many, counted from 0, or a list, in place of the scale's.
+        data_dir: the data set's folder. For CIFAR-10 it is torchvision's, or one with train/ and validation/, each with
+            a folder of images for each class.
 
     Raises:
-        UnknownName: no such figure, scale, series or network.
-        RecipeError: what is wrong with the settings, or `only` leaves no run, or two runs of the figure would have
-            the same place in it.
+        UnknownName: there is no such figure, scale, series or network.
+        RecipeError: the settings are not valid, `only` leaves no run, or two runs would have the same place in the
+            figure.
     """
     found, chosen = _look_up(figure, scale)
     own = chosen.imagenet if found.imagenet else chosen.cifar10
@@ -98,7 +98,7 @@ def sweep_of(
     file = find(f"paper/{found.sweep}")
     values = read_yaml(file)
     settings = _apply(values["runs"], [*own, *settings])
-    _choose(values["runs"], only)  # before the settings are checked, which may be for these alone
+    _choose(values["runs"], only)  # before the settings are checked: they may apply only to these runs
     if not values["runs"]:
         raise RecipeError(f"{figure} has no run of {' and '.join(only)} together; expected a series with its network")
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
@@ -125,15 +125,17 @@ def reproduce(
     report: Report = lambda outcomes, changed: None,
     settings: Sequence[str] = (),
 ) -> Reproduction:
-    """Run what of `sweep` is not finished, and write the figure, as PNG and SVG, and its table, as Markdown and JSON.
+    """Run the unfinished runs of `sweep`, and write the figure and its table.
+
+    The figure is written as PNG and SVG, the table as Markdown and JSON.
 
     Args:
-        figure, scale, settings: as for `sweep_of`, which made `sweep`; the figure and its table say the settings.
+        figure, scale, settings: as given to `sweep_of` to make `sweep`. The figure and its table state the settings.
         output: a folder; figures share the runs in it.
         engine, report: as for `sweep.execute`.
 
     Raises:
-        RunError, Stopped, PopupError: as `sweep.execute`.
+        RunError, Stopped, PopupError: as for `sweep.execute`.
     """
     _look_up(figure, scale)
     output = Path(output)
@@ -142,18 +144,18 @@ def reproduce(
 
 
 def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction:
-    """Write a figure and its table from the finished runs in an archive, as `reproduce` does; nothing is run.
+    """Write a figure and its table from the finished runs in an archive, as `reproduce` does. Nothing is run.
 
-    The note under the figure says the device that the archive names, and how many of the figure's runs are there.
+    The figure's note states the device that the archive names, and how many of the figure's runs the archive has.
 
     Args:
         figure: a key of `FIGURES`.
-        archive: a file that `write_archive` wrote, as `benchmarks/gpu.py` does.
-        output: a folder; it is made if it is not there.
+        archive: a file by `write_archive`, for example from `benchmarks/gpu.py`.
+        output: a folder; it is created if needed.
 
     Raises:
-        UnknownName: no such figure.
-        RunError: the file is no archive of runs, or has no run of the figure.
+        UnknownName: there is no such figure.
+        RunError: the file is not an archive of runs, or has no run of the figure.
         PopupError: `output` cannot be written.
     """
     found = Archive.open(archive)
@@ -182,7 +184,7 @@ def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction
 
 
 def _place(run: Run) -> tuple[str, str, int]:
-    """Where a run stands in its figure."""
+    """Return the place of a run in its figure: label, grid values and seed."""
     return run.label, json.dumps(dict(run.values), sort_keys=True), run.seed
 
 
@@ -200,7 +202,7 @@ def _show(figure: str, scale: str, outcomes: Sequence[Outcome], note: str, outpu
 
 
 def _choose(entries: list[dict[str, Any]], only: Sequence[str]) -> None:
-    """Leave the series and the networks of `only` in a figure's grids."""
+    """Remove all series and networks that are not in `only` from a figure's grids."""
     series = dict.fromkeys(entry["label"] for entry in entries)
     networks = dict.fromkeys(short(net) for entry in entries for net in entry.get("grid", {}).get(NET, []))
     for name in only:
@@ -215,10 +217,9 @@ def _choose(entries: list[dict[str, Any]], only: Sequence[str]) -> None:
 
 
 def _apply(entries: list[dict[str, Any]], settings: Sequence[str]) -> list[str]:
-    """Give a figure's grids the settings that not all its runs take; those that are left.
+    """Apply those settings to a figure's grids that not all its runs take. Returns the other settings.
 
-    These are values of the grids' keys, for the grids that have them, and keys of the surgery, of which dense runs have
-    none.
+    Not all runs take the values of a grid key, which some grids lack, and the surgery keys, which dense runs lack.
     """
     left = []
     for setting in settings:
@@ -247,7 +248,7 @@ def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:
 
 
 def _note(sweep: Sweep, scale: str, settings: Sequence[str]) -> str:
-    """What was run, of all recipes of a sweep, and the settings that it was run with."""
+    """Describe what was run: scale, images, batch sizes, epochs and seeds of a sweep's recipes, and the settings."""
     data, seeds = [run.recipe.data for run in sweep.runs], len({run.seed for run in sweep.runs})
 
     def each(values: Iterable[int | None]) -> str:

@@ -1,4 +1,4 @@
-"""What each figure shows, and the paper's own numbers."""
+"""The figures: what each one shows, and the paper's own numbers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ K, WIDTH, NET = "surgery.k", "model.kwargs.width", "model.name"
 
 @dataclass(frozen=True)
 class Reported:
-    """An accuracy that the paper, or its authors' table, reports; in %.
+    """An accuracy in % that the paper or its authors' table reports.
 
     Attributes:
-        label: of the series.
-        values: of some of the grid's keys.
-        best: it is the best of the series over x.
-        read: where it stands; numbers read from a figure are good to about half a point.
+        label: label of the series.
+        values: values of the grid keys that it belongs to; other keys may have any value.
+        best: whether it is the best of the series over x.
+        read: where the number was read. Those read from a figure are accurate to about half a point.
     """
 
     label: str
@@ -30,10 +30,11 @@ class Figure:
     """One figure or table.
 
     Attributes:
-        sweep: its file in recipes/paper.
-        x, x_label: the key on the x axis, of the grid; or `kept`, the number of weights that take part.
-        panels: the key whose values have a panel each.
+        sweep: name of its sweep in recipes/paper.
+        x, x_label: the grid key on the x axis, or `kept`, the number of weights kept; and the label of the axis.
+        panels: the grid key with one panel for each of its values.
         reported: the paper's numbers.
+        imagenet: whether it is about ImageNet instead of CIFAR-10.
     """
 
     title: str

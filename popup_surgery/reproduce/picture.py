@@ -1,4 +1,4 @@
-"""The figures themselves, with the paper's axes."""
+"""Drawing of the figures, with the paper's axes."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from ..sweep import Point
 from .figures import Figure, K
 from .table import match, panel_of, x_of
 
-# Okabe and Ito's colours, which the colour-blind tell apart; markers and dashes serve those who print in grey
+# Okabe and Ito's colours are distinct for the colour-blind; markers and dashes are distinct in grey print
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", "-.", ":")
@@ -19,7 +19,7 @@ DASHES = ("-", "--", "-.", ":")
 
 @dataclass(frozen=True)
 class _Measured:
-    """A mean over seeds in %, at x; or where there is no x, for all of them."""
+    """Mean and standard deviation over seeds, in %, at x. Without x they hold for the whole axis."""
 
     x: float | None
     mean: float
@@ -28,16 +28,16 @@ class _Measured:
 
 @dataclass
 class _Panel:
-    """What one panel shows: series by name, and the paper's numbers as points."""
+    """Contents of one panel: series by name, and the paper's numbers as points."""
 
     series: dict[str, list[_Measured]] = field(default_factory=lambda: defaultdict(list))
     crosses: list[tuple[float, float]] = field(default_factory=list)
 
 
 def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None:
-    """Accuracy over x, mean and a band of one standard deviation, and the paper's numbers as crosses.
+    """Draw accuracy over x: means, a band of one standard deviation, and the paper's numbers as crosses.
 
-    What has no x is a horizontal line, as is the paper's best over x. The format is that of the path's suffix.
+    A series without x is a horizontal line, and so is the paper's best over x. The suffix of `path` selects the format.
     """
     panels = _panels(figure, points)
     names = list(dict.fromkeys(point.label for point in points))
@@ -57,7 +57,7 @@ def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None
 
 
 def _panels(figure: Figure, points: Sequence[Point]) -> dict[str, _Panel]:
-    """The panels by their titles."""
+    """Return the panels by their titles."""
     panels: dict[str, _Panel] = defaultdict(_Panel)
     for point in points:
         if point.mean is not None:
@@ -69,7 +69,7 @@ def _panels(figure: Figure, points: Sequence[Point]) -> dict[str, _Panel]:
 
 
 def _draw_series(axis: Any, name: str, measured: list[_Measured], number: int, joined: bool) -> None:
-    """A line of means with its band, or markers that are not `joined`; `number` chooses how it looks."""
+    """Draw the means of a series with their band, as markers and, if `joined`, a line. `number` selects the style."""
     colour, style = COLOURS[number % len(COLOURS)], DASHES[number % len(DASHES)]
     if measured[0].x is None:
         mean, std = measured[0].mean, measured[0].std
@@ -85,7 +85,7 @@ def _draw_series(axis: Any, name: str, measured: list[_Measured], number: int, j
 
 
 def _draw_paper(axis: Any, figure: Figure, title: str, panel: _Panel) -> None:
-    """What the paper reports for a panel."""
+    """Draw the paper's numbers for a panel."""
     if panel.crosses:
         axis.plot(*zip(*panel.crosses, strict=True), "x", color="#000000", markersize=8, label="the paper")
     for reported in figure.reported:
@@ -94,7 +94,7 @@ def _draw_paper(axis: Any, figure: Figure, title: str, panel: _Panel) -> None:
 
 
 def _draw_legend(drawing: Any, axes: Sequence[Any]) -> None:
-    """One legend for all panels, below them."""
+    """Draw one legend for all panels, below them."""
     handles: dict[str, object] = {}
     for axis in axes:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -1,4 +1,4 @@
-"""Our numbers beside the paper's."""
+"""The table of a figure: our numbers beside the paper's."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,16 @@ from .figures import NET, Figure, K, Reported
 
 @dataclass(frozen=True)
 class Row:
-    """A point of the figure. Accuracies in %; None where there is none.
+    """A row of the table: one point of the figure.
 
     Attributes:
-        network, series: by their labels.
-        x: as on the axis; None where the series is the same for all x.
-        n: finished seeds.
-        best: it is the best of the series over x.
+        network, series: labels of the network and the series.
+        x: the position on the x axis; None if the series is the same for all x.
+        n: number of finished seeds.
+        accuracy, std: mean and standard deviation over the seeds, in %; None if there is none.
+        paper: the paper's accuracy, in %; None if there is none.
+        read: where the paper's number was read.
+        best: whether it is the best of the series over x.
     """
 
     network: str
@@ -32,12 +35,12 @@ class Row:
 
     @property
     def difference(self) -> float | None:
-        """Ours less the paper's, in points."""
+        """Our accuracy minus the paper's, in percentage points."""
         return None if self.accuracy is None or self.paper is None else self.accuracy - self.paper
 
 
 def rows(figure: Figure, points: Sequence[Point]) -> list[Row]:
-    """A row for each point, and one for each best over x that the paper has a number for."""
+    """Return a row for each point, and one for each best over x that the paper has a number for."""
     found = [_row(figure, point, match(figure, point)) for point in points]
     for reported in figure.reported:
         series = [point for point in points if _belongs(reported, point) and point.mean is not None]
@@ -48,12 +51,12 @@ def rows(figure: Figure, points: Sequence[Point]) -> list[Row]:
 
 
 def match(figure: Figure, point: Point) -> Reported | None:
-    """What the paper reports for a point."""
+    """Return what the paper reports for a point, or None."""
     return next((each for each in figure.reported if not each.best and _belongs(each, point)), None)
 
 
 def x_of(figure: Figure, point: Point) -> float | None:
-    """Where a point lies on the x axis, k in %; None where it is the same for all x."""
+    """Return the position of a point on the x axis, for k in %; None if the point is the same for all x."""
     if figure.x == "kept":
         return point.mean.kept if point.mean else None
     x = point.values.get(figure.x)
@@ -61,17 +64,17 @@ def x_of(figure: Figure, point: Point) -> float | None:
 
 
 def panel_of(figure: Figure, values: Mapping[str, Any]) -> str:
-    """The panel that a run with these values of the grid belongs to: a network's name; empty where there is one."""
+    """Return the panel of a run with these grid values: a network's name, or an empty text if there is one panel."""
     return short(values.get(figure.panels or "", ""))
 
 
 def short(network: Any) -> str:
-    """A network's name without its library."""
+    """Return a network's name without its library."""
     return as_text(network).rsplit("/", 1)[-1]
 
 
 def as_markdown(figure: Figure, table: Sequence[Row], note: str) -> str:
-    """The table under the figure's title and scale."""
+    """Return the table as Markdown, under the figure's title and scale."""
     lines = [f"# {figure.title}", "", f"Scale: {note}.", ""]
     lines += [f"| network | series | {figure.x_label} | accuracy (%) | seeds | paper (%) | difference |"]
     lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
@@ -86,7 +89,7 @@ def as_markdown(figure: Figure, table: Sequence[Row], note: str) -> str:
 
 
 def as_json(figure: Figure, table: Sequence[Row], note: str) -> str:
-    """The same, for programs."""
+    """Return the table as JSON, with the figure's title and scale."""
     found = [asdict(row) | {"difference": row.difference} for row in table]
     return json.dumps({"title": figure.title, "scale": note, "rows": found}, indent=1) + "\n"
 

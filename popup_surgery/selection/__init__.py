@@ -1,6 +1,6 @@
-"""The one exact top-k by magnitude: which weights take part (paper, section 3; ties by the lower index).
+"""Exact top-k by magnitude: selects the weights that take part (paper, section 3). Ties go to the lower index.
 
-How, and by which backend, is in this folder's README.md.
+This folder's README.md explains the method and the backends.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from .backend import backend_of
 
 
 def kept_count(n: int, k: float) -> int:
-    """How many of `n` weights a share `k` keeps: n − int((1 − k)·n), in float64."""
+    """Return how many of `n` weights a share `k` keeps: n − int((1 − k)·n), in float64."""
     return n - int((1 - k) * n)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The masks of a group of scores, and on the CPU what it takes to tell that they still hold.
+    """Masks of a group of scores, and on the CPU what is needed to check that they are still right.
 
     Attributes:
         masks: bool, one for each score, of its shape and strides.
@@ -33,14 +33,15 @@ class Selection:
     last: int
 
     def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
-        """True only where `select(scores)` would give these masks again; about a quarter of a selection's work.
+        """Return True only if `select(scores)` would give these masks again. Costs about a quarter of a selection.
 
-        It compares with the known threshold, and so may say no where all magnitudes have moved together. A group off
-        the CPU is never said to hold: the answer would make the host wait for the device.
+        The scores are compared with the known threshold. So the answer may be False for masks that are still right, if
+        all magnitudes have moved together. Off the CPU it is always False: a check would make the host wait for the
+        device.
 
         Args:
             scores: the group, as for `select`.
-            only: look at this member alone.
+            only: index of the one member to check; all members if None.
         """
         if len(scores) != len(self.masks):
             return False
@@ -49,13 +50,13 @@ class Selection:
 
 
 def select(scores: Sequence[Tensor], kept: int) -> Selection:
-    """Keep exactly `kept` of the group's weights: those with the largest |score|, of equal ones the lower index.
+    """Keep exactly `kept` of the group's weights: those with the largest |score|. Ties go to the lower index.
+
+    Never sorts. A NaN ranks above infinity.
 
     Args:
         scores: float32 tensors of any shape and strides, ranked together in this order.
-        kept: 0 … the number of all elements.
-
-    Never sorts. A NaN ranks above infinity.
+        kept: from 0 to the number of all elements.
 
     Raises:
         ValueError: a score is not float32, or `kept` is out of range.
@@ -70,7 +71,7 @@ def select(scores: Sequence[Tensor], kept: int) -> Selection:
 
 @torch.library.custom_op("popup_surgery::select", mutates_args=())
 def select_op(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
-    """`select(scores, kept).masks` as one operator that compilers and tracers take whole."""
+    """Return `select(scores, kept).masks`, as one operator that compilers and tracers do not look into."""
     return list(select(scores, kept).masks)
 
 
@@ -81,7 +82,7 @@ def _(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
 
 @select_op.register_vmap
 def _(info: Any, in_dims: Any, scores: Sequence[Tensor], kept: int) -> tuple[list[Tensor], list[int]]:
-    """Scores stacked along a dimension, as of an ensemble, are ranked each for itself."""
+    """Rank each member of a stack of scores, such as an ensemble's, by itself."""
     dims = in_dims[0]
     rows = [score if dim is None else score.movedim(dim, 0) for score, dim in zip(scores, dims, strict=True)]
     each = [

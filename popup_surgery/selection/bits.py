@@ -1,4 +1,4 @@
-"""Magnitudes of float32 numbers as integers: their bit patterns without the sign order like they do.
+"""Magnitudes of float32 numbers as integers: bit patterns without the sign have the same order as the magnitudes.
 
 number      bit pattern    without the sign
 0.5         0x3F000000     0x3F000000
@@ -15,17 +15,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but the sign
-CHUNK = 1 << 16  # elements a sweep holds in cache
+CHUNK = 1 << 16  # elements of one piece, which fits in cache
 
 Bits = NDArray[np.int32]
-Found = tuple[tuple[Tensor, ...], int, int]  # what a backend finds: a `Selection`'s masks, threshold and last
+Found = tuple[tuple[Tensor, ...], int, int]  # what a backend finds: masks, threshold and last of a `Selection`
 
 
 def bits_of(score: Tensor) -> Bits:
-    """The bit patterns of a score's elements in row-major order, without a copy where it is contiguous."""
+    """Return the bit patterns of a score's elements in row-major order. A contiguous score is not copied."""
     return score.detach().contiguous().view(-1).view(torch.int32).numpy()
 
 
 def in_pieces(array: NDArray) -> list[NDArray]:
-    """`array` in pieces that stay in cache."""
+    """Split `array` into pieces that fit in cache."""
     return [array[i : i + CHUNK] for i in range(0, len(array), CHUNK)]

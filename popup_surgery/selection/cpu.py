@@ -1,14 +1,14 @@
-"""The backend on the CPU: a sample brackets the threshold, one sweep counts and collects, a few are partitioned.
+"""CPU backend: a sample brackets the threshold, one sweep counts and collects, and only a few are partitioned.
 
 Floyd and Rivest, "Expected time bounds for selection", 1975. For example 300,000 of 1,000,000 magnitudes:
 
-- Every 31st is a sample of 32,259. Ascending, the threshold is expected at place 0.7 · 32,259 = 22,581 of it, give or
-  take a standard deviation of √(32,259 · 0.3 · 0.7) = 82. The bracket is the sample's values at the places 22,251 and
-  22,911, four deviations to each side.
-- The sweep finds, say, 289,700 magnitudes above the bracket, which are kept, and 20,460 within it. The 10,300 largest
-  of those are kept too: partitioning them is a fiftieth of partitioning all.
-- If more than 300,000 are above, or fewer than 300,000 above and within together, the sample misled, which happens by
-  chance once in 15,000 times. Then the exact threshold is found by partitioning all.
+- Every 31st magnitude goes into a sample of 32,259. In ascending order, the threshold is expected at its place
+  0.7 · 32,259 = 22,581, with a standard deviation of √(32,259 · 0.3 · 0.7) = 82. The bracket runs from the sample's
+  value at place 22,251 to its value at place 22,911, four deviations to each side.
+- The sweep finds, say, 289,700 magnitudes above the bracket and 20,460 within it. Those above are kept. Of those
+  within, the 10,300 largest are kept too. Partitioning them is a fiftieth of partitioning all.
+- If more than 300,000 are above, or fewer than 300,000 above and within together, the sample was misleading. This
+  happens by chance once in 15,000 times. Then all magnitudes are partitioned to find the exact threshold.
 """
 
 from collections.abc import Sequence
@@ -24,20 +24,20 @@ SAMPLE = 1 << 15
 
 
 def select(scores: Sequence[Tensor], kept: int) -> Found:
-    """The masks of `scores`, and the threshold and the last kept tie as in a `Selection`."""
+    """Return the masks of `scores`, the threshold and the last kept tie, as in a `Selection`."""
     arrays = [bits_of(score) for score in scores]
     total = sum(map(len, arrays))
     if kept in (0, total):
         threshold, last = (0, total - 1) if kept else (MAGNITUDE, -1)
         return tuple(torch.full_like(s, kept > 0, dtype=torch.bool) for s in scores), threshold, last
-    step = total // SAMPLE | 1  # odd, so that it does not walk along one channel
+    step = total // SAMPLE | 1  # odd, so that the sample does not stay in one channel
     sample = np.concatenate([a[::step] for a in arrays]) & MAGNITUDE
     place = len(sample) * (total - kept) / total
     margin = 0 if step == 1 else 4 * (len(sample) * (kept / total) * (1 - kept / total)) ** 0.5 + 1
     low, high = (min(max(int(place + m), 0), len(sample) - 1) for m in (-margin, margin))
     bracket = np.partition(sample, [low, high])[[low, high]]
     found = _sweep(arrays, kept, *bracket)
-    if found is None:  # the sample misled, or there was none: take the exact threshold as the bracket
+    if found is None:  # the sample was misleading, or there was none: use the exact threshold as the bracket
         exact = np.partition(np.concatenate(arrays) & MAGNITUDE, total - kept)[total - kept]
         found = _sweep(arrays, kept, exact, exact)
         assert found is not None
@@ -51,7 +51,7 @@ def select(scores: Sequence[Tensor], kept: int) -> Found:
 
 
 def holds(found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
-    """Whether the masks are still right: one comparison of each score with the threshold."""
+    """Return whether the masks are still right. Each score is compared with the threshold once."""
     masks, threshold, last = found
     start = 0
     for i, (score, mask) in enumerate(zip(scores, masks, strict=True)):
@@ -61,7 +61,7 @@ def holds(found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
         if score.shape != mask.shape:
             return False
         bits, kept = bits_of(score), mask.contiguous().view(-1).numpy()
-        ties = min(max(last + 1 - start, 0), len(bits))  # up to here a tie is kept, after it dropped
+        ties = min(max(last + 1 - start, 0), len(bits))  # ties before this index are kept, those after it dropped
         for part, least in ((slice(0, ties), threshold), (slice(ties, None), threshold + 1)):
             for piece, known in zip(in_pieces(bits[part]), in_pieces(kept[part]), strict=True):
                 if not np.array_equal((piece & MAGNITUDE) >= least, known):
@@ -71,10 +71,10 @@ def holds(found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
 
 
 def _sweep(arrays: list[Bits], kept: int, low: np.int32, high: np.int32) -> tuple[NDArray[np.bool_], int, int] | None:
-    """The mask over all arrays, given that the threshold lies in low … high; None where it does not."""
-    # Magnitudes 5 1 3 3 9 3, three to keep, bracket 2 … 4: above it are 5 and 9, so one more is needed of the 3 3 3
-    # within, at the indices 2, 3 and 5. The threshold is 3, nothing within is over it, and of the ties the first is
-    # taken: the mask is 1 0 1 0 1 0, and the last kept tie is index 2.
+    """Return the mask over all arrays, the threshold and the last tie; None if low … high misses the threshold."""
+    # Example: magnitudes 5 1 3 3 9 3, three to keep, bracket 2 … 4. Above the bracket are 5 and 9. So one more is kept,
+    # of the 3 3 3 within it, at the indices 2, 3 and 5. The threshold is 3, and nothing within is over it. The first
+    # tie is kept: the mask is 1 0 1 0 1 0, and the last kept tie is index 2.
     flat = np.empty(sum(map(len, arrays)), bool)
     start, above = 0, 0
     near_bits, near_index = [], []
@@ -82,7 +82,7 @@ def _sweep(arrays: list[Bits], kept: int, low: np.int32, high: np.int32) -> tupl
         bits, mask = piece & MAGNITUDE, flat[start : start + len(piece)]
         np.greater(bits, high, out=mask)
         above += int(np.count_nonzero(mask))
-        # one comparison for two: unsigned, what is below `low` wraps round to more than any high − low
+        # one comparison instead of two: unsigned, a value below `low` wraps round to more than any high − low
         index = np.flatnonzero((bits - low).view(np.uint32) <= np.uint32(high - low))
         near_bits.append(bits[index])
         near_index.append(index + start)

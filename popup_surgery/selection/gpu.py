@@ -1,4 +1,4 @@
-"""The backend on a GPU: a radix select in Triton, or PyTorch's top-k where Triton does not work."""
+"""GPU backend: a radix select in Triton, or PyTorch's top-k where Triton does not work."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -14,16 +14,17 @@ RADIX_LIMIT = 2**31 - 4096  # elements; the kernels count in int32
 
 
 def select(scores: Sequence[Tensor], kept: int) -> Found:
-    """The masks of `scores`, without the host waiting for the device, and so without the threshold or the last tie."""
+    """Return the masks of `scores`. The host does not wait for the device, so threshold and last tie are −1."""
     return tuple(_masks(scores, kept)), -1, -1
 
 
 def holds(found: Found, scores: Sequence[Tensor], only: int | None) -> bool:
-    """Never: the answer would make the host wait for the device."""
+    """Return False: a check would make the host wait for the device."""
     return False
 
 
 def _masks(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+    """Rank all scores together on the first one's device, and return a bool mask for each."""
     total = sum(score.numel() for score in scores)
     if kept in (0, total):
         return [torch.full_like(score, kept > 0, dtype=torch.bool) for score in scores]
@@ -41,7 +42,7 @@ def _masks(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
 
 @cache
 def _largest_on(device: torch.device) -> Callable[[Tensor, int], Tensor]:
-    """The radix select where kernels can be built for `device`, else PyTorch's own operators."""
+    """Return the radix select if kernels can be built for `device`, else PyTorch's own operators."""
     if device.type == "cuda":
         try:
             from .radix_triton import largest

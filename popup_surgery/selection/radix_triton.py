@@ -1,8 +1,8 @@
-"""Radix select on a GPU, in Triton: the magnitude that exactly `kept` weights reach, found by its digits of eight bits.
+"""Radix select on a GPU, in Triton: finds the magnitude that exactly `kept` weights reach, by digits of eight bits.
 
-Each pass counts, of the magnitudes that begin with the digits found so far, how many have which next one; the passes
-after it read off the digit themselves, so that neither the host nor a kernel in between has to. Integers are added, so
-that the result does not depend on the order.
+Each pass takes the magnitudes that begin with the digits found so far, and counts how often each next digit occurs. The
+passes after it read the digit off these counts themselves, so that neither the host nor a kernel in between has to. The
+counts are integers, so the result does not depend on the order of addition.
 """
 
 # mypy: allow-untyped-defs
@@ -16,14 +16,14 @@ BLOCK = 4096  # elements of one program
 WARPS = 8
 
 
-# What `_find` does, with the 2 largest of 2.0 = 0x40000000, 1.5 = 0x3FC00000, 1.0 = 0x3F800000 and 0.5 = 0x3F000000:
+# How `_find` works, for the 2 largest of 2.0 = 0x40000000, 1.5 = 0x3FC00000, 1.0 = 0x3F800000 and 0.5 = 0x3F000000:
 # first digit   0x40 occurs once, 0x3F 3 times. `upward` is 1 at 0x40 and 4 from 0x3F down, so it reaches 2 in the 64
 #               bins 0x00 … 0x3F: the digit is 64 − 1 = 0x3F. Of its 3 magnitudes, 2 − (4 − 3) = 1 is still to be kept.
 # second digit  of those 3: 0xC0, 0x80 and 0x00, each once. `upward` reaches 1 from 0xC0 down: the digit is 0xC0.
 # the others    0x00 and 0x00. The threshold is 0x3FC00000 = 1.5; 1 magnitude is exactly that, and 1 is kept: no tie.
 @triton.jit
 def _find(counts, kept, DIGITS: tl.constexpr):
-    """The first digits of the threshold, and how many of the magnitudes that begin with them are kept and exist."""
+    """Return the first digits of the threshold, and how many magnitudes begin with them: those to keep, and all."""
     bins = tl.arange(0, 256)
     threshold = 0
     there = 0
@@ -45,7 +45,7 @@ def _magnitudes(bits, n, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["kept"])
 def _count(bits, n, counts, kept, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
-    """Count the digit after the first DIGITS ones."""
+    """Count how often each value of the digit after the first DIGITS ones occurs."""
     _, inside, value = _magnitudes(bits, n, BLOCK)
     if DIGITS > 0:
         threshold, _, _ = _find(counts, kept, DIGITS)
@@ -57,7 +57,7 @@ def _count(bits, n, counts, kept, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["kept"])
 def _count_ties(bits, n, counts, kept, BLOCK: tl.constexpr):
-    """Count each program's magnitudes at the threshold, where not all of them are kept."""
+    """Count each program's magnitudes at the threshold, if not all of them are kept."""
     threshold, needed, there = _find(counts, kept, 4)
     if needed < there:
         _, inside, value = _magnitudes(bits, n, BLOCK)
@@ -80,11 +80,11 @@ def _choose(bits, n, counts, kept, mask, BLOCK: tl.constexpr):
 
 
 def largest(bits: Tensor, kept: int) -> Tensor:
-    """The mask of the `kept` largest magnitudes, of equal ones those with the lower index; the host waits for nothing.
+    """Return the mask, bool [n], of the `kept` largest magnitudes. Ties go to the lower index. The host never waits.
 
     Args:
         bits: bit patterns of float32 numbers, int32 [n], contiguous, on a GPU; n below 2³¹ − 4096.
-        kept: 1 … n.
+        kept: from 1 to n.
     """
     n = len(bits)
     programs = (triton.cdiv(n, BLOCK),)

@@ -1,6 +1,6 @@
-"""Sweeps: many runs of one or several recipes, where there is room for them, and one table of what they gave.
+"""Sweeps: many runs of one or several recipes, on one machine or a cluster, and one table of their results.
 
-`Sweep.load` says what the runs are, `execute` runs those that are not finished, `points` makes the table of outcomes.
+`Sweep.load` lists the runs, `execute` runs those that are not finished, and `points` makes the table of results.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,20 +27,24 @@ def execute(
     engine: Engine | None = None,
     report: Report = lambda outcomes, changed: None,
 ) -> list[Outcome]:
-    """Run what of a sweep is not finished, and write results.json and results.csv now and whenever a run ends.
+    """Run the unfinished runs of a sweep.
+
+    results.json and results.csv are written at the start and whenever a run ends. A run that fails does not stop the
+    others.
 
     Args:
-        output: the sweep's folder, which has a folder of each run; several sweeps may follow each other in one.
-        engine: where the runs run, `Local()` if not given. Artifacts do not depend on it.
-        report: called with all outcomes at the start, with the one that changed too, and some ten times a second.
+        output: the sweep's folder, with one folder in it for each run. Several sweeps can use it, one after another.
+        engine: where the runs take place; `Local()` if not given. Artifacts do not depend on it.
+        report: called with all outcomes and the one that changed, if any: at the start, at each change, and about ten
+            times a second.
 
-    Returns the outcomes, in the sweep's order. A run that fails stops no other.
+    Returns the outcomes, in the sweep's order.
 
     Raises:
         DataError: a run's data set needs a folder, and none is given.
-        RunError: another sweep runs in `output`, or it is a run's folder.
-        Stopped: SIGTERM, SIGINT or SIGUSR1 came; the runs have kept checkpoints, and the next call goes on.
-        PopupError: `output` cannot be written; the engine is not there.
+        RunError: another sweep runs in `output`, or `output` is a run's folder.
+        Stopped: SIGTERM, SIGINT or SIGUSR1 came. The runs have saved checkpoints, and the next call resumes them.
+        PopupError: `output` cannot be written, or the engine is not available.
     """
     output, engine = Path(output), engine or Local()
     for run in sweep.runs:
@@ -71,7 +75,7 @@ def execute(
                             write(sweep.name, list(outcomes.values()), output)
                     report(list(outcomes.values()), changed)
     finally:
-        (output / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another's
+        (output / "lock").unlink(missing_ok=True)  # before the release: afterwards it may be another process's
         lock.release()
     states = [outcome.state for outcome in outcomes.values()]
     if {State.STOPPED, State.WAITING} & set(states):

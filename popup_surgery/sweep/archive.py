@@ -1,7 +1,7 @@
-"""The finished runs of a sweep in one file, which can be carried away and drawn elsewhere.
+"""The finished runs of a sweep in one file, to draw figures from on another machine.
 
-An archive is a ZIP file of `archive.json` and, for each run, `<name>/recipe.yaml`, `<name>/metrics.jsonl` and its popup
-artifact. Dense weights stay behind; `archive.json` has the numbers of every run.
+An archive is a ZIP file. It has `archive.json` with the numbers of every run and, for each run, `<name>/recipe.yaml`,
+`<name>/metrics.jsonl` and its popup artifact. Dense weights are not included.
 """
 
 import io
@@ -21,15 +21,15 @@ from .grid import Run
 from .results import Numbers, Outcome, State
 
 FORMAT = 1
-_LARGEST = 1 << 26  # bytes of one text in an archive
+_LARGEST = 1 << 26  # bytes of one text member of an archive
 
 
 @dataclass(frozen=True)
 class Archive:
-    """Finished runs, and how they were made.
+    """Finished runs and how they were made.
 
     Attributes:
-        about: what the writer said of them, such as `device`, `scale` and `settings`.
+        about: the writer's description of them, such as `device`, `scale` and `settings`.
         outcomes: the runs with their numbers, in the sweep's order.
     """
 
@@ -41,7 +41,7 @@ class Archive:
         """Read an archive.
 
         Raises:
-            RunError: the file cannot be read, or is no archive of runs.
+            RunError: the file cannot be read, or is not an archive of runs.
         """
         try:
             with zipfile.ZipFile(path) as file:
@@ -60,11 +60,14 @@ class Archive:
 def write_archive(
     path: str | Path, outcomes: Sequence[Outcome], output: Path, about: Mapping[str, Any], limit: int | None = None
 ) -> list[str]:
-    """Put the finished runs of a sweep in the folder `output` into an archive.
+    """Write the finished runs of a sweep to an archive.
 
     Args:
-        about: what to say of them; plain values.
-        limit: the most bytes that the file may have. Artifacts beyond it are left out, the last runs' first.
+        path: the archive.
+        outcomes: the outcomes of the sweep's runs.
+        output: the sweep's folder.
+        about: a description of the runs, of plain values.
+        limit: maximum size of the file in bytes. Artifacts that do not fit are left out, those of the last runs first.
 
     Returns the names of the runs whose artifacts were left out.
 

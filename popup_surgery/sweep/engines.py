@@ -1,4 +1,4 @@
-"""Where the runs of a sweep run: processes of this machine, or a Ray cluster."""
+"""Where the runs of a sweep take place: in processes on this machine, or on a Ray cluster."""
 
 import logging
 import os
@@ -26,9 +26,9 @@ from .results import State
 
 log = logging.getLogger("popup_surgery")
 
-PAUSE = 0.1  # seconds between two looks at what runs
-RETRIES = 3  # of a run whose node or process died, on Ray
-PATIENCE = 300  # seconds that a retry waits for the process before it, where its node is only cut off
+PAUSE = 0.1  # seconds between two checks of the running processes
+RETRIES = 3  # on Ray: of a run whose node or process died
+PATIENCE = 300  # seconds that a retry waits for the process before it, which may live on a disconnected node
 
 Event = tuple[Run, State, str]
 Events = Generator[Event | None, None, None]
@@ -36,27 +36,33 @@ Stop = Callable[[], bool]
 
 
 class Engine(Protocol):
-    """Runs the runs of a sweep. Each has `threads` threads wherever it runs, because results on CPUs depend on them."""
+    """Executes the runs of a sweep. Each run has `threads` threads anywhere, because results on CPUs depend on them."""
 
     def ready(self) -> AbstractContextManager[object]:
-        """Context manager: the engine can run. `PopupError` where it cannot."""
+        """Context manager: make the engine ready for `run`.
+
+        Raises:
+            PopupError: the engine is not available.
+        """
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
-        """Run all of `runs`, in their folders in `output`. What happens to one, with an error; and None now and then.
+        """Run all of `runs` in their folders in `output`, and yield events.
 
-        Once `stop` says so no run begins, and those that run end with a checkpoint.
+        An event is a run, its new state and an error message, empty if there is none. None is yielded regularly
+        in between. Once `stop` returns true no further run starts, and those that are running end with a checkpoint.
         """
 
 
 @dataclass(frozen=True)
 class Local:
-    """Processes of this machine, each an ordinary `popup-surgery train`.
+    """Engine: processes on this machine, each an ordinary `popup-surgery train`.
 
     Attributes:
         jobs: runs at a time; if not given, one for each GPU, or without GPUs one for each `threads` cores. GPUs are
-            dealt out to them in turn.
-        admit: asked before a run starts. A run that it refuses is asked about again when a place is free; what is
-            refused while nothing runs is left waiting.
+            assigned to them in turn.
+        threads: threads of each run.
+        admit: called before a run starts; it returns false to refuse the run. A refused run is tried again when a place
+            is free. Runs refused while nothing runs stay waiting.
     """
 
     jobs: int | None = None
@@ -65,7 +71,7 @@ class Local:
 
     @property
     def places(self) -> int:
-        """Runs at a time."""
+        """Number of runs at a time."""
         return self.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // self.threads)
 
     def ready(self) -> AbstractContextManager[object]:
@@ -76,16 +82,17 @@ class Local:
 
 
 class _LocalRuns:
-    """The runs of a `Local` sweep: those that wait, and the process in each place that is taken."""
+    """The runs of a `Local` sweep: those that wait, and the process in each occupied place."""
 
     def __init__(self, engine: Local, runs: Sequence[Run], output: Path, stop: Stop) -> None:
         self.engine, self.output, self.stop = engine, output, stop
         self.waiting = list(runs)
         self.running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
-        self.told = False  # the processes, to stop
+        self.told = False  # whether the processes have been asked to stop
         self.gpus, self.places = _gpus(), range(engine.places)
 
     def events(self) -> Events:
+        """Run everything, and yield the events of `Engine.run`."""
         for run in self.waiting:
             if _in_use(run, self.output):
                 log.warning("another process runs in %s; waiting for it", run.folder(self.output).path)
@@ -104,21 +111,22 @@ class _LocalRuns:
                 child.wait()
 
     def _more_to_come(self) -> bool:
-        """Whether a run that waits will start, or waits for another process."""
+        """Return whether a waiting run can start, or waits for another process."""
         return any(_in_use(run, self.output) or self.engine.admit(run) for run in self.waiting)
 
     def _next(self) -> Run | None:
-        """The first run that may start now."""
+        """Return the first run that may start now."""
         return next((run for run in self.waiting if not _in_use(run, self.output) and self.engine.admit(run)), None)
 
     def _fill_places(self) -> Iterator[Event]:
+        """Start waiting runs in the free places, and yield their events."""
         for place in [place for place in self.places if place not in self.running]:
             run = self._next()
             if run is None:
                 return
             self.waiting.remove(run)
             try:
-                if run.folder(self.output).finished:  # by the process that was waited for
+                if run.folder(self.output).finished:  # by the process that this run waited for
                     yield run, State.FINISHED, ""
                 else:
                     self.running[place] = run, start_run(run, self.output, self._environment(place))
@@ -146,14 +154,18 @@ class _LocalRuns:
 
 @dataclass(frozen=True)
 class OnRay:
-    """Tasks of a Ray cluster: each run one, with `threads` CPUs and `gpus_per_run`, where Ray finds room for it.
+    """Engine: tasks on a Ray cluster.
 
-    A run whose node dies goes on elsewhere. It trains in its folder where the node sees the sweep's, and goes on from
-    its checkpoint; else in a folder of the node's, and its files come back when it is finished.
+    Each run is one task with `threads` CPUs and `gpus_per_run` GPUs, wherever Ray finds room for it. A run whose node
+    dies continues on another one.
+
+    If a node sees the sweep's folder, the run trains in its own folder there and resumes from its checkpoint. Otherwise
+    it trains in a folder on the node, and its files are copied back when it is finished.
 
     Attributes:
-        address: as for `ray.init`; without it the cluster of this machine, or a new one for this sweep.
-        gpus_per_run: 1 if not given, and 0 in a cluster without GPUs.
+        address: as for `ray.init`; if not given, the cluster of this machine, or a new one for this sweep.
+        gpus_per_run: GPUs of each run; if not given, 1, or 0 in a cluster without GPUs.
+        threads: threads and CPUs of each run.
     """
 
     address: str | None = None
@@ -168,6 +180,11 @@ class OnRay:
 
     @contextmanager
     def ready(self) -> Iterator[None]:
+        """Context manager: connect to the cluster, or start one; a connection that is there already is used.
+
+        Raises:
+            PopupError: Ray is not installed, or there is no such cluster.
+        """
         try:
             import ray
         except ImportError:
@@ -179,7 +196,7 @@ class OnRay:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             if found := re.fullmatch(r"(?:ray://)?(\S+):(\d+)", address or ""):
-                socket.create_connection((found[1], int(found[2])), timeout=10).close()  # Ray itself asks for minutes
+                socket.create_connection((found[1], int(found[2])), timeout=10).close()  # Ray itself tries for minutes
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, OverflowError, RuntimeError, ValueError, ImportError) as error:
             raise PopupError(f"no Ray cluster to use at {address or 'this machine'}: {_first_line(error)}") from error
@@ -193,7 +210,7 @@ class OnRay:
 
         task = ray.remote(**self._needs())(_on_node)
         output, told = output.absolute(), False
-        for left in output.glob(".shared-*"):  # by a sweep that was killed
+        for left in output.glob(".shared-*"):  # left by a sweep that was killed
             left.unlink()
         handle, marker = tempfile.mkstemp(prefix=".shared-", dir=output)
         os.close(handle)
@@ -219,6 +236,7 @@ class OnRay:
             Path(marker).unlink(missing_ok=True)
 
     def _needs(self) -> dict[str, Any]:
+        """Return the options of a run's Ray task; warn if no node has room for one."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -236,7 +254,10 @@ class OnRay:
 
 
 def _prepare(run: Run, output: Path) -> Path:
-    """The run's folder with its recipe in it, as it is now: what no result depends on may have changed."""
+    """Write the run's current recipe to its folder, and return the folder.
+
+    Keys that do not affect the result may differ from the recipe that was there.
+    """
     folder = run.folder(output)
     if (folder.path / "recipe.yaml").exists():
         folder.check_recipe()
@@ -249,7 +270,7 @@ def _prepare(run: Run, output: Path) -> Path:
 
 
 def start_run(run: Run, output: Path, environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
-    """A process `popup-surgery train` in the run's folder in `output`, from its checkpoint where there is one."""
+    """Start a process `popup-surgery train` in the run's folder in `output`. It resumes from any checkpoint there."""
     path = _prepare(run, output)
     command = [sys.executable, "-m", "popup_surgery", "train", f"{path}/recipe.yaml", "-o", str(path), "--resume"]
     with open(path / "log.txt", "wb") as file:
@@ -261,7 +282,7 @@ def _yaml(run: Run) -> str:
 
 
 def _in_use(run: Run, output: Path) -> bool:
-    """Whether a process runs in the run's folder: one of a sweep that was killed, for example."""
+    """Return whether a process runs in the run's folder, for example one of a sweep that was killed."""
     lock = run.folder(output).path / "lock"
     try:
         if lock.exists():
@@ -273,7 +294,7 @@ def _in_use(run: Run, output: Path) -> bool:
 
 
 def _gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls each GPU that this process sees."""
+    """Return the name, as in CUDA_VISIBLE_DEVICES, of each GPU that this process sees."""
     import torch
 
     count = torch.cuda.device_count()
@@ -281,6 +302,7 @@ def _gpus() -> list[str]:
 
 
 def _outcome(run: Run, output: Path, status: int, stopping: bool) -> Event:
+    """Return the event of a process that ended with `status`; the error of a failed one is the log's last line."""
     if status == 0:
         return run, State.FINISHED, ""
     if status == Stopped.status or stopping:
@@ -291,7 +313,7 @@ def _outcome(run: Run, output: Path, status: int, stopping: bool) -> Event:
 
 
 def _on_node(recipe: str, path: str, marker: str, directory: str) -> dict[str, bytes] | None:
-    """One run on a node of a cluster. The run's files, unless the node sees the driver's folder and they are there."""
+    """Train one run on a node of a cluster. Returns its files by name, none if the node sees the sweep's folder."""
     if os.path.isdir(directory):
         os.chdir(directory)  # a recipe may have relative paths
     shared = os.path.exists(marker)
@@ -307,7 +329,10 @@ def _on_node(recipe: str, path: str, marker: str, directory: str) -> dict[str, b
 
 
 def _returned(run: Run, output: Path, reference: Any, stopping: bool) -> Event:
-    """What became of a task that has ended; the files that it returns are written, the one that says so last."""
+    """Return the event of a task that has ended, and write the files that it returned.
+
+    The final file comes last, because a run with this file counts as finished.
+    """
     import ray
     from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 

@@ -1,4 +1,4 @@
-"""How long a sweep will take, from a few steps of each kind of run in it."""
+"""An estimate of how long a sweep takes, from a few steps of each kind of run in it."""
 
 import time
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from ..training.distributed import numerics, start
 from ..training.evaluation import accuracy_of
 from .grid import Run
 
-STEPS = 5  # that are measured, after one to warm up
+STEPS = 5  # measured steps, after one to warm up
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class RunKind:
 
     Attributes:
         start: seconds until the first step.
-        step, epoch: seconds of one.
+        step: seconds per step.
+        epoch: seconds per epoch.
     """
 
     runs: tuple[Run, ...]
@@ -41,16 +42,16 @@ class RunKind:
     epoch: float
 
     def seconds(self, run: Run) -> float:
-        """The time that a run will take, by itself."""
+        """Return the seconds that a run takes when it runs alone."""
         return self.start + run.recipe.epochs * self.epoch
 
 
 def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[RunKind]:
-    """The kinds of `runs`, each measured in a process of its own with so many threads.
+    """Return the kinds of `runs`, each measured in its own process with `threads` threads.
 
     Raises:
-        RunError: a run of a kind cannot start, or its data set does not say how many images it has; the message names
-            the run.
+        RunError: the measured run of a kind cannot start, or the size of its data set is unknown. The message names the
+            run.
     """
     groups: dict[str, list[Run]] = {}
     for run in runs:
@@ -71,7 +72,7 @@ def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -
 
 
 def _measure(values: dict[str, Any]) -> tuple[float, float, float]:
-    """Seconds that it took to measure, of a step, and of an epoch with its validation."""
+    """Measure a run. Returns the seconds of the measurement, of a step, and of an epoch with its validation."""
     recipe = Recipe.parse(values)
     accelerator = start(recipe.training)
     with numerics(recipe.training), ambient_seed([recipe.training.seed]):

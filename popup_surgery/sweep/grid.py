@@ -1,4 +1,4 @@
-"""A sweep: a grid over any keys of a recipe × seeds, of which every run is known and valid before one starts."""
+"""A sweep: a grid over any recipe keys × seeds. All its runs are checked before the first one starts."""
 
 import copy
 import itertools
@@ -19,9 +19,9 @@ from ..errors import PopupError, RecipeError, nearest
 from ..experiment.setup import run_folder, with_seed
 from ..training.run_folder import RunFolder
 
-KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may stand beside `runs`, for all of them
+KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may also stand beside `runs`, for all of them
 SEEDS = ("surgery.seed", "training.seed")
-LIMIT = 100_000  # runs; more is a slip of the pen
+LIMIT = 100_000  # runs; more is taken for a mistake
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Run:
     """One run of a sweep.
 
     Attributes:
-        label: of its grid.
-        point: number of its grid point in the sweep; runs of one point differ in their seeds alone.
-        values: of the grid's keys.
-        seed: of this run; the recipe's own `training.seed` where the sweep names no seeds.
-        recipe: all of it.
+        label: label of its grid.
+        point: number of its grid point in the sweep. Runs of one point differ only in their seeds.
+        values: values of the grid's keys.
+        seed: seed of this run; the recipe's own `training.seed` if the sweep sets no seeds.
+        recipe: the complete recipe.
     """
 
     label: str
@@ -44,11 +44,11 @@ class Run:
 
     @cached_property
     def name(self) -> str:
-        """Name of the run's folder: a hash of all that its result depends on."""
+        """Name of the run's folder: a hash of everything that affects its result."""
         return fingerprint(self.recipe)[:16]
 
     def folder(self, output: Path) -> RunFolder:
-        """The run's folder in the folder `output` of a sweep."""
+        """Return the run's folder in the sweep's folder `output`."""
         return run_folder(output / self.name, self.recipe, "recipe")
 
     def __str__(self) -> str:
@@ -57,7 +57,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Runs in the order of the file: grid after grid, the last key of each fastest, then seeds."""
+    """The runs of a sweep.
+
+    They follow the order of the file, grid by grid. Within a grid seeds vary fastest, then the last key.
+    """
 
     name: str
     runs: tuple[Run, ...]
@@ -71,17 +74,17 @@ class Sweep:
         seeds: int | list[int] | None = None,
         data_dir: str | Path | None = None,
     ) -> "Sweep":
-        """The sweep in a YAML file, or the one over a recipe that `settings` and `seeds` make.
+        """Load the sweep in a YAML file, or make one over a recipe from `settings` and `seeds`.
 
         Args:
             name: a sweep file, or a recipe as for `train`.
-            settings: `key=value` for every grid; `key=[value, …]` makes it a key of every grid. What a file says of
-                the key does not count then.
-            seeds: in place of the file's: how many, from 0, or a list.
+            settings: `key=value` sets a key in every grid; `key=[value, …]` makes it a key of every grid. Both override
+                what the file says of the key.
+            seeds: how many, counted from 0, or a list; overrides the file's.
             data_dir: the data set's folder, in place of the recipes' `data.root`.
 
         Raises:
-            RecipeError, UnknownName: what is wrong with the sweep; of its recipes, all that is wrong with them.
+            RecipeError, UnknownName: the sweep is not valid. The message lists all mistakes in its recipes.
         """
         path = find(name)
         values = read_yaml(path, "recipe, set, grid and seeds, or runs")
@@ -100,7 +103,17 @@ class Sweep:
         data_dir: str | Path | None = None,
         folder: Path = Path(),
     ) -> "Sweep":
-        """A sweep from plain values, as `load`; recipe files are relative to `folder`."""
+        """Make a sweep from plain values.
+
+        Args:
+            values: the content of a sweep file.
+            name: name of the sweep in messages.
+            settings, seeds, data_dir: as for `load`.
+            folder: recipe files are relative to it.
+
+        Raises:
+            RecipeError, UnknownName: as for `load`.
+        """
         given = dict(map(parse_setting, settings))
         runs: list[Run] = []
         mistakes: dict[str, None] = {}
@@ -127,7 +140,7 @@ class Sweep:
 
 
 class _Grid:
-    """One entry of a sweep, checked as far as it can be without its recipe."""
+    """One entry of a sweep, checked as far as possible without its recipe."""
 
     def __init__(self, where: str, entry: Mapping[str, Any], given: dict[str, Any], seeds: Any) -> None:
         if "recipe" not in entry:
@@ -153,17 +166,17 @@ class _Grid:
 
     @property
     def size(self) -> int:
-        """How many runs it makes."""
+        """Number of runs of the grid."""
         return len(self.seeds) * math.prod(map(len, self.grid.values()))
 
     def points(self) -> Iterator[dict[str, Any]]:
-        """The grid's values by key, at each of its points."""
+        """Yield the grid's values by key, for each of its points."""
         for values in itertools.product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
 
 
 def _entries(values: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The grids of a sweep, and what to call each in a message."""
+    """Yield the grids of a sweep, each with its name for messages."""
     if "runs" not in values:
         _check_keys(values, (*KEYS, "runs"), name)
         yield name, values
@@ -205,6 +218,7 @@ def _text(entry: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _seeds(value: Any, where: str) -> Sequence[int | None]:
+    """Return the seeds of a sweep entry; None stands for those of the recipe."""
     if value is None:
         return (None,)
     if type(value) is int and value >= 1:
@@ -230,6 +244,7 @@ def _read(recipe: str, folder: Path) -> dict[str, Any]:
 
 
 def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None) -> Recipe:
+    """Return the recipe `base` with the settings and the seed of one run."""
     values = copy.deepcopy(base)
     for key, value in copy.deepcopy(dict(settings)).items():
         assign(values, key, value)
@@ -239,12 +254,12 @@ def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None)
         if isinstance(surgery, dict):  # a dense network has no other seed
             surgery["seed"] = seed
             if isinstance(model, dict) and model.get("init_from"):
-                del surgery["seed"]  # which is the file's
+                del surgery["seed"]  # the seed is that of the file
     return with_seed(Recipe.parse(values))
 
 
 def _mistakes(error: PopupError, point: Mapping[str, Any]) -> Iterator[str]:
-    """The sentences of an error, each with the grid's values where it does not begin with one."""
+    """Yield the sentences of an error, each with the grid's values unless it begins with one of them."""
     first, *more = str(error).split("\n")
     for sentence in more or [first.removeprefix("recipe: ")]:
         tell = point and not sentence.startswith(tuple(f"{key} is" for key in point))
@@ -261,7 +276,7 @@ def _check_distinct(runs: Sequence[Run], name: str) -> None:
 
 
 def as_text(value: Any) -> str:
-    """A value of a grid for people: text as it is, all else as YAML reads it."""
+    """Return a grid value in human-readable form: text unchanged, everything else as YAML reads it."""
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 

@@ -1,4 +1,4 @@
-"""What the runs of a sweep gave, each by itself and over the seeds."""
+"""Results of a sweep: of each run, and averaged over the seeds."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from .grid import Run, as_text
 
 
 class State(StrEnum):
-    """Where a run is; a stopped one was told to stop, and goes on when the sweep does."""
+    """State of a run. A stopped run was asked to stop and resumes with the sweep."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -29,13 +29,13 @@ class State(StrEnum):
 
 @dataclass(frozen=True)
 class Numbers:
-    """What one run gave, or the means over several.
+    """Results of one run, or means over several.
 
     Attributes:
-        accuracy: of the last epoch on the validation images, 0 … 1.
-        seconds: spent on the epochs.
-        size: of the artifact or the dense weights, in bytes.
-        weights, kept: masked weights and how many take part; a dense run keeps all.
+        accuracy: accuracy on the validation images after the last epoch, 0 … 1.
+        seconds: time spent on the epochs, in seconds.
+        size: size of the artifact or the dense weights, in bytes.
+        weights, kept: number of masked weights, and of those that the mask keeps; a dense run keeps all.
     """
 
     accuracy: float
@@ -47,7 +47,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run and what is known of it: numbers once it is finished, one sentence if it failed."""
+    """A run and its state, with numbers once it is finished, or one sentence as `error` if it failed."""
 
     run: Run
     state: State = State.WAITING
@@ -56,7 +56,7 @@ class Outcome:
 
     @classmethod
     def read(cls, run: Run, output: Path) -> "Outcome":
-        """The outcome of a run from its folder in `output`: finished, waiting, or failed where that is damaged."""
+        """Read the outcome of a run from its folder in `output`: finished, waiting, or failed if it is damaged."""
         folder = run.folder(output)
         try:
             if not folder.finished:
@@ -69,7 +69,7 @@ class Outcome:
             return cls(run, State.FAILED, error=str(error))
         except (OSError, ValueError, LookupError) as error:
             return cls(run, State.FAILED, error=f"{folder.path} is damaged ({error!r}); remove it to run it anew")
-        folder.finish()  # a run that was killed after its last file has left its checkpoints
+        folder.finish()  # a run that was killed after it wrote its last file leaves its checkpoints behind
         return cls(run, State.FINISHED, numbers)
 
 
@@ -78,10 +78,10 @@ class Point:
     """One point of a grid, over its seeds.
 
     Attributes:
-        outcomes: its runs.
-        n: how many of them are finished.
-        mean: over these; None where there is none.
-        std: standard deviation of their accuracies, of the sample (n − 1); None for less than two.
+        outcomes: its runs, one for each seed.
+        n: number of finished runs.
+        mean: means over the finished runs; None if there is none.
+        std: sample standard deviation (n − 1) of their accuracies; None for fewer than two.
     """
 
     label: str
@@ -93,7 +93,7 @@ class Point:
 
 
 def points(outcomes: Sequence[Outcome]) -> list[Point]:
-    """The grid points of a sweep's outcomes, in its order."""
+    """Return the grid points of a sweep's outcomes, in its order."""
     found = []
     for _, group in groupby(outcomes, lambda outcome: outcome.run.point):
         runs = tuple(group)
@@ -115,12 +115,13 @@ def write(name: str, outcomes: Sequence[Outcome], output: Path) -> None:
 
 
 def _columns(point: Point) -> dict[str, Any]:
-    """n, accuracy, std, seconds, size, weights, kept; None for what is not known yet."""
+    """Return n, accuracy, std, seconds, size, weights and kept; None for what is not known yet."""
     mean = asdict(point.mean) if point.mean else dict.fromkeys(field.name for field in fields(Numbers))
     return {"n": point.n, "accuracy": mean.pop("accuracy"), "std": point.std, **mean}
 
 
 def _as_json(point: Point) -> dict[str, Any]:
+    """Return a point and its runs as a JSON object."""
     runs = [
         {
             "seed": outcome.run.seed,
@@ -135,6 +136,7 @@ def _as_json(point: Point) -> dict[str, Any]:
 
 
 def _as_csv(found: Sequence[Point]) -> str:
+    """Return the points as CSV, one row each."""
     keys = list(dict.fromkeys(key for point in found for key in point.values))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")

@@ -1,1 +1,1 @@
-"""Learning a mask: the loop, its processes, its checkpoints and the folder of a run."""
+"""Learning a mask: the training loop, its processes, its checkpoints and the run's folder."""

@@ -1,4 +1,4 @@
-"""What the processes of a run find out together."""
+"""Values that the processes of a run compute together."""
 
 import hashlib
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ from .mask_history import packed
 
 
 class Agreement:
-    """Questions that all processes of a run ask at the same time, and get the same answer to."""
+    """Collective operations: all processes of a run call one at the same time and get the same result."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
         self.told_of_skipped = False
 
     def total(self, numbers: Tensor) -> Tensor:
-        """The sum of all processes' `numbers`."""
+        """Return the sum of `numbers` over all processes."""
         return self.accelerator.reduce(numbers, "sum")
 
     def highest(self, number: int) -> int:
-        """The highest of all processes' `number`."""
+        """Return the highest `number` of all processes."""
         if self.accelerator.num_processes == 1:
             return number
         highest = torch.tensor(number, device=self.accelerator.device)
@@ -34,13 +34,16 @@ class Agreement:
         return int(highest)
 
     def share_statistics(self, model: nn.Module) -> None:
-        """Give the first process's running statistics to all of them."""
+        """Copy the first process's buffers (running statistics) to all processes."""
         if self.accelerator.num_processes > 1:
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def skipped(self, data: Batches) -> int:
-        """Images that all have left out in this epoch so far; when there are any, a warning names one, once."""
+        """Return how many images all processes have skipped in this epoch so far.
+
+        The first time there are any, a warning names one of them.
+        """
         skipped = int(self.total(torch.tensor(data.skipped, device=self.accelerator.device)))
         if skipped and not self.told_of_skipped:
             named = [file for file in gather_object([data.left_out]) if file]
@@ -50,11 +53,11 @@ class Agreement:
         return skipped
 
     def not_finite(self, model: nn.Module, bad_step: int, step: int) -> tuple[int, str] | None:
-        """The first step after which something is not finite, and what; None where all is.
+        """Return the first step after which something is not finite, and what it is; None if everything is finite.
 
         Args:
             bad_step: the first step of this process whose loss was not finite, or -1.
-            step: how many steps there were.
+            step: how many steps were made.
         """
         bad_step = self.highest(bad_step + 1) - 1
         if bad_step >= 0:
@@ -65,7 +68,11 @@ class Agreement:
         return None
 
     def check_masks(self, masks: Mapping[str, Tensor], step: int) -> None:
-        """`RunError` where a process has other masks than the first."""
+        """Check that all processes have the same masks.
+
+        Raises:
+            RunError: a process's masks differ from the first process's.
+        """
         digest = hashlib.sha256()
         for bits in packed(masks).values():
             digest.update(bits.tobytes())

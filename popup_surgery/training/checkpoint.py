@@ -1,7 +1,7 @@
-"""Checkpoints: tensors as safetensors, all else as JSON, and whole or not there.
+"""Checkpoints: tensors as safetensors, everything else as JSON. A checkpoint is complete or absent.
 
-A checkpoint is two files, `<step>.safetensors` and `<step>.json`. The JSON is written last and holds the digest of
-both, so that a checkpoint without it, or one that does not match it, is none.
+A checkpoint is two files, `<step>.safetensors` and `<step>.json`. The JSON is written last and contains the digests
+of both. A checkpoint without its JSON, or one whose digests do not match, does not count.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ from torch import Tensor
 from ..atomic import write_atomically
 from ..errors import RunError
 
-FORMAT = 2  # 1 had the bits of packed masks in the other order
-PACKED = ("before.", "ticket.")  # what the names of packed masks begin with
+FORMAT = 2  # format 1 packed the bits of masks in the opposite order
+PACKED = ("before.", "ticket.")  # prefixes of the names of packed masks
 KEPT = 2
 _REVERSED = torch.tensor([int(f"{byte:08b}"[::-1], 2) for byte in range(256)], dtype=torch.uint8)
 _NAME = re.compile(r"(\d{10})\.json")
@@ -28,7 +28,7 @@ _NAME = re.compile(r"(\d{10})\.json")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run needs to go on: tensors by name, and a JSON object."""
+    """What a run needs to resume: tensors by name, and a JSON object."""
 
     tensors: dict[str, Tensor]
     state: dict[str, Any]
@@ -38,7 +38,7 @@ def write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
     """Write the checkpoint of `step` and remove all but the newest two.
 
     Raises:
-        PopupError: it cannot be written; the ones before it stay.
+        PopupError: it cannot be written; the earlier checkpoints stay.
     """
     folder.mkdir(exist_ok=True)
     data = save(checkpoint.tensors)
@@ -54,10 +54,10 @@ def write(folder: Path, step: int, checkpoint: Checkpoint) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """The checkpoint in `path`, a JSON file.
+    """Read the checkpoint whose JSON file is `path`.
 
     Raises:
-        RunError: it is damaged; the message says how.
+        RunError: it is damaged, as the message explains, or has an unknown format.
     """
     try:
         state = json.loads(path.read_bytes())
@@ -77,21 +77,26 @@ def read(path: Path) -> Checkpoint:
 
 
 def file_of(step: int) -> str:
-    """Name of the checkpoint after so many steps."""
+    """Return the name of the JSON file of the checkpoint after `step` steps."""
     return f"{step:010}.json"
 
 
 def discard(path: Path) -> None:
-    """Remove the checkpoint in `path`."""
+    """Remove the checkpoint whose JSON file is `path`."""
     path.unlink()
     path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
 def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Nested dicts, lists, tuples and plain values as JSON has them; their tensors go to `tensors`, under `prefix`.
+    """Return nested dicts, lists, tuples and plain values in a form that JSON can represent.
+
+    Args:
+        tree: the values; tensors among them are moved to `tensors`.
+        prefix: how the names of these tensors begin.
+        tensors: receives the tensors by name, on the CPU.
 
     Raises:
-        RunError: something in it is none of these.
+        RunError: a value is of another type.
     """
     if isinstance(tree, Tensor):
         tensors[prefix] = tree.cpu().contiguous()
@@ -107,7 +112,7 @@ def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """What `pack` was given."""
+    """Return the value that `pack` was given."""
     if isinstance(tree, list):
         return [unpack(value, tensors) for value in tree]
     if not isinstance(tree, dict):
@@ -118,7 +123,7 @@ def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def newest_first(folder: Path) -> Iterator[Path]:
-    """The checkpoints in `folder`, damaged ones too."""
+    """Return the JSON files of the checkpoints in `folder`, newest first, including damaged ones."""
     return (path for _, path in _found(folder))
 
 

@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and what numerics they share."""
+"""The processes of a run: how they find each other, and the numerical settings they share."""
 
 import os
 import re
@@ -20,8 +20,8 @@ _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def join_slurm() -> None:
-    """Where `srun` started this process beside others, say so in the variables that PyTorch reads."""
-    # a batch script has SLURM_NTASKS too; only a step has its own number
+    """Set the variables that PyTorch reads from SLURM's, if `srun` started this process among others."""
+    # a batch script has SLURM_NTASKS too; only a job step has its own number of tasks
     if "WORLD_SIZE" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) == 1:
         return
     os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
@@ -32,27 +32,27 @@ def join_slurm() -> None:
 
 
 def _first_host(nodes: str) -> str:
-    """`gpu[003-006,9],cpu1` → `gpu003`."""
+    """Return the first host of a SLURM node list: `gpu[003-006,9],cpu1` → `gpu003`."""
     prefix, numbers = re.match(r"([^,\[]*)(?:\[(\w+))?", nodes).groups(default="")  # type: ignore[union-attr]
     return prefix + numbers
 
 
 def start(training: Training, folder: Path | None = None) -> Accelerator:
-    """The accelerator of a run in `folder`: device, precision, processes and trackers.
+    """Return the accelerator of a run in `folder`: device, precision, processes and trackers.
 
     Raises:
-        RunError: the device does not have the precision, a tracker is not installed, or the processes are of a kind
-            that the loop does not know.
+        RunError: the device does not support the precision, a tracker is not installed, or the processes are of a
+            kind that the loop does not support.
     """
     join_slurm()
     installed = {str(tracker) for tracker in get_available_trackers()}
     for name in training.trackers:
         if name not in installed:
             raise RunError(f"training.trackers names {name}, which is not installed; pip install {name}")
-    forget_settings()  # a run earlier in this process may have had another precision
-    # statistics of batch norms are each process's own until they are evaluated or saved
+    forget_settings()  # an earlier run in this process may have used another precision
+    # each process keeps its own batch-norm statistics until the network is evaluated or saved
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-    # without being told, Accelerate joins processes on GPUs alone
+    # unless told otherwise, Accelerate joins only processes on GPUs
     cpu = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.cuda.is_available()
     try:
         accelerator = Accelerator(
@@ -65,7 +65,7 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
         ) from error
-    if training.precision == "float16" and accelerator.device.type == "cpu":  # which Accelerate passes over in silence
+    if training.precision == "float16" and accelerator.device.type == "cpu":  # Accelerate ignores this silently
         raise RunError("training.precision is 'float16', which trains on GPUs alone; expected float32 or bfloat16")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
@@ -76,14 +76,14 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
 
 
 def leave() -> None:
-    """End this process's part in the group, so that none waits for another that is gone."""
+    """Leave the process group, so that no process waits for one that has ended."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 @contextmanager
 def numerics(training: Training) -> Iterator[None]:
-    """Within it algorithms are deterministic ones if the recipe asks for them, else the fastest.
+    """Context manager: use deterministic algorithms if the recipe asks for them, else the fastest ones.
 
     Raises:
         RunError: an operator of the network has no deterministic algorithm.

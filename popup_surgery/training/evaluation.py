@@ -13,7 +13,11 @@ from ..errors import RunError
 
 @worker_deaths()
 def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[float, int]:
-    """Share of images that a plain network classifies rightly, in eval mode, and how many images there were."""
+    """Return the accuracy of a plain network in eval mode, 0 … 1, and the number of images.
+
+    Raises:
+        RunError: there are no images.
+    """
     correct, seen = right_answers(model, batches, autocast)
     if not seen:
         raise RunError("the data set has no validation images")
@@ -21,7 +25,7 @@ def accuracy_of(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[
 
 
 def right_answers(model: nn.Module, batches: Iterator[Batch], autocast: Callable[[], Any]) -> tuple[int, int]:
-    """How many images a plain network classifies rightly, in eval mode, and how many there were."""
+    """Return how many images a plain network classifies correctly in eval mode, and the number of images."""
     model.eval()
     seen, correct = 0, None
     with torch.inference_mode(), autocast():

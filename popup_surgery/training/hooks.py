@@ -1,4 +1,4 @@
-"""What the loop tells the learners of a network: how much of the training is done, and that a step was made."""
+"""What the loop tells a network's learners: how much of the training is done, and that a step was made."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,10 +12,11 @@ from ..masking.walk import masked_weights
 
 
 class LearnerHooks:
-    """The learners of `core`, with the weights that each of them serves; none for a plain network.
+    """The learners of `core`, each with its weights. A plain network has none.
 
     Args:
-        seed: the run's, for `Learner.after_step`.
+        core: the network.
+        seed: the run's seed, for `Learner.after_step`.
     """
 
     def __init__(self, core: nn.Module, seed: int) -> None:
@@ -31,17 +32,20 @@ class LearnerHooks:
             self.weights.setdefault(id(learner), (learner, []))[1].append(trained)
 
     def at(self, progress: float) -> None:
-        """This share of the training is done, 0 … 1: what is read from here on keeps as many weights as that asks."""
+        """Set the share of the training that is done, 0 … 1.
+
+        Masks read from now on keep the number of weights scheduled for it.
+        """
         for group in self.groups.values():
             group.at(progress)
 
     @torch.no_grad()
     def step_done(self, progress: float, step: int) -> None:
-        """The optimiser has made the `step`-th step of the run."""
+        """Tell the learners that the optimiser has made the `step`-th step of the run."""
         self.at(progress)
         for learner, weights in self.weights.values():
             learner.after_step(weights, self.seed, step)
 
     def redrawn(self) -> set[int]:
-        """Identities of the weights that a learner changes although no gradient reaches them."""
+        """Return the ids of the weights that a learner changes although they get no gradient."""
         return {id(one.weight) for learner, weights in self.weights.values() if learner.redraws for one in weights}

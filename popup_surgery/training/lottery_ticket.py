@@ -1,4 +1,4 @@
-"""The lottery ticket: train, prune, rewind, and again (Frankle and Carbin, 2019)."""
+"""The lottery ticket: train, prune, rewind, repeat (Frankle and Carbin, 2019)."""
 
 import torch
 from accelerate import Accelerator
@@ -15,16 +15,21 @@ from .trainer import Trainer
 
 
 class TicketTrainer(Trainer):
-    """Iterative magnitude pruning of a plain network, with rewinding, in rounds of a whole training each.
+    """Iterative magnitude pruning of a plain network, with rewinding. Each round is a whole training.
 
-    "The Lottery Ticket Hypothesis", ICLR 2019, section 1; "Stabilizing the Lottery Ticket Hypothesis", 2019, where
-    `rewind_epoch` is above 0. After round i of n each weight tensor keeps, of what was left, the largest magnitudes, a
-    share k^(i/n) of all. They, and everything else that learns, go back to their values at the end of `rewind_epoch`,
-    and so does the schedule; the optimiser starts anew. A last round follows the last pruning. Deviations: every layer
-    keeps the same share, where the authors prune output layers at half the rate; rounds see the images in other orders.
+    Source: "The Lottery Ticket Hypothesis", ICLR 2019, section 1; where `rewind_epoch` is above 0, "Stabilizing the
+    Lottery Ticket Hypothesis", 2019.
+
+    After round i of n, each weight tensor keeps a share k^(i/n) of its weights: the largest magnitudes among those not
+    pruned before. These weights, and everything else that is trained, return to their values at the end of
+    `rewind_epoch`. The schedule returns there too, and the optimiser's state is reset. The last pruning is followed by
+    one more round.
+
+    Deviations: every layer keeps the same share, while the authors prune output layers at half the rate; rounds see
+    the images in different orders.
 
     Args:
-        ticket: what to keep, and how; all else as for `Trainer`.
+        ticket: what to keep, and how. The other arguments are those of `Trainer`.
 
     Raises:
         ConversionError: the network has no weights to prune, or a layer would keep none.
@@ -43,7 +48,7 @@ class TicketTrainer(Trainer):
         super().__init__(model, data, training, accelerator, progress, whole)
         self.ticket = ticket
         self.epochs = ticket.epochs(self.training.epochs)
-        self.start = self._values()  # what a round starts from
+        self.start = self._values()  # the values that a round starts from
 
     def _values(self) -> dict[str, Tensor]:
         return {key: tensor.detach().clone() for key, tensor in self.learned().items()}
@@ -59,7 +64,10 @@ class TicketTrainer(Trainer):
         return self._place()[1]
 
     def _place(self) -> tuple[int, int]:
-        """How often the network has been pruned, or is to be now, and the epoch of a training that runs."""
+        """Return the number of prunings so far, including one due now, and the epoch within the current training.
+
+        A training starts at epoch 0, or after a pruning at `rewind_epoch`.
+        """
         whole, start = self.training.epochs, self.ticket.rewind_epoch
         if self.epoch < whole:
             return 0, self.epoch
@@ -68,9 +76,10 @@ class TicketTrainer(Trainer):
 
     @torch.no_grad()
     def _prune(self, share: float) -> None:
+        """Keep the share of each weight tensor that is largest in magnitude, and rewind everything that is trained."""
         infinity = torch.tensor(torch.inf, device=self.accelerator.device)
         for weight, mask in self.weight_masks:
-            size = torch.where(mask, weight.float().abs().nextafter(infinity), 0.0)  # what is gone comes last
+            size = torch.where(mask, weight.float().abs().nextafter(infinity), 0.0)  # pruned weights come last
             mask.copy_(select([size], kept_count(weight.numel(), share)).masks[0])
         for key, tensor in self.learned().items():
             tensor.copy_(self.start[key])

@@ -1,4 +1,4 @@
-"""How the masks of a run have changed."""
+"""How the masks of a run change."""
 
 from collections.abc import Mapping
 
@@ -13,25 +13,25 @@ Packed = np.ndarray[tuple[int], np.dtype[np.uint8]]
 
 
 def packed(masks: Mapping[str, Tensor]) -> dict[str, Packed]:
-    """Masks by name, one bit a weight."""
+    """Return masks by name, packed into uint8 arrays at one bit per weight."""
     return {key: bitpack.pack(mask.cpu().numpy()) for key, mask in masks.items()}
 
 
 class MaskHistory:
-    """The masks of a run, one bit a weight: `initial` ones, those `before` the last epoch, and the `latest`."""
+    """The masks of a run at one bit per weight: the `initial` ones, those `before` the last epoch, and the `latest`."""
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
         self.numel = {key: mask.numel() for key, mask in masks.items()}
         self.initial = self.before = self.latest = packed(masks)
 
     def add(self, masks: Mapping[str, Tensor]) -> float:
-        """Note the masks at the end of an epoch. The share of bits that are other than before it."""
+        """Record the masks at the end of an epoch. Returns the share of bits that changed in it, 0 … 1."""
         self.before, self.latest = self.latest, packed(masks)
         changed = sum(ones(mask ^ self.before[key]) for key, mask in self.latest.items())
         return changed / max(sum(self.numel.values()), 1)
 
     def layers(self) -> list[LayerMask]:
-        """The latest mask of each weight."""
+        """Return the numbers of each weight's latest mask."""
         return [
             LayerMask(
                 key, ones(mask) / self.numel[key], ones(mask ^ self.before[key]) / self.numel[key],

@@ -7,10 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of metrics.jsonl. Shares are 0 … 1; `accuracy` is on the validation images.
+    """One line of metrics.jsonl. Shares are 0 … 1; `accuracy` is that on the validation images.
 
-    `changed` is the share of mask bits that are other than an epoch before, 0 where nothing is masked; `skipped` counts
-    images of both splits that could not be read and were left out.
+    `changed` is the share of mask bits that differ from the epoch before, 0 where nothing is masked. `skipped` counts
+    the images of both splits that could not be read and were left out.
     """
 
     epoch: int
@@ -24,14 +24,17 @@ class Epoch:
     skipped: int = 0
 
     def line(self) -> dict[str, Any]:
-        """As JSON, null for what is not finite."""
+        """Return the epoch as a JSON object, with null for numbers that are not finite."""
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 @dataclass(frozen=True)
 class LayerMask:
-    """One weight's mask: the share that is kept, the share of bits other than an epoch before, and of the kept weights
-    the share that the initial mask keeps too; all 0 … 1."""
+    """Numbers of one weight tensor's mask, each 0 … 1.
+
+    `density` is the share of weights that it keeps. `changed` is the share of bits that differ from the epoch before.
+    `overlap` is the share of its kept weights that the initial mask keeps too.
+    """
 
     name: str
     density: float

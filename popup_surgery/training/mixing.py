@@ -1,4 +1,4 @@
-"""Images that are mixed with each other: timm's mixup and cutmix."""
+"""Mixing of training images: timm's mixup and cutmix."""
 
 from typing import Any
 
@@ -10,7 +10,9 @@ from ..errors import RunError
 
 
 class Mixing:
-    """Mixes the images of a batch in pairs, as the recipe says; timm's `Mixup` draws from NumPy's generator.
+    """Mixup and cutmix of the images of a batch in pairs, as the recipe sets them.
+
+    timm's `Mixup` does the work; it draws from NumPy's generator.
 
     Raises:
         RunError: the data set does not say how many classes it has.
@@ -28,7 +30,7 @@ class Mixing:
         )  # fmt: skip
 
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The images, mixed, and the probabilities of their classes; the last of an odd number stays as it is."""
+        """Return the mixed images and the probabilities of their classes. The last of an odd number is not mixed."""
         targets = functional.one_hot(labels, self.classes).float()
         even = len(images) // 2 * 2
         if even:

@@ -1,4 +1,4 @@
-"""A run's folder: whose it is, what is in it, and where the run resumes."""
+"""A run's folder: which process owns it, what is in it, and where the run resumes."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := get
 
 
 class Kind(StrEnum):
-    """What a run ends with."""
+    """What a run produces."""
 
     ARTIFACT = "a popup artifact"
     WEIGHTS = "dense weights"
@@ -40,14 +40,14 @@ class RunFolder:
 
     Args:
         path: the folder.
-        recipe: what is to run in it.
-        kind: what the run ends with.
-        stem: how the names of its files begin.
+        recipe: the recipe of the run.
+        kind: what the run produces.
+        stem: how the names of the result files begin.
 
     Attributes:
-        final: the artifact or the weights; once this file is there, the run is finished.
+        final: the artifact or the weights; once this file exists, the run is finished.
         masks: the file of masks beside dense weights, if there is one.
-        pictures: what a run draws.
+        pictures: the files of the pictures that the run draws.
     """
 
     def __init__(self, path: Path, recipe: Recipe, kind: Kind, stem: str) -> None:
@@ -59,15 +59,15 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether a run ended here."""
+        """Whether the run in this folder is finished."""
         return self.final.exists()
 
     @contextmanager
     def claimed(self, resume: bool) -> Iterator[None]:
-        """Context manager: the folder is this process's own, until the process ends, however that happens.
+        """Context manager: lock the folder for this process. If the process dies, the lock is free again.
 
         Raises:
-            RunError: it is another process's; there is a run and `resume` is not given, or one of another recipe or
+            RunError: another process has it; it has a run and `resume` is not given; its run has another recipe or
                 name.
             PopupError: the folder cannot be written.
         """
@@ -84,12 +84,13 @@ class RunFolder:
         try:
             yield
         finally:
-            (self.path / "lock").unlink(missing_ok=True)  # while it is held: after that it may be another's
+            (self.path / "lock").unlink(missing_ok=True)  # before the release: afterwards it may be another process's
             lock.release()
             if new and not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def _check_files(self, resume: bool) -> None:
+        """Raise `RunError` if the folder's files rule out this run, as `claimed` describes."""
         results = [file.name for file in (*self.pictures, self.masks, self.final) if file is not None]
         there = [name for name in ("recipe.yaml", "metrics.jsonl", *results) if (self.path / name).exists()]
         if there and not resume:
@@ -109,12 +110,12 @@ class RunFolder:
             )
 
     def begin(self) -> Checkpoint | None:
-        """The newest whole checkpoint; without one a new run's recipe is written.
+        """Return the newest undamaged checkpoint, or start a new run by writing its recipe and return None.
 
         Raises:
-            RunError: there are checkpoints, and none of them is whole, or they are of another recipe.
+            RunError: all checkpoints are damaged, or the newest undamaged one is of another recipe.
         """
-        for left in self.path.rglob(".*.part"):  # of a process that was killed while it wrote
+        for left in self.path.rglob(".*.part"):  # from a process that was killed while writing
             left.unlink(missing_ok=True)
         paths = list(checkpoint.newest_first(self.checkpoints)) if self.checkpoints.exists() else []
         for number, path in enumerate(paths):
@@ -136,12 +137,12 @@ class RunFolder:
         return None
 
     def write_checkpoint(self, step: int, taken: Checkpoint) -> None:
-        """Write a checkpoint."""
+        """Write the checkpoint of `step`, with the recipe in it."""
         taken.state["recipe"] = self.recipe.dump()
         checkpoint.write(self.checkpoints, step, taken)
 
     def add(self, epoch: Epoch) -> None:
-        """Write an epoch's line of metrics."""
+        """Append an epoch's line to metrics.jsonl."""
         try:
             with open(self.path / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(epoch.line()) + "\n")
@@ -149,11 +150,11 @@ class RunFolder:
             raise PopupError(f"{self.path}/metrics.jsonl cannot be written: {error.strerror}") from error
 
     def finish(self) -> None:
-        """Remove what only a run that goes on needs."""
+        """Remove what only an unfinished run needs: its checkpoints."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def history(self) -> list[dict[str, Any]]:
-        """The lines of metrics."""
+        """Return the lines of metrics.jsonl."""
         return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
 
     def _write_metrics(self, epochs: Sequence[Epoch]) -> None:
@@ -161,10 +162,15 @@ class RunFolder:
         write_atomically(self.path / "metrics.jsonl", text.encode())
 
     def check_recipe(self) -> None:
-        """`RunError` where the run in the folder is of another recipe; it names the keys that differ."""
+        """Check that the run in the folder has the same recipe; keys that do not affect the result may differ.
+
+        Raises:
+            RunError: it has another one; the message names the keys that differ.
+        """
         self._check_same(self.path / "recipe.yaml", read_yaml(self.path / "recipe.yaml"))
 
     def _check_same(self, source: Path, values: dict[str, Any]) -> None:
+        """Raise `RunError` if the recipe `values`, read from `source`, differs in a key that affects the result."""
         recipes = as_recorded(Recipe.parse(values, str(source))), self.recipe
         before, now = (flat(select(recipe, lambda setting: setting.key.affects_result)) for recipe in recipes)
         differ = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
@@ -179,7 +185,11 @@ class RunFolder:
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Context manager: SIGTERM, SIGINT and SIGUSR1 end the run after its step; a second SIGINT interrupts."""
+    """Context manager: yield a function that is true once SIGTERM, SIGINT or SIGUSR1 has come.
+
+    The run then ends after its current step. A further SIGINT raises KeyboardInterrupt. Outside the main thread no
+    signal is caught.
+    """
     seen: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

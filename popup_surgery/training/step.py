@@ -17,16 +17,16 @@ from .mixing import Mixing
 
 
 class OptimizerStep:
-    """One step of the optimiser, over the pieces of a batch that fall to this process.
+    """One step of the optimiser, over this process's pieces of a batch.
 
     Args:
-        classes: how many the data set has; 0 where it does not say.
+        classes: number of classes of the data set; 0 if unknown.
 
     Attributes:
-        parameters: what it changes, whatever of the model requires a gradient.
-        model, optimizer: as Accelerate runs them.
-        sums: loss, right answers and images since they were set to 0.
-        not_finite: the first step whose loss was not finite, -1 where each was. A tensor, so that no step waits for it.
+        parameters: what a step changes: all parameters of the model that require a gradient.
+        model, optimizer: as prepared by Accelerate.
+        sums: float64 tensor [3] of the summed loss, the correct answers and the images since the last reset to 0.
+        not_finite: the first step whose loss was not finite, or -1. It is a tensor, so that no step waits for it.
     """
 
     def __init__(
@@ -44,22 +44,27 @@ class OptimizerStep:
         self.not_finite = torch.tensor(-1, device=accelerator.device)
 
     def _prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
+        """Return the model and the optimiser as prepared by Accelerate."""
         from timm.layers import convert_sync_batchnorm
 
         if self.training.sync_batchnorm and self.part.processes > 1:
             model = convert_sync_batchnorm(model)
         if self.training.channels_last:
-            model = cast(Any, model).to(memory_format=torch.channels_last)  # torch 2.11 types no such argument
-        if not self.parameters:  # nothing that processes would exchange, which DDP refuses
+            model = cast(Any, model).to(memory_format=torch.channels_last)  # torch 2.11 has no type for this argument
+        if not self.parameters:  # DDP refuses a model without gradients to exchange
             return model.to(self.accelerator.device), self.accelerator.prepare(optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", BROADCAST_BUFFERS_DEPRECATED)
             return self.accelerator.prepare(model, optimizer)
 
     def __call__(self, pieces: Iterator[TrainBatch], number: int, rate: Callable[[], float]) -> bool:
-        """Take a step, the run's `number`-th from 0, at a `rate` that is asked once there is a batch.
+        """Take step `number` of the run, counted from 0.
 
-        Returns False, and takes none, where there are no more batches.
+        Args:
+            pieces: this process's pieces of the batches.
+            rate: returns the learning rate; called once there is a batch.
+
+        Returns False if there are no more batches; then no step is taken.
         """
         for piece in range(self.part.accumulate):
             images, labels, weight = next(pieces, (None, None, 0.0))
@@ -80,7 +85,7 @@ class OptimizerStep:
         return True
 
     def _backward(self, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
-        """The loss and the logits of a piece, which is a share `weight` of its batch, once its gradients are added."""
+        """Add the gradients of a piece, a share `weight` of its batch. Returns its loss and its logits."""
         targets = labels
         if self.mixing is not None:
             images, targets = self.mixing(images, labels)
@@ -101,6 +106,7 @@ class OptimizerStep:
 
 
 def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
+    """Return timm's optimiser for the recipe's settings."""
     from timm.optim import create_optimizer_v2
 
     options = training.optimizer_kwargs.copy()

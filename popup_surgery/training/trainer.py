@@ -1,4 +1,4 @@
-"""The one training loop, on Accelerate: one process or many, resumable at any step."""
+"""The training loop, on Accelerate: one process or many, resumable at any step."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,19 +32,20 @@ Stop = Callable[[], bool]
 
 
 class Trainer:
-    """Training of whatever of a model requires a gradient: a converted network's scores, or a plain one's weights.
+    """The training loop. It trains all parameters that require a gradient.
 
-    Everything random in a step is a function of (seed, epoch, step, process), so that no generator's state is kept.
+    These are the scores of a converted network, or the weights of a plain one. Everything random in a step is a
+    function of (seed, epoch, step, process), so no generator's state has to be saved.
 
     Args:
-        weight_masks: masks of parameters by name, bool: outside them a plain network's weights stay 0.
+        weight_masks: bool masks of a plain network's parameters, by name. Weights outside them stay 0.
 
     Attributes:
         history: the epochs that have ended.
-        batch: of the epoch that is running, the next one.
-        step: how many there were in the whole run.
-        checkpoint_step: the same, when the last checkpoint was taken; 0 where there is none.
-        seconds: spent on the epoch that is running.
+        batch: index of the next batch in the current epoch.
+        step: number of steps made in the whole run.
+        checkpoint_step: value of `step` at the last checkpoint; 0 if there is none.
+        seconds: time spent on the current epoch, in seconds.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class Trainer:
 
     @property
     def epoch(self) -> int:
-        """The epoch that is running, from 0."""
+        """The current epoch, counted from 0."""
         return len(self.history)
 
     @worker_deaths()
@@ -85,17 +86,21 @@ class Trainer:
         save: Save = lambda step, checkpoint: None,
         stop: Stop = lambda: False,
     ) -> list[Epoch]:
-        """Train to the end. The last epoch's accuracy is the run's: nothing is selected on the validation images.
+        """Train to the end, and return the epochs.
+
+        The accuracy of the run is that of the last epoch: nothing is selected on the validation images.
 
         Args:
             after_epoch: called with each epoch's numbers.
-            save: called with each checkpoint, in the first process alone.
-            stop: asked after each step; once it is true in any process, a checkpoint is saved and `Stopped` raised.
+            save: called with the step and each checkpoint, in the first process only.
+            stop: called after each step. Once it returns true in any process, a checkpoint is saved and `Stopped` is
+                raised.
 
         Raises:
-            RunError: the loss is not finite; a process has other masks than the first.
+            RunError: the loss or an updated parameter is not finite; a process's masks differ from the first's; no
+                image can be read.
             DataError: an image cannot be read; a worker process of the loader died.
-            Stopped: `stop` was true.
+            Stopped: `stop` returned true.
         """
         self.hooks.at(self._progress())
         while self.epoch < self.epochs:
@@ -109,40 +114,41 @@ class Trainer:
         return self.history
 
     def masks(self) -> dict[str, Tensor]:
-        """The masks of a converted network, or those that a plain one's weights stay in."""
+        """Return the masks of a converted network, or the `weight_masks` of a plain one."""
         return masks(self.core) or dict(self.weight_masks.tensors)
 
     def layers(self) -> list[LayerMask]:
-        """The mask of each weight at the end of the last epoch."""
+        """Return the numbers of each weight's mask at the end of the last epoch."""
         return self.mask_history.layers()
 
     def learned(self) -> dict[str, Tensor]:
-        """What training changes: parameters that require a gradient, weights that are redrawn, persistent buffers."""
+        """Return what training changes: parameters that require a gradient, redrawn weights, persistent buffers."""
         frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
         frozen -= self.hooks.redrawn()
         entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Resume where `checkpoint` was taken."""
+        """Set the state to that of `checkpoint`; `run` resumes there."""
         trainer_state.restore(self, checkpoint)
 
     def _checkpoint(self, sums: list[float], skipped: int) -> Checkpoint:
         return trainer_state.checkpoint_of(self, sums, skipped)
 
     def _begin_epoch(self) -> None:
-        """Called before the first step of each epoch."""
+        """Prepare an epoch; called before its first step."""
 
     def _scheduled(self) -> int:
-        """The epoch whose rate holds now."""
+        """Return the epoch of the schedule that sets the current rate."""
         return self.epoch
 
     def _progress(self) -> float:
-        """The share of the run that is done, 0 … 1; of whole epochs where it is not known how many steps one has."""
+        """Return the share of the run that is done, 0 … 1. It counts whole epochs if the steps of one are unknown."""
         steps = self.data.steps()
         return (self.epoch + (min(self.batch / steps, 1.0) if steps else 0.0)) / self.epochs
 
     def _train_epoch(self, save: Save, stop: Stop) -> None:
+        """Make the remaining steps of the epoch, and save a checkpoint when one is due or the run has to stop."""
         self.model.train()
         began = saved = time.monotonic()
         spent, longest = self.seconds, 60 * self.training.checkpoint_minutes
@@ -163,8 +169,8 @@ class Trainer:
         self.seconds = spent + time.monotonic() - began
 
     def _one_step(self, pieces: Iterator[TrainBatch]) -> bool:
-        """One step of the optimiser; False where the epoch has no more batches."""
-        # a learner that samples shows the pieces of a step, in all processes, the same network
+        """Make one step of the optimiser. Returns False if the epoch has no more batches."""
+        # with a learner that samples, all pieces of a step see the same network, in all processes
         with sampled(self.training.seed, self.epoch, self.batch):
             seed_generators([self.training.seed, self.epoch, self.batch, self.part.rank])
             if not self.update(pieces, self.step, lambda: self._rate(self.batch)):
@@ -175,7 +181,7 @@ class Trainer:
         return True
 
     def _rate(self, batch: int) -> float:
-        """The rate of a batch of this epoch."""
+        """Return the learning rate of a batch of this epoch."""
         epoch = self._scheduled()
         if self.training.schedule_per == "epoch":
             return self.rate(float(epoch), 1.0)
@@ -185,6 +191,7 @@ class Trainer:
         return self.rate(epoch + batch / steps, 1 / steps)
 
     def _end_epoch(self, after_epoch: AfterEpoch) -> None:
+        """Validate, and add the epoch's numbers to the history."""
         self.hooks.at((self.epoch + 1) / self.epochs)
         self._check_finite()
         loss, right, seen = self.agreement.total(self.update.sums).tolist()
@@ -202,7 +209,7 @@ class Trainer:
         after_epoch(epoch)
 
     def _validate(self) -> tuple[int, int]:
-        """Right answers on the validation images, and how many images there were, over all processes."""
+        """Return the correct answers on the validation images and the number of images, over all processes."""
         self.agreement.share_statistics(self.core)
         with sampled(self.training.seed, self.epoch):
             baked = bake(self.core)
@@ -211,6 +218,7 @@ class Trainer:
         return correct, images
 
     def _save(self, save: Save) -> None:
+        """Check the state in all processes, and save a checkpoint in the first."""
         self._check_finite()
         if self.part.processes > 1:
             self.agreement.check_masks(self.masks(), self.step)
@@ -222,6 +230,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _check_finite(self) -> None:
+        """Raise `RunError` if the loss of a step or an updated parameter is not finite."""
         bad = self.agreement.not_finite(self.core, int(self.update.not_finite), self.step)
         if bad is not None:
             step, what = bad

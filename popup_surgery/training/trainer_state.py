@@ -1,4 +1,4 @@
-"""The state of a trainer, as a checkpoint keeps it."""
+"""The state of a trainer, as a checkpoint stores it."""
 
 import logging
 from dataclasses import asdict
@@ -17,7 +17,7 @@ log = logging.getLogger("popup_surgery")
 
 
 def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkpoint:
-    """The state of a trainer; `sums` and `skipped` are those of all processes."""
+    """Return the state of a trainer. `sums` and `skipped` are totals over all processes."""
     tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in trainer.learned().items()}
     tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in trainer.mask_history.latest.items()}
     scaler = trainer.accelerator.scaler
@@ -39,7 +39,7 @@ def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkp
 
 
 def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
-    """Give a trainer the state of a checkpoint."""
+    """Set the state of a trainer to that of a checkpoint."""
     state, tensors, accelerator = checkpoint.state, checkpoint.tensors, trainer.accelerator
     if accelerator.is_main_process:
         _warn_of_differences(trainer, checkpoint)
@@ -52,7 +52,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     trainer.history = [Epoch(**epoch) for epoch in state["history"]]
     trainer.step = trainer.checkpoint_step = state["step"]
     trainer.batch, trainer.seconds = state["batch"], state["seconds"]
-    if accelerator.is_main_process:  # the others' part of the sums is in it
+    if accelerator.is_main_process:  # the sums include the other processes' share
         trainer.update.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         trainer.data.skipped = state["skipped"]
     history = trainer.mask_history
@@ -60,6 +60,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
 
 
 def _warn_of_differences(trainer: "Trainer", checkpoint: Checkpoint) -> None:
+    """Warn if the checkpoint was taken with another number of processes or training images."""
     processes, images = checkpoint.state["processes"], checkpoint.state["images"]
     if processes != trainer.part.processes:
         log.warning(

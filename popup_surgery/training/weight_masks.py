@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 
 class WeightMasks:
-    """Masks of parameters by name, bool: outside them weights stay 0, whatever an optimiser does with a gradient of 0.
+    """Bool masks of parameters, by name. Weights outside them stay 0.
 
-    A mask may be changed in place between steps.
+    They do so even if the optimiser changes weights whose gradient is 0. A mask may be changed in place between steps.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor], device: torch.device) -> None:
@@ -19,9 +19,9 @@ class WeightMasks:
         self.weights = {name: model.get_parameter(name) for name in masks}
 
     def apply_during(self, optimizer: Optimizer) -> None:
-        """Keep the weights 0 through each step of `optimizer`."""
+        """Keep the weights outside the masks 0 through each step of `optimizer`."""
         for weight, mask in self:
-            weight.register_hook(mask.mul)  # keeps them out of the gradients' norm
+            weight.register_hook(mask.mul)  # keeps the other weights out of the gradient norm
         if self.tensors:
             optimizer.register_step_post_hook(self.zero)
 
@@ -32,5 +32,5 @@ class WeightMasks:
             weight.mul_(mask)
 
     def __iter__(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Each weight with its mask."""
+        """Iterate over each weight with its mask."""
         return ((weight, self.tensors[name]) for name, weight in self.weights.items())

@@ -1,4 +1,4 @@
-"""Where weights come from: schemes give a distribution and its width (paper, section 4), streams the values."""
+"""Where weights come from: a scheme gives the distribution and its width (paper, section 4), a stream the values."""
 
 import math
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ class Scheme:
 
     Args:
         distribution: a key of `streams.DISTRIBUTIONS`.
-        xavier: the fan is fan_in + fan_out; else it is fan_in (Kaiming).
-        gain2: the squared gain: that of ReLU, or 1.0 for LeCun's, which the paper (section 4.4) compares with.
+        xavier: whether the fan is fan_in + fan_out; otherwise it is fan_in (Kaiming).
+        gain2: the squared gain: 2.0 for ReLU, or 1.0 for LeCun initialisation, a comparison in the paper (section 4.4).
     """
 
     distribution: str
@@ -23,23 +23,31 @@ class Scheme:
     gain2: float = 2.0
 
     def std(self, fan_in: float, fan_out: float, k: float, scaled: bool) -> float:
-        """Standard deviation in float64; `scaled` multiplies it by √(1/k), which keeps a layer's output variance."""
+        """Return the standard deviation, in float64.
+
+        `scaled` multiplies it by √(1/k), which keeps the variance of a layer's output.
+        """
         std = math.sqrt(self.gain2 / (fan_in + fan_out if self.xavier else fan_in))
         return std * math.sqrt(1.0 / k) if scaled else std
 
 
 SCHEMES: dict[str, Scheme] = {}
-PRETRAINED = "pretrained"  # the scheme of weights that stay as they are (Piggyback, ECCV 2018) …
-BASE = "base"  # … and what a file says in place of their distribution
+PRETRAINED = "pretrained"  # the scheme that leaves weights unchanged (Piggyback, ECCV 2018) …
+BASE = "base"  # … and the word for it in place of a distribution in a file
 
 
 def is_pretrained(scheme: str | Mapping[str, str]) -> bool:
-    """Whether a scheme, or one of schemes by pattern, keeps pretrained weights."""
+    """Return whether a scheme, or one of several schemes by pattern, keeps pretrained weights."""
     return PRETRAINED in (scheme.values() if isinstance(scheme, Mapping) else [scheme])
 
 
 def register_scheme(name: str, scheme: Scheme) -> None:
-    """Make `scheme` known as `name`; a name or a distribution that clashes fails at once."""
+    """Register `scheme` under `name`.
+
+    Raises:
+        ValueError: the name is taken.
+        UnknownName: there is no such distribution.
+    """
     if name in SCHEMES or name == PRETRAINED:
         raise ValueError(f"the scheme {name!r} is registered already")
     if scheme.distribution not in DISTRIBUTIONS:
@@ -48,7 +56,7 @@ def register_scheme(name: str, scheme: Scheme) -> None:
 
 
 def get_scheme(name: str) -> Scheme:
-    """The scheme called `name`; `UnknownName` lists the nearest."""
+    """Return the scheme called `name`; `UnknownName` lists the nearest."""
     if not isinstance(name, str) or name not in SCHEMES:
         raise unknown("scheme", name, [*SCHEMES, PRETRAINED])
     return SCHEMES[name]

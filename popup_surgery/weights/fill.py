@@ -1,4 +1,4 @@
-"""Pieces of values into a tensor, and out of it, without a second tensor of its size."""
+"""Move values into a tensor, or out of it, piece by piece, without a second tensor of its size."""
 
 from collections.abc import Iterable, Iterator
 
@@ -11,7 +11,12 @@ from .streams import CHUNK
 
 
 def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
-    """Fill `tensor`, of any dtype, device and strides, with float32 values in row-major order, rounded to nearest."""
+    """Fill `tensor` in place, in row-major order, and return it. Values are rounded to nearest.
+
+    Args:
+        tensor: any dtype, device and strides. On the meta device nothing is filled.
+        pieces: float32 values, as many as `tensor` has elements.
+    """
     if tensor.is_meta:
         return tensor
     with torch.no_grad():
@@ -27,13 +32,13 @@ def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
 
 
 def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of `tensor` in row-major order, in tensors of at most CHUNK on the CPU."""
+    """Yield the elements of `tensor` in row-major order, as CPU tensors of at most CHUNK elements."""
     flat = tensor.detach().reshape(-1)
     return (flat[start : start + CHUNK].cpu() for start in range(0, flat.numel(), CHUNK))
 
 
 def equals(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> bool:
-    """Whether `fill` with these pieces would leave `tensor` as it is."""
+    """Return whether `fill` with these pieces would leave `tensor` unchanged."""
     return all(
         torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
         for mine, piece in zip(pieces_of(tensor), pieces, strict=True)

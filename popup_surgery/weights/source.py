@@ -1,4 +1,4 @@
-"""Where a masked weight's values come from: a seed, or pretrained weights. No other room asks which of the two."""
+"""Where a masked weight's values come from: a seed, or pretrained weights. Other folders need not know which."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -15,13 +15,13 @@ from .streams import DISTRIBUTIONS, Floats, draw
 
 @dataclass(frozen=True)
 class WeightSource(ABC):
-    """What a masked weight's distribution stands for; `source_of` finds it by that word.
+    """The source that a masked weight's distribution stands for. `source_of` finds it by that word.
 
     Attributes:
         distribution: the word in a file and in a plan.
-        drawn: a seed and a stream name give the values. They have a standard deviation, √(1/k) or a learner's scale may
-            widen them, and another seed gives others.
-        in_base: a file does not give the values. It names the network that has them, with a digest over them.
+        drawn: whether a seed and a stream name give the values. Such values have a standard deviation, √(1/k) or a
+            learner's scale may widen them, and another seed gives other values.
+        in_base: whether a file only refers to the values. It names the network that has them, and a digest over them.
     """
 
     distribution: str
@@ -31,32 +31,32 @@ class WeightSource(ABC):
 
     @abstractmethod
     def values(self, numel: int, std: float, seed: int, stream: str, held: Tensor | None) -> Iterator[Floats]:
-        """The `numel` values in row-major order, in pieces of float32 [at most CHUNK].
+        """Yield the `numel` values in row-major order, in pieces of float32 [at most CHUNK].
 
         Args:
-            std, seed, stream: what they are drawn from, where they are.
-            held: a tensor that has them already, where they are not; float, of any shape.
+            std, seed, stream: what the values are drawn from, if they are drawn.
+            held: otherwise, a float tensor of any shape that has the values already.
         """
 
     @abstractmethod
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
-        """Give the weight `tensor` its values at conversion."""
+        """Write the values into the weight `tensor`, in place, at conversion."""
 
     @abstractmethod
     def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> None:
-        """`ArtifactError` where a file could not give back the values that the weight called `name` has now."""
+        """Raise `ArtifactError` if a file could not restore the present values of the weight called `name`."""
 
     @abstractmethod
     def record(self, std: float) -> dict[str, float]:
-        """What a file's entry says of the values, beside the distribution."""
+        """Return what a file's entry records about the values, besides the distribution."""
 
     @abstractmethod
     def describe(self, std: float) -> str:
-        """A word or a number for a plan's column `std`."""
+        """Return a word or a number for a plan's column `std`."""
 
 
 class Drawn(WeightSource):
-    """Values of a distribution, from the stream of the weight's name (docs/artifact-format.md, section 1)."""
+    """Values drawn from a distribution, by the stream of the weight's name (docs/artifact-format.md, section 1)."""
 
     drawn = True
 
@@ -81,7 +81,7 @@ class Drawn(WeightSource):
 
 
 class Pretrained(WeightSource):
-    """The values that the weight has already, which stay as they are (Piggyback, ECCV 2018); their `std` is 0."""
+    """The values that the weight has already, unchanged (Piggyback, ECCV 2018). Their `std` is 0."""
 
     in_base = True
 
@@ -90,7 +90,7 @@ class Pretrained(WeightSource):
         return (piece.float().numpy() for piece in pieces_of(held))
 
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
-        """They are there."""
+        """Do nothing: the weight has its values."""
 
     def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> None:
         if tensor.dtype == torch.float64:
@@ -106,17 +106,17 @@ class Pretrained(WeightSource):
 
 
 def source_of(distribution: str) -> WeightSource:
-    """What stands behind a masked weight's `distribution`, one of `distributions()`."""
+    """Return the source for a masked weight's `distribution`, one of `distributions()`."""
     return Pretrained(BASE) if distribution == BASE else Drawn(distribution)
 
 
 def distributions() -> list[str]:
-    """All words that a masked weight's distribution may be."""
+    """Return every possible `distribution` of a masked weight."""
     return [*DISTRIBUTIONS, BASE]
 
 
 def source_of_scheme(scheme: str, fan_in: float, fan_out: float, k: float, scaled: bool) -> tuple[WeightSource, float]:
-    """Where a scheme's weights come from, and their standard deviation; arguments as for `Scheme.std`."""
+    """Return the source of a scheme's weights and their standard deviation. Arguments are as for `Scheme.std`."""
     if scheme == PRETRAINED:
         return source_of(BASE), 0.0
     found = get_scheme(scheme)

@@ -1,6 +1,6 @@
-"""From a seed and a tensor's name to its values: section 1 of docs/artifact-format.md.
+"""Draw a tensor's values from a seed and its name: section 1 of docs/artifact-format.md.
 
-NumPy alone, so that the values depend on no device, library default or order of traversal.
+Uses NumPy alone, so that the values do not depend on a device, a library default or the order of traversal.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from ..errors import ConversionError
 
 PERSON = b"popup-surgery/v1"
 QUANTILES_SHA256 = "1cfbba1e07e34386a57626f82aeb43e6ed54ba70a3ea6b7d964dc66a841074a8"
-CHUNK = 1 << 17  # elements made at a time, so that they stay in cache; of 64, so that pieces meet at whole words
+CHUNK = 1 << 17  # elements drawn at a time, which fit in cache; a multiple of 64, so that pieces end at whole words
 
 BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(bool)  # of each byte
 
@@ -26,21 +26,24 @@ Values = Callable[[Bytes, int], Floats]
 
 
 def check_seed(seed: object) -> int:
-    """`seed` if it is an integer in 0 … 2⁶⁴ − 1, else `ConversionError`."""
+    """Return `seed` if it is an integer from 0 to 2⁶⁴ − 1, else raise `ConversionError`."""
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise ConversionError(f"seed is {seed!r}; expected an integer from 0 to 2**64 - 1")
     return int(seed)
 
 
 def words(seed: int, purpose: str, name: str) -> np.random.Philox:
-    """The generator of a tensor's words: Philox4x64-10 under a BLAKE2b key of the seed, the purpose and the name."""
+    """Return the generator of a tensor's random words.
+
+    It is Philox4x64-10, whose key is a BLAKE2b digest of the seed, the purpose and the name.
+    """
     digest = hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=16, person=PERSON).digest()
     return np.random.Philox(key=np.frombuffer(digest, "<u8"))
 
 
 @lru_cache(maxsize=1)
 def quantiles() -> Floats:
-    """The standard normal's quantiles Φ⁻¹((i + ½) / 65536): float32 [65536], checked against its digest."""
+    """Return the quantiles Φ⁻¹((i + ½) / 65536) of the standard normal: float32 [65536], checked against a digest."""
     inverse = statistics.NormalDist().inv_cdf
     table = np.array([inverse((i + 0.5) / 65536) for i in range(65536)], "<f4")
     if hashlib.sha256(table.tobytes()).hexdigest() != QUANTILES_SHA256:
@@ -49,7 +52,7 @@ def quantiles() -> Floats:
 
 
 def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, name: str) -> Iterator[Floats]:
-    """The values of one tensor in row-major order, in pieces of float32 [at most CHUNK].
+    """Yield the values of one tensor in row-major order, in pieces of float32 [at most CHUNK].
 
     Args:
         distribution: a key of `DISTRIBUTIONS`.
@@ -62,7 +65,7 @@ def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, nam
 
 
 def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Floats]:
-    """Initial scores, U(−1/√fan_in, 1/√fan_in), in pieces as `draw`'s (Kaiming uniform, a = √5)."""
+    """Yield initial scores, U(−1/√fan_in, 1/√fan_in), in pieces like `draw` (Kaiming uniform, a = √5)."""
     return _pieces(numel, 32, _symmetric(1.0 / math.sqrt(fan_in)), words(seed, "score", name))
 
 
@@ -74,12 +77,14 @@ def _pieces(numel: int, bits: int, values: Values, generator: np.random.Philox) 
 
 
 def _symmetric(bound: float) -> Values:
+    """Return a function that turns 32 bits into a value, uniform in −bound … bound, symmetric about 0 and never 0."""
+
     def values(raw: Bytes, count: int) -> Floats:
-        # u is 0 … 2²⁴ − 1, and 2u + 1 − 2²⁴ an odd number: u = 0 gives −16,777,215 and so −bound · 0.99999994,
-        # u = 2²³ gives 1 and so bound · 0.00000006; no value is 0, and each has its negative
+        # u is from 0 to 2²⁴ − 1, so 2u + 1 − 2²⁴ is odd: u = 0 gives −16,777,215 and so −bound · 0.99999994, u = 2²³
+        # gives 1 and so bound · 0.00000006. No value is 0, and each value's negative occurs too.
         u = raw.view("<u4")[:count] >> np.uint32(8)
         steps = (2 * u.astype(np.int32) + np.int32(1 - 2**24)).astype(np.float32)
-        steps *= np.float32(2**-24)  # exact, so that the one rounding is the next product's
+        steps *= np.float32(2**-24)  # exact: only the next product rounds
         steps *= np.float32(bound)
         return steps
 
@@ -87,7 +92,7 @@ def _symmetric(bound: float) -> Values:
 
 
 def _signed_constant(std: float) -> Values:
-    # a byte's elements at once: 0x05 has the bits 1 0 1 0 0 0 0 0, lowest first, which are + − + − − − − −
+    # all eight elements of a byte at once: 0x05 has the bits 1 0 1 0 0 0 0 0, lowest first: + − + − − − − −
     eight = np.where(BITS, np.float32(std), np.float32(-std))
     return lambda raw, count: np.take(eight, raw[: -(-count // 8)], axis=0).reshape(-1)[:count]
 
@@ -104,7 +109,7 @@ def _uniform(std: float) -> Values:
     return _symmetric(std * math.sqrt(3.0))
 
 
-# bits that an element takes from the stream, and the values that a standard deviation makes of the bytes
+# name: bits that one element takes from the stream, and a function that, for a standard deviation, decodes the bytes
 DISTRIBUTIONS: dict[str, tuple[int, Callable[[float], Values]]] = {
     "signed_constant": (1, _signed_constant),
     "unsigned_constant": (0, _unsigned_constant),
