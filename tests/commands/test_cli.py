@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 import popup_surgery
 from popup_surgery import build, convert, load, save
 from popup_surgery.config.catalog import find, shipped
-from support import PATIENCE, write_digit
+from support import PATIENCE, slow_except, write_digit
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo", "sweep",
@@ -67,7 +67,7 @@ def example(help_text: str) -> tuple[list[str], str]:
     return shlex.split(lines[start].strip().removeprefix("$ popup-surgery ")), "\n".join(output)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", slow_except(COMMANDS, set(COMMANDS) - {"sweep", "reproduce"}))
 def test_help_has_a_real_call_and_its_real_output(cli: Cli, artifact: Path, command: str) -> None:
     shown = cli(command, "--help")
     assert shown.status == 0

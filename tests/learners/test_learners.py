@@ -45,7 +45,7 @@ from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
-from support import PATIENCE, equal_states, stopping
+from support import PATIENCE, equal_states, slow_except, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -553,7 +553,7 @@ def test_nothing_of_a_random_network_learns_unless_it_is_told_to() -> None:
     assert torch.equal(layer._parameters["weight"].grad != 0, masks(layer)["weight"])
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", slow_except([1, 2], [1]))
 def test_random_masks_in_the_loop(processes: int, images: Path, tmp_path: Path) -> None:
     values = {
         "model": {"name": "timm/test_resnet", "kwargs": {"num_classes": 3}},
@@ -658,6 +658,7 @@ leave()
 """
 
 
+@pytest.mark.slow
 def test_processes_and_pieces_of_a_step_see_the_same_sample(tmp_path: Path) -> None:
     script = tmp_path / "step.py"
     script.write_text(STEP)
@@ -740,7 +741,7 @@ def test_a_ticket_is_written_densely_with_its_masks(ticket_run: Any) -> None:
     assert dataclasses.replace(again, model=ticket_run.model) == ticket_run
 
 
-@pytest.mark.parametrize("epoch", [1, 2, 3])
+@pytest.mark.parametrize("epoch", slow_except([1, 2, 3], [2]))
 def test_a_ticket_that_was_stopped_ends_in_the_same_files(epoch: int, ticket_run: Any, tmp_path: Path) -> None:
     """Also one that was stopped after the first step that follows a pruning."""
 

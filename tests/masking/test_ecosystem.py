@@ -22,7 +22,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 from popup_surgery import MaskedWeightError, Tracer, bake, convert, load, masks, save, verify
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.selection import kept_count
-from support import Scope, top
+from support import Scope, slow_except, top
 
 K = 0.4
 NETS = {
@@ -514,7 +514,7 @@ WRAPPERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("wrapper", slow_except(WRAPPERS, ["compile", "DDP"]))
 def test_a_wrapped_network_is_converted_as_the_one_inside(
     wrapper: str, process_group: None, dynamo: None, tmp_path: Path
 ) -> None:
@@ -628,7 +628,7 @@ def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: Scope
     assert torch.equal(program(images()), other(images()))
 
 
-@every_net
+@pytest.mark.parametrize("net", slow_except(NETS, ["resnet", "vit"]))
 def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     model = hidden(NETS[net]).eval()
     torch.export.save(torch.export.export(bake(model), (images(),)), tmp_path / "net.pt2")
@@ -639,7 +639,7 @@ def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     assert torch.equal(program.module()(images(2)), model(images(2)))
 
 
-@every_net
+@pytest.mark.parametrize("net", slow_except(NETS, ["vit"]))
 def test_onnx_of_a_baked_network(net: str, tmp_path: Path) -> None:
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")

@@ -519,6 +519,7 @@ def held(output: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_files_come_back_where_nodes_do_not_see_the_drivers_folder(cluster: Any, here: Path, tmp_path: Path) -> None:
     """The folder of an open file has a name that leads elsewhere, or nowhere, in any other process."""
     folder = os.open(tmp_path, os.O_RDONLY)

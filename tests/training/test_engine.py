@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from popup_surgery.config import Recipe
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.setup import run_folder
 from popup_surgery.training import checkpoint
-from support import PATIENCE, SHORT, digits_begun, run_digits, slow_except, wait_for
+from support import PATIENCE, SHORT, Outcome, digits_begun, digits_command, run_digits, slow_except, wait_for
 
 
 def resume(folder: Path) -> bytes:
@@ -80,13 +81,15 @@ def test_kills_at_random_moments_change_nothing(through: bytes, tmp_path: Path) 
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
-def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(through: bytes, tmp_path: Path) -> None:
+def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(
+    cli: Callable[..., Outcome], through: bytes, tmp_path: Path
+) -> None:
     first = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
     assert first.file.read_bytes() == through
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
-    again = run_digits(tmp_path / "run", "--resume")
-    assert again.returncode == 0
-    assert "finished already" in again.stdout
+    again = cli(*digits_command(tmp_path / "run", "--resume")[3:])
+    assert again.status == 0
+    assert "finished already" in again.out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
     result = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
     assert (result.accuracy, result.kept, result.history) == (first.accuracy, first.kept, first.history)

@@ -30,23 +30,32 @@ def first_update(file: Path, accumulate: int) -> None:
     leave()
 
 
-def test_the_first_update_is_the_same_however_the_batch_is_divided(tmp_path: Path) -> None:
-    results = []
-    for processes, accumulate in ((1, 1), (1, 3), (2, 1), (2, 2)):
-        file = tmp_path / f"{processes}-{accumulate}.pt"
-        if processes == 1:
-            first_update(file, accumulate)
-        else:
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-            words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
-            path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-            done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment)
-            assert done.returncode == 0, done.stderr
-        results.append(torch.load(file, weights_only=True))
-    for other in results[1:]:
-        for name, score in results[0].items():
-            assert (other[name] - score).abs().max() <= 1e-6 * score.abs().max(), name
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """The scores after the first step of one process that takes its batch at once."""
+    file = tmp_path_factory.mktemp("whole") / "scores.pt"
+    first_update(file, 1)
+    scores: dict[str, torch.Tensor] = torch.load(file, weights_only=True)
+    return scores
+
+
+@pytest.mark.parametrize(("processes", "accumulate"), slow_except([(1, 3), (2, 1), (2, 2)], [(1, 3), (2, 2)]))
+def test_the_first_update_is_the_same_however_the_batch_is_divided(
+    processes: int, accumulate: int, whole: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "scores.pt"
+    if processes == 1:
+        first_update(file, accumulate)
+    else:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
+        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment)
+        assert done.returncode == 0, done.stderr
+    divided = torch.load(file, weights_only=True)
+    for name, score in whole.items():
+        assert (divided[name] - score).abs().max() <= 1e-6 * score.abs().max(), name
 
 
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
@@ -66,7 +75,8 @@ LAUNCHERS = {
 }
 
 
-@pytest.mark.parametrize("launcher", slow_except(LAUNCHERS, ["torchrun"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
     interpreter, *words = digits_command(tmp_path / "run")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
@@ -89,6 +99,7 @@ def test_deepspeed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytes
     assert re.fullmatch(r"error: .*DeepSpeed.*\n", done.stderr), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_process_that_dies_ends_the_run_and_is_named(tmp_path: Path) -> None:
     process = digits_begun(tmp_path / "run", "--num-processes", "2", "--set", "training.epochs=2000")
