@@ -227,12 +227,12 @@ class Scheduler:
 
     def job(self, run: Run) -> Job:
         """Return what is left of a run."""
-        epochs = run.recipe.epochs - self.done.get(run.name, 0)
-        work = epochs * self.steps(run) * self.forecast.cost(kind_of(run.recipe))
+        epoch = self.steps(run) * self.forecast.cost(kind_of(run.recipe))
+        work = epoch * (run.recipe.epochs - self.done.get(run.name, 0))  # 0 where the files alone are left
         start = self.forecast.start
         if run.name in self.running:
             start = 0.0 if run.name in self.warm else max(start - (self.day.clock() - self.began[run.name]), 0.0)
-        return Job(start, max(work - self.share.get(run.name, 0.0), 0.01 * work / epochs))
+        return Job(start, max(work - self.share.get(run.name, 0.0), 0.01 * epoch))
 
     def admits(self, run: Run) -> bool:
         """Return whether a run will end within the day, and does not keep running ones from doing so."""

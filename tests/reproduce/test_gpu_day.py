@@ -344,6 +344,9 @@ def test_a_step_costs_what_was_measured(runs: tuple[Run, ...]) -> None:
     day = gpu.Day(60, 60, 0.0, lambda: now)
     scheduler = gpu.Scheduler(day, gpu.Forecast({1: 10.0, 2: 12.0}, 5.0, {gpu.kind_of(one.recipe): 0.5}), {})
     assert scheduler.job(one) == gpu.Job(5.0, 8 * 100 * 0.5)
+    ended = gpu.Scheduler(day, scheduler.forecast, {one.name: 8})
+    assert ended.job(one) == gpu.Job(5.0, 0.01 * 100 * 0.5), "it was killed before it wrote its file"
+    assert ended.admits(one)
     scheduler.started(one)
     now = 4.0
     scheduler.epochs(one, 1)  # its first, of which the start is a part
