@@ -43,7 +43,7 @@ from popup_surgery import (
 )
 from popup_surgery.sweep import Run, Sweep, execute
 from popup_surgery.sweep.engines import Events, Stop
-from support import PATIENCE, lines
+from support import PATIENCE, lines, slow_except
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def kept_by(name: str, folder: Path) -> dict[str, Tensor]:
     return nonzero(load(folder / RUNS[name]))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_except(RUNS, ["tiny"]))
 def test_a_stopped_run_resumes_to_the_end(name: str, tmp_path: Path) -> None:
     """In this process and by the command line to the same bytes, and nearly to what an undisturbed run gave then."""
     here, there = (copied(f"stopped/{name}", tmp_path / place) for place in ("here", "there"))

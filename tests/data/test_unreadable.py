@@ -306,6 +306,7 @@ def artifact(folder: Path) -> bytes:
     return (folder / "net.popup.safetensors").read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_add_up_what_they_skip_and_one_speaks(many: Path, tmp_path: Path) -> None:
     bad = damaged(tmp_path / "images", "train/cat/0.png", "train/eel/7.jpg", "train/dog/3.jpg", "validation/dog/1.jpg")
     sets = ["--set", "data.on_error=skip", "--set", "training.epochs=2"]
@@ -319,7 +320,7 @@ def test_two_processes_add_up_what_they_skip_and_one_speaks(many: Path, tmp_path
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("back", [True, False])
+@pytest.mark.parametrize("back", slow_except([True, False], [False]))
 def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
     many: Path, tmp_path: Path, back: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -340,6 +341,7 @@ def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
         assert said.startswith("the checkpoint was taken with 120 training images and goes on with 119: ")
 
 
+@pytest.mark.slow
 def test_skipped_images_are_counted_once_however_often_a_run_stops(many: Path, tmp_path: Path) -> None:
     damaged(tmp_path / "images", "train/cat/0.png", "train/eel/7.jpg", "train/dog/3.jpg", "validation/dog/1.jpg")
     skip = ["data.on_error=skip"]
@@ -401,6 +403,7 @@ def test_workers_end_with_a_run_that_is_killed(many: Path, tmp_path: Path) -> No
     assert psutil.wait_procs(workers, timeout=PATIENCE)[1] == []
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_fails(images: Path) -> None:
     """As it exits it tells them to end; the error still holds the loader then."""
     script = (

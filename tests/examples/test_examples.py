@@ -52,6 +52,7 @@ def test_own_loop_and_the_file_that_it_leaves(tmp_path: Path) -> None:
     assert digests(run("read_without_library", tmp_path, file)) == expected
 
 
+@pytest.mark.slow
 def test_timm_pieces(tmp_path: Path) -> None:
     live, average, saved = accuracies(run("timm_pieces", tmp_path))
     assert average == saved > 0.9

@@ -318,6 +318,7 @@ def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> N
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_two_jobs_give_the_files_of_runs_one_after_another(
     here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -292,6 +292,7 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
     assert found.tensors["x"].item() == found.state["step"] == 20
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_says_what_that_changes(stopped: Path) -> None:
     done = run_digits(stopped, "--resume", "--num-processes", "2")
     assert done.returncode == 0, done.stderr

@@ -295,7 +295,7 @@ def test_favoured_scores_select_the_mask(values: list[list[float]], rng: Any) ->
     assert torch.allclose(before, after, atol=1e-6)
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", slow_except(["layer", "global"], ["layer"]))
 def test_a_network_starts_with_the_mask_of_a_file(scope: Scope, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seed": 5, "scope": scope}
     torch.manual_seed(0)
@@ -459,6 +459,7 @@ def two(tmp_path: Path, word: str) -> list[subprocess.CompletedProcess[str]]:
     return done
 
 
+@pytest.mark.slow
 def test_masks_are_equal_across_processes_at_every_epoch(tmp_path: Path) -> None:
     done = two(tmp_path, "agree")
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr

@@ -388,6 +388,7 @@ def test_batch_norm_statistics_belong_to_the_result(images: Path, tmp_path: Path
     assert evaluate(result.file, data_dir=images).accuracy == result.accuracy
 
 
+@pytest.mark.slow
 def test_dropout_and_the_like_follow_the_recipes_seed(tmp_path: Path) -> None:
     overrides = ["model={name: timm/test_vit, kwargs: {img_size: 16, patch_size: 8, in_chans: 1, drop_rate: 0.2}}"]
     overrides += ["model.kwargs.num_classes=10"]
