@@ -417,8 +417,8 @@ def test_a_dry_run_counts_and_estimates_and_writes_nothing(cli: Cli, here: Path,
 
 @pytest.mark.slow
 def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    output = tmp_path / "out"
-    words = command(written(tmp_path, LONG), "-o", output, "--jobs", 2)
+    output, longer = tmp_path / "out", LONG | {"set": {"training.epochs": 40}}  # the orphan must outlive its sweep
+    words = command(written(tmp_path, longer), "-o", output, "--jobs", 2)
     process = subprocess.Popen(words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     until(lambda: len(checkpointed(output)) == 2, process)
     children = psutil.Process(process.pid).children()
@@ -440,14 +440,14 @@ def test_a_sweep_that_is_stopped_and_then_killed_goes_on(tmp_path: Path, caplog:
     process.communicate()
     victim.wait(60)
     assert orphan.is_running()
-    outcomes = execute(Sweep.parse(LONG), output, Local(2))
+    outcomes = execute(Sweep.parse(longer), output, Local(2))
     assert [outcome.state for outcome in outcomes] == [State.FINISHED] * 2
     assert len(re.findall(r"another process runs in \S+; waiting for it", caplog.text)) == 1
     assert not orphan.is_running()
     for log in output.glob("*/log.txt"):
-        assert "epoch 8/8" in log.read_text()
-        assert "epoch 1/8" not in log.read_text(), "it went on"
-    execute(Sweep.parse(LONG), tmp_path / "here", Here())
+        assert "epoch 40/40" in log.read_text()
+        assert "epoch 1/40" not in log.read_text(), "it went on"
+    execute(Sweep.parse(longer), tmp_path / "here", Here())
     assert artifacts(output) == artifacts(tmp_path / "here")
 
 
