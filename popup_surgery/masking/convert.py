@@ -130,7 +130,7 @@ def _tell(planned: Plan, level: int) -> None:
         if drawn < len(planned.masked):
             level = logging.WARNING  # perhaps a trained head was replaced
         seed = planned.settings.seed
-        log.log(level, "the weights of %d layers were drawn anew from seed %d; what they were is gone", drawn, seed)
+        log.log(level, "replaced the weights of %d layers with random ones (seed %d)", drawn, seed)
     if (coverage := planned.coverage).of_weights < 0.99:
         log.warning(
             "%.0f %% of the weights are not masked: %s", 100 * (1 - coverage.of_weights), ", ".join(coverage.missed)

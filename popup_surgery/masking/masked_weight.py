@@ -28,5 +28,5 @@ class MaskedWeight(Tensor):
     def data(self, value: Tensor) -> None:
         raise MaskedWeightError(
             f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is made "
-            "anew from its scores at each read; change the scores, or bake(model) first"
+            "again from its scores at each read; change the scores, or bake(model) first"
         )

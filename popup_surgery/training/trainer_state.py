@@ -64,14 +64,14 @@ def _warn_of_differences(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     processes, images = checkpoint.state["processes"], checkpoint.state["images"]
     if processes != trainer.part.processes:
         log.warning(
-            "the checkpoint was taken by %d processes and goes on with %d: what is random in a network, and the "
+            "the checkpoint was taken by %d processes and resumes with %d: what is random in a network, and the "
             "statistics of batch norms, differ from here",
             processes,
             trainer.part.processes,
         )
     if images != trainer.data.counts[TRAIN]:
         log.warning(
-            "the checkpoint was taken with %s training images and goes on with %s: their order differs from here",
+            "the checkpoint was taken with %s training images and resumes with %s: their order differs from here",
             images,
             trainer.data.counts[TRAIN],
         )

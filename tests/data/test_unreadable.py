@@ -338,7 +338,7 @@ def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
         train(many, overrides=["data.on_error=skip"], output=tmp_path / "run", resume=True)
         assert lines(tmp_path / "run")[-1]["epoch"] == 3
         (said,) = [record.getMessage() for record in caplog.records if record.name == "popup_surgery"]
-        assert said.startswith("the checkpoint was taken with 120 training images and goes on with 119: ")
+        assert said.startswith("the checkpoint was taken with 120 training images and resumes with 119: ")
 
 
 @pytest.mark.slow

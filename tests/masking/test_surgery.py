@@ -484,7 +484,7 @@ def test_masks_are_copies_by_key() -> None:
 def test_a_foreign_network_is_warned_of_its_loss(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "popup_surgery"):
         convert(small(), seed=42)
-    (record,) = [record for record in caplog.records if "drawn anew" in record.getMessage()]
+    (record,) = [record for record in caplog.records if "with random ones" in record.getMessage()]
     assert record.levelno == logging.WARNING
     assert "4 layers" in record.getMessage()
     assert "seed 42" in record.getMessage()
@@ -493,7 +493,7 @@ def test_a_foreign_network_is_warned_of_its_loss(caplog: pytest.LogCaptureFixtur
 def test_a_built_network_is_told_quietly(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, "popup_surgery"):
         convert(build("conv2", width=0.1))
-    (record,) = [record for record in caplog.records if "drawn anew" in record.getMessage()]
+    (record,) = [record for record in caplog.records if "with random ones" in record.getMessage()]
     assert record.levelno == logging.INFO
 
 
