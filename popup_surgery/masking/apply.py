@@ -13,8 +13,8 @@ from ..weights.streams import draw
 from .layer import masked_class, swap
 from .plan import Plan, PlannedRest, PlannedWeight
 from .planning import check_rest, check_score_name, check_writable
-from .ranking import RankGroup, drop_hooks
-from .state import STATE, MaskedParam, ModuleState, slots_of, state_of
+from .ranking import STATE, RankGroup, drop_hooks
+from .state import MaskedParam, ModuleState, slots_of, state_of
 from .unmasked import Generated
 from .walk import Place, masked_weights, places_of
 
