@@ -127,7 +127,7 @@ class _Guarded(dict[str, Any]):
 def _guard(module: nn.Module) -> None:
     if not isinstance(module._parameters, _Guarded):
         guarded = _Guarded(module._parameters)
-        guarded.masked = tuple(slots_of(module))
+        guarded.masked = type(module)._popup_masked  # type: ignore[attr-defined]
         module.__dict__["_parameters"] = guarded
 
 
@@ -139,7 +139,7 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     key = base, names
     if key not in _CLASSES:
         # A tracer that takes the original class as a leaf because of its module takes this one too.
-        namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base}
+        namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base, "_popup_masked": names}
         layer_type = layer_type_of(base)
         mixin = None if layer_type is None else layer_type.mixin
         bases = (Masked, base) if mixin is None else (Masked, mixin, base)

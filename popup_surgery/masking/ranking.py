@@ -105,8 +105,9 @@ class RankGroup:
                     found.setdefault(slot.index, (module, name))
         members = [found.get(index, member) for index, member in enumerate(self.members)]
         self._held[get_ident()] = _Held(members, [])
-        self.mask(0)
-        self._held[get_ident()] = _Held(members, [score_of(module, name) for module, name in members])
+        if len(members) > 1:
+            self.mask(0)
+            self._held[get_ident()] = _Held(members, [score_of(module, name) for module, name in members])
 
     def holding(self) -> _Held | None:
         """Return what this thread holds, for `release`."""

@@ -66,11 +66,11 @@ def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, Maske
 def ranked_within(core: nn.Module) -> Iterator[None]:
     """Context manager: masks read from now on are those of the scores in `core`, also where it is a shallow copy."""
     groups: dict[int, RankGroup] = {id(slot.ranking): slot.ranking for _, _, _, slot in masked_weights(core)}
-    together = [(group, group.holding()) for group in groups.values() if len(group.members) > 1]
+    before = {index: group.holding() for index, group in groups.items()}
     try:
-        for group, _ in together:
+        for group in groups.values():
             group.hold(core)
         yield
     finally:
-        for group, before in together:
-            group.release(before)
+        for index, group in groups.items():
+            group.release(before[index])

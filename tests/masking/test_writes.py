@@ -159,17 +159,14 @@ def test_a_write_is_found_at_the_next_read_however_many_lie_between(idiom: str, 
                 assert layer.weight.shape == (5, 6)
             return found
 
+    if mode == "grad" and "out=" in idiom:
+        mode = "no_grad"  # torch's own rule
     context: Any = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
     for reads in (0, 3):
         seen: Any = Between()
         seen.reads = reads
-        try:
-            with context():
-                FOUND[idiom](seen)
-        except RuntimeError as error:  # torch's own rules for tensors with a gradient
-            assert mode == "grad", error
-            assert not isinstance(error, MaskedWeightError), error
-            pytest.skip(str(error))
+        with context():
+            FOUND[idiom](seen)
         with pytest.raises(MaskedWeightError, match=LOST):
             layer(x)
         assert torch.equal(layer.weight, before), "said once, and nothing came of the write"
