@@ -95,10 +95,11 @@ def watched(tensor: Tensor, watch: Watch) -> MaskedWeight:
 
 
 _VIEWS = (
-    "__getitem__ adjoint as_strided broadcast_to chunk detach diagonal dsplit expand expand_as flatten hsplit moveaxis "
-    "movedim narrow permute ravel reshape reshape_as select split split_with_sizes squeeze swapaxes swapdims t "
-    "tensor_split transpose unbind unflatten unfold unsqueeze view view_as vsplit"
-).split()
+    "__getitem__", "adjoint", "as_strided", "broadcast_to", "chunk", "detach", "diagonal", "dsplit", "expand",
+    "expand_as", "flatten", "hsplit", "moveaxis", "movedim", "narrow", "permute", "ravel", "reshape", "reshape_as",
+    "select", "split", "split_with_sizes", "squeeze", "swapaxes", "swapdims", "t", "tensor_split", "transpose",
+    "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as", "vsplit",
+)  # fmt: skip
 
 
 def _with_views(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -10,7 +10,6 @@ from ..learners import Learner
 from ..selection import Selection
 from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
-
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
 
 
