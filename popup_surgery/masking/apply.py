@@ -9,7 +9,7 @@ from ..selection import kept_count
 from ..torch_compat import NormWithStatistics
 from ..weights.fill import fill
 from ..weights.source import source_of
-from ..weights.streams import draw
+from ..weights.streams import draw, untied
 from .layer import masked_class, swap
 from .plan import Plan, PlannedRest, PlannedWeight
 from .planning import check_memory, check_rest, check_score_name, check_writable
@@ -75,7 +75,8 @@ def _held(places: dict[str, Place], weight: PlannedWeight) -> list[Place]:
 
 
 def _first_scores(weight: PlannedWeight, place: Place, learner: Learner, seed: int) -> nn.Parameter:
-    values = source_of(weight.distribution).values(weight.numel, weight.std, seed, weight.key, place.tensor)
+    own = source_of(weight.distribution).values(weight.numel, weight.std, seed, weight.key, place.tensor)
+    values = untied(own, seed, weight.key)
     score = torch.empty_like(place.tensor, dtype=torch.float32, requires_grad=False)
     fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values))
     return nn.Parameter(score, requires_grad=learner.trains)

@@ -17,7 +17,7 @@ class _Extent(NamedTuple):
     space: Any  # where addresses are comparable: a device; on the meta device a storage
     start: int
     end: int
-    index: int
+    place: int
 
 
 def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
@@ -30,14 +30,15 @@ def overlapping(tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
     for extent in extents:
         open_ = [other for other in open_ if other.space == extent.space and other.end > extent.start]
         for other in open_:
-            if _share(tensors[other.index], other.start, tensors[extent.index], extent.start):
-                yield min(other.index, extent.index), max(other.index, extent.index)
+            one, two = sorted((other, extent), key=lambda each: each.place)
+            if _share(tensors[one.place], one.start, tensors[two.place], two.start):
+                yield one.place, two.place
         open_.append(extent)
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
     """Return whether some elements of `tensor` may be one element in memory, as those of an expanded tensor are."""
-    reach = 0  # of the dimensions with smaller strides
+    reach: Any = 0  # of the dimensions with smaller strides
     for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1:
             if stride <= reach:
@@ -70,7 +71,7 @@ def _extent(tensor: Tensor, index: int) -> _Extent:
 
 def _share(one: Tensor, start: int, other: Tensor, start_of_other: int) -> bool:
     try:
-        return np.shares_memory(_addresses(one, start), _addresses(other, start_of_other), max_work=EFFORT)
+        return np.shares_memory(_addresses(one, start), _addresses(other, start_of_other), EFFORT)  # type: ignore[arg-type]
     except TooHardError:
         return True
 
