@@ -780,7 +780,7 @@ def test_what_is_pruned_does_not_come_back_even_before_a_weight_of_zero() -> Non
         (["lottery_ticket.k=0.2"], r"lottery_ticket\.rounds is missing"),
         (["lottery_ticket.rounds=0"], r"lottery_ticket\.rounds is 0"),
         (["lottery_ticket.k=1.5"], r"lottery_ticket\.k is 1\.5"),
-        (["lottery_ticket.k=0.2", "lottery_ticket.round=3"], r"lottery_ticket\.round is no key.*rounds"),
+        (["lottery_ticket.k=0.2", "lottery_ticket.round=3"], r"lottery_ticket\.round is not a key.*rounds"),
         (
             [*TICKET, "surgery={k: 0.5, scaled: false}"],
             r"lottery_ticket trains a dense network; it needs surgery: none",

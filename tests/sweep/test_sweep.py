@@ -193,7 +193,7 @@ def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path)
     ("values", "says"),
     [
         ({"recipe": "digts"}, r"unknown recipe 'digts'; the nearest known: .*\bdigits\b"),
-        ({"recipe": "mine.yaml"}, r"there is no recipe file mine\.yaml"),
+        ({"recipe": "mine.yaml"}, r"the recipe file mine\.yaml does not exist"),
         ({"recipe": 3}, "sweep: recipe is 3; expected a name"),
         ({"set": {}}, "sweep: recipe is missing"),
         ({"recipe": "digits", "girds": {}}, r"sweep: girds is no key of a sweep; nearest: .*\bgrid\b"),
@@ -211,7 +211,7 @@ def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path)
         (GRID | {"seeds": 60_000}, "makes 120,000 runs; expected up to 100,000"),
         (GRID | {"set": {"training.seed": 3}}, r"training\.seed is given, and seeds, which sets it"),
         ({"recipe": "digits", "grid": {"surgery.k": [0.3, 1.2]}}, r"sweep: surgery\.k is 1\.2: expected a number"),
-        ({"recipe": "digits", "grid": {"training.epoch": [1, 2]}}, r"training\.epoch is no key .*; nearest: epochs"),
+        ({"recipe": "digits", "grid": {"training.epoch": [1, 2]}}, r"training\.epoch is not a key .*; nearest: epochs"),
         ({"recipe": "digits", "grid": {"surgery": ["dense"]}}, r"sweep: surgery.* the word none.*dense"),
         (
             {"recipe": "digits", "grid": {"surgery.scheme": ["kaiming_normal", "pretrained"]}},
@@ -253,11 +253,11 @@ def test_all_that_recipes_refuse_is_said_at_once() -> None:
     ("arguments", "says"),
     [
         (("nowhere.yaml",), r"nowhere\.yaml"),
-        (("list.yaml",), r"list\.yaml holds no mapping; expected recipe, set, grid and seeds, or runs"),
+        (("list.yaml",), r"list\.yaml does not hold a mapping; expected recipe, set, grid and seeds, or runs"),
         (("digits", "--set", "surgery.k=[]"), r"surgery\.k is an empty list"),
         (("digits", "--set", "surgery.k=[0.5, 2]"), r"surgery\.k is 2: expected"),
         (("digits", "--seeds", "0"), "seeds is 0"),
-        (("digits", "--seeds", "[1"), "--seeds .*is no YAML"),
+        (("digits", "--seeds", "[1"), "--seeds .*is not valid YAML"),
         (("digits", "--address", "auto"), "--address is auto; expected it with --on ray"),
         (("digits", "--gpus-per-run", "1"), "--gpus-per-run is 1.0; expected it with --on ray"),
         (("digits", "--on", "ray", "--gpus-per-run", "1.5"), r"--gpus-per-run is 1\.5; expected a share of a GPU"),
