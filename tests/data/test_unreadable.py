@@ -388,7 +388,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, said
-    assert re.fullmatch(r"stopped after step \d+, in epoch \d; the same command goes on with --resume\n", said)
+    assert re.fullmatch(r"stopped after step \d+, in epoch \d; resume with the same command and --resume\n", said)
     psutil.wait_procs(workers, timeout=PATIENCE)
     assert not any(worker.is_running() for worker in workers)
 

@@ -184,7 +184,7 @@ def test_the_command_plans_once(
 
 def test_json_is_for_a_plan(cli: Callable[..., Any], tmp_path: Path) -> None:
     done = cli("convert", "conv2", "-o", tmp_path / "net", "--json")
-    assert (done.status, done.err) == (2, "error: --json prints a plan; it needs --dry-run\n")
+    assert (done.status, done.err) == (2, "error: --json prints the plan; add --dry-run\n")
     assert not list(tmp_path.iterdir())
 
 

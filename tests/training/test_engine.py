@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
     process.send_signal(number)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
-    assert re.fullmatch(r"stopped after step \d+, in epoch \d; the same command goes on with --resume\n", said)
+    assert re.fullmatch(r"stopped after step \d+, in epoch \d; resume with the same command and --resume\n", said)
     assert resume(tmp_path / "run") == through
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "curve.png", "digits.popup.safetensors", "masks.png", "metrics.jsonl", "recipe.yaml",
