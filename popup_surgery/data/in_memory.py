@@ -32,7 +32,7 @@ class InMemory(Prepared):
         for images, _ in splits.values():
             if tuple(images.shape[1:]) != input_size:
                 found, wanted = " × ".join(map(str, images.shape[1:])), " × ".join(map(str, input_size))
-                raise DataError(f"the images of {config.name} are {found}; the network expects {wanted}")
+                raise DataError(f"the images of data set {config.name} are {found}; the network expects {wanted}")
         counts = {role: len(labels) for role, (_, labels) in splits.items()}
         super().__init__(config, input_size, seed, device, classes, counts)
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
@@ -102,5 +102,7 @@ def decode(
             start = end
             step()
     if not start:
-        raise DataError("; ".join([f"no {role} image of data set {config.name} can be read", *map(str, missing[:1])]))
+        raise DataError(
+            "; ".join([f"none of the {role} images of data set {config.name} can be read", *map(str, missing[:1])])
+        )
     return (images[:start], labels[:start]), missing

@@ -128,7 +128,7 @@ class Shards:
         """As `Source.read`."""
         image = next((key[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in key), None)
         if image is None:
-            raise DataError("it has no jpg, jpeg, png or webp")
+            raise DataError("its sample has no jpg, jpeg, png or webp")
         return Image.open(BytesIO(image)), json.loads(key["json"])[self.label] if self.label else key["cls"]
 
     def name(self, key: dict[str, Any]) -> str:
@@ -184,7 +184,7 @@ def some(count: int, most: int | None) -> NDArray[np.int64]:
 def reason(error: BaseException) -> str:
     """Return what an error says about a file, on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a kind that Pillow knows"
+        return "it is not an image of a kind that Pillow knows"
     if isinstance(error, DataError):
         return str(error)
     if isinstance(error, OSError):

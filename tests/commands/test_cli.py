@@ -511,5 +511,5 @@ def test_a_folder_of_other_classes(cli: Cli, tmp_path: Path, make_images: Callab
     make_images(tmp_path / "data" / "train", ("a", "b"), count=1, size=(8, 8))
     make_images(tmp_path / "data" / "validation", ("a", "c"), count=1, size=(8, 8))
     call = ("train", "digits", "--set", "data.name=folder", "--data-dir", tmp_path / "data", "-o", tmp_path / "run")
-    refused(cli(*call), "other classes")
+    refused(cli(*call), "different classes")
     assert not (tmp_path / "run").exists()

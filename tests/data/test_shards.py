@@ -223,8 +223,8 @@ def test_a_shard_that_is_missing_or_cut_off_is_named(shards: dict[str, Any], wor
 @pytest.mark.parametrize(
     ("sample", "says"),
     [
-        ({"jpg": b"no image", "cls": 1}, "it is no image of a kind that Pillow knows"),
-        ({"txt": "no image", "cls": 1}, "it has no jpg, jpeg, png or webp"),
+        ({"jpg": b"no image", "cls": 1}, "it is not an image of a kind that Pillow knows"),
+        ({"txt": "no image", "cls": 1}, "its sample has no jpg, jpeg, png or webp"),
         ({"png": None}, "KeyError: 'cls'"),
     ],
 )
@@ -256,7 +256,7 @@ def test_rows_that_cannot_be_read_are_named(rows: dict[str, Any], images: Path, 
 def test_what_cannot_be_had_is_refused_at_the_start(
     shards: dict[str, Any], rows: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(DataError, match=r"data\.in_memory is true; data set wds/x is read in a walk"):
+    with pytest.raises(DataError, match=r"data\.in_memory is true; data set wds/x is streamed"):
         opened(**shards, in_memory=True)
     with pytest.raises(PopupError, match="tfds/mnist"):
         opened(name="tfds/mnist", root=str(tmp_path))
@@ -269,7 +269,9 @@ def test_what_cannot_be_had_is_refused_at_the_start(
     with pytest.raises(DataError, match=r"it has the columns text; expected image and label"):
         opened(**(rows | {"name": f"hfids/{tmp_path / 'texts'}"}))
     monkeypatch.setattr("timm.data.readers.reader_wds.wds", None)
-    with pytest.raises(DataError, match=r"pip install 'popup-surgery\[data\]' brings what it needs"):
+    with pytest.raises(
+        DataError, match=r"\): the package webdataset cannot be imported; run pip install 'popup-surgery\[data\]'$"
+    ):
         opened(**shards)
 
 
