@@ -128,7 +128,7 @@ class Shards:
         """As `Source.read`."""
         image = next((key[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in key), None)
         if image is None:
-            raise DataError("its sample has no jpg, jpeg, png or webp")
+            raise DataError("it has no jpg, jpeg, png or webp")
         return Image.open(BytesIO(image)), json.loads(key["json"])[self.label] if self.label else key["cls"]
 
     def name(self, key: dict[str, Any]) -> str:

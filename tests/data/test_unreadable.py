@@ -90,7 +90,7 @@ def test_an_image_that_cannot_be_read_is_named(copied: Path, split: str, in_memo
 def test_no_damage_gives_another_image(copied: Path, name: str, damage: str) -> None:
     data = opened(name="folder", root=str(copied), batch_size=4, in_memory=False)
     DAMAGES[damage](copied / "train" / name)
-    with pytest.raises(DataError, match=rf"^{copied}/train/{name} cannot be read: \S.*; data\.on_error=skip"):
+    with pytest.raises(DataError, match=rf"^{copied}/train/{name} cannot be read: \S.*; set data\.on_error to skip"):
         drain(data, "train")
 
 
