@@ -26,7 +26,7 @@ def check_probe(model: nn.Module, seed: int, probe: Probe) -> tuple[bool, str]:
     except Exception as error:  # a network may raise anything for an input that does not fit it
         return False, f"the network does not take the probe's input {probe.shape}: {error}"
     if output is None or len(output) != len(probe.output):
-        return False, f"the network does not give {len(probe.output)} finite outputs"
+        return False, f"the network's outputs are not {len(probe.output)} finite numbers"
     expected = np.array(probe.output, np.float64)
     off = float(np.abs(output - expected).max() / (np.abs(expected).max() or 1.0))
     return off <= probe.rtol, f"output differs by {off:.1e} of its largest value; allowed {probe.rtol:g}"

@@ -20,7 +20,7 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
     """Build and fill the network that `contents` describes, or fill `model` if it is given."""
     manifest = contents.manifest
     if base is not None and manifest.base is None:
-        raise ArtifactError("a base was given, and the file's weights are those of its seed")
+        raise ArtifactError("`base` was given, but the file's weights come from its seed; leave out `base`")
     if model is None:
         check_architecture(manifest.architecture)
         tag = library_tag(manifest) if manifest.base is not None and base is None else None
@@ -39,7 +39,7 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
     else:
         network, core = model, unwrap(model)
         if any(True for _ in masked_weights(core)):
-            raise ArtifactError("the model to fill is converted; expected a plain network")
+            raise ArtifactError("the network to fill is converted; expected a plain one")
     compare(contents, core)
     _fill(contents, core, base_weights(manifest, core, base))
     return network.eval()

@@ -72,7 +72,7 @@ def save(
     try:
         text = canonical(manifest.text())
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: the provenance is no JSON: {error}") from error
+        raise ArtifactError(f"{path}: the provenance cannot be written as JSON: {error}") from error
     if len(text) > MANIFEST_LIMIT:
         raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
@@ -117,10 +117,12 @@ def _describe(
 def _check_whole(core: nn.Module, slots: Slots) -> int:
     """Return the network's one seed. Check that it is converted as a whole and that its weights were not trained."""
     if not slots:
-        raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before it is saved")
+        raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before saving")
     seeds = {slot.seed for slot in slots.values() if slot is not None}
     if len(seeds) > 1:
-        raise ArtifactError(f"the layers were drawn from the seeds {sorted(seeds)}; a file holds one")
+        raise ArtifactError(
+            f"the layers have the seeds {sorted(seeds)}; a file holds one seed, so convert all layers with the same"
+        )
     if new := unconverted(core):
         raise ArtifactError(
             f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion and "
@@ -129,7 +131,7 @@ def _check_whole(core: nn.Module, slots: Slots) -> int:
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
     if dense := next((type(learner).__name__ for learner in learners if learner.learns_weights), None):
         raise ArtifactError(
-            f"the learner {dense} trains the weights themselves, which no seed gives back; write "
+            f"the learner {dense} trains the weights themselves, which no seed can restore; write "
             "bake(model).state_dict() as an ordinary file of weights, as train does"
         )
     return seeds.pop()

@@ -138,7 +138,9 @@ def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     classes = kwargs.pop("num_classes", None)
     model = builder(weights=torchvision.models.get_model_weights(name)[tag], **kwargs)
     if getattr(model, "transform_input", False):
-        raise ConversionError(f"torchvision/{name} transforms its input for {tag}, which no file records; try timm's")
+        raise ConversionError(
+            f"torchvision/{name} transforms its input for {tag}, which a file cannot record; use a network of timm"
+        )
     if classes is not None:
         state, model = model.state_dict(), builder(weights=None, num_classes=classes, **kwargs)
         fill_from(model, state, f"{name} {tag}")

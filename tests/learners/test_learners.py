@@ -435,7 +435,7 @@ def test_what_a_recipe_refuses(overrides: list[str], says: str) -> None:
 def test_convert_on_the_command_line(cli: Any, tmp_path: Path) -> None:
     done = cli("convert", "fc", "--learner", "supermask", "-o", tmp_path / "file")
     assert (done.status, done.err) == (0, "")
-    assert "266,200 weights, as many kept as the scores say" in done.out
+    assert "266,200 weights, the scores decide how many are kept" in done.out
     assert 0.4 < inspect(tmp_path / "file").kept / 266_200 < 0.6
     for bad in (["--k", "0.3"], ["--scaled"]):
         done = cli("convert", "fc", "--learner", "supermask", "-o", tmp_path / "other", *bad)

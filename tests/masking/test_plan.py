@@ -92,7 +92,7 @@ def test_what_is_no_plan_is_refused() -> None:
     no_key = json.loads(text)
     del no_key["masked"][0]["key"]
     for wrong in ("", "3", "[]", "{}", json.dumps(no_key), json.dumps(json.loads(text) | {"rest": [1]})):
-        with pytest.raises(ConversionError, match=r"^this is no plan as Plan\.to_json writes it: "):
+        with pytest.raises(ConversionError, match=r"^this is not a plan that Plan\.to_json wrote: "):
             Plan.from_json(wrong)
     with pytest.raises(ConversionError, match="k is 3; expected a number above 0"):
         Plan.from_json(json.dumps(bad))

@@ -208,7 +208,7 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
             r".*model\.name 'timm/resnet18' and 'timm/resnet50';",
         ),
     ):
-        with pytest.raises(RecipeError, match=rf"^{figure} would have {named} expected one of them.*--only"):
+        with pytest.raises(RecipeError, match=rf"^{figure} would have {named} choose networks with --only"):
             sweep_of(figure, settings=[setting])
 
 
