@@ -67,6 +67,7 @@ class Sanity:
         return [Group(name, *both) for name, both in found.items()]
 
     def __str__(self) -> str:
+        """Return the table, with a line for each group."""
         groups = self.groups()
         lines = [("network", "accuracy", "with new statistics" if groups[0].recalibrated else "")]
         for group in groups:

@@ -126,6 +126,7 @@ def shown(folder: Path) -> "Iterator[Report]":
     earlier = -1  # runs that had ended before this call
 
     def report(outcomes: "Sequence[Outcome]", changed: "Outcome | None") -> None:
+        """Show what has changed since the last call."""
         nonlocal drawn, earlier
         states = [outcome.state for outcome in outcomes]
         ended = states.count(State.FINISHED) + states.count(State.FAILED)

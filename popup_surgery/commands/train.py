@@ -72,6 +72,7 @@ class _EpochLines:
         self.ends: list[float] = []  # when each ended
 
     def show(self, epoch: "Epoch") -> None:
+        """Print the line of an epoch, with an estimate of the time left."""
         self.ends.append(time.perf_counter())
         # includes validation from the second epoch on
         each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if self.ends[1:] else epoch.seconds

@@ -313,6 +313,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _weights(self) -> "Recipe":
+        """Check that pretrained weights and the scheme that keeps them come together."""
         if self.surgery != "none":
             scheme = self.surgery.scheme
             wanted = is_pretrained(scheme)
@@ -330,6 +331,7 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _ticket(self) -> "Recipe":
+        """Check that a lottery ticket's network is dense, and that it rewinds to an epoch of its training."""
         if (ticket := self.lottery_ticket) is not None:
             if self.surgery != "none" or self.model.init_from is not None:
                 raise ValueError(
@@ -388,6 +390,7 @@ class _DataOnly(_Section):
 
 
 def _validated(cls: type[_S], values: Any, name: str) -> _S:
+    """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:

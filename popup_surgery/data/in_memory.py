@@ -39,6 +39,7 @@ class InMemory(Prepared):
         self.missing = missing  # every process has read all images, so only the first one counts these
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+        """As `Batches.train`; crops and flips whole batches on the device."""
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)

@@ -187,6 +187,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
+        """Return the plan as tables: the masked weights, whatever is not masked, and the totals."""
         from rich.console import Console
         from rich.table import Table
 

@@ -112,6 +112,7 @@ def _fans(core: nn.Module) -> Matched:
 
 
 def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
+    """Return the weights of a module that can be masked, with their fans. Raise if the module is lazy."""
     layer_type = layer_type_of(module)
     if layer_type is None:
         return {}

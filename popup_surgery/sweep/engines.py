@@ -208,6 +208,7 @@ class OnRay:
             ray.shutdown()
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
+        """As `Engine.run`; each run is a Ray task."""
         import ray
 
         task = ray.remote(**self._needs())(_on_node)

@@ -262,7 +262,9 @@ def _mistakes(error: PopupError, point: Mapping[str, Any]) -> Iterator[str]:
     """Yield the sentences of an error, each with the grid's values unless it begins with one of them."""
     first, *more = str(error).split("\n")
     for sentence in more or [first.removeprefix("recipe: ")]:
-        tell = point and not sentence.startswith(tuple(f"{key} " for key in point))
+        tell = point and not sentence.startswith(
+            tuple(f"{key} {verb}" for key in point for verb in ("is", "has no value"))
+        )
         yield f"{sentence} (with {', '.join(_settings(point))})" if tell else sentence
 
 

@@ -190,7 +190,7 @@ def test_a_bad_value_is_one_mistake_that_names_its_key(path: str, value: Any) ->
     assert found[0].startswith(path)
 
 
-WRONG = (None, "x", 32, -1, 1.5, math.nan, [], ["a"], [1, 2], {}, {"a": 1}, {1: 2}, True)
+WRONG: tuple[Any, ...] = (None, "x", 32, -1, 1.5, math.nan, [], ["a"], [1, 2], {}, {"a": 1}, {1: 2}, True)
 OF_THE_VALIDATOR = re.compile(
     r"[Ii]nput should|valid |validation,|dictionary|instance|literal|\bNone\b|\bTrue\b|at least \d+ items?"
 )
