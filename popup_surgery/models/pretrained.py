@@ -84,6 +84,8 @@ def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
     for name in other:
         if layer_type_of(model.get_submodule(name.rpartition(".")[0])) is None:
             shapes = f"{tuple(state[name].shape)}; the network's is {tuple(own[name].shape)}"
-            raise ConversionError(f"{name!r} of {what} is {shapes}, and only the last layer may have another size")
+            raise ConversionError(
+                f"{name!r} of {what} is {shapes}, and only a layer that can be masked may have another size"
+            )
     model.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
     note_origin(model, fresh=tuple(fresh))
