@@ -418,10 +418,10 @@ def test_a_converted_network_keeps_its_options() -> None:
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
-        (["surgery.learner=supermask"], r"surgery\.k is 0\.5: expected null; supermask takes no k"),
+        (["surgery.learner=supermask"], r"surgery\.k is 0\.5; expected null; supermask takes no k"),
         (["surgery.k=null"], r"surgery\.k is missing"),
-        ([*SUPERMASK, "surgery.scaled=true"], r"surgery\.scaled is True: expected false;"),
-        ([*SUPERMASK, "surgery.scope=global"], r"surgery\.scope is 'global': expected \"layer\";"),
+        ([*SUPERMASK, "surgery.scaled=true"], r"surgery\.scaled is true; expected false;"),
+        ([*SUPERMASK, "surgery.scope=global"], r"surgery\.scope is 'global'; expected \"layer\";"),
         ([*SUPERMASK, "surgery.learner_options.init=many"], r"surgery\.learner_options is .*init is 'many'; expected"),
         (["surgery.learner_options.init=0"], r"surgery\.learner_options is .*edge_popup has no option 'init'"),
     ],
@@ -783,7 +783,7 @@ def test_what_is_pruned_does_not_come_back_even_before_a_weight_of_zero() -> Non
         (["lottery_ticket.k=0.2", "lottery_ticket.round=3"], r"lottery_ticket\.round is not a key.*rounds"),
         (
             [*TICKET, "surgery={k: 0.5, scaled: false}"],
-            r"lottery_ticket trains a dense network; it needs surgery: none",
+            r"lottery_ticket trains a dense network; set surgery to none",
         ),
         ([*TICKET, "lottery_ticket.rewind_epoch=2"], r"lottery_ticket\.rewind_epoch is 2; expected less than .*, 2"),
     ],
