@@ -331,7 +331,9 @@ def masks_of(model: nn.Module, base: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_recipes_that_contradict_themselves(weights: Path) -> None:
     from popup_surgery import Recipe
 
-    with pytest.raises(RecipeError, match=r"surgery\.scheme pretrained needs model\.pretrained"):
+    with pytest.raises(
+        RecipeError, match=r"surgery\.scheme pretrained needs pretrained weights; set model\.pretrained"
+    ):
         Recipe.parse(recipe(None, scheme="pretrained"))
     with pytest.raises(RecipeError, match=r"surgery\.scheme kaiming_normal would overwrite the weights"):
         Recipe.parse(recipe(weights, scheme="kaiming_normal"))

@@ -155,7 +155,7 @@ def test_data_is_a_folder_or_an_archive_of_it(ten: Path, tmp_path: Path) -> None
     for path, message in (
         (tmp_path / "none", "does not exist"),
         (tmp_path / "text.tar", "cannot be unpacked"),
-        (tmp_path / "work", "has no folder train"),
+        (tmp_path / "work", "has no train folder"),
     ):
         with pytest.raises(RunError, match=message):
             gpu.unpacked(path, tmp_path / "other")

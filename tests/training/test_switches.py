@@ -93,7 +93,7 @@ def test_a_rate_for_each_step(tmp_path: Path) -> None:
 
 
 def test_arguments_that_a_schedule_or_an_optimiser_does_not_take(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"schedule_kwargs are no arguments of timm's step schedule: .*'decay'"):
+    with pytest.raises(RecipeError, match=r"schedule_kwargs is .*; timm's step schedule does not take it: .*'decay'"):
         short(tmp_path / "a", "training.schedule=step", "training.schedule_kwargs={decay: 1}")
     with pytest.raises(RunError, match=r"training\.optimizer sgd does not take training\.optimizer_kwargs {'beta': 1}"):
         short(tmp_path / "b", "training.optimizer_kwargs={beta: 1}")
