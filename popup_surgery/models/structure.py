@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..torch_compat import unsaved_buffers
+
 PLAIN_TYPE = "_popup_base"  # attribute of a masked layer's class: the class it was swapped from
 
 _OWN = frozenset(nn.Module().__dict__)  # hooks, `training`, and the dictionaries that are compared by themselves
@@ -22,6 +24,7 @@ _BESIDE = frozenset({
     "default_cfg", "pretrained_cfg", "feature_info", "num_classes", "inplace", "momentum", "process_group",
     "exportable", "scriptable", "_model_args",
 })  # fmt: skip
+_MEMOS = ("cache", "rel_indices")  # parts of the names of what a pass leaves behind for the next one
 _TOLERANCE = 2.0**-8  # relative, of bfloat16: buffers may have been cast to another dtype and back
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.memory_format, type, range)
@@ -77,8 +80,10 @@ class _Comparison:
 
     def _is_new(self, ours: Any, theirs: Any) -> bool:
         pair = id(ours), id(theirs)
+        known = pair in self._seen
+        self._seen.add(pair)
         self._held += [ours, theirs]
-        return pair not in self._seen and not self._seen.add(pair)
+        return not known
 
     def modules(self, path: str, ours: nn.Module, theirs: nn.Module) -> str | None:
         """Compare two modules and everything inside them."""
@@ -115,7 +120,7 @@ class _Comparison:
         for name in sorted(mine.keys() | other.keys()):
             one, two = (held.get(name, getattr(plain_type(theirs), name, _MISSING)) for held in (mine, other))
             # what neither the other network nor the class has is a note from outside, which no forward reads
-            if one is not _MISSING is not two and not _wraps(one, two) and not self.values(one, two):
+            if one is not _MISSING and two is not _MISSING and not _wraps(one, two) and not self.values(one, two):
                 return f"{path}.{name}".lstrip(".") + f" is {_short(one)}, not {_short(two)}"
         return None
 
@@ -182,9 +187,9 @@ def _kept(module: nn.Module) -> dict[str, Any]:
         for name, value in module.__dict__.items()
         if name not in _OWN | _BESIDE
         and not name.startswith("_popup")
-        and not any(part in name for part in _IN_TRAINING)
+        and not any(part in name for part in (*_IN_TRAINING, *_MEMOS))
     }
-    return held | {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+    return held | unsaved_buffers(module)
 
 
 def _wraps(assigned: Any, method: Any) -> bool:

@@ -91,7 +91,7 @@ def _without_drop_path(model: nn.Module) -> None:
             module.drop_path = nn.Identity()
 
 
-def _drop(model: nn.Module) -> None:
+def _drop(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.5
