@@ -73,6 +73,7 @@ NAMES = (
     "torch.nn.Module()._forward_hooks",
     "torch.nn.Module()._forward_hooks_always_called",
     "torch.nn.Module()._forward_pre_hooks",
+    "torch.nn.Module()._non_persistent_buffers_set",
     "torch.nn.Module._apply",
     "torch.nn.Module._load_from_state_dict",
     "torch.nn.modules.batchnorm._BatchNorm",

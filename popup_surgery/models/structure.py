@@ -24,7 +24,7 @@ _BESIDE = frozenset({
     "default_cfg", "pretrained_cfg", "feature_info", "num_classes", "inplace", "momentum", "process_group",
     "exportable", "scriptable", "_model_args",
 })  # fmt: skip
-_MEMOS = ("cache", "rel_indices")  # parts of the names of what a pass leaves behind for the next one
+_MEMOS = ("cache", "rel_indices", "corr_pyramid")  # parts of the names of what a pass leaves behind for the next one
 _TOLERANCE = 2.0**-8  # relative, of bfloat16: buffers may have been cast to another dtype and back
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.memory_format, type, range)
