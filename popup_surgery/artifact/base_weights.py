@@ -9,10 +9,10 @@ from ..errors import ArtifactError, ConversionError, PopupError
 from ..masking.walk import unwrap
 from ..models.architecture import Base
 from ..models.pretrained import check_tag, read_weights
+from ..weights.fill import values_digest
 from ..weights.source import source_of
 from .container import DTYPES
 from .manifest import Manifest
-from .rebuild import values_digest
 
 
 def library_tag(manifest: Manifest) -> str:

@@ -7,11 +7,12 @@ from torch import nn
 
 from ..errors import ArtifactError
 from ..masking.walk import unwrap
+from ..weights.fill import values_digest
 from .base_weights import base_weights
 from .file import Artifact
 from .probe import check_probe
 from .reader import naming
-from .rebuild import values_digest, weights_digest
+from .rebuild import weights_digest
 from .restore import fill_network
 
 

@@ -31,8 +31,8 @@ from popup_surgery import (
     train,
     verify,
 )
-from popup_surgery.artifact.rebuild import values_digest
 from popup_surgery.masking.state import slots_of
+from popup_surgery.weights.fill import values_digest
 from popup_surgery.weights.streams import draw
 from support import Outcome, equal_states
 
