@@ -18,7 +18,8 @@ from ..torch_compat import unsaved_buffers
 
 PLAIN_TYPE = "_popup_base"  # attribute of a masked layer's class: the class it was swapped from
 
-_OWN = frozenset(nn.Module().__dict__)  # hooks, `training`, and the dictionaries that are compared by themselves
+# hooks, `training`, what `compile` leaves, and the dictionaries that are compared by themselves
+_OWN = {*nn.Module().__dict__, *(name for name, value in vars(nn.Module).items() if not callable(value))}
 _IN_TRAINING = ("drop", "checkpoint", "fused", "memory_efficient", "stochastic_depth")  # parts of attributes' names
 _BESIDE = frozenset({
     "default_cfg", "pretrained_cfg", "feature_info", "num_classes", "inplace", "momentum", "process_group",

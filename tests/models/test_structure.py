@@ -99,7 +99,7 @@ def _drop(model: Any) -> None:
 
 
 def _prepared(model: nn.Module) -> None:
-    accelerator = Accelerator(cpu=True)
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     assert accelerator.prepare(model) is model
     model._modules["layer1"] = add_hook_to_module(model.get_submodule("layer1"), ModelHook())
 
@@ -120,6 +120,8 @@ NEUTRAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a hook": ("timm/resnet18", _call("layer1", "register_forward_hook", print)),
     "training": ("timm/resnet18", _call("", "train")),
     "in place": ("timm/resnet18", _set("layer1.0", "act1", nn.ReLU())),
+    "compiled": ("timm/resnet18", _call("", "compile")),
+    "channels last": ("timm/resnet18", lambda model: model.to(memory_format=torch.channels_last)),
     "momentum": ("timm/resnet18", _set("bn1", "momentum", 0.9)),
     "Accelerate": ("timm/resnet18", _prepared),
     "a cast": ("timm/swin_tiny_patch4_window7_224", _cast),
