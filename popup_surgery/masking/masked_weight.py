@@ -67,8 +67,8 @@ class MaskedWeight(Tensor):
         if self._popup_watch is not None:
             self._popup_watch.reset()  # `weight.data += 1` writes before it assigns: one mistake, one error
         raise MaskedWeightError(
-            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is made "
-            "again from its scores at each read; change the scores, or bake(model) first"
+            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is "
+            "computed again from its scores at each read; change the scores, or bake(model) first"
         )
 
     @property

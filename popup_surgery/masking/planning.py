@@ -105,7 +105,8 @@ def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> tuple[Mat
     chosen = _chosen(fans, settings)
     if not chosen:
         raise NothingToConvert(
-            f"include={settings.include!r} and exclude={settings.exclude!r} leave none of {len(layers)} layers"
+            f"include={settings.include!r} and exclude={settings.exclude!r} leave none of the {len(layers)} layers to "
+            "convert"
         )
     if not (masked := frozen.without(chosen)):
         raise NothingToConvert(
@@ -152,9 +153,12 @@ def _fans(core: nn.Module) -> Matched:
 
 
 def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
+    """Return the weights of a module that can be masked, with their fans. Raise if the module is lazy."""
     tensors = (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
     if isinstance(module, LazyModuleMixin) or any(nn.parameter.is_lazy(tensor) for tensor in tensors):
-        raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
+        raise ConversionError(
+            f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network first"
+        )
     layer_type = layer_type_of(module)
     if layer_type is None:
         return {}
@@ -275,7 +279,7 @@ class _Decision:
         if state is None:
             rule = self._rule(held)
         else:
-            rule = state.others.get(first.name, UnmaskedRule("left", "came into the module after its conversion"))
+            rule = state.others.get(first.name, UnmaskedRule("left", "was added to the module after its conversion"))
         of_norm = is_norm(first.module) and first.name in ("weight", "bias")
         train = self.settings.others == "train" or (self.settings.norm == "train" and of_norm)
         train = train and tensor.is_floating_point() and rule != FROZEN

@@ -99,7 +99,7 @@ class MaskedParam:
                 self.forget_writes()
                 raise MaskedWeightError(
                     f"the masked weight {self.stream!r} was written to in place, and the write is lost: a masked "
-                    f"weight is made again from its scores at each read; change {score_name(name)}, or bake(model) "
+                    f"weight is computed again from its scores at each read; change {score_name(name)}, or bake(model) "
                     "first"
                 )
             if watch.over():
