@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import Data
+from ..errors import DataError, listed
 from .sources import Key, Unreadable
 from .transforms import Normalise
 
@@ -62,12 +63,23 @@ class Batches(Protocol):
         counts: number of images of each role; None if unknown.
         skipped: number of images that this process could not read and left out. The caller that counts them resets it.
         left_out: the first of these images and what is wrong with it; empty if there is none.
+        outputs: number of the network's outputs; None until the caller sets it. A label from there on is an error.
     """
 
     classes: list[str]
     counts: Mapping[str, int | None]
     skipped: int
     left_out: str
+    outputs: int | None
+
+    def name_by(self, classes: list[str]) -> None:
+        """Make labels places in `classes`, which a network was trained on, by the names of the data set's own classes.
+
+        If the data set has no names, its labels stay.
+
+        Raises:
+            DataError: the data set has a class that is not in `classes`.
+        """
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         """Yield `part` of the training images, augmented, in the epoch's order, from the batch `first` on.
@@ -97,7 +109,26 @@ class Prepared:
     ) -> None:
         self.config, self.seed, self.device, self.classes, self.counts = config, seed, device, classes, counts
         self.skipped, self.left_out = 0, ""
+        self.outputs: int | None = None
+        self.places: Tensor | None = None  # the label of each of the data set's own labels, if it is another
         self.normalise = Normalise(config, input_size, device)
+
+    def name_by(self, classes: list[str]) -> None:
+        if not self.classes or self.classes == classes:
+            return
+        if unknown := [name for name in self.classes if name not in classes]:
+            rest = [name for name in classes if name not in self.classes]
+            raise DataError(
+                f"data set {self.config.name} has the classes {listed(unknown)}, which the network was not trained on; "
+                + (f"it was trained on {listed(rest)}, which the data set lacks" if rest else "expected a part of its")
+            )
+        places = {name: place for place, name in enumerate(classes)}
+        self.places = torch.tensor([places[name] for name in self.classes], device=self.device)
+        self.classes = classes
+
+    def _placed(self, labels: Tensor) -> Tensor:
+        """Return the data set's own labels as places in `classes`."""
+        return labels if self.places is None else self.places[labels]
 
     def steps(self, role: str = TRAIN) -> int | None:
         count = self.counts[role]

@@ -53,7 +53,7 @@ class InMemory(Prepared):
                 index, shift, flip = (
                     torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
                 )
-                yield self.normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
+                yield self.normalise(_crop(images[index], pad, shift, flip)), self._placed(labels[index]), weight
 
     def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         if part.rank == 0:
@@ -61,7 +61,7 @@ class InMemory(Prepared):
         images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
         size = self.config.batch_size
         for pixels, label in zip(images.split(size), labels.split(size), strict=True):
-            yield self.normalise(pixels), label
+            yield self.normalise(pixels), self._placed(label)
 
 
 def _crop(images: Tensor, pad: int, shift: Tensor, flip: Tensor) -> Tensor:

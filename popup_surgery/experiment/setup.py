@@ -22,10 +22,16 @@ from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 
 
-def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
-    """Open the images of `data` for a plain network, on its device. `DataError` if they do not fit the network."""
+def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, classes: list[str]) -> Batches:
+    """Open the images of `data` for a plain network, on its device. `classes` are the names of its outputs, if known.
+
+    Raises:
+        DataError: they do not fit the network, or are of other classes.
+    """
     size = image_size(data, model)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
+    if classes:
+        batches.name_by(classes)
     _check_classes(model, batches, size)
     return batches
 
@@ -92,7 +98,7 @@ def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
 
 
 def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) -> None:
-    """Raise `DataError` unless the network takes images of `size` and has one output per class."""
+    """Raise `DataError` unless the network takes images of `size` and has one output per class. Note their number."""
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -107,6 +113,7 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
             f"the data set has {len(data.classes)} classes; the network has {found} outputs; set "
             f"model.kwargs.num_classes={len(data.classes)}"
         )
+    data.outputs = output.shape[1] if output.ndim == 2 else None
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:

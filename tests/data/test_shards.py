@@ -224,8 +224,8 @@ def test_a_shard_that_is_missing_or_cut_off_is_named(shards: dict[str, Any], wor
     ("sample", "says"),
     [
         ({"jpg": b"no image", "cls": 1}, "it is no image of a kind that Pillow knows"),
-        ({"txt": "no image", "cls": 1}, "it has no jpg, jpeg, png or webp"),
-        ({"png": None}, "KeyError: 'cls'"),
+        ({"txt": "no image", "cls": 1}, "it has no image, only cls, txt; data.image_key names the part that is one"),
+        ({"png": None}, "it has no cls, only png; data.label_key names the part, or the json's key, of labels"),
     ],
 )
 def test_a_sample_that_cannot_be_read_is_named_or_skipped(
