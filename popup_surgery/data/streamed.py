@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..config.schema import Data
+from ..errors import DataError
 from .batches import TRAIN, VALIDATION, WHOLE, Batch, MicroBatch, Prepared, ProcessShard, TrainBatch
 from .reading import MicroBatches, chunks, read_pieces
 from .sources import Source
@@ -28,6 +29,11 @@ class Streamed(Prepared):
         super().__init__(config, input_size, seed, device, classes, {r: source.count for r, source in sources.items()})
         self.sources, self.input_size = sources, input_size
         mean, std = mean_std(config, input_size[0])
+        if config.auto_augment and input_size[0] == 4 and TRAIN in sources:
+            raise DataError(
+                f"data.auto_augment is {config.auto_augment!r}, and its operations take no images of 4 channels; "
+                "expected null"
+            )
         augment: dict[str, Any] = {
             "mean": mean,
             "std": std,
