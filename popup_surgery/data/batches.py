@@ -117,10 +117,10 @@ class Prepared:
         if not self.classes or self.classes == classes:
             return
         if unknown := [name for name in self.classes if name not in classes]:
-            rest = [name for name in classes if name not in self.classes]
+            rest = [name for name in classes if name not in self.classes] or classes
             raise DataError(
                 f"data set {self.config.name} has the classes {listed(unknown)}, which the network was not trained on; "
-                + (f"it was trained on {listed(rest)}, which the data set lacks" if rest else "expected a part of its")
+                f"expected classes such as {listed(rest)}, by these names"
             )
         places = {name: place for place, name in enumerate(classes)}
         self.places = torch.tensor([places[name] for name in self.classes], device=self.device)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -137,17 +138,13 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
         silence_missing_info()
         if library == "hfids":
             return Rows(path, split, root, title, image, label)
+        if library == "hfds":
+            check_columns(_features(path, split, root), image, label)
         name = "" if config.name == "folder" else config.name
         with image_suffixes(SUFFIXES):
             dataset = create_dataset(name, root, split, download=config.download, **columns)
         if library == "wds":
             return Shards(dataset, title, config.image_key, config.label_key)
-        if library == "hfds":
-            check_columns(
-                {name: dataset.reader.dataset.features[name] for name in dataset.reader.dataset.column_names},
-                image,
-                label,
-            )
     except Exception as error:
         raise DataError(f"{title} cannot be opened: {_why(error, config, str(root))}") from error
     if config.name == "folder":
@@ -157,6 +154,13 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
     if config.name in ("folder", "torch/folder", "torch/image_folder"):
         warn_of_others(dataset, title)
     return Numbered(dataset, title, most)
+
+
+def _features(path: str, split: str, cache: str | None) -> Mapping[str, Any]:
+    """Return the columns of a Hugging Face data set, which it prepares. timm's own copy of it has more of them."""
+    import datasets
+
+    return datasets.load_dataset(path, split=split, cache_dir=cache).features
 
 
 def _why(error: Exception, config: Data, root: str) -> str:

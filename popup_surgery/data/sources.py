@@ -68,7 +68,7 @@ class Numbered:
         self.reader = reader_of(dataset)
         self.classes = [escaped(str(label)) for label, _ in sorted(class_numbers(dataset).items(), key=lambda c: c[1])]
         if hasattr(dataset, "loader"):
-            dataset.loader = _opened  # torchvision's own makes RGB of it
+            dataset.loader = _opened_path  # torchvision's own makes RGB of an image
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
         """As `Source.keys`; every permutation is equally likely."""
@@ -218,6 +218,11 @@ def check_columns(columns: Mapping[str, Any], image: str, label: str) -> None:
             f"its column {label} holds {kind or type(columns[label]).__name__}; expected class labels or whole "
             f"numbers: set data.label_key to one of the columns {', '.join(columns)}"
         )
+
+
+def _opened_path(path: str) -> Image.Image:
+    with open(path, "rb") as file:
+        return _opened(file)
 
 
 def _opened(file: Any) -> Image.Image:
