@@ -63,14 +63,15 @@ class Batches(Protocol):
         counts: number of images of each role; None if unknown.
         skipped: number of images that this process could not read and left out. The caller that counts them resets it.
         left_out: the first of these images and what is wrong with it; empty if there is none.
-        outputs: number of the network's outputs; None until the caller sets it. A label from there on is an error.
     """
 
     classes: list[str]
     counts: Mapping[str, int | None]
     skipped: int
     left_out: str
-    outputs: int | None
+
+    def fit_to(self, outputs: int) -> None:
+        """Make a label that is none of the network's outputs an error. `DataError` if there is one in memory."""
 
     def name_by(self, classes: list[str]) -> None:
         """Make labels places in `classes`, which a network was trained on, by the names of the data set's own classes.
@@ -109,9 +110,12 @@ class Prepared:
     ) -> None:
         self.config, self.seed, self.device, self.classes, self.counts = config, seed, device, classes, counts
         self.skipped, self.left_out = 0, ""
-        self.outputs: int | None = None
+        self.outputs: int | None = None  # of the network, once they are known
         self.places: Tensor | None = None  # the label of each of the data set's own labels, if it is another
         self.normalise = Normalise(config, input_size, device)
+
+    def fit_to(self, outputs: int) -> None:
+        self.outputs = outputs
 
     def name_by(self, classes: list[str]) -> None:
         if not self.classes or self.classes == classes:

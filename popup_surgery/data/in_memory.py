@@ -38,6 +38,14 @@ class InMemory(Prepared):
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self.missing = missing  # every process has read all images, so only the first one counts these
 
+    def fit_to(self, outputs: int) -> None:
+        super().fit_to(outputs)
+        most = max((int(labels.max()) for _, labels in self.splits.values() if len(labels)), default=0)
+        if not self.classes and most >= outputs:
+            raise DataError(
+                f"data set {self.config.name} has the label {most}; the network has {outputs} outputs, from 0"
+            )
+
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])

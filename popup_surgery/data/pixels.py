@@ -10,7 +10,7 @@ from ..errors import DataError
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes of images of so many channels
 # The suffixes that are taken for images in folders, tar files and shards. Pillow reads all of them.
 SUFFIXES = (
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".jp2", ".tga",
+    ".jpg", ".jpeg", ".png", ".webp", ".jpe", ".jfif", ".avif", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".jp2", ".tga",
     ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
 

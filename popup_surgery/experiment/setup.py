@@ -98,7 +98,7 @@ def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
 
 
 def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) -> None:
-    """Raise `DataError` unless the network takes images of `size` and has one output per class. Note their number."""
+    """Raise `DataError` unless the network takes images of `size` and has one output per class."""
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -113,7 +113,8 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
             f"the data set has {len(data.classes)} classes; the network has {found} outputs; set "
             f"model.kwargs.num_classes={len(data.classes)}"
         )
-    data.outputs = output.shape[1] if output.ndim == 2 else None
+    if output.ndim == 2:
+        data.fit_to(output.shape[1])
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:
