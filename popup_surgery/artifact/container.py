@@ -60,7 +60,7 @@ class Container:
 def element_count(shape: Any, what: str) -> int:
     """Return the number of elements of a shape from a file, after checking that each size is a non-negative integer."""
     if not isinstance(shape, list) or len(shape) > DIMENSIONS_LIMIT:
-        raise ArtifactError(f"{what}: the shape is no list of at most {DIMENSIONS_LIMIT} sizes")
+        raise ArtifactError(f"{what}: the shape is not a list of at most {DIMENSIONS_LIMIT} sizes")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ArtifactError(f"{what}: the shape is {shape}; expected integers from 0")
     return math.prod(shape)
@@ -77,7 +77,7 @@ def read_header(file: BinaryIO) -> Container:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
         raise ArtifactError(
-            f"the file ends before its header does ({size} bytes); it is truncated or no safetensors file"
+            f"the file ends before its header does ({size} bytes); it is truncated, or not a safetensors file"
         )
     if length > HEADER_LIMIT:
         raise ArtifactError(f"the header has {length:,} bytes; expected at most {HEADER_LIMIT:,}")
@@ -88,10 +88,10 @@ def read_header(file: BinaryIO) -> Container:
     header = parse(text, "the header")
     del text
     if not isinstance(header, dict):
-        raise ArtifactError("the header is no JSON object; expected a safetensors file")
+        raise ArtifactError("the header is not a JSON object; expected a safetensors file")
     metadata = header.pop("__metadata__", None)
     if not isinstance(metadata, dict) or list(metadata) != [METADATA] or not isinstance(metadata[METADATA], str):
-        raise ArtifactError(f"`__metadata__` does not hold {METADATA!r} alone; this is no popup artifact")
+        raise ArtifactError(f"`__metadata__` has no {METADATA!r}, or more than that; this is not a popup artifact")
     tensors = {name: _stored(name, entry) for name, entry in header.items()}
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -132,7 +132,7 @@ def open_file(path: str | Path) -> BinaryIO:
     """Open `path` for reading bytes. If that fails, an `ArtifactError` says why."""
     try:
         if not Path(path).is_file():
-            raise ArtifactError("there is no such file" if not Path(path).exists() else "this is no file")
+            raise ArtifactError("the file does not exist" if not Path(path).exists() else "this is not a file")
         return open(path, "rb")
     except OSError as error:
         raise ArtifactError(f"cannot be read: {error.strerror or error}") from error

@@ -56,7 +56,7 @@ def new_file(path: Path, force: bool) -> Path:
         PopupError: something is there, and `force` is not given.
     """
     if path.exists() and not force:
-        raise PopupError(f"{path} exists already; pass --force to replace it, or another name with -o")
+        raise PopupError(f"{path} exists already; pass --force to replace it, or choose another name with -o")
     return path
 
 

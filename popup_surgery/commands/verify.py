@@ -24,9 +24,9 @@ def run(
         from ..errors import ArtifactError, PopupError
 
         if not artifact.is_file():
-            raise PopupError(f"{artifact}: there is no such file")
+            raise PopupError(f"the artifact {artifact} does not exist")
         if base is not None and not base.is_file():
-            raise PopupError(f"--base {base}: there is no such file")
+            raise PopupError(f"--base is {base}, which does not exist")
         try:
             result = verify(artifact, base=base)
         except ArtifactError as error:

@@ -56,7 +56,7 @@ def open_data(
     most = {TRAIN: config.max_train, VALIDATION: config.max_validation}
     if config.name == "digits":
         if config.root is not None:
-            raise DataError(f"data.root is {config.root!r}; digits come with scikit-learn and need no folder")
+            raise DataError(f"data.root is {config.root!r}; expected null, because scikit-learn brings the digits")
         _check_keys(config)
         splits = {role: _digits(name, most[role]) for role, name in names.items()}
         return InMemory(config, input_size, seed, device, splits, [str(i) for i in range(10)])
@@ -69,7 +69,8 @@ def open_data(
     if train and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1])) or ["the order"]
         raise DataError(
-            f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have other classes, such as {odd[0]!r}"
+            f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have different classes; the first that "
+            f"differs: {odd[0]!r}"
         )
     if config.same_size is None:
         config = _as_before(config, input_size, sources)
@@ -88,7 +89,7 @@ def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Te
         with Image.open(path) as image:
             pixels = to_bytes(eight_bits(image, mode))
     except Exception as error:  # a damaged file can make a decoder raise anything
-        raise DataError(f"{path} is no image that can be read: {reason(error)}") from error
+        raise DataError(f"{path} cannot be read as an image: {reason(error)}") from error
     return Normalise(config, input_size, torch.device("cpu"))(pixels)
 
 
@@ -108,7 +109,7 @@ def _digits(split: str, most: int | None) -> tuple[Tensor, Tensor]:
 def check_root(config: Data) -> None:
     """Raise `DataError` if the data set needs a folder and none is given."""
     if config.root is None and config.name.partition("/")[0] not in ("digits", "hfds", "hfids"):
-        raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
+        raise DataError(f"data set {config.name} needs a folder; pass --data-dir DIR, or set data.root")
 
 
 def _check_keys(config: Data) -> None:
@@ -128,10 +129,10 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
     check_root(config)
     elsewhere = library in ("hfds", "hfids") or config.download or (library == "wds" and ":" in str(root))
     if root is not None and not elsewhere and not Path(root).exists():
-        raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of {config.name}")
+        raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of the data set")
     title = f"data set {config.name} ({split})"
     if most is not None and library in ("hfids", "wds"):
-        raise DataError(f"{title} is walked as a whole; expected data.max_train and data.max_validation to be null")
+        raise DataError(f"{title} is streamed as a whole; set data.max_train and data.max_validation to null")
     image, label = config.image_key or "image", config.label_key or "label"
     columns: dict[str, Any] = {"input_key": image, "target_key": label} if library == "hfds" else {}
     try:
@@ -146,7 +147,7 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
         if library == "wds":
             return Shards(dataset, title, config.image_key, config.label_key)
     except Exception as error:
-        raise DataError(f"{title} cannot be opened: {_why(error, config, str(root))}") from error
+        raise DataError(f"{title} cannot be opened: {_reason(error, config, str(root))}") from error
     if config.name == "folder":
         if root is not None and Path(reader_of(dataset).root) == Path(root):
             raise DataError(f"{root!r} has no folder for {split!r}; expected {root}/{split}/<class>/<image>")
@@ -163,17 +164,17 @@ def _features(path: str, split: str, cache: str | None) -> Mapping[str, Any]:
     return datasets.load_dataset(path, split=split, cache_dir=cache).features
 
 
-def _why(error: Exception, config: Data, root: str) -> str:
-    """Return why a data set cannot be opened, and what to do."""
-    message = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ImportError) or "install" in message:
-        return f"{message}; pip install 'popup-surgery[data]' brings what it needs"
-    if "download=True" in message:
+def _reason(error: Exception, config: Data, root: str) -> str:
+    """Return why a data set cannot be opened, and what helps."""
+    needed = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}.get(config.name.partition("/")[0])
+    if needed is not None and (isinstance(error, ImportError) or "install" in str(error)):
+        return f"the package {needed} cannot be imported; run pip install 'popup-surgery[data]'"
+    if "download=True" in str(error):
         return (
-            f"{root} does not hold torchvision's files; --set data.download=true fetches them, and "
+            f"{root} does not hold torchvision's files; --set data.download=true downloads them, and "
             f"--set data.name=folder reads {root}/{config.train_split}/<class>/ and {root}/{config.val_split}/<class>/"
         )
-    return message
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def held(config: Data) -> bool | None:
@@ -188,7 +189,7 @@ def held(config: Data) -> bool | None:
 
 def _in_memory(config: Data, input_size: tuple[int, int, int], sources: list[Source]) -> bool:
     if config.in_memory and not all(isinstance(source, Numbered) for source in sources):
-        raise DataError(f"data.in_memory is true; data set {config.name} is read in a walk and cannot be held")
+        raise DataError(f"data.in_memory is true; data set {config.name} is streamed, so expected false or null")
     decided = held(config)
     size = sum(source.count or 0 for source in sources) * int(np.prod(input_size))
     return size <= MEMORY_LIMIT if decided is None else decided

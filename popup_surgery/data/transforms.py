@@ -50,7 +50,7 @@ def timm_transform(config: Data, input_size: tuple[int, int, int], **arguments: 
         return create_transform(input_size, interpolation=config.interpolation, **arguments)
     except Exception as error:
         raise DataError(
-            f"timm makes no transforms of data.interpolation={config.interpolation!r}, "
+            f"timm cannot make transforms of data.interpolation={config.interpolation!r}, "
             f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
         ) from error
 

@@ -181,7 +181,7 @@ def test_a_class_whose_name_is_no_utf_8_is_trained_and_named(
     (tmp_path / "train" / odd / "0.png").write_bytes(b"")
     done = cli("train", tmp_path / "net.yaml", "-o", tmp_path / "broken")
     assert done.status == 2
-    assert "0.png cannot be read: it is no image" in done.err
+    assert "0.png cannot be read: it is not an image" in done.err
 
 
 # folders in place of torchvision's files
@@ -225,6 +225,6 @@ def test_a_folder_with_neither_is_named(name: str, tmp_path: Path) -> None:
         opened(name=name, root=str(tmp_path))
     assert str(caught.value) == (
         f"data set {name} (train) cannot be opened: {tmp_path} does not hold torchvision's files; "
-        f"--set data.download=true fetches them, and --set data.name=folder reads {tmp_path}/train/<class>/ and "
+        f"--set data.download=true downloads them, and --set data.name=folder reads {tmp_path}/train/<class>/ and "
         f"{tmp_path}/validation/<class>/"
     )

@@ -232,7 +232,7 @@ def test_twelve_bits_are_scaled_from_twelve(tmp_path: Path) -> None:
 )
 def test_values_of_an_unknown_range_are_refused_everywhere(image: Image.Image, says: str, tmp_path: Path) -> None:
     file = folder_of(tmp_path, lambda path: image.save(path), "tif")
-    with pytest.raises(DataError, match=rf"^{file} is no image that can be read: {says}"):
+    with pytest.raises(DataError, match=rf"^{file} cannot be read as an image: {says}"):
         open_image(file, Data(name="folder"), (1, 16, 16))
     for in_memory in (True, False):
         with pytest.raises(DataError, match=rf"^{tmp_path}/train/[ab]/0\.tif cannot be read: {says}"):
@@ -334,7 +334,7 @@ def test_a_hostile_image_is_a_data_error(name: str, first: Any, tmp_path: Path, 
         file.write_bytes(content)
     outcome = cli("predict", first.file, file)
     assert outcome.status == 2
-    assert re.fullmatch(rf"error: {file} is no image that can be read: .*\n", outcome.err), outcome.err
+    assert re.fullmatch(rf"error: {file} cannot be read as an image: .*\n", outcome.err), outcome.err
 
 
 def test_all_suffixes_are_those_of_formats_that_pillow_opens() -> None:
