@@ -124,7 +124,7 @@ class Prepared:
             rest = [name for name in classes if name not in self.classes] or classes
             raise DataError(
                 f"data set {self.config.name} has the classes {listed(unknown)}, which the network was not trained on; "
-                f"expected classes such as {listed(rest)}, by these names"
+                f"choose a data set with the file's classes, such as {listed(rest)}"
             )
         places = {name: place for place, name in enumerate(classes)}
         self.places = torch.tensor([places[name] for name in self.classes], device=self.device)

@@ -207,8 +207,8 @@ def test_classes_of_other_names_are_refused(
     outcome = cli("evaluate", file, "--data-dir", root)
     assert outcome.status == 2
     says = (
-        f"data set folder has the classes {unknown}, which the network was not trained on; expected classes such as "
-        f"{rest}, by these names"
+        f"data set folder has the classes {unknown}, which the network was not trained on; choose a data set with the "
+        f"file's classes, such as {rest}"
     )
     assert outcome.err == f"error: {says}\n"
     with pytest.raises(DataError, match=f"^{says}$"):
@@ -219,7 +219,7 @@ def test_more_classes_than_the_network_has_are_refused(file: Path, three: Path, 
     root = subset(three, tmp_path, {"cat": "cat", "dog": "dog", "zebra": "zebra"})
     write_images(root / "validation", ("yak",), count=1)
     with pytest.raises(
-        DataError, match=r"has the classes 'yak', which the network was not trained on; expected a part"
+        DataError, match=r"has the classes 'yak', which the network was not trained on; choose a data set"
     ):
         evaluate(file, data_dir=root)
 
@@ -228,7 +228,7 @@ def test_more_classes_than_the_network_has_are_refused(file: Path, three: Path, 
 def test_a_file_without_names_is_evaluated_by_position(classes: Any, file: Path, three: Path, tmp_path: Path) -> None:
     plain = _saved(file, tmp_path / "plain", inspect(file).provenance | {"classes": classes})
     assert evaluate(plain, data_dir=three).accuracy == 1
-    with pytest.raises(DataError, match="the data set has 2 classes; the network has 3 outputs"):
+    with pytest.raises(DataError, match="the data set has 2 classes, and the network has 3 outputs"):
         evaluate(plain, data_dir=subset(three, tmp_path / "two", {"cat": "cat", "dog": "dog"}))
     ((first, *_),) = predict(plain, [three / "validation" / "zebra" / "0.png"])
     assert first[0] == "2"
