@@ -40,6 +40,9 @@ def evaluate(
 ) -> Evaluation:
     """Measure the accuracy of the network in a popup artifact on the validation images of its data set.
 
+    If the file and the data set both name their classes, labels are compared by name: the data set may have a part of
+    the file's classes, in any order.
+
     Args:
         path: the file, or an open `Artifact`.
         data: another data set. Default: the one it was trained on, which the file's provenance names.

@@ -411,6 +411,25 @@ def test_columns_that_are_not_there_list_those_that_are(
             opened(**named, **keys)
 
 
+def test_a_number_that_is_no_output_of_the_network_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set in memory, whose labels are plain numbers."""
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = next((images / "train" / "cat").iterdir())
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "validation"):
+        rows = {"image": [{"bytes": file.read_bytes(), "path": None}] * 3, "label": [0, 2, 3]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "table" / f"{split}.parquet")
+    values = recipe(tmp_path)
+    values["data"] |= as_rows("hfds", tmp_path / "table", tmp_path / "cache")
+    says = r"^data set hfds/.* has the label 3; the network has 3 outputs, from 0"
+    with pytest.raises(DataError, match=says):
+        train(values, output=tmp_path / "run")
+
+
 @pytest.mark.parametrize("key", ["image_key", "label_key"])
 @pytest.mark.parametrize("name", ["folder", "digits", "torch/cifar10"])
 def test_data_sets_without_such_names_refuse_them(name: str, key: str, images: Path) -> None:
