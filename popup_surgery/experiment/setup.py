@@ -1,5 +1,6 @@
 """Build what a recipe describes: network, data, trainer and folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 
 
-def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, classes: list[str]) -> Batches:
+def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, classes: Sequence[str] = ()) -> Batches:
     """Open the images of `data` for a plain network, on its device. `classes` are the names of its outputs, if known.
 
     Raises:
@@ -31,7 +32,7 @@ def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, clas
     size = image_size(data, model)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
     if classes:
-        batches.name_by(classes)
+        batches.name_by(list(classes))
     _check_classes(
         model, batches, size, "choose a data set with the file's classes: --set data.name=NAME, --data-dir DIR"
     )
