@@ -232,7 +232,9 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
             weight, score, key = parameter_of(module, name), score_of(module, name), f"{prefix}.{name}".lstrip(".")
             first, of_first = seen.setdefault(id(weight), (key, score))
             if of_first is not score:
-                raise ArtifactError(f"{first} and {key} are one weight under two masks, which a file cannot hold")
+                raise ArtifactError(
+                    f"{first} and {key} are one weight under two masks, which a file cannot hold; copy with copy.deepcopy"
+                )
             slots[id(weight)] = slot
             slots[id(score)] = None
         state = state_of(module)

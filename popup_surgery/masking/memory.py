@@ -61,7 +61,7 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def _extent(tensor: Tensor, index: int) -> _Extent:
     space: Any = tensor.device
-    start = tensor.data_ptr()
+    start: Any = tensor.data_ptr()
     if tensor.is_meta:
         space = StorageWeakRef(tensor.untyped_storage()).cdata
         start = tensor.element_size() * (1 + tensor.storage_offset())

@@ -153,6 +153,7 @@ def _fans(core: nn.Module) -> Matched:
 
 
 def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
+    """Return the weights of a module that can be masked, with their fans. Raise if the module is lazy."""
     tensors = (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
     if isinstance(module, LazyModuleMixin) or any(nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ConversionError(

@@ -72,10 +72,9 @@ def test_a_clone_adapts_and_its_original_learns_through_it(net: Callable[[], nn.
         layer._parameters["weight_score"] = score - 10 * gradient
     expected = [right(one) for one in layers_of(clone)] if scope == "layer" else right_globally(clone)
     plain = bake(model)
-    for old, new in zip(
-        (m for m in plain.modules() if hasattr(m, "weight") and m.weight.dim() > 1), expected, strict=True
-    ):
-        old.weight.data.copy_(new)
+    weights = (weight for weight in plain.parameters() if weight.dim() > 1)
+    for weight, new in zip(weights, expected, strict=True):
+        weight.data.copy_(new)
     out = clone(x)
     assert torch.equal(out, plain(x))
     assert not torch.equal(out, before)
@@ -213,7 +212,7 @@ def test_data_parallel_on_two_devices(net: Callable[[], nn.Module], scope: Scope
         torch.testing.assert_close(parallel(x), bake(model)(x), rtol=1e-3, atol=1e-4)
         optimiser.zero_grad()
         parallel(x).square().sum().backward()
-        assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+        assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
         optimiser.step()
     with torch.no_grad():
         torch.testing.assert_close(parallel(x), bake(model)(x), rtol=1e-3, atol=1e-4)
