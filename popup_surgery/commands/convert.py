@@ -99,13 +99,19 @@ def _convert(
     from ..masking.convert import convert_as_given
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
-    from ..models.libraries import architecture_of
+    from ..models.libraries import architecture_and_tag
     from ..weights import PRETRAINED
 
     scheme = given["scheme"]
     if weights is not None and scheme != PRETRAINED:
         raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
-    architecture = architecture_of(arch, **kwargs)
+    architecture, tag = architecture_and_tag(arch, **kwargs)
+    if tag and scheme != PRETRAINED:
+        name = f"{architecture.library}/{architecture.name}"
+        raise ConversionError(
+            f"{arch} names the pretrained weights {tag}, which the scheme {scheme} would replace; "
+            f"expected {name}, or --scheme {PRETRAINED}"
+        )
     model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
     if file is None:
         return plan_as_given(model or build_meta(architecture), given)

@@ -19,6 +19,7 @@ from ..learners import get_learner
 from ..masking.bake import bake
 from ..models.build import build, build_meta
 from ..models.libraries import architecture_of
+from ..models.pretrained import weights_file
 from ..plots import draw_curve, draw_masks
 from ..training.evaluation import accuracy_of
 from ..training.metrics import Epoch
@@ -108,8 +109,8 @@ def finished_result(run: RunFolder) -> Result:
     run.finish()  # a run that was killed after writing its last file still has its checkpoints
     history, described = tuple(Epoch(**line) for line in run.history()), run.recipe.model
     if run.kind is Kind.ARTIFACT:
-        base = described.pretrained
-        model = load(run.final, base=base if isinstance(base, str) and inspect(run.final).base is not None else None)
+        base = weights_file(described.pretrained) if inspect(run.final).base is not None else None
+        model = load(run.final, base=base)
     else:
         model = build(described.name, pretrained=run.final, **described.kwargs)
     return Result(model.eval(), history[-1].accuracy, history, run.path, run.final, *counts(run))

@@ -1,6 +1,7 @@
 """Pretrained weights: tags of a library, and files of weights."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..errors import ConversionError, unknown
 from .architecture import Architecture, note_origin
 from .layer_types import layer_type_of
 
-WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_FILES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 
 def tags(architecture: Architecture) -> list[str]:
@@ -45,6 +46,26 @@ def check_tag(architecture: Architecture, tag: str | None) -> str:
     return tag or known[0]
 
 
+def with_tag(name: str, tag: str, pretrained: object) -> str:
+    """Return the tag in a network's name, which `pretrained` must not contradict.
+
+    Raises:
+        ConversionError: `pretrained` gives other weights than the name.
+    """
+    if pretrained not in (None, False, True, tag):
+        raise ConversionError(
+            f"{name} names the pretrained weights {tag}, and pretrained is {str(pretrained)!r}; expected one of them"
+        )
+    return tag
+
+
+def weights_file(pretrained: object) -> Path | None:
+    """Return the file that `pretrained` gives; None if it is a tag, or no weights at all."""
+    if isinstance(pretrained, str) and Path(pretrained).suffix in WEIGHT_FILES:
+        return Path(pretrained)
+    return pretrained if isinstance(pretrained, Path) else None
+
+
 def read_weights(path: Path) -> dict[str, Any]:
     """Read the `state_dict` in a file: safetensors, or a checkpoint, none of whose code is run."""
     from timm.models import load_state_dict
@@ -57,8 +78,33 @@ def read_weights(path: Path) -> dict[str, Any]:
         raise ConversionError(f"{path} holds no weights that can be read safely: {error}") from error
 
 
+def without_prefix(state: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
+    """Return a `state_dict` without a prefix that all its keys share, such as `model.` of Lightning's checkpoints.
+
+    It is returned unchanged if some of `names`, the keys that are wanted, are in it as they are, or under no prefix.
+    """
+    columns = zip(*(str(key).split(".")[:-1] for key in state))
+    shared = [column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns)]
+    for depth in range(len(shared) + 1):
+        length = sum(len(part) + 1 for part in shared[:depth])
+        if any(key[length:] in names for key in state):
+            return {key[length:]: value for key, value in state.items()}
+    return state
+
+
+def prefix_note(state: Mapping[str, Any], name: str) -> str:
+    """Return a clause for a message that `state` lacks `name`: under which prefixes it has it; empty if under none."""
+    found = [key.removesuffix(name) for key in state if key.endswith(f".{name}")]
+    if not found:
+        return ""
+    counts = [f"{prefix!r} ({sum(key.startswith(prefix) for key in state)} of {len(state)})" for prefix in found]
+    return f"; keys there begin with {' or '.join(counts)}: keep those of one prefix, without it"
+
+
 def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
     """Load a `state_dict` into a network. Layers that have another size there are noted as fresh.
+
+    A prefix that all keys share, such as `model.`, is dropped where the network's keys lack it.
 
     Args:
         what: name of the `state_dict`, for messages.
@@ -67,8 +113,12 @@ def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
         ConversionError: the `state_dict` does not fit the network.
     """
     own = model.state_dict()
+    state = without_prefix(state, own)
     if missing := [name for name in own if name not in state and not name.endswith("num_batches_tracked")]:
-        raise ConversionError(f"{what} lacks {missing[0]!r} and {len(missing) - 1} more tensors of the network")
+        raise ConversionError(
+            f"{what} lacks {missing[0]!r} and {len(missing) - 1} more tensors of the network"
+            + prefix_note(state, missing[0])
+        )
     if extra := [name for name in state if name not in own]:
         raise ConversionError(f"{what} has {extra[0]!r} and {len(extra) - 1} more tensors that the network does not")
     if bare := [name for name, value in state.items() if not isinstance(value, torch.Tensor)]:
