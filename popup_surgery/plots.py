@@ -8,6 +8,8 @@ from typing import Any
 
 from .atomic import write_atomically
 
+PICTURES = (".png", ".svg", ".pdf")  # the suffixes of `write_figure`
+
 
 def draw_curve(path: Path, title: str, train: Sequence[float], validation: Sequence[float]) -> None:
     """Draw the accuracy on both splits, 0 … 1, by epoch, and write it to `path` as a PNG."""
@@ -88,11 +90,11 @@ def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]
 
 
 def write_figure(figure: Any, path: Path) -> None:
-    """Write a figure in the format that the path's suffix names: `.png` or `.svg`."""
+    """Write a figure in the format that the path's suffix names, one of `PICTURES`."""
     import matplotlib
 
-    picture, kind = io.BytesIO(), path.suffix[1:]
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    picture, kind = io.BytesIO(), path.suffix[1:].lower()
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture gives the same file
         figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
     write_atomically(path, picture.getvalue())

@@ -68,6 +68,11 @@ def main() -> int:
     except PopupError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(printable(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
+        return 2
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
         return 130

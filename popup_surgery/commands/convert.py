@@ -66,7 +66,7 @@ def run(
         raise PopupError("--json prints a plan; it needs --dry-run")
     file = output or Path(f"{arch.rsplit('/', 1)[-1]}.popup.safetensors")
     if not dry_run:
-        new_file(file, force)
+        new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
         "k": k,
         "scheme": scheme,

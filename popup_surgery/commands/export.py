@@ -18,7 +18,7 @@ def run(
     $ popup-surgery export digits.popup.safetensors -o digits.safetensors
     wrote digits.safetensors, 95 kB: 5 tensors of popup_surgery/conv2
     """
-    new_file(output, force)
+    new_file(output, force, [".safetensors"], reads=[artifact, base])
     with busy("rebuilding"):
         from ..artifact import Artifact
         from ..experiment.results import write_dense

@@ -29,10 +29,12 @@ def run(
             show(each)
         return
     file = find(name)
+    if output is not None:
+        new_file(output, force, (".yaml", ".yml"), reads=[file])
     text = file.read_bytes()
     if output is None:
         print(text.decode(), end="")
         return
-    write_atomically(new_file(output, force), text)
+    write_atomically(output, text)
     verb = "sweep" if is_sweep(read_yaml(file)) else "train"
     show(f"wrote {output}, {size(output)}; popup-surgery {verb} {output} runs it")

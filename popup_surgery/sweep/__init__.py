@@ -3,6 +3,7 @@
 `Sweep.load` lists the runs, `execute` runs those that are not finished, and `points` makes the table of results.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -49,7 +50,7 @@ def execute(
     output, engine = Path(output), engine or Local()
     for run in sweep.runs:
         check_root(run.recipe.data)
-    if (output / "recipe.yaml").exists():
+    if os.path.exists(output / "recipe.yaml"):
         raise RunError(f"{output} is the folder of a run; expected one for a sweep, which holds such folders")
     lock = FileLock(output / "lock", timeout=0)
     try:
