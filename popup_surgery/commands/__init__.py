@@ -11,7 +11,7 @@ import typer
 from .. import __version__
 from ..errors import PopupError, Stopped
 from ..typer_compat import UsageError
-from . import convert, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
+from . import convert, diff, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
 from .shared import STOPPED, printable
 
 app = typer.Typer(
@@ -28,7 +28,21 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (convert, train, sweep, reproduce, evaluate, predict, sanity, inspect, verify, export, recipes, zoo):
+for command in (
+    convert,
+    train,
+    sweep,
+    reproduce,
+    evaluate,
+    predict,
+    sanity,
+    inspect,
+    verify,
+    diff,
+    export,
+    recipes,
+    zoo,
+):
     text, _, example = (command.run.__doc__ or "").partition("\b")
     app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b\n" + cleandoc(example))(command.run)
 

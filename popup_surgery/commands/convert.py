@@ -6,7 +6,7 @@ import typer
 
 from ..errors import ConversionError, PopupError
 from ..masking.settings import DEFAULT
-from .shared import busy, new_file, show, size
+from .shared import busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
     from ..masking.plan import Plan
@@ -62,6 +62,7 @@ def run(
     signed_kaiming_constant, scaled, seed 7, edge_popup, ranked layer by layer
     wrote conv4.popup.safetensors, 307 kB
     """
+    refuse_file(arch, "network's name")
     if json_ and not dry_run:
         raise PopupError("--json prints a plan; it needs --dry-run")
     file = output or Path(f"{arch.rsplit('/', 1)[-1]}.popup.safetensors")

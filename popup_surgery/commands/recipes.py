@@ -3,7 +3,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import new_file, show, size
+from .shared import new_file, refuse_file, show, size
 
 
 def run(
@@ -28,6 +28,7 @@ def run(
         for each in shipped():
             show(each)
         return
+    refuse_file(name, "recipe")
     file = find(name)
     if output is not None:
         new_file(output, force, (".yaml", ".yml"), reads=[file])

@@ -85,6 +85,14 @@ def _is_or_is_in(path: Path, source: Path) -> bool:
     return os.path.samefile(path, source) or (os.path.isdir(source) and path.resolve().is_relative_to(source.resolve()))
 
 
+def refuse_file(name: str, wanted: str) -> None:
+    """Raise `PopupError`, which says what the file is and what takes it, if the name that was `wanted` is a file's."""
+    if os.path.exists(name) and Path(name).suffix not in (".yaml", ".yml", ""):
+        from ..artifact.container import what_is
+
+        raise PopupError(f"{name} is no {wanted} but {what_is(name)}")
+
+
 def size(path: Path) -> str:
     """Return the size of a file in human-readable form."""
     count = path.stat().st_size

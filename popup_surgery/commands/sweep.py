@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ..errors import PopupError, Stopped
-from .shared import busy, messages, printable, progress, show
+from .shared import busy, messages, printable, progress, refuse_file, show
 
 if TYPE_CHECKING:
     from ..sweep import Local, OnRay, Outcome, Point, Report, Sweep
@@ -65,6 +65,7 @@ def run(
     digits  0.5        2/2   75.63 ± 4.53 %   0.4 s  7,326 bytes  50.0 %
     wrote runs/sweeps/digits/results.csv and results.json
     """
+    refuse_file(sweep, "sweep or recipe")
     with busy("starting"):
         from .. import sweep as sweeps
         from ..config.yaml import parse_yaml

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from ..errors import ConversionError, unknown
@@ -73,9 +74,25 @@ def read_weights(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConversionError(f"there is no file of weights {path}")
     try:
-        return load_state_dict(str(path))
+        state: dict[str, Any] = load_state_dict(str(path))
     except Exception as error:
         raise ConversionError(f"{path} holds no weights that can be read safely: {error}") from error
+    if kind := _no_weights(path, state):
+        raise ConversionError(f"{path} is {kind}")
+    return state
+
+
+def _no_weights(path: Path, state: Mapping[str, Any]) -> str:
+    """Return what a file of this library is that has no network's weights, and what has them; empty for weights."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            if "popup_surgery" in (file.metadata() or {}):
+                return "a popup artifact, which has a seed and masks; popup-surgery export writes its weights"
+    if state and all(isinstance(value, torch.Tensor) and value.dtype == torch.bool for value in state.values()):
+        return "a file of masks; the weights are in the file beside it"
+    if any(str(name).startswith("optimizer.") for name in state):
+        return "a checkpoint of a run; the file that the run ends with has its weights"
+    return ""
 
 
 def without_prefix(state: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
