@@ -8,6 +8,8 @@ from typing import Any
 
 from .atomic import write_atomically
 
+_DASHES = ("-", "--", "-.", ":")
+
 PICTURES = (".png", ".svg", ".pdf")  # the suffixes of `write_figure`
 
 
@@ -77,6 +79,42 @@ def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) 
     axes.invert_yaxis()
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
+    write_figure(figure, path)
+
+
+@dataclass(frozen=True)
+class Series:
+    """Accuracies, 0 … 1, at several places of an x axis: pairs of the place and the accuracies there."""
+
+    name: str
+    places: list[tuple[float, list[float]]]
+
+
+def draw_series(path: Path, title: str, x_label: str, series: Sequence[Series]) -> None:
+    """Draw accuracies over x as a PNG: a dot for each, and for each series a line through the means."""
+    figure, (axes,) = canvas(7, 4.2)
+    for i, one in enumerate(series):
+        colour = f"C{i % 10}"
+        xs = [x for x, accuracies in one.places for _ in accuracies]
+        axes.scatter(xs, [100 * share for _, group in one.places for share in group], color=colour, alpha=0.5, s=18)
+        means = [100 * sum(group) / len(group) for _, group in one.places]
+        axes.plot([x for x, _ in one.places], means, color=colour, linestyle=_DASHES[i // 10 % 4], label=one.name)
+    axes.set(xlabel=x_label, ylabel="accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    if 1 < len(series) <= 30:
+        axes.legend(fontsize=8)
+    write_figure(figure, path)
+
+
+def draw_groups(path: Path, title: str, groups: Sequence[Group]) -> None:
+    """Draw accuracies as a PNG: a row for each group, a dot for each accuracy."""
+    figure, (axes,) = canvas(7, 1.2 + 0.32 * len(groups))
+    points = [(100 * share, place) for place, group in enumerate(groups) for share in group.accuracies]
+    axes.scatter(*zip(*points, strict=True), color="#0072b2", alpha=0.7, zorder=3)
+    axes.set_yticks(range(len(groups)), [group.name for group in groups])
+    axes.set(xlabel="accuracy (%)", title=title)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
     write_figure(figure, path)
 
 

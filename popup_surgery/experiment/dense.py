@@ -109,15 +109,15 @@ def open_result(source: str | Path | Artifact | Dense) -> Artifact | Dense:
 def _about(text: Any) -> About:
     """Read the description in a file's metadata."""
     values = parse(text, f"the metadata {DENSE}") if isinstance(text, str) else None
-    found = values.get("architecture") if isinstance(values, dict) else None
-    if not isinstance(found, dict) or not isinstance(values.get("provenance"), dict):
+    values = values if isinstance(values, dict) else {}
+    found, provenance = values.get("architecture"), values.get("provenance")
+    if not isinstance(found, dict) or not isinstance(provenance, dict):
         raise ArtifactError(f"the metadata {DENSE} has no architecture or no provenance")
     texts = [found.get(key) for key in ("library", "name", "version")]
     if not all(isinstance(value, str) for value in texts) or not isinstance(found.get("kwargs"), dict):
         raise ArtifactError(f"the metadata {DENSE} has an architecture of {json.dumps(found)[:60]}")
-    return About(
-        Architecture(**{key: found[key] for key in ("library", "name", "kwargs", "version")}), values["provenance"]
-    )
+    library, name, version = map(str, texts)
+    return About(Architecture(library, name, found["kwargs"], version), provenance)
 
 
 def _from_recipe(values: Mapping[str, Any]) -> About:
