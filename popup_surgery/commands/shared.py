@@ -32,6 +32,18 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
+def replace_unprintable(stream: object) -> None:
+    """Let a stream replace what its encoding lacks, such as the × of a table in ASCII, instead of raising an error."""
+    if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "backslashreplace"):
+        stream.reconfigure(errors="replace")
+
+
+def shown_by(stream: object, text: str) -> str:
+    """Return `text` with ? for whatever the encoding of a stream lacks."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
+
+
 @contextmanager
 def progress(total: int | None, what: str) -> Iterator[Callable[[], None]]:
     """Context manager: show a progress bar that disappears at the end, or nothing if stderr is not a terminal."""
