@@ -25,10 +25,10 @@ FILE = "nö☃.popup.safetensors"
 CALLS = [
     ["--help"], ["--nö☃"], ["nö☃"], ["convert", "--help"], ["sweep", "--help"], ["inspect", FILE], ["verify", FILE],
     ["diff", FILE, FILE], ["export", FILE, "-o", "dense☃.safetensors"], ["predict", FILE, "nö☃.png"],
-    ["evaluate", FILE, "--set", "data.name=☃"], ["sanity", FILE, "-o", "☃.txt"], ["recipes", "digits"], 
-    ["recipes", "☃"], ["convert", "conv2", "--dry-run"], ["convert", "☃"], ["train", "digits", "--set", "training.lr=☃"],
-    ["train", "mine☃.yaml", "--set", "training.epochs=1", "--set", "data.max_train=64", "-o", "run☃"], ["zoo", "☃"], ["sweep", "☃"],
-    ["reproduce", "☃"],
+    ["evaluate", FILE, "--set", "data.name=☃"], ["sanity", FILE, "-o", "☃.txt"], ["recipes", "digits"],
+    ["recipes", "☃"], ["convert", "conv2", "--dry-run"], ["convert", "☃"], ["zoo", "☃"], ["sweep", "☃"],
+    ["train", "digits", "--set", "training.lr=☃"], ["reproduce", "☃"],
+    ["train", "mine☃.yaml", "--set", "training.epochs=1", "--set", "data.max_train=64", "-o", "run☃"],
 ]  # fmt: skip
 
 
