@@ -70,6 +70,7 @@ def measure(what: str, name: str, folder: Path) -> dict[str, float]:
 
 
 def compare(name: str, rounds: int, folder: Path) -> dict[str, object]:
+    """Return the medians of time and memory for one network, and our ratios to timm."""
     made = [measure("make", name, folder) for _ in range(rounds)]
     runs: dict[str, list[dict[str, float]]] = {"timm": [], "load": [], "build": [], "convert": []}
     for round_ in range(rounds):
@@ -108,7 +109,7 @@ def compare(name: str, rounds: int, folder: Path) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="measurements of each kind")
-    parser.add_argument("--only", help="measure the networks whose name has this in it")
+    parser.add_argument("--only", help="measure only networks with this in their name")
     parser.add_argument("--output", type=Path, default=Path("artifact.json"))
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -355,7 +355,7 @@ def check(ledger: Ledger, day: Day) -> None:
 def _bounded(call: Sequence[str], log: Path, seconds: float) -> int | str:
     """Run a command for at most `seconds`. Returns its exit status, or a text if it was cut off or not run."""
     if seconds <= 1:
-        return "not run, there was no time left"
+        return "not run: no time was left"
     with open(log, "wb") as file:
         process = subprocess.Popen(call, stdout=file, stderr=file, stdin=subprocess.DEVNULL, cwd=ROOT)
         try:
@@ -582,26 +582,24 @@ def unpacked(data: Path, work: Path) -> Path:
     for folder in (data, *sorted(path for path in data.iterdir() if path.is_dir())):
         if (folder / "train").is_dir():
             return folder.absolute()
-    raise RunError(f"--data {data} has no folder train; expected train/<class>/ and validation/<class>/")
+    raise RunError(f"--data {data} has no train folder; expected train/<class>/ and validation/<class>/")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, required=True, help="of this call")
+    parser.add_argument("--minutes", type=float, required=True, help="minutes that this call may take")
     parser.add_argument(
-        "--day-minutes", type=float, help="of all calls with this work folder; of this one if not given"
+        "--day-minutes", type=float, help="minutes of all calls with the same --work together; default: --minutes"
     )
     parser.add_argument(
-        "--data", type=Path, required=True, help="CIFAR-10 as folders of images, or a tar archive of them"
+        "--data", type=Path, required=True, help="CIFAR-10 as class folders of images, or a tar archive of them"
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder for what is carried away")
-    parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the day; runs/gpu if not given")
-    parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny is a rehearsal")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the results to keep")
+    parser.add_argument("--work", type=Path, default=Path("runs/gpu"), help="folder of the runs; default: runs/gpu")
+    parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny: a rehearsal on a CPU")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument(
-        "--trial", nargs="+", type=int, default=[4, 8, 16], help="numbers of runs at once that are tried"
-    )
+    parser.add_argument("--trial", nargs="+", type=int, default=[4, 8, 16], help="numbers of parallel runs to try")
     parser.add_argument("--set", action="append", default=[], help="key=value of any recipe key; repeatable")
     arguments = parser.parse_args()
     # all processes import this checkout
@@ -615,6 +613,7 @@ def main() -> int:
 
 
 def run_day(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
+    """Run what there is time for, and write the results. Returns the exit status."""
     scale, work = arguments.scale, arguments.work.absolute()
     described = {
         "scale": scale,

@@ -95,10 +95,10 @@ def rate(epochs: Iterator[Any], count: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=7, help="measured epochs of each")
+    parser.add_argument("--repeats", type=int, default=7, help="measured epochs of each kind")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--images", type=int, default=3072, help="a multiple of the batch")
+    parser.add_argument("--images", type=int, default=3072, help="number of images, a multiple of the batch size")
     parser.add_argument("--output", type=Path, default=Path("pipeline.json"))
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -65,8 +65,8 @@ def probe(values: dict[str, Any], weights: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar", required=True, help="folder of train and validation folders")
-    parser.add_argument("--fashion", required=True, help="folder that holds FashionMNIST/raw")
+    parser.add_argument("--cifar", required=True, help="folder with train/ and validation/ in it")
+    parser.add_argument("--fashion", required=True, help="folder with FashionMNIST/raw in it")
     parser.add_argument("--network", default="timm/resnet10t")
     parser.add_argument("--dense-epochs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=3)

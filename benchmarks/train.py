@@ -43,6 +43,7 @@ def images(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def bare(device: torch.device) -> Callable[[], None]:
+    """Return one epoch of a plain PyTorch loop."""
     model = ps.build("conv4").to(device).train()
     optimizer = torch.optim.SGD(model.parameters(), TRAINING.lr, momentum=0.9, weight_decay=TRAINING.weight_decay)
     pixels, labels = images(device)
@@ -58,6 +59,7 @@ def bare(device: torch.device) -> Callable[[], None]:
 
 
 def looped(model: nn.Module) -> Callable[[], None]:
+    """Return one epoch of our trainer with this network."""
     accelerator = start(TRAINING)
     split = images(accelerator.device)
     config = Data(batch_size=BATCH, pad=4, hflip=0.5, mean=[0.5] * 3, std=[1.0] * 3)

@@ -174,7 +174,7 @@ def _type(hint: Any) -> str:
 
 def _default(option: Any) -> str:
     default = getattr(option.default, "value", option.default)
-    told = option.is_flag or default is None or "if not given" in (option.help or "")
+    told = option.is_flag or default is None or "default: " in (option.help or "")
     return "" if told else f" Default: `{default}`."
 
 

@@ -96,7 +96,7 @@ def look_up(old: str, name: str) -> Any:
         names = vars(import_module(f"{PACKAGE}.{home}"))
         if new in names:
             if name not in PICKLED.get(old, ()):
-                text = f"{PACKAGE}.{old}.{name} is {PACKAGE}.{home}.{new} now; the old name will go"
+                text = f"{PACKAGE}.{old}.{name} is {PACKAGE}.{home}.{new} now; the old name will be removed"
                 warnings.warn(text, DeprecationWarning, stacklevel=2)
             return names[new]
     raise AttributeError(f"module '{PACKAGE}.{old}' has no attribute {name!r}")
@@ -122,4 +122,6 @@ def warn_of_methods(learner: object) -> None:
     }
     if used:
         text = ", ".join(f"{old} is {new} now" for old, new in used.items())
-        warnings.warn(f"{type(learner).__name__}: {text}; the old name will go", DeprecationWarning, stacklevel=3)
+        warnings.warn(
+            f"{type(learner).__name__}: {text}; the old name will be removed", DeprecationWarning, stacklevel=3
+        )

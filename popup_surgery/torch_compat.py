@@ -76,6 +76,11 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")
 
 
+def unsaved_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """Return the module's own buffers that are not in its `state_dict`, by name. Tried on torch 2.11 and 2.14."""
+    return {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+
+
 def remove_forward_hooks(module: nn.Module, kind: type) -> None:
     """Remove the forward hooks and forward pre-hooks of `module` that are instances of `kind`.
 

@@ -47,6 +47,7 @@ from popup_surgery.torch_compat import (
     remove_forward_hooks,
     renew_reducer,
     renew_weight_list,
+    unsaved_buffers,
     version_of,
 )
 from popup_surgery.typer_compat import UsageError
@@ -72,6 +73,7 @@ NAMES = (
     "torch.nn.Module()._forward_hooks",
     "torch.nn.Module()._forward_hooks_always_called",
     "torch.nn.Module()._forward_pre_hooks",
+    "torch.nn.Module()._non_persistent_buffers_set",
     "torch.nn.Module._apply",
     "torch.nn.Module._load_from_state_dict",
     "torch.nn.modules.batchnorm._BatchNorm",
@@ -219,6 +221,13 @@ class Telling(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.told = is_fx_tracing()
         return x + 1
+
+
+def test_buffers_outside_the_state_dict() -> None:
+    module = nn.Module()
+    module.register_buffer("kept", torch.zeros(1))
+    module.register_buffer("unsaved", torch.ones(2), persistent=False)
+    assert unsaved_buffers(module) == {"unsaved": module.unsaved}
 
 
 def test_is_fx_tracing() -> None:

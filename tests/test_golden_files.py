@@ -285,7 +285,7 @@ def test_a_finished_run_is_recognised(name: str, tmp_path: Path, cli: Callable[.
     assert len(result.history) == len(lines(run))
     done = cli("train", GOLDEN / f"{name}.yaml", "-o", run, "--resume")
     assert done.status == 0
-    assert f"the run in {run} is finished already" in done.out
+    assert f"the run in {run} had already finished" in done.out
     for also in ((), ("training.lr=0.5",)):
         with pytest.raises(RunError, match="of another recipe" if also else "holds a run already"):
             train(GOLDEN / f"{name}.yaml", overrides=also, output=run, resume=bool(also))
@@ -330,7 +330,7 @@ def test_a_finished_sweep_is_recognised_by_the_command_line(tmp_path: Path) -> N
     same = {run: unchanged(run) for run in folder.iterdir()}
     done = command("sweep", GOLDEN / "sweep.yaml", "-o", folder, "--jobs", "1")
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("6 of 6 runs have ended before\n")
+    assert done.stdout.startswith("6 of 6 runs had ended before\n")
     assert all(check() for check in same.values())
     for file in ("results.json", "results.csv"):
         assert (folder / file).read_bytes() == (GOLDEN / "sweep" / file).read_bytes()

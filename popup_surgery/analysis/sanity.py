@@ -67,6 +67,7 @@ class Sanity:
         return [Group(name, *both) for name, both in found.items()]
 
     def __str__(self) -> str:
+        """Return the table, with a line for each group."""
         groups = self.groups()
         lines = [("network", "accuracy", "with new statistics" if groups[0].recalibrated else "")]
         for group in groups:
@@ -75,6 +76,8 @@ class Sanity:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         chance = f"; chance is {100 * self.chance:.2f} %" if self.chance else ""
+        if all(one.change != SEEDS for one in self.variations):
+            text.append(f"{SEEDS}: not measured, because the weights are pretrained and no seed draws them")
         return "\n".join([*text, f"{self.images:,} validation images of {self.data}{chance}"])
 
 
@@ -97,9 +100,9 @@ def sanity(
 ) -> Sanity:
     """Measure the accuracy of the subnetwork in a popup artifact, and of variants in which one part is replaced.
 
-    The variants are: weights drawn from other seeds under the same mask; the mask shuffled within each layer; the mask
-    inverted; and one shared value for all weights. If the network has BatchNorm, it and each variant are also measured
-    with their own running statistics, from at most 100 batches of training images.
+    The variants are: weights drawn from other seeds under the same mask, unless all are pretrained; the mask shuffled
+    within each layer; the mask inverted; and one shared value for all weights. If the network has BatchNorm, it and
+    each variant are also measured with their own running statistics, from at most 100 batches of training images.
 
     Args:
         path: the file, or an open `Artifact`.

@@ -9,10 +9,10 @@ from ..errors import ArtifactError, ConversionError, PopupError
 from ..masking.walk import unwrap
 from ..models.architecture import Base
 from ..models.pretrained import check_tag, prefix_note, read_weights, without_prefix
+from ..weights.fill import values_digest
 from ..weights.source import source_of
 from .container import DTYPES
 from .manifest import Manifest
-from .rebuild import values_digest
 
 
 def library_tag(manifest: Manifest) -> str:
@@ -20,8 +20,8 @@ def library_tag(manifest: Manifest) -> str:
     architecture, base = manifest.architecture, cast(Base, manifest.base)
     if not base.tag or (base.library, base.name) != (architecture.library, architecture.name):
         raise ArtifactError(
-            f"the masks are for weights of {base.library[:60]}/{base.name[:60]} that no library has; pass the network "
-            "or the file that holds them as `base` (--base)"
+            f"the masks are for weights of {base.library[:60]}/{base.name[:60]} that no library provides; pass the "
+            "network or the file that holds them as `base` (--base)"
         )
     try:
         return check_tag(architecture, base.tag)
@@ -44,7 +44,7 @@ def base_weights(manifest: Manifest, core: nn.Module | None, base: nn.Module | s
     else:
         holder = core if base is None else base
         if not isinstance(holder, nn.Module):
-            raise ArtifactError(f"base is a {type(holder).__name__}; expected a network, or a file of weights")
+            raise ArtifactError(f"base is a {type(holder).__name__}; expected a network or a file of weights")
         source = unwrap(holder).state_dict(keep_vars=True)
     weights = without_prefix(source, [entry.name for entry in manifest.masked])
     found = {}

@@ -1,6 +1,7 @@
 """Checks that a file and a network fit each other."""
 
 import re
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -8,16 +9,22 @@ from torch import nn
 from ..errors import ArtifactError, PopupError
 from ..models.architecture import KWARGS, Architecture, check_kwargs
 from ..models.libraries import LIBRARIES, names
+from ..models.structure import is_extra_state
 from .container import DTYPE_NAMES, DTYPES
 from .reader import Contents
 
 
-def check_architecture(architecture: Architecture) -> None:
-    """Raise `ArtifactError` unless a library builds this architecture, with arguments within their bounds."""
+def check_architecture(architecture: Architecture, reason: object = None) -> None:
+    """Raise `ArtifactError` unless a library builds this architecture, with arguments within their bounds.
+
+    Args:
+        reason: why the file's architecture is `custom`, if it says so.
+    """
     library, name = architecture.library, architecture.name
     if library == "custom":
+        because = f"; {reason}" if isinstance(reason, str) else ""
         raise ArtifactError(
-            f"the architecture is custom ({name}), which no library builds; pass the network to fill to "
+            f"the architecture is custom ({name}), which no library builds{because}; pass the network to fill to "
             "popup_surgery.load as `model`"
         )
     if library not in LIBRARIES:
@@ -32,21 +39,26 @@ def check_architecture(architecture: Architecture) -> None:
         raise ArtifactError(f"architecture.kwargs: {error}") from error
 
 
-def common_dtype(contents: Contents) -> torch.dtype | None:
-    """Return the floating dtype that the network was cast to; None if the masked weights share none or float32."""
-    dtypes = {entry.dtype for entry in contents.manifest.masked}
-    return DTYPES[dtypes.pop()] if len(dtypes) == 1 and dtypes != {"F32"} else None
+class Entry(NamedTuple):
+    """Dtype and shape of a `state_dict` entry."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def entries_of(contents: Contents) -> dict[str, Entry]:
+    """Return the `state_dict` entries that a file gives back, by name."""
+    manifest = contents.manifest
+    file = {entry.name: (entry.dtype, entry.shape) for entry in (*manifest.masked, *manifest.generated)}
+    file |= {name: (constant.dtype, constant.shape) for name, constant in manifest.constants.items()}
+    file |= {name: (tensor.dtype, tensor.shape) for name, (tensor, _) in contents.stored.items()}
+    file |= {name: file[target] for name, target in manifest.aliases.items()}
+    return {name: Entry(DTYPES[dtype], shape) for name, (dtype, shape) in file.items()}
 
 
 def compare(contents: Contents, core: nn.Module) -> None:
     """Check that file and network have the same `state_dict` entries, with the same shapes, dtypes and ties."""
-    manifest = contents.manifest
-    file: dict[str, tuple[str, tuple[int, ...]]] = {
-        entry.name: (entry.dtype, entry.shape) for entry in (*manifest.masked, *manifest.generated)
-    }
-    file |= {name: (constant.dtype, constant.shape) for name, constant in manifest.constants.items()}
-    file |= {name: (tensor.dtype, tensor.shape) for name, (tensor, _) in contents.stored.items()}
-    file |= {name: file[target] for name, target in manifest.aliases.items()}
+    manifest, file = contents.manifest, entries_of(contents)
     entries = core.state_dict(keep_vars=True)
     if missing := [name for name in entries if name not in file]:
         raise ArtifactError(f"the network has {missing[0]!r} (and {len(missing) - 1} more) that the file does not hold")
@@ -58,10 +70,12 @@ def compare(contents: Contents, core: nn.Module) -> None:
         dtype, shape = file[name]
         if place[name] < place[manifest.aliases.get(name, name)]:
             raise ArtifactError(f"aliases[{name!r}] is {manifest.aliases[name]!r}; expected an earlier key")
+        if is_extra_state(name):
+            continue  # what it holds is for its module alone to check
         if shape != tuple(tensor.shape):
             raise ArtifactError(f"{name!r}: the file's tensor is for {shape}, the network has {tuple(tensor.shape)}")
-        if dtype != DTYPE_NAMES.get(tensor.dtype):
-            raise ArtifactError(f"{name!r}: the file's tensor is {dtype}, the network's {tensor.dtype}")
+        if dtype != tensor.dtype:
+            raise ArtifactError(f"{name!r}: the file's tensor is {DTYPE_NAMES[dtype]}, the network's {tensor.dtype}")
         tied = first.setdefault(id(tensor), name)
         if manifest.aliases.get(name, name) != manifest.aliases.get(tied, tied):
             raise ArtifactError(f"{name!r}: the network ties it to {tied!r}, the file does not")

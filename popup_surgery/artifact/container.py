@@ -69,7 +69,7 @@ class Container:
 def element_count(shape: Any, what: str) -> int:
     """Return the number of elements of a shape from a file, after checking that each size is a non-negative integer."""
     if not isinstance(shape, list) or len(shape) > DIMENSIONS_LIMIT:
-        raise ArtifactError(f"{what}: the shape is no list of at most {DIMENSIONS_LIMIT} sizes")
+        raise ArtifactError(f"{what}: the shape is not a list of at most {DIMENSIONS_LIMIT} sizes")
     if not all(type(size) is int and size >= 0 for size in shape):
         raise ArtifactError(f"{what}: the shape is {shape}; expected integers from 0")
     return math.prod(shape)
@@ -84,7 +84,7 @@ def read_header(file: BinaryIO) -> Container:
     header = read_safetensors(file)
     metadata = header.metadata
     if not isinstance(metadata, dict) or list(metadata) != [METADATA] or not isinstance(metadata[METADATA], str):
-        raise ArtifactError(f"this is no popup artifact: {safetensors_kind(metadata, header.tensors)}")
+        raise ArtifactError(f"this is not a popup artifact: {safetensors_kind(metadata, header.tensors)}")
     return Container(metadata[METADATA], header.tensors, header.data_start, stamp_of(file))
 
 
@@ -99,9 +99,9 @@ def read_safetensors(file: BinaryIO) -> Header:
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
         if kind := other_kind(prefix + file.read(248)):
-            raise ArtifactError(f"this is no safetensors file: {kind}")
+            raise ArtifactError(f"this is not a safetensors file: {kind}")
         raise ArtifactError(
-            f"the file ends before its header does ({size} bytes); it is truncated or no safetensors file"
+            f"the file ends before its header does ({size} bytes); it is truncated, or not a safetensors file"
         )
     if length > HEADER_LIMIT:
         raise ArtifactError(f"the header has {length:,} bytes; expected at most {HEADER_LIMIT:,}")
@@ -112,7 +112,7 @@ def read_safetensors(file: BinaryIO) -> Header:
     header = parse(text, "the header")
     del text
     if not isinstance(header, dict):
-        raise ArtifactError("the header is no JSON object; expected a safetensors file")
+        raise ArtifactError("the header is not a JSON object; expected a safetensors file")
     metadata = header.pop("__metadata__", None)
     tensors = {name: _stored(name, entry) for name, entry in header.items()}
     end = 0
@@ -156,7 +156,7 @@ def open_file(path: str | Path) -> BinaryIO:
         if Path(path).is_dir():
             raise ArtifactError(f"this is {folder_kind(Path(path))}; expected a file")
         if not Path(path).is_file():
-            raise ArtifactError("this is no file" if Path(path).exists() else "there is no such file")
+            raise ArtifactError("this is not a file" if Path(path).exists() else "the file does not exist")
         return open(path, "rb")
     except OSError as error:
         raise ArtifactError(f"cannot be read: {error.strerror or error}") from error

@@ -171,7 +171,7 @@ def _parse_whole(text: str) -> dict[str, Any]:
         raise ArtifactError(f"the manifest has {len(text):,} characters; expected at most {MANIFEST_LIMIT:,}")
     manifest = parse(text, "the manifest")
     if not isinstance(manifest, dict):
-        raise ArtifactError("the manifest is no JSON object")
+        raise ArtifactError("the manifest is not a JSON object")
     if manifest.get("format") != FORMAT:
         raise ArtifactError(f"format is {_short(manifest.get('format'))}; expected {FORMAT!r}")
     version = _get(manifest, "format_version", "an integer", lambda v: type(v) is int)
@@ -316,7 +316,7 @@ def _constant(name: str, entry: Any) -> Constant:
     if not isinstance(entry, dict):
         raise ArtifactError(f"{what} is {_short(entry)}; expected an object")
     if element_count(entry.get("shape"), what) == 0:
-        raise ArtifactError(f"{what} has the shape {entry['shape']}; an empty tensor is no constant")
+        raise ArtifactError(f"{what} has the shape {entry['shape']}; an empty tensor cannot be a constant")
     dtype = _get(entry, "dtype", "a dtype's name", lambda v: _known(v, DTYPES), f"{what}.")
     value = _get(entry, "value", f"a finite value that is exact in {dtype}", lambda v: exact(v, dtype), f"{what}.")
     return Constant(tuple(entry["shape"]), dtype, value)
@@ -351,13 +351,13 @@ def _check_names(manifest: Manifest) -> None:
         first = based[0]
         raise ArtifactError(f"{first.name!r} has the distribution {first.distribution!r}, and the manifest has no base")
     if manifest.base is not None and not based:
-        raise ArtifactError("the manifest has a base, and no masked tensor is of it")
+        raise ArtifactError("the manifest has a base, but no masked tensor has its weights in it")
     names = [entry.name for entry in (*manifest.masked, *manifest.generated)]
     names += [*manifest.constants, *manifest.aliases]
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ArtifactError(f"{twice!r} stands in the manifest twice; each state_dict key belongs in one place")
+        raise ArtifactError(f"{twice!r} is in the manifest twice; expected each state_dict key in one place")
     for name, target in manifest.aliases.items():
         if not isinstance(target, str) or target in manifest.aliases:
-            raise ArtifactError(f"aliases[{name!r}] is {_short(target)}; expected a key that is itself no alias")
+            raise ArtifactError(f"aliases[{name!r}] is {_short(target)}; expected a key that is not an alias itself")

@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..masking.bake import bake
 from ..weights.fill import fill
 from ..weights.streams import draw
 from .manifest import Probe
@@ -14,8 +13,8 @@ RTOL = 1e-3  # float32 sums in a different order stay well within it, even throu
 
 
 def take_probe(model: nn.Module, seed: int, shape: tuple[int, ...]) -> Probe | None:
-    """Return a converted network's probe for an input of `shape`; None if the output is not finite or not a tensor."""
-    output = _first_outputs(bake(model), seed, shape, VALUES)
+    """Return a plain network's probe for an input of `shape`; None if the output is not finite or not a tensor."""
+    output = _first_outputs(model, seed, shape, VALUES)
     return Probe(shape, tuple(map(float, output)), RTOL) if output is not None else None
 
 
@@ -26,7 +25,7 @@ def check_probe(model: nn.Module, seed: int, probe: Probe) -> tuple[bool, str]:
     except Exception as error:  # a network may raise anything for an input that does not fit it
         return False, f"the network does not take the probe's input {probe.shape}: {error}"
     if output is None or len(output) != len(probe.output):
-        return False, f"the network does not give {len(probe.output)} finite outputs"
+        return False, f"the network's outputs are not {len(probe.output)} finite numbers"
     expected = np.array(probe.output, np.float64)
     off = float(np.abs(output - expected).max() / (np.abs(expected).max() or 1.0))
     return off <= probe.rtol, f"output differs by {off:.1e} of its largest value; allowed {probe.rtol:g}"

@@ -53,11 +53,11 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
     """Read the tensors of a file whose header and manifest `read_front` has read, and check them and their digests."""
     with open_file(path) as file:
         if stamp_of(file) != container.stamp:
-            raise ArtifactError("the file changed while it was read")
+            raise ArtifactError("the file changed while it was being read; try again")
         buffer = bytearray(max((tensor.stop for tensor in container.tensors.values()), default=0))
         file.seek(container.data_start)
         if file.readinto(buffer) != len(buffer):  # type: ignore[attr-defined]
-            raise ArtifactError("the file changed while it was read")
+            raise ArtifactError("the file changed while it was being read; try again")
     data = memoryview(buffer)
     parts: Parts = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in container.tensors.items()}
     masks = {entry.name: _mask(entry, parts.pop(f"{entry.name}.mask")[1]) for entry in manifest.masked}
@@ -89,7 +89,7 @@ def _check_places(manifest: Manifest, container: Container) -> None:
     """Check that no stored tensor is in the manifest's lists too, and that each alias names a tensor of the file."""
     described = {e.name for e in (*manifest.masked, *manifest.generated)} | {*manifest.constants, *manifest.aliases}
     if both := described & container.tensors.keys():
-        raise ArtifactError(f"{min(both)!r} is stored, and stands in the manifest's lists too")
+        raise ArtifactError(f"{min(both)!r} is among the stored tensors, and in the manifest's lists too")
     known = described | (container.tensors.keys() - {f"{entry.name}.mask" for entry in manifest.masked})
     for name, target in manifest.aliases.items():
         if target not in known:

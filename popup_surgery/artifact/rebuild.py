@@ -1,7 +1,7 @@
 """Rebuild weights from a seed and a mask, and compute digests over them."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..codecs.bitpack import unpack
-from ..weights.fill import pieces_of
 from ..weights.source import source_of
 from ..weights.streams import BITS, CHUNK, draw, words
 from .container import DTYPES
@@ -62,15 +61,6 @@ def weights_digest(entries: list[tuple[TensorSpec, Packed]], seed: int, base: Ma
         for piece in effective_pieces(entry, seed, mask, base.get(entry.name)):
             rounded = torch.from_numpy(piece).to(DTYPES[entry.dtype]).to(torch.float32)
             digest.update(rounded.numpy().astype("<f4", copy=False).data)
-    return digest.hexdigest()
-
-
-def values_digest(tensors: Iterable[Tensor]) -> str:
-    """Return the SHA-256 over the values of floating tensors, widened to float32."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        for piece in pieces_of(tensor):
-            digest.update(piece.float().numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
 
 

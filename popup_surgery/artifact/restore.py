@@ -1,5 +1,6 @@
 """Build and fill the network that a file describes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -8,10 +9,12 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, ConversionError
 from ..masking.walk import masked_weights, unwrap
 from ..models.build import build_architecture, build_meta, build_uninitialised
+from ..models.structure import is_extra_state
 from ..weights.fill import fill
 from .base_weights import base_weights, library_tag
-from .compare import check_architecture, common_dtype, compare
+from .compare import check_architecture, compare, entries_of
 from .container import DTYPES
+from .description import as_libraries_build, cast_like
 from .reader import Contents
 from .rebuild import effective_pieces, generated_pieces
 
@@ -20,26 +23,31 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
     """Build and fill the network that `contents` describes, or fill `model` if it is given."""
     manifest = contents.manifest
     if base is not None and manifest.base is None:
-        raise ArtifactError("a base was given, and the file's weights are those of its seed")
+        raise ArtifactError("`base` was given, but the file's weights come from its seed; leave out `base`")
     if model is None:
-        check_architecture(manifest.architecture)
+        check_architecture(manifest.architecture, manifest.provenance.get("custom"))
         tag = library_tag(manifest) if manifest.base is not None and base is None else None
-        dtype = common_dtype(contents)
+        entries = entries_of(contents)
         try:
-            bare = build_meta(manifest.architecture)
-            compare(contents, bare.to(dtype) if dtype else bare)
-            network = (
-                build_architecture(manifest.architecture, tag) if tag else build_uninitialised(manifest.architecture)[0]
-            )
+            with as_libraries_build():
+                bare = build_meta(manifest.architecture)
+                cast_like(bare, entries)
+                compare(contents, bare)
+                network = (
+                    build_architecture(manifest.architecture, tag)
+                    if tag
+                    else build_uninitialised(manifest.architecture)[0]
+                )
         except ConversionError as error:
             raise ArtifactError(f"the architecture cannot be built: {error}") from error
-        core = network.to(dtype) if dtype else network
+        cast_like(network, entries)
+        core = network
     elif not isinstance(model, nn.Module):
         raise ArtifactError(f"model is {model!r}; expected a plain torch.nn.Module to fill")
     else:
         network, core = model, unwrap(model)
         if any(True for _ in masked_weights(core)):
-            raise ArtifactError("the model to fill is converted; expected a plain network")
+            raise ArtifactError("the network to fill is converted; expected a plain one")
     compare(contents, core)
     _fill(contents, core, base_weights(manifest, core, base))
     return network.eval()
@@ -52,12 +60,18 @@ def _fill(contents: Contents, core: nn.Module, base: dict[str, Tensor]) -> None:
     meta = [name for name, tensor in entries.items() if tensor.is_meta]
     if meta:
         raise ArtifactError(f"{meta[0]!r} of the network to fill is on the meta device and cannot hold values")
+    derived = _derived(core, entries)
+    for name in derived:
+        entry = entries_of(contents)[name]
+        entries[name] = torch.empty(entry.shape, dtype=entry.dtype)
     with torch.no_grad():
-        for entry in manifest.masked:
-            pieces = effective_pieces(entry, manifest.seed, contents.masks[entry.name], base.get(entry.name))
-            fill(entries[entry.name], pieces)
-        for entry in manifest.generated:
-            fill(entries[entry.name], generated_pieces(entry, manifest.seed))
+        for spec in manifest.masked:
+            fill(
+                entries[spec.name],
+                effective_pieces(spec, manifest.seed, contents.masks[spec.name], base.get(spec.name)),
+            )
+        for spec in manifest.generated:
+            fill(entries[spec.name], generated_pieces(spec, manifest.seed))
         for name, constant in manifest.constants.items():
             entries[name].detach().fill_(constant.value)
         for name, (stored, data) in contents.stored.items():
@@ -67,3 +81,16 @@ def _fill(contents: Contents, core: nn.Module, base: dict[str, Tensor]) -> None:
         for name, target in manifest.aliases.items():
             if entries[name] is not entries[target]:
                 entries[name].detach().copy_(entries[target].detach())
+    if derived:
+        try:
+            core.load_state_dict(entries)
+        except Exception as error:  # a module may raise anything for a state that does not fit it
+            raise ArtifactError(f"the network does not take {derived[0]!r} of the file: {error}") from error
+
+
+def _derived(core: nn.Module, entries: Mapping[str, Tensor]) -> list[str]:
+    """Return the `state_dict` entries that are no tensors of the network, but made when they are read."""
+    own = {
+        id(tensor) for module in core.modules() for tensor in (*module._parameters.values(), *module._buffers.values())
+    }
+    return [name for name, tensor in entries.items() if id(tensor) not in own or is_extra_state(name)]

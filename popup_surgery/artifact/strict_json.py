@@ -80,7 +80,7 @@ def _bound(text: str, what: str) -> None:
         if kind == "objects and lists":
             depth += 1
             if depth > DEPTH:
-                raise ArtifactError(f"{what} is nested deeper than {DEPTH} levels")
+                raise ArtifactError(f"{what} is nested more than {DEPTH} levels deep")
         counts[kind] += 1
         if counts[kind] > LIMITS[kind]:
             raise ArtifactError(f"{what} has more than {LIMITS[kind]:,} {kind}, more than any network needs")

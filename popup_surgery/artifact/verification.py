@@ -7,11 +7,12 @@ from torch import nn
 
 from ..errors import ArtifactError
 from ..masking.walk import unwrap
+from ..weights.fill import values_digest
 from .base_weights import base_weights
 from .file import Artifact
 from .probe import check_probe
 from .reader import naming
-from .rebuild import values_digest, weights_digest
+from .rebuild import weights_digest
 from .restore import fill_network
 
 
@@ -62,15 +63,23 @@ def verify(
         library, name = manifest.architecture.library, manifest.architecture.name
         if model is None and library == "custom":
             if manifest.base is not None and base is None:
-                checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
+                checks.append(
+                    (
+                        "masked weights",
+                        True,
+                        "on a pretrained base: not checked; pass the base with --base to check them",
+                    )
+                )
             elif manifest.base is not None:
                 weights = base_weights(manifest, None, base)
                 same = weights_digest(entries, manifest.seed, weights) == manifest.weights_sha256
                 checks.append(_weights_check(same, f"{word}the base"))
-            checks.append(("architecture", True, f"custom ({name}): not checked, no module was given"))
+            checks.append(("architecture", True, f"custom ({name}): not checked, because no library builds it"))
             return Verification(tuple(checks))
         if model is None and base is None and manifest.base is not None and not manifest.base.tag:
-            checks.append(("masked weights", True, "of a pretrained base: not checked, no base was given"))
+            checks.append(
+                ("masked weights", True, "on a pretrained base: not checked; pass the base with --base to check them")
+            )
             return Verification(tuple(checks))
         try:
             network = fill_network(contents, model, base)
@@ -87,4 +96,4 @@ def verify(
 
 
 def _weights_check(same: bool, word: str) -> tuple[str, bool, str]:
-    return "masked weights", same, word if same else f"{word}, do not match weights_sha256"
+    return "masked weights", same, word if same else f"{word}, but they do not match weights_sha256"

@@ -10,6 +10,7 @@ from ..errors import ArtifactError
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import score_name
 from ..masking.walk import masked_weights, unwrap
+from ..weights.source import source_of
 from .file import Artifact
 from .reader import naming
 from .restore import fill_network
@@ -39,15 +40,16 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
         masks = artifact.masks()
         if set(masks) != set(weights):
             odd = min(set(masks) ^ set(weights))
-            raise ArtifactError(f"{odd!r} is masked in {'the file' if odd in masks else 'the network'} alone")
+            here, there = ("file", "network") if odd in masks else ("network", "file")
+            raise ArtifactError(f"{odd!r} is masked in the {here} but not in the {there}; convert the same layers")
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
             mask = masks[entry.name].to(entries[entry.name].device)
             if not torch.equal(rebuilt(module, name, slot, mask), entries[entry.name]):
                 raise ArtifactError(
-                    f"the weights of {entry.name!r} are other ones: the file's are of seed {artifact.manifest.seed}, "
-                    f"{entry.distribution} {entry.std:g}; the network's of seed {slot.seed}, {slot.distribution} "
-                    f"{slot.std:g}"
+                    f"the weights of {entry.name!r} differ: the file's are "
+                    f"{_origin(entry.distribution, entry.std, artifact.manifest.seed)}, the network's are "
+                    f"{_origin(slot.distribution, slot.std, slot.seed)}; convert the network with the file's settings"
                 )
     with torch.no_grad():
         for key, tensor in core.state_dict().items():
@@ -60,3 +62,8 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             chosen = [by_score[id(score)].to(score.device) for score in scores]
             for score, moved in zip(scores, ranking.learner.seed_from_mask(scores, chosen), strict=True):
                 score.copy_(moved)
+
+
+def _origin(distribution: str, std: float, seed: int) -> str:
+    source = source_of(distribution)
+    return f"{distribution} with std {std:g} and seed {seed}" if source.drawn else source.describe(std)

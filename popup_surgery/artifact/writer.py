@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,22 +15,23 @@ from torch import Tensor, nn
 from ..atomic import write_atomically
 from ..codecs import Codec, get_codec
 from ..codecs.bitpack import ones, pack
-from ..errors import ArtifactError, ConversionError
+from ..errors import ArtifactError
 from ..learners.sampling import as_saved
+from ..masking.bake import bake
 from ..masking.planning import unconverted
 from ..masking.ranking import score_name
 from ..masking.state import MaskedParam, slots_of, state_of
 from ..masking.unmasked import Generated
 from ..masking.walk import unwrap
-from ..models.architecture import Architecture, Base, check_kwargs, describe, origin_of
-from ..models.build import build_meta
-from ..weights.fill import equals, pieces_of
+from ..weights.fill import equals, fill, pieces_of
 from ..weights.source import source_of
 from ..weights.streams import draw
+from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES, METADATA
+from .description import describe_network
 from .manifest import MANIFEST_LIMIT, Constant, Manifest, TensorSpec, read_manifest
 from .probe import take_probe
-from .rebuild import Packed, masks_digest, tensors_digest, values_digest, weights_digest
+from .rebuild import Packed, effective_pieces, masks_digest, tensors_digest, weights_digest
 from .strict_json import canonical
 
 log = logging.getLogger("popup_surgery")
@@ -72,7 +74,7 @@ def save(
     try:
         text = canonical(manifest.text())
     except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: the provenance is no JSON: {error}") from error
+        raise ArtifactError(f"{path}: the provenance cannot be written as JSON: {error}") from error
     if len(text) > MANIFEST_LIMIT:
         raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
@@ -93,22 +95,27 @@ def _describe(
     entries = core.state_dict(keep_vars=True)
     places = _sort(entries, slots, generated, seed)
     masked = [(replace(entry, encoding=codec.name), packed) for entry, packed in places.masked]
-    base = {entry.name: entries[entry.name] for entry, _ in masked if source_of(entry.distribution).in_base}
+    own = {name: tensor for name, tensor in entries.items() if slots.get(id(tensor), tensor) is not None}
+    architecture, reason = describe_network(core, own)
+    if architecture.library == "custom":
+        provenance = provenance | _tell_custom(architecture.name, reason)
+    live = {entry.name: entries[entry.name] for entry, _ in masked if source_of(entry.distribution).in_base}
+    base, weights = base_record(core, architecture, live)
+    if places.moved:
+        tell_moved("random", places.moved, f"seed {seed}")
     manifest = Manifest(
-        architecture=_architecture(
-            core, {name: t.shape for name, t in entries.items() if slots.get(id(t), t) is not None}
-        ),
+        architecture=architecture,
         seed=seed,
         masked=tuple(entry for entry, _ in masked),
         generated=tuple(places.generated),
         constants=places.constants,
         aliases=places.aliases,
         masks_sha256=masks_digest([packed for _, packed in masked]),
-        weights_sha256=weights_digest(masked, seed, base),
+        weights_sha256=weights_digest(masked, seed, weights),
         tensors_sha256=tensors_digest({name: _bytes(tensor) for name, tensor in places.stored.items()}),
         provenance=_finite(provenance),
-        probe=take_probe(core, seed, probe) if probe is not None else None,
-        base=replace(_base(core), sha256=values_digest(base.values())) if base else None,
+        probe=take_probe(_as_restored(core, masked, seed, weights), seed, probe) if probe is not None else None,
+        base=base,
     )
     masks = {f"{entry.name}.mask": torch.from_numpy(codec.encode(packed, entry.shape)) for entry, packed in masked}
     return manifest, masks | places.stored
@@ -117,10 +124,12 @@ def _describe(
 def _check_whole(core: nn.Module, slots: Slots) -> int:
     """Return the network's one seed. Check that it is converted as a whole and that its weights were not trained."""
     if not slots:
-        raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before it is saved")
+        raise ArtifactError(f"{type(core).__name__} has no masked layer; convert it before saving")
     seeds = {slot.seed for slot in slots.values() if slot is not None}
     if len(seeds) > 1:
-        raise ArtifactError(f"the layers were drawn from the seeds {sorted(seeds)}; a file holds one")
+        raise ArtifactError(
+            f"the layers have the seeds {sorted(seeds)}; a file holds one seed, so convert all layers with the same"
+        )
     if new := unconverted(core):
         raise ArtifactError(
             f"{', '.join(new[:5])}{' and more' if len(new) > 5 else ''} came into the network after its conversion and "
@@ -129,7 +138,7 @@ def _check_whole(core: nn.Module, slots: Slots) -> int:
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
     if dense := next((type(learner).__name__ for learner in learners if learner.learns_weights), None):
         raise ArtifactError(
-            f"the learner {dense} trains the weights themselves, which no seed gives back; write "
+            f"the learner {dense} trains the weights themselves, which no seed can restore; write "
             "bake(model).state_dict() as an ordinary file of weights, as train does"
         )
     return seeds.pop()
@@ -137,13 +146,17 @@ def _check_whole(core: nn.Module, slots: Slots) -> int:
 
 @dataclass(frozen=True)
 class _Places:
-    """Where each entry of a `state_dict` goes: into a list of the manifest, or among the stored tensors."""
+    """Where each entry of a `state_dict` goes: into a list of the manifest, or among the stored tensors.
+
+    `moved` has the largest difference of each masked weight that lies within rounding of the seed's.
+    """
 
     masked: list[tuple[TensorSpec, Packed]] = field(default_factory=list)
     generated: list[TensorSpec] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     stored: dict[str, Tensor] = field(default_factory=dict)
+    moved: list[float] = field(default_factory=list)
 
 
 def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated], seed: int) -> _Places:
@@ -162,6 +175,9 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
                 raise ArtifactError(
                     f"{name}.mask is a state_dict entry of its own, where the mask of {name} must stand"
                 )
+            largest = source_of(slot.distribution).check(name, tensor, slot.std, slot.seed, slot.stream)
+            if largest:
+                places.moved.append(largest)
             places.masked.append(_masked_entry(name, tensor, slot))
         elif (origin := generated.get(id(tensor))) and (entry := _generated_entry(name, tensor, origin, seed)):
             places.generated.append(entry)
@@ -182,39 +198,28 @@ def _check_entry(name: str, tensor: Any) -> None:
         raise ArtifactError(f"{name!r} has the dtype {tensor.dtype}, which safetensors cannot hold")
 
 
-def _architecture(core: nn.Module, shapes: dict[str, torch.Size]) -> Architecture:
-    """Return the architecture that builds a network of these shapes.
-
-    It is the recorded one, perhaps with another number of classes, or `custom` if that does not build it.
-    """
-    described = describe(core)
-    if described.library == "custom":
-        return described
-    classes = getattr(core, "num_classes", None)
-    for kwargs in (described.kwargs, described.kwargs | {"num_classes": classes}):
-        found = replace(described, kwargs=kwargs)
-        try:
-            check_kwargs(kwargs)
-            built = build_meta(found).state_dict()
-        except ConversionError:
-            continue
-        if {name: tensor.shape for name, tensor in built.items()} == shapes:
-            return found
+def _tell_custom(name: str, reason: str) -> dict[str, str]:
+    """Warn that no library builds the network that is saved. Return what the file's provenance says of it."""
+    if reason:
+        log.warning("the architecture is saved as custom, and load will need the network as `model`: %s", reason)
+        return {"custom": reason}
     log.warning(
-        "the network is no longer the %s/%s that was built; load will need it as `model`",
-        described.library,
-        described.name,
+        "the architecture is saved as custom (%s), and load will need the network as `model`; if a library builds it, "
+        "name it, as in convert(model, architecture='timm/resnet50')",
+        name,
     )
-    return Architecture("custom", type(core).__name__)
+    return {}
 
 
-def _base(core: nn.Module) -> Base:
-    """Return where the pretrained weights of a network came from, as far as the network knows."""
-    described, origin = describe(core), origin_of(core)
-    base = origin.base or Base(described.library, described.version, described.name, "")
-    slots = ((name, slot) for name, module in core.named_modules() for slot in slots_of(module).values())
-    kept = {name for name, slot in slots if source_of(slot.distribution).in_base}
-    return replace(base, tag="") if kept & set(origin.fresh) else base
+def _as_restored(
+    core: nn.Module, masked: list[tuple[TensorSpec, Packed]], seed: int, base: Mapping[str, Tensor]
+) -> nn.Module:
+    """Return a plain copy of the network, with the masked weights that the file restores."""
+    plain = bake(core)
+    weights = plain.state_dict(keep_vars=True)
+    for entry, packed in masked:
+        fill(weights[entry.name], effective_pieces(entry, seed, packed, base.get(entry.name)))
+    return plain
 
 
 def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
@@ -233,7 +238,6 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
 
 def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorSpec, Packed]:
     """Return the manifest's entry for a masked weight, and its packed mask."""
-    source_of(slot.distribution).check(name, weight, slot.std, slot.seed, slot.stream)
     mask = slot.ranking.mask(slot.index)
     packed = pack(mask.cpu().numpy())
     kept, std = ones(packed), slot.std * slot.ranking.learner.scale(weight, mask)

@@ -1,7 +1,9 @@
 """The command line: one file for each subcommand. torch is imported only when a command runs."""
 
+import io
 import logging
 import os
+import re
 import sys
 from inspect import cleandoc
 from pathlib import Path
@@ -34,7 +36,7 @@ class _Command(TyperCommand):
 app = typer.Typer(
     name="popup-surgery",
     cls=_Group,
-    help="Turn any network into a hidden one: random frozen weights, a learnt mask, one small file to share.",
+    help="Turn any network into a hidden one: random frozen weights, a learned mask, one small file to share.",
     epilog="\b\n$ popup-surgery convert fc --in-chans 1 --k 0.1 --no-scaled -o fc.popup.safetensors\n"
     "3 layers masked, 266,200 weights, 26,620 kept (10.0%)\n"
     "0 tensors not masked, 0 parameters; 100.00% of all parameters are masked\n"
@@ -91,11 +93,13 @@ def main() -> int:
     try:
         return app(standalone_mode=False) or 0
     except UsageError as error:
-        error.show(sys.stderr)
+        shown = io.StringIO()
+        error.show(shown)
+        print(re.sub("^Error: ", "error: ", shown.getvalue(), flags=re.MULTILINE), end="", file=sys.stderr)
         return 2
     except Stopped as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{error}; the same command goes on with --resume", file=sys.stderr)
+            print(f"{error}; resume with the same command and --resume", file=sys.stderr)
         if STOPPED not in os.environ:
             return error.status
         Path(os.environ[STOPPED]).touch()

@@ -29,29 +29,37 @@ def run(
     arch: Annotated[str, typer.Argument(help="A network: resnet101, timm/vit_tiny_patch16_224, torchvision/…, conv4.")],
     k: Annotated[
         float | None,
-        typer.Option(help=f"Share of each layer's weights that is kept, in (0, 1]; {DEFAULT.k} if not given."),
+        typer.Option(help=f"Share of each layer's weights that is kept, in (0, 1]; default: {DEFAULT.k}."),
     ] = None,
     scheme: Annotated[
-        str, typer.Option(help="Weight scheme; pretrained keeps the library's weights.")
+        str, typer.Option(help="Distribution of the random weights; pretrained keeps the library's weights.")
     ] = DEFAULT.scheme.value,
-    weights: Annotated[str | None, typer.Option(help="For pretrained: a tag of the library's, or a file.")] = None,
-    scaled: Annotated[bool | None, typer.Option(help="Widen the weights by √(1/k), as if not given.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="With --scheme pretrained: a tag of the library, or a file of weights.")
+    ] = None,
+    scaled: Annotated[bool | None, typer.Option(help="Multiply the weights by √(1/k); default: on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = DEFAULT.seed.value,
-    learner: Annotated[str, typer.Option(help="How the mask is learnt.")] = DEFAULT.learner.value,
-    scope: Annotated[Scope, typer.Option(help="Rank each layer by itself, or all together.")] = SCOPE,
-    others: Annotated[Rest, typer.Option(help="What becomes of all that is not masked.")] = OTHERS,
-    norm: Annotated[Rest, typer.Option(help="What becomes of the scales and biases of norms.")] = NORM,
+    learner: Annotated[str, typer.Option(help="How the mask is learned.")] = DEFAULT.learner.value,
+    scope: Annotated[
+        Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
+    ] = SCOPE,
+    others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
+    norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
     include: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to leave; repeatable.")] = None,
-    num_classes: Annotated[int | None, typer.Option(help="Outputs of the network.")] = None,
-    in_chans: Annotated[int | None, typer.Option(help="Channels of its images.")] = None,
-    img_size: Annotated[int | None, typer.Option(help="Side of its images, for networks that ask for it.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
+    ] = None,
+    num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
+    img_size: Annotated[
+        int | None, typer.Option(help="Height and width of its images, for networks that need it.")
+    ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File; <arch>.popup.safetensors if not given.")
+        Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
     ] = None,
     dry_run: Annotated[bool, typer.Option(help="Print the whole plan and write nothing.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Convert a network and write it, untrained, as a file of a seed and one bit per weight.
 
@@ -64,7 +72,7 @@ def run(
     """
     refuse_file(arch, "network's name")
     if json_ and not dry_run:
-        raise PopupError("--json prints a plan; it needs --dry-run")
+        raise PopupError("--json prints the plan; add --dry-run")
     file = output or Path(f"{arch.rsplit('/', 1)[-1]}.popup.safetensors")
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
@@ -105,7 +113,9 @@ def _convert(
 
     scheme = given["scheme"]
     if weights is not None and scheme != PRETRAINED:
-        raise ConversionError(f"--weights {weights} is for --scheme {PRETRAINED}; {scheme} draws its own")
+        raise ConversionError(
+            f"--weights {weights} needs --scheme {PRETRAINED}; the scheme {scheme} draws random weights"
+        )
     architecture, tag = architecture_and_tag(arch, **kwargs)
     if tag and scheme != PRETRAINED:
         name = f"{architecture.library}/{architecture.name}"

@@ -8,8 +8,10 @@ from .shared import busy, progress, show
 
 def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact, or dense weights of a run or an export.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="data.key=value, in place of the recorded.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="data.key=value, in place of the value in the file; repeatable.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> None:
     """Print the accuracy of a file's network on the data set that it was trained on, or on another.

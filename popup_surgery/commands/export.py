@@ -8,9 +8,9 @@ from .shared import busy, new_file, show, size
 
 def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The dense safetensors file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Dense safetensors file to write.")],
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write an artifact's network as a dense safetensors file for timm.create_model(…, checkpoint_path=…).
 

@@ -51,4 +51,4 @@ def run(
         show(f"base: {base.library}/{base.name} {base.tag or '(no tag)'}, SHA-256 {base.sha256}")
     accuracy = manifest.provenance.get("accuracy")
     if isinstance(accuracy, float):
-        show(f"accuracy when it was saved: {accuracy:.2%}; its weights are checked by popup-surgery verify")
+        show(f"accuracy when it was saved: {accuracy:.2%}; popup-surgery verify checks the weights")

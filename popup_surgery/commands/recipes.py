@@ -7,15 +7,17 @@ from .shared import new_file, refuse_file, show, size
 
 
 def run(
-    name: Annotated[str | None, typer.Argument(help="Show this recipe; without it all are listed.")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="Copy it to this file, to change it.")] = None,
-    force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Recipe to show; default: list all.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Copy the recipe to this file, to change it.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """List the recipes, show one, or copy one.
 
     \b
     $ popup-surgery recipes digits -o mine.yaml
-    wrote mine.yaml, 601 bytes; popup-surgery train mine.yaml runs it
+    wrote mine.yaml, 601 bytes; run it with popup-surgery train mine.yaml
     """
     from ..atomic import write_atomically
     from ..config.catalog import find, is_sweep, shipped
@@ -24,7 +26,7 @@ def run(
 
     if name is None:
         if output is not None:
-            raise PopupError(f"-o {output} needs the name of a recipe to copy")
+            raise PopupError(f"-o {output} needs a recipe to copy; expected its name, such as digits")
         for each in shipped():
             show(each)
         return
@@ -38,4 +40,4 @@ def run(
         return
     write_atomically(output, text)
     verb = "sweep" if is_sweep(read_yaml(file)) else "train"
-    show(f"wrote {output}, {size(output)}; popup-surgery {verb} {output} runs it")
+    show(f"wrote {output}, {size(output)}; run it with popup-surgery {verb} {output}")

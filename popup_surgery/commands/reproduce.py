@@ -21,20 +21,23 @@ class Scale(StrEnum):
 def run(
     figure: Annotated[str, typer.Argument(help="figure3 to figure10, or table2.")],
     scale: Annotated[
-        Scale, typer.Option(help="full is the paper's protocol; small an evening of two cores; tiny a smoke test.")
+        Scale, typer.Option(help="full: the paper's protocol; small: some hours on two CPU cores; tiny: a smoke test.")
     ] = Scale.full,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value of any recipe key; key=[value, …] for values that the figure varies."),
+        typer.Option(
+            "--set",
+            help="key=value of any recipe key; key=[value, …] replaces the values that the figure varies; repeatable.",
+        ),
     ] = None,
     only: Annotated[
-        list[str] | None, typer.Option(help="A series or a network to run, by its label; repeatable.")
+        list[str] | None, typer.Option(help="Label of a series or network to run; default: all; repeatable.")
     ] = None,
     seeds: Seeds = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder; figures share the runs in it.")] = Path(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the runs, which the figures share.")] = Path(
         "runs/paper"
     ),
-    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     jobs: Jobs = None,
     threads: Threads = 1,
     on: OnOption = None,
@@ -43,9 +46,7 @@ def run(
     dry_run: DryRun = False,
     from_: Annotated[
         Path | None,
-        typer.Option(
-            "--from", help="Draw from an archive of finished runs, as benchmarks/gpu.py writes it; run nothing."
-        ),
+        typer.Option("--from", help="Draw from an archive of finished runs that benchmarks/gpu.py wrote; run nothing."),
     ] = None,
 ) -> int:
     """Reproduce a figure or table of the paper: run its sweep, draw it, and print it beside the paper's numbers.
@@ -73,7 +74,7 @@ def run(
                 "--dry-run": dry_run,
             }  # fmt: skip
             if others := [name for name, value in given.items() if value]:
-                raise PopupError(f"{others[0]} was given with --from, which runs nothing; expected one of them")
+                raise PopupError(f"{others[0]} has no effect with --from, which runs nothing; leave out one of the two")
             return _print(reproducing.redraw(figure, from_, output))
         engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
@@ -85,7 +86,7 @@ def run(
         with shown(output) as report:
             done = reproducing.reproduce(figure, scale.value, sweep, output, engine, report, set_ or ())
     except Stopped as error:
-        messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
+        messages.print(f"{error}; run the same command again to resume", markup=False, soft_wrap=True)
         return error.status
     return _print(done)
 

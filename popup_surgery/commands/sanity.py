@@ -9,17 +9,21 @@ from .shared import busy, new_file, progress, show
 
 def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="data.key=value, in place of the recorded.")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="data.key=value, in place of the value in the file; repeatable.")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="How many other seeds, and how many shuffles.")] = 5,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Number of other seeds, and of shuffles. Pretrained weights have no other seeds.")
+    ] = 5,
     value: Annotated[
-        list[float] | None, typer.Option(help="A shared weight; repeatable. ±0.5, ±1 and ±2 if not given.")
+        list[float] | None, typer.Option(help="A value that all weights share; repeatable; default: ±0.5, ±1 and ±2.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="The picture; beside the artifact if not given.")
+        Path | None, typer.Option("-o", "--output", help="Picture to write; default: beside the artifact.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Replace a picture that is there.")] = False,
+    force: Annotated[bool, typer.Option(help="Replace an existing picture.")] = False,
 ) -> None:
     """Measure what an artifact's accuracy owes to weights, mask and statistics; print a table and write a picture.
 

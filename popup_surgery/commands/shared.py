@@ -85,7 +85,7 @@ def new_file(path: Path, force: bool, suffixes: Iterable[str] = (), *, reads: It
             how = "is in" if source.is_dir() else "is"
             raise PopupError(f"-o {path} {how} {source}, which the command reads; choose another name with -o")
     if os.path.exists(path) and not force:
-        raise PopupError(f"{path} exists already; pass --force to replace it, or another name with -o")
+        raise PopupError(f"{path} exists already; pass --force to replace it, or choose another name with -o")
     check_writable(path)
     return path
 
@@ -102,7 +102,7 @@ def refuse_file(name: str, wanted: str) -> None:
     if os.path.exists(name) and Path(name).suffix not in (".yaml", ".yml", ""):
         from ..artifact.container import what_is
 
-        raise PopupError(f"{name} is no {wanted} but {what_is(name)}")
+        raise PopupError(f"{name} is not a {wanted} but {what_is(name)}")
 
 
 def size(path: Path) -> str:

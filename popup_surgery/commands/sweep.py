@@ -22,29 +22,37 @@ class On(StrEnum):
     ray = "ray"
 
 
-Seeds = Annotated[str | None, typer.Option(help="How many, from 0, or a list such as [3, 4].")]
+Seeds = Annotated[str | None, typer.Option(help="Number of seeds, counted from 0, or a list such as [3, 4].")]
 Jobs = Annotated[
     int | None,
-    typer.Option(min=1, help="Runs at a time on this machine; if not given, one for each GPU, or for each core."),
+    typer.Option(min=1, help="Runs at a time on this machine; default: one for each GPU, or else for each CPU core."),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads of each run; on CPUs results depend on them.")]
+Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each run. On CPUs, results depend on it.")]
 OnOption = Annotated[On | None, typer.Option(help="Run on a Ray cluster.")]
-Address = Annotated[str | None, typer.Option(help="Of the cluster; if not given, this machine's or a new one.")]
-GpusPerRun = Annotated[float | None, typer.Option(min=0, help="On Ray; if not given, 1 where the cluster has GPUs.")]
-DryRun = Annotated[bool, typer.Option(help="Measure a few steps; print how many runs there are and how long.")]
+Address = Annotated[
+    str | None, typer.Option(help="Address of the Ray cluster; default: the one of this machine, or a new one.")
+]
+GpusPerRun = Annotated[
+    float | None, typer.Option(min=0, help="GPUs of each run on Ray; default: 1 if the cluster has GPUs.")
+]
+DryRun = Annotated[
+    bool, typer.Option(help="Measure a few steps, print the number of runs and their time, and run nothing.")
+]
 
 
 def run(
-    sweep: Annotated[str, typer.Argument(help="A YAML file of a sweep (docs/sweeps.md), or a recipe as for train.")],
+    sweep: Annotated[str, typer.Argument(help="A sweep's YAML file (docs/sweeps.md), or a recipe as for train.")],
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="key=value of any recipe key; key=[value, …] for a grid over it; repeatable."),
+        typer.Option(
+            "--set", help="key=value of any recipe key; key=[value, …] makes a grid over its values; repeatable."
+        ),
     ] = None,
     seeds: Seeds = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Folder; runs/sweeps/<sweep> if not given.")
+        Path | None, typer.Option("-o", "--output", help="Folder of the sweep; default: runs/sweeps/<sweep>.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder, in place of data.root.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set, in place of data.root.")] = None,
     jobs: Jobs = None,
     threads: Threads = 1,
     on: OnOption = None,
@@ -81,7 +89,7 @@ def run(
         with shown(folder) as report:
             outcomes = sweeps.execute(loaded, folder, engine, report)
     except Stopped as error:
-        messages.print(f"{error}; the same command goes on", markup=False, soft_wrap=True)
+        messages.print(f"{error}; run the same command again to resume", markup=False, soft_wrap=True)
         return error.status
     show(_table(sweeps.points(outcomes)))
     show(f"wrote {folder}/results.csv, runs.csv, results.json and results.png")
@@ -103,11 +111,9 @@ def chosen(
         raise PopupError(f"--data-dir is {data_dir}, which does not exist")
     for name, value in (("--address", address), ("--gpus-per-run", gpus_per_run)):
         if on is None and value is not None:
-            raise PopupError(f"{name} is {value}; expected it with --on ray alone")
+            raise PopupError(f"{name} is {value}; it works only with --on ray")
     if on is not None and jobs is not None:
-        raise PopupError(
-            f"--jobs is {jobs}; expected it without --on ray, which runs as many as the cluster has room for"
-        )
+        raise PopupError(f"--jobs is {jobs}; it works only without --on ray, which fills the cluster by itself")
     return OnRay(address, gpus_per_run, threads) if on else Local(jobs, threads)
 
 
@@ -121,6 +127,7 @@ def shown(folder: Path) -> "Iterator[Report]":
     earlier = -1  # runs that had ended before this call
 
     def report(outcomes: "Sequence[Outcome]", changed: "Outcome | None") -> None:
+        """Show what has changed since the last call."""
         nonlocal drawn, earlier
         states = [outcome.state for outcome in outcomes]
         ended = states.count(State.FINISHED) + states.count(State.FAILED)
@@ -128,7 +135,7 @@ def shown(folder: Path) -> "Iterator[Report]":
         if earlier < 0:
             earlier, new = ended, [outcome for outcome in outcomes if outcome.state is State.FAILED]
             if ended and live is None:
-                show(f"{ended} of {len(outcomes)} runs have ended before")
+                show(f"{ended} of {len(outcomes)} runs had ended before")
         for outcome in new:
             if outcome.state is State.FAILED:
                 where = outcome.run.folder(folder).path
@@ -156,7 +163,7 @@ def _table(points: "Sequence[Point]", folder: Path | None = None) -> Table:
     from ..sweep import as_text
 
     keys = list(dict.fromkeys(key for point in points for key in point.values))
-    columns = ["", *keys, "runs", "accuracy", "time", "file", "kept", *(["epochs of those that run"] if folder else [])]
+    columns = ["", *keys, "runs", "accuracy", "time", "file", "kept", *(["epochs so far"] if folder else [])]
     table = Table(*columns, box=None, header_style="", padding=(0, 2, 0, 0))
     rows = [(point, _epochs(point, folder) if folder else "") for point in points]
     room = max(1, messages.height - 4)

@@ -23,10 +23,10 @@ def run(
     recipe: Annotated[str, typer.Argument(help="Name of a recipe (popup-surgery recipes lists them), or a YAML file.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of any recipe key; repeatable.")] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="New folder; runs/<recipe> if not given.")
+        Path | None, typer.Option("-o", "--output", help="New folder for the run; default: runs/<recipe>.")
     ] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="The data set's folder, in place of data.root.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with the run in the folder, or start one.")] = False,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set, in place of data.root.")] = None,
+    resume: Annotated[bool, typer.Option(help="Resume the run in the folder, or start one.")] = False,
     num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one for each GPU.")] = 1,
 ) -> int:
     """Learn a mask as a recipe describes; write recipe.yaml, metrics.jsonl, the pictures and the artifact.
@@ -73,6 +73,7 @@ class _EpochLines:
         self.ends: list[float] = []  # when each ended
 
     def show(self, epoch: "Epoch") -> None:
+        """Print the line of an epoch, with an estimate of the time left."""
         self.ends.append(time.perf_counter())
         # includes validation from the second epoch on
         each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if self.ends[1:] else epoch.seconds
@@ -88,7 +89,7 @@ class _EpochLines:
 def _show_result(result: "Result", seconds: float | None) -> None:
     """Show the table of a finished run. `seconds` is the time it took, or None if it was finished before."""
     if seconds is None:
-        show(f"the run in {result.output} is finished already")
+        show(f"the run in {result.output} had already finished")
     speed = sum(e.images_per_second * e.seconds for e in result.history) / sum(e.seconds for e in result.history)
     table = Table.grid(padding=(0, 6, 0, 0))
     table.add_row("accuracy", f"{100 * result.accuracy:.2f} % of the validation images")
@@ -109,7 +110,7 @@ def launch(processes: int, arguments: list[str]) -> int:
 
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
-        raise RunError(f"--num-processes is {processes}; this machine has {gpus} GPUs")
+        raise RunError(f"--num-processes is {processes}; expected at most {gpus}, the number of this machine's GPUs")
     environment = os.environ | ({} if gpus else {"ACCELERATE_USE_CPU": "true"})
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]

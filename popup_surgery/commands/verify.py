@@ -29,7 +29,7 @@ def run(
         with naming(artifact):
             open_file(artifact).close()
         if base is not None and not os.path.isfile(base):
-            raise PopupError(f"--base {base}: there is no such file")
+            raise PopupError(f"--base is {base}, which does not exist")
         try:
             result = verify(artifact, base=base)
         except ArtifactError as error:

@@ -9,11 +9,13 @@ from .shared import new_file, progress, show
 
 def run(
     libraries: Annotated[
-        list[str] | None, typer.Argument(help="timm, torchvision, popup_surgery; all if none.")
+        list[str] | None, typer.Argument(help="timm, torchvision or popup_surgery; default: all.")
     ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder for zoo.json and zoo.md.")] = Path("."),
-    jobs: Annotated[int, typer.Option(min=1, help="Processes; one for each core if not given.")] = os.cpu_count() or 1,
-    force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Number of processes; default: one for each CPU core.")
+    ] = os.cpu_count() or 1,
+    force: Annotated[bool, typer.Option(help="Replace existing files.")] = False,
 ) -> None:
     """List what conversion would mask in every network of a library, without allocating any of them.
 
@@ -28,7 +30,7 @@ def run(
     from ..models.libraries import LIBRARIES
 
     if not os.path.isdir(output):
-        raise PopupError(f"{output} is no folder; expected one for zoo.json and zoo.md")
+        raise PopupError(f"{output} is not a folder; expected one for zoo.json and zoo.md")
     files = [new_file(output / name, force) for name in ("zoo.json", "zoo.md")]
     libraries = list(dict.fromkeys(libraries or LIBRARIES))
     for library in libraries:

@@ -28,7 +28,7 @@ def find(name: str | Path) -> Path:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise RecipeError(f"there is no recipe file {path}")
+            raise RecipeError(f"the recipe file {path} does not exist")
         return path
     if str(name) not in shipped() + shipped_sweeps():
         raise unknown("recipe", str(name), shipped() + shipped_sweeps())

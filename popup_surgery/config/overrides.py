@@ -23,7 +23,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not equals:
         raise RecipeError(f"--set {setting!r} has no value; expected key=value, such as training.epochs=3")
     if not key or key.endswith("."):
-        raise RecipeError(f"--set {setting!r} names no key; expected key=value, such as training.epochs=3")
+        raise RecipeError(f"--set {setting!r} has no key before the =; expected key=value, such as training.epochs=3")
     return key, parse_yaml(value, f"--set {setting}")
 
 

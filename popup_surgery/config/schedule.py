@@ -23,7 +23,7 @@ def rates(training: "Training") -> Callable[[float, float], float]:
         optimizer = torch.optim.SGD([torch.zeros(1)], training.lr)
         scheduler, _ = create_scheduler_v2(optimizer, training.schedule, length, **training.schedule_kwargs)
     elif training.schedule_kwargs:
-        raise ValueError("there is nothing to schedule")
+        raise ValueError("the rate is constant, or no epochs are left after warmup_epochs")
 
     def rate(epoch: float, stride: float) -> float:
         if epoch < warmup:

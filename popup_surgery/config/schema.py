@@ -25,6 +25,7 @@ from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from .catalog import find, is_sweep
+from .expected import expected, shown
 from .keys import Key
 from .overrides import override
 from .schedule import rates
@@ -49,6 +50,14 @@ def _schemes(scheme: str | dict[str, str]) -> str | dict[str, str]:
     return scheme
 
 
+def _recordable(kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        check_kwargs(kwargs)
+    except PopupError as error:
+        raise ValueError(str(error)) from None
+    return kwargs
+
+
 def _optimizer(name: str) -> None:
     import timm.optim
 
@@ -63,6 +72,9 @@ def _options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     return options
 
 
+_K = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"
+
+
 def _shares(k: Any) -> Any:
     """Check `k`: a share in (0, 1], or such shares by pattern."""
     if k is None:
@@ -72,7 +84,7 @@ def _shares(k: Any) -> Any:
     if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
         isinstance(key, str) for key in keys
     ):
-        raise ValueError("expected a number above 0 and up to 1, or such numbers by pattern on layer names")
+        raise ValueError(f"expected {_K}")
     return k
 
 
@@ -83,7 +95,7 @@ Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Missing(ValueError):
-    """A missing key that the value of another key requires."""
+    """A missing key that the value of another key requires. The text is what was expected."""
 
 
 class _Section(BaseModel):
@@ -106,10 +118,10 @@ class Model(_Section):
             `surgery: none`, it takes the weights and trains those that take part.
     """
 
-    name: Annotated[str, _known(resolve)]
+    name: Annotated[str, _known(resolve), Field(examples=["timm/resnet18"])]
     pretrained: bool | str = False
     init_from: str | None = None
-    kwargs: dict[str, Any] = {}
+    kwargs: Annotated[dict[str, Any], AfterValidator(_recordable), Field(examples=[{"num_classes": 10}])] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -127,14 +139,6 @@ class Model(_Section):
             raise ValueError(str(error)) from None
         except UnknownName:
             return values  # as the check of the name says
-
-    @model_validator(mode="after")
-    def _recordable(self) -> "Model":
-        try:
-            check_kwargs(self.kwargs)
-        except PopupError as error:
-            raise ValueError(str(error)) from None
-        return self
 
 
 class Surgery(_Section):
@@ -162,10 +166,12 @@ class Surgery(_Section):
         if learner is None:
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
-            expected = json.dumps(WITHOUT_K[name])
-            raise ValueError(f"expected {expected}; {learner} takes no k, its scores decide what is kept")
+            wanted = json.dumps(WITHOUT_K[name])
+            raise ValueError(
+                f"expected {wanted}; {learner} takes no k, because its scores decide how many weights are kept"
+            )
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise _Missing
+            raise _Missing(_K)
         return value
 
 
@@ -202,7 +208,10 @@ class Data(_Section):
     max_train: Annotated[int, Field(ge=1)] | None = None
     max_validation: Annotated[int, Field(ge=1)] | None = None
     batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
-    input_size: Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None = None
+    input_size: Annotated[
+        Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None,
+        Field(examples=[[3, 32, 32]]),
+    ] = None
     mean: list[Finite] | None = None
     std: list[Positive] | None = None
     in_memory: bool | None = None
@@ -285,7 +294,10 @@ class Training(_Section):
         try:
             rates(self)(0.0, 1.0)
         except Exception as error:
-            raise ValueError(f"schedule_kwargs are no arguments of timm's {self.schedule} schedule: {error}") from None
+            given = shown(self.schedule_kwargs)
+            raise ValueError(
+                f"training.schedule_kwargs is {given}; timm's {self.schedule} schedule does not take it: {error}"
+            ) from None
         return self
 
 
@@ -318,29 +330,32 @@ class Recipe(_Section):
     data: Data = Data()
     training: Training
 
-    @field_validator("surgery", mode="before")
-    @classmethod
-    def _word(cls, value: Any) -> Any:
-        if isinstance(value, str) and value != "none":
-            raise ValueError("expected the word none, or k, scaled and the other arguments of convert")
-        return value
-
     @model_validator(mode="after")
     def _weights(self) -> "Recipe":
+        """Check that pretrained weights and the scheme that keeps them come together."""
         if self.surgery != "none":
             scheme = self.surgery.scheme
             wanted = is_pretrained(scheme)
             if wanted and not self.model.pretrained:
-                raise ValueError("surgery.scheme pretrained needs model.pretrained: true, a tag, or a file of weights")
+                raise ValueError(
+                    "surgery.scheme pretrained needs pretrained weights; set model.pretrained to true, to a tag, or to "
+                    "a file of weights"
+                )
             if self.model.pretrained and not wanted:
-                raise ValueError(f"surgery.scheme {scheme} would overwrite the weights of model.pretrained")
+                raise ValueError(
+                    f"surgery.scheme {scheme} would overwrite the weights of model.pretrained; set surgery.scheme to "
+                    "pretrained to keep them"
+                )
         return self
 
     @model_validator(mode="after")
     def _ticket(self) -> "Recipe":
+        """Check that a lottery ticket's network is dense, and that it rewinds to an epoch of its training."""
         if (ticket := self.lottery_ticket) is not None:
             if self.surgery != "none" or self.model.init_from is not None:
-                raise ValueError("lottery_ticket trains a dense network; it needs surgery: none and no model.init_from")
+                raise ValueError(
+                    "lottery_ticket trains a dense network; set surgery to none, and remove model.init_from"
+                )
             if ticket.rewind_epoch >= self.training.epochs:
                 raise ValueError(
                     f"lottery_ticket.rewind_epoch is {ticket.rewind_epoch}; expected less than training.epochs, "
@@ -373,7 +388,7 @@ class Recipe(_Section):
         """
         values = read_yaml(find(name))
         if is_sweep(values):
-            raise RecipeError(f"{name} is a sweep; popup-surgery sweep {name} runs it")
+            raise RecipeError(f"{name} is a sweep; run it with popup-surgery sweep {name}")
         return cls.parse(override(values, overrides), str(name))
 
     def dump(self) -> dict[str, Any]:
@@ -385,7 +400,7 @@ def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> 
     """Build a data section from plain values, with `data.key=value` overrides. A `RecipeError` lists all mistakes."""
     overrides = list(overrides)
     if other := [setting for setting in overrides if not setting.startswith("data.")]:
-        raise RecipeError(f"--set {other[0]!r} is no key of the data section; expected data.key=value")
+        raise RecipeError(f"--set {other[0]!r} is not a key of the data section; expected data.key=value")
     return _validated(_DataOnly, override({"data": section}, overrides), name).data
 
 
@@ -394,10 +409,15 @@ class _DataOnly(_Section):
 
 
 def _validated(cls: type[_S], values: Any, name: str) -> _S:
+    """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        found = [_sentence(e) for e in error.errors() if e["loc"][-1:] != ("literal['none']",)]
+        by_key: dict[tuple[Any, ...], list[Any]] = {}
+        for each in error.errors():
+            if each["loc"][-1:] != ("literal['none']",):
+                by_key.setdefault(tuple(part for part in each["loc"] if part != "Surgery")[:2], []).append(each)
+        found = [_sentence(key, errors, values) for key, errors in by_key.items()]
         head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
         raise RecipeError(head + "\n".join(found)) from None
 
@@ -407,19 +427,21 @@ _SECTIONS: dict[str, type[BaseModel]] = {
 }  # fmt: skip
 
 
-def _sentence(error: Any) -> str:
-    """Turn one of pydantic's errors into a sentence that names the key."""
-    path = [str(part) for part in error["loc"] if part not in ("Surgery", "float", "dict[str,float]")]
-    path = [part for part in path if not part.startswith(("dict[", "function-", "constrained"))]
-    key = ".".join(path) or "the recipe"
-    if error["type"] == "extra_forbidden":
-        known = _SECTIONS[path[0]].model_fields if len(path) > 1 else _SECTIONS
-        return f"{key} is no key of a recipe; nearest: {nearest(path[-1], known)}"
-    if error["type"] == "missing" or isinstance(error.get("ctx", {}).get("error"), _Missing):
-        return f"{key} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    if error["type"] == "value_error" and len(path) < 2:  # the message concerns several keys, and names them
-        return f"{key}: {message}" if path else message
-    value = repr(error["input"])
-    return f"{key} is {value if len(value) < 60 else value[:57] + '...'}: {message}"
+def _sentence(path: tuple[Any, ...], errors: list[Any], values: Any) -> str:
+    """Turn pydantic's errors about one key into a sentence that names the key, its value and what was expected."""
+    section = _SECTIONS[path[0]] if len(path) > 1 else Recipe
+    key = ".".join(map(str, path)) or "the recipe"
+    if errors[0]["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{key} is not a key of a recipe; nearest: {nearest(str(path[-1]), section.model_fields)}"
+    own = next((error["ctx"]["error"] for error in errors if error["type"] == "value_error"), None)
+    if own is not None and len(path) < 2:
+        return str(own)  # it concerns several keys, and names them
+    wanted = expected(section.model_fields[path[-1]]) if path else "the sections model, surgery, data and training"
+    if errors[0]["type"] == "missing" or isinstance(own, _Missing):
+        return f"{key} is missing; expected {own or wanted}"
+    for part in path:
+        values = values[part]
+    has = "has no value" if values is None else f"is {shown(values)}"
+    if own is None:
+        return f"{key} {has}; expected {wanted}"
+    return f"{key} {has}{';' if str(own).startswith('expected') else ':'} {own}"

@@ -10,7 +10,7 @@ import yaml
 from ..errors import RecipeError
 
 
-def read_yaml(path: Path, expected: str = "model, surgery, data and training") -> dict[str, Any]:
+def read_yaml(path: Path, expected: str = "the sections model, surgery, data and training") -> dict[str, Any]:
     """Read the mapping in a YAML file; a `RecipeError` says what is `expected` in it."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -18,7 +18,7 @@ def read_yaml(path: Path, expected: str = "model, surgery, data and training") -
         raise RecipeError(f"{path} cannot be read: {error}") from None
     values = parse_yaml(text, str(path))
     if not isinstance(values, dict):
-        raise RecipeError(f"{path} holds no mapping; expected {expected}")
+        raise RecipeError(f"{path} does not hold a mapping; expected {expected}")
     return values
 
 
@@ -33,7 +33,9 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
         if twice := {str(key) for key in keys if keys.count(key) > 1}:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {min(twice)!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {min(twice)!r} is there twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -53,4 +55,4 @@ def parse_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{what} is no YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{what} is not valid YAML: {' '.join(str(error).split())}") from None

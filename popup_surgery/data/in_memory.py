@@ -32,13 +32,14 @@ class InMemory(Prepared):
         for images, _ in splits.values():
             if tuple(images.shape[1:]) != input_size:
                 found, wanted = " × ".join(map(str, images.shape[1:])), " × ".join(map(str, input_size))
-                raise DataError(f"the images of {config.name} are {found}; the network expects {wanted}")
+                raise DataError(f"the images of data set {config.name} are {found}; the network expects {wanted}")
         counts = {role: len(labels) for role, (_, labels) in splits.items()}
         super().__init__(config, input_size, seed, device, classes, counts)
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self.missing = missing  # every process has read all images, so only the first one counts these
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
+        """As `Batches.train`; crops and flips whole batches on the device."""
         images, labels = self.splits[TRAIN]
         generator = np.random.default_rng([self.seed, epoch])
         pad, count = self.config.pad, len(labels)
@@ -102,5 +103,7 @@ def decode(
             start = end
             step()
     if not start:
-        raise DataError("; ".join([f"no {role} image of data set {config.name} can be read", *map(str, missing[:1])]))
+        raise DataError(
+            "; ".join([f"none of the {role} images of data set {config.name} can be read", *map(str, missing[:1])])
+        )
     return (images[:start], labels[:start]), missing

@@ -48,7 +48,7 @@ def open_data(
     most = {TRAIN: config.max_train, VALIDATION: config.max_validation}
     if config.name == "digits":
         if config.root is not None:
-            raise DataError(f"data.root is {config.root!r}; digits come with scikit-learn and need no folder")
+            raise DataError(f"data.root is {config.root!r}; expected null, because scikit-learn brings the digits")
         splits = {role: _digits(name, most[role]) for role, name in names.items()}
         return InMemory(config, input_size, seed, device, splits, [str(i) for i in range(10)])
     if config.name != "folder" and config.name.partition("/")[0] not in LIBRARIES:
@@ -58,7 +58,8 @@ def open_data(
     if train and classes[0] != classes[1]:
         odd = sorted(set(classes[0]) ^ set(classes[1])) or ["the order"]
         raise DataError(
-            f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have other classes, such as {odd[0]!r}"
+            f"data set {config.name}: {names[TRAIN]} and {names[VALIDATION]} have different classes; the first that "
+            f"differs: {odd[0]!r}"
         )
     if not _in_memory(config, input_size, list(sources.values())):
         return Streamed(config, input_size, seed, device, sources, classes[0])
@@ -74,7 +75,7 @@ def open_image(path: Path, config: Data, input_size: tuple[int, int, int]) -> Te
         with Image.open(path) as image:
             pixels = ToBytes(config, input_size)(image.convert(pillow_mode(input_size)))
     except OSError as error:
-        raise DataError(f"{path} is no image that can be read: {reason(error)}") from error
+        raise DataError(f"{path} cannot be read as an image: {reason(error)}") from error
     return Normalise(config, input_size, torch.device("cpu"))(pixels)
 
 
@@ -94,7 +95,7 @@ def _digits(split: str, most: int | None) -> tuple[Tensor, Tensor]:
 def check_root(config: Data) -> None:
     """Raise `DataError` if the data set needs a folder and none is given."""
     if config.root is None and config.name.partition("/")[0] not in ("digits", "hfds", "hfids"):
-        raise DataError(f"data set {config.name} needs its folder: pass --data-dir DIR, or set data.root")
+        raise DataError(f"data set {config.name} needs a folder; pass --data-dir DIR, or set data.root")
 
 
 def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int | None) -> Source:
@@ -106,10 +107,10 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
     check_root(config)
     elsewhere = library in ("hfds", "hfids") or config.download or (library == "wds" and ":" in str(root))
     if root is not None and not elsewhere and not Path(root).exists():
-        raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of {config.name}")
+        raise DataError(f"data.root is {root!r}, which does not exist; expected the folder of the data set")
     title = f"data set {config.name} ({split})"
     if most is not None and library in ("hfids", "wds"):
-        raise DataError(f"{title} is walked as a whole; expected data.max_train and data.max_validation to be null")
+        raise DataError(f"{title} is streamed as a whole; set data.max_train and data.max_validation to null")
     try:
         silence_missing_info()
         if library == "hfids":
@@ -119,20 +120,25 @@ def _open(config: Data, split: str, input_size: tuple[int, int, int], most: int 
         if library == "wds":
             return Shards(dataset, title)
     except Exception as error:
-        hint = "; --set data.download=true fetches it" if "download" in str(error) else ""
-        if isinstance(error, ImportError) or "install" in str(error):
-            hint = "; pip install 'popup-surgery[data]' brings what it needs"
-        message = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{title} cannot be opened: {message}{hint}") from error
+        raise DataError(f"{title} cannot be opened: {_reason(error, library)}") from error
     if root is not None and config.name == "folder" and Path(reader_of(dataset).root) == Path(root):
         raise DataError(f"{root!r} has no folder for {split!r}; expected {root}/{split}/<class>/<image>")
     return Numbered(dataset, title, most)
 
 
+def _reason(error: Exception, library: str) -> str:
+    """Return why a data set cannot be opened, and what helps."""
+    needed = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}.get(library)
+    if needed is not None and (isinstance(error, ImportError) or "install" in str(error)):
+        return f"the package {needed} cannot be imported; run pip install 'popup-surgery[data]'"
+    hint = "; --set data.download=true downloads it" if "download" in str(error) else ""
+    return (" ".join(str(error).split()) or type(error).__name__) + hint
+
+
 def _in_memory(config: Data, input_size: tuple[int, int, int], sources: list[Source]) -> bool:
     numbered = all(isinstance(source, Numbered) for source in sources)
     if config.in_memory and not numbered:
-        raise DataError(f"data.in_memory is true; data set {config.name} is read in a walk and cannot be held")
+        raise DataError(f"data.in_memory is true; data set {config.name} is streamed, so expected false or null")
     if config.in_memory is not None:
         return config.in_memory
     if config.scale or config.auto_augment or config.re_prob or config.color_jitter or not numbered:

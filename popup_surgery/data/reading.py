@@ -70,7 +70,7 @@ def read_pieces(
     with worker_deaths(ConnectionError, EOFError, FileNotFoundError):
         for images, labels, weight, missing in loader:
             if missing and config.on_error == "stop":
-                raise DataError(f"{missing[0]}; data.on_error=skip leaves such images out")
+                raise DataError(f"{missing[0]}; set data.on_error to skip to leave such images out")
             yield images, labels, weight, missing
 
 

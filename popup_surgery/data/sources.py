@@ -184,7 +184,7 @@ def some(count: int, most: int | None) -> NDArray[np.int64]:
 def reason(error: BaseException) -> str:
     """Return what an error says about a file, on one line."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a kind that Pillow knows"
+        return "it is not an image of a kind that Pillow knows"
     if isinstance(error, DataError):
         return str(error)
     if isinstance(error, OSError):

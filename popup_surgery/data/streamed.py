@@ -51,7 +51,7 @@ class Streamed(Prepared):
             }
         except Exception as error:
             raise DataError(
-                f"timm makes no transforms of data.interpolation={config.interpolation!r}, "
+                f"timm cannot make transforms of data.interpolation={config.interpolation!r}, "
                 f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
             ) from error
 

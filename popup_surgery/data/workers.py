@@ -32,7 +32,7 @@ def worker_deaths(*other: type[Exception]) -> Iterator[None]:
             death = _report() or error
         detail = " ".join(str(death).split()).rstrip(".") or type(death).__name__
         raise DataError(
-            f"a worker process of the data loader died: {detail}; where memory is short, data.workers=0 does without"
+            f"a worker process of the data loader died: {detail}; if memory is short, set data.workers to 0"
         ) from death
 
 

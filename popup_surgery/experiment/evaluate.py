@@ -112,11 +112,9 @@ def recorded_data(path: str | Path | Artifact | Dense, overrides: Sequence[str] 
     path, recipe = artifact.path, artifact.manifest.provenance.get("recipe")
     section = recipe.get("data") if isinstance(recipe, dict) else None
     if not isinstance(section, dict) and not overrides:
-        raise DataError(f"{path} does not say what data it was trained on; name it with --set data.name=NAME")
+        raise DataError(f"{path} does not say which data set it was trained on; pass --set data.name=NAME")
     section = section if isinstance(section, dict) else {}
     name = str(section.get("name"))
     if name.partition("/")[0] in ("hfds", "hfids", "wds") and not any("data.name" in o for o in overrides):
-        raise DataError(
-            f"{path} names the remote data set {name}; fetch it with --set data.name={name} if you trust it"
-        )
+        raise DataError(f"{path} names the remote data set {name}; if you trust it, pass --set data.name={name}")
     return parse_data(section | {"root": None, "download": False}, overrides, str(path))

@@ -27,7 +27,9 @@ def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> B
     """Open the images of `data` for a plain network, on its device. `DataError` if they do not fit the network."""
     size = image_size(data, model)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
-    _check_classes(model, batches, size)
+    _check_classes(
+        model, batches, size, "choose a data set with the file's classes: --set data.name=NAME, --data-dir DIR"
+    )
     return batches
 
 
@@ -44,7 +46,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     model = _network(recipe)
     size = image_size(recipe.data, model)
     data = open_data(recipe.data, size, recipe.training.seed, accelerator.device, progress)
-    _check_classes(model, data, size)
+    _check_classes(model, data, size, f"set model.kwargs.num_classes={len(data.classes)}")
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
         return TicketTrainer(*parts, recipe.lottery_ticket), size
@@ -58,7 +60,7 @@ def with_seed(recipe: Recipe) -> Recipe:
         return recipe
     seed = inspect(file).seed
     if "seed" in surgery.model_fields_set and surgery.seed != seed:
-        raise RecipeError(f"surgery.seed is {surgery.seed}; the subnetwork of model.init_from {file} is of seed {seed}")
+        raise RecipeError(f"surgery.seed is {surgery.seed}; expected {seed}, the seed of model.init_from, {file}")
     return recipe.model_copy(update={"surgery": surgery.model_copy(update={"seed": seed})})
 
 
@@ -87,13 +89,13 @@ def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
     size = data.input_size or input_size(model)
     if size is None:
         raise DataError(
-            "the network does not say what images it expects; set data.input_size: [channels, height, width]"
+            "the network does not say which images it expects; set data.input_size to [channels, height, width]"
         )
     return tuple(size)  # type: ignore[return-value]
 
 
-def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) -> None:
-    """Raise `DataError` unless the network takes images of `size` and has one output per class."""
+def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int], remedy: str) -> None:
+    """Raise `DataError` unless the network takes images of `size` and has one output per class; say the `remedy`."""
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -101,13 +103,12 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int]) 
             output = model(torch.zeros(1, *size, device=device))
     except RuntimeError as error:
         shape = " × ".join(map(str, size))
-        raise DataError(f"the network does not take images of {shape}: {error}") from error
+        raise DataError(
+            f"the network does not take images of {shape}; set data.input_size to a size that it takes: {error}"
+        ) from error
     if data.classes and tuple(output.shape) != (1, len(data.classes)):
         found = output.shape[1] if output.ndim == 2 else f"of {tuple(output.shape[1:])}"
-        raise DataError(
-            f"the data set has {len(data.classes)} classes; the network has {found} outputs; set "
-            f"model.kwargs.num_classes={len(data.classes)}"
-        )
+        raise DataError(f"the data set has {len(data.classes)} classes, and the network has {found} outputs; {remedy}")
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:

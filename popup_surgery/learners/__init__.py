@@ -37,7 +37,9 @@ def register_learner(name: str, learner: Learner) -> None:
     if name in LEARNERS:
         raise ValueError(f"the learner {name!r} is registered already")
     if learner.redraws and not learner.learns_weights:
-        raise ValueError(f"the learner {name!r} redraws weights, which no file of a seed holds: set learns_weights too")
+        raise ValueError(
+            f"the learner {name!r} redraws weights, which a file of a seed cannot hold; set learns_weights too"
+        )
     warn_of_methods(learner)
     LEARNERS[name] = learner
 

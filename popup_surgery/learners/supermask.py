@@ -131,6 +131,7 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        """Return the gradients of the weight and of the score; the sample is taken as the probability itself."""
         weight, score, mask = ctx.saved_tensors
         if ctx.rescale:
             grad = grad * _ratio(mask)

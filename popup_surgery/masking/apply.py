@@ -5,9 +5,10 @@ from torch import nn
 
 from ..errors import ConversionError
 from ..learners import Learner, get_learner
+from ..models.architecture import note_origin
 from ..selection import kept_count
 from ..torch_compat import NormWithStatistics
-from ..weights.fill import fill
+from ..weights.fill import fill, values_digest
 from ..weights.source import source_of
 from ..weights.streams import draw
 from .layer import masked_class, swap
@@ -45,6 +46,7 @@ def apply(core: nn.Module, planned: Plan) -> None:
     for norm in norms:
         norm.reset_running_stats()
     core.__dict__[STATE].settings = settings
+    _note_digest(core)
     if settings.scope == "global":
         _rank_together(core, learner, settings.by_pattern("k")["*"])
 
@@ -136,6 +138,19 @@ def _treat(other: PlannedRest, place: Place, seed: int) -> None:
     elif rule.action == "generated":
         fill(parameter, draw("normal", other.numel, rule.value, seed, "other", other.key))
         state.generated[place.name] = Generated(other.key, seed, rule.value)
+
+
+def _note_digest(core: nn.Module) -> None:
+    """Record what the masked pretrained weights are now, so that `save` notices when something moves them."""
+    masked = {
+        id(module._parameters[name])
+        for _, module, name, slot in masked_weights(core)
+        if source_of(slot.distribution).in_base
+    }
+    kept = [tensor for tensor in core.state_dict(keep_vars=True).values() if id(tensor) in masked]
+    unique = list({id(tensor): tensor for tensor in kept}.values())
+    if unique and not any(tensor.is_meta for tensor in unique):
+        note_origin(core, digest=(unique[0].dtype, values_digest(unique)))
 
 
 def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:

@@ -88,7 +88,9 @@ def convert_as_given(
     if architecture is not None and not isinstance(architecture, str | Architecture):
         raise ConversionError(f"architecture is {architecture!r}; expected a name such as 'timm/resnet50'")
     if torch.is_inference_mode_enabled():
-        raise ConversionError("convert was called under torch.inference_mode, where its scores could never learn")
+        raise ConversionError(
+            "convert was called under torch.inference_mode, where scores cannot learn; call it outside"
+        )
     if isinstance(architecture, str):
         architecture = architecture_of(architecture)
     if isinstance(model, str | Architecture):

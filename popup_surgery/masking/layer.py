@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
 from ..models.layer_types import layer_type_of
+from ..models.structure import PLAIN_TYPE
 from ..torch_compat import ModuleMethods, forget_weight_list, renew_weight_list
 from .ranking import score_name
 from .state import STATE, MaskedParam, ModuleState, slots_of, upgrade
@@ -91,7 +92,7 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     key = base, names
     if key not in _CLASSES:
         # A tracer that takes the original class as a leaf because of its module takes this one too.
-        namespace: dict[str, Any] = {"__module__": base.__module__, "_popup_base": base}
+        namespace: dict[str, Any] = {"__module__": base.__module__, PLAIN_TYPE: base}
         layer_type = layer_type_of(base)
         mixin = None if layer_type is None else layer_type.mixin
         bases = (Masked, base) if mixin is None else (Masked, mixin, base)

@@ -27,6 +27,6 @@ class MaskedWeight(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         raise MaskedWeightError(
-            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is made "
-            "again from its scores at each read; change the scores, or bake(model) first"
+            f"the data of a masked weight of shape {tuple(self.shape)} was assigned, and would be lost: it is "
+            "computed again from its scores at each read; change the scores, or bake(model) first"
         )

@@ -140,7 +140,7 @@ class Plan:
                 MaskingSettings.of(given),
             )
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise ConversionError(f"this is no plan as Plan.to_json writes it: {error}") from error
+            raise ConversionError(f"this is not a plan that Plan.to_json wrote: {error}") from error
 
     @property
     def weights(self) -> int:
@@ -177,7 +177,7 @@ class Plan:
         before = f", {len(self.before)} masked before" if self.before else ""
         kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
         if settings.k is None:
-            kept = "as many kept as the scores say"
+            kept = "the scores decide how many are kept"
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
@@ -187,6 +187,7 @@ class Plan:
         )
 
     def __str__(self) -> str:
+        """Return the plan as tables: the masked weights, whatever is not masked, and the totals."""
         from rich.console import Console
         from rich.table import Table
 

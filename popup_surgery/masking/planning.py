@@ -101,7 +101,8 @@ def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> Matched:
     chosen = _chosen(fans, settings)
     if not chosen:
         raise NothingToConvert(
-            f"include={settings.include!r} and exclude={settings.exclude!r} leave none of {len(layers)} layers"
+            f"include={settings.include!r} and exclude={settings.exclude!r} leave none of the {len(layers)} layers to "
+            "convert"
         )
     return chosen
 
@@ -111,11 +112,14 @@ def _fans(core: nn.Module) -> Matched:
 
 
 def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
+    """Return the weights of a module that can be masked, with their fans. Raise if the module is lazy."""
     layer_type = layer_type_of(module)
     if layer_type is None:
         return {}
     if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
-        raise ConversionError(f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network")
+        raise ConversionError(
+            f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network first"
+        )
     scores = {score_name(p) for p in slots_of(module)}
     found = {p: fan for p, fan in layer_type.weights(module).items() if p not in scores}
     return {p: fan for p, fan in found.items() if _is_weight(f"{name}.{p}", module._parameters.get(p))}
@@ -232,7 +236,7 @@ class _Decision:
         if state is None:
             rule = self._rule(held)
         else:
-            rule = state.others.get(first.name, UnmaskedRule("left", "came into the module after its conversion"))
+            rule = state.others.get(first.name, UnmaskedRule("left", "was added to the module after its conversion"))
         of_norm = is_norm(first.module) and first.name in ("weight", "bias")
         train = self.settings.others == "train" or (self.settings.norm == "train" and of_norm)
         planned = PlannedRest(

@@ -61,8 +61,8 @@ class MaskingSettings:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
                     raise ConversionError(
-                        f"{name} is {given[name]!r}; expected {expected!r}; {asked.learner} takes no k, its scores "
-                        "decide what is kept"
+                        f"{name} is {given[name]!r}; expected {expected!r}; {asked.learner} takes no k, because its "
+                        "scores decide how many weights are kept"
                     )
             asked = replace(asked, **WITHOUT_K)
         for name, words in _WORDS.items():
@@ -92,7 +92,9 @@ def _checked_shares(asked: MaskingSettings) -> Shares:
     for pattern, share in by_pattern.items():
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
             where = f" for {pattern!r}" if isinstance(asked.k, Mapping) else ""
-            raise ConversionError(f"k{where} is {share!r}; expected a number above 0 and up to 1, the share kept")
+            raise ConversionError(
+                f"k{where} is {share!r}; expected a number above 0 and up to 1, the share of weights kept"
+            )
     if asked.scope == "global" and len(set(by_pattern.values())) > 1:
         raise ConversionError("scope='global' ranks all layers together and takes one k, not one for each pattern")
     if asked.scope == "global" or not isinstance(asked.k, Mapping):

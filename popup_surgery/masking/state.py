@@ -73,7 +73,7 @@ class MaskedParam:
         if watch is not None and version_of(watch[0]) != watch[1]:
             raise MaskedWeightError(
                 f"the masked weight {self.stream!r} was written to in place, and the write is lost: a masked weight is "
-                f"made again from its scores at each read; change {score_name(name)}, or bake(model) first"
+                f"computed again from its scores at each read; change {score_name(name)}, or bake(model) first"
             )
         effective = learner.effective(weight, score, self.ranking.mask(self.index))
         if effective.is_inference() or under_transform([effective]):

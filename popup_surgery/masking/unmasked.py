@@ -61,7 +61,7 @@ def treatment(module: nn.Module, name: str, swapped: bool) -> UnmaskedRule:
         if swapped and name in layer_type.biases(module):
             return UnmaskedRule("constant", "bias of a masked layer")
         if not swapped:
-            return UnmaskedRule("left", "layer is not to be converted")
+            return UnmaskedRule("left", "layer left out of the conversion")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return UnmaskedRule("generated", "embedding", 1.0)
     if is_norm(module):
@@ -76,4 +76,4 @@ def treatment(module: nn.Module, name: str, swapped: bool) -> UnmaskedRule:
         return UnmaskedRule("constant", "bias of a masked layer")
     if _POSITIONS.search(name):
         return UnmaskedRule("generated", "position embedding or token", 0.02)
-    return UnmaskedRule("left", "belongs to no layer that can be masked")
+    return UnmaskedRule("left", "not part of a layer that can be masked")

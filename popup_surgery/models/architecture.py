@@ -3,8 +3,10 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConversionError, nearest
@@ -54,11 +56,15 @@ class Origin:
         architecture: how to build it.
         base: its pretrained weights, if it has any.
         fresh: names of the layers that the pretrained weights lacked, or had in another size.
+        pretrained: where `build` got the pretrained weights: a tag of the library, or a file.
+        digest: of the masked weights that are pretrained, as they were at conversion: dtype, and SHA-256.
     """
 
     architecture: Architecture | None = None
     base: Base | None = None
     fresh: tuple[str, ...] = ()
+    pretrained: str | Path | None = None
+    digest: tuple[torch.dtype, str] | None = None
 
 
 _MARKS = {"_popup_architecture": "architecture", "_popup_base_weights": "base", "_popup_fresh": "fresh"}

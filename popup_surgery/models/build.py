@@ -41,12 +41,12 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
     if pretrained is False or pretrained is None:
         return build_architecture(described)
     if (file := weights_file(pretrained)) is not None:
-        model, tag = build_architecture(described), ""
+        model, tag, pretrained = build_architecture(described), "", file.absolute()
         fill_from(model, read_weights(file), str(file))
     else:
-        tag = check_tag(described, None if pretrained is True else str(pretrained))
+        tag = pretrained = check_tag(described, None if pretrained is True else str(pretrained))
         model = build_architecture(described, tag)
-    note_origin(model, base=Base(described.library, described.version, described.name, tag))
+    note_origin(model, base=Base(described.library, described.version, described.name, tag), pretrained=pretrained)
     return model
 
 
@@ -141,7 +141,9 @@ def _build_torchvision(name: str, tag: str | None, **kwargs: Any) -> nn.Module:
     classes = kwargs.pop("num_classes", None)
     model = builder(weights=torchvision.models.get_model_weights(name)[tag], **kwargs)
     if getattr(model, "transform_input", False):
-        raise ConversionError(f"torchvision/{name} transforms its input for {tag}, which no file records; try timm's")
+        raise ConversionError(
+            f"torchvision/{name} transforms its input for {tag}, which a file cannot record; use a network of timm"
+        )
     if classes is not None:
         state, model = model.state_dict(), builder(weights=None, num_classes=classes, **kwargs)
         fill_from(model, state, f"{name} {tag}")

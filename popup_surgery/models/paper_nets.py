@@ -49,7 +49,9 @@ class ConvNet(nn.Module):
         height, breadth = (img_size, img_size) if isinstance(img_size, int) else img_size
         pools = len(convs) // 2
         if min(height, breadth) >> pools == 0:
-            raise ConversionError(f"img_size is {img_size}; {pools} poolings expect at least {2**pools} pixels a side")
+            raise ConversionError(
+                f"img_size is {img_size}; {pools} pooling layers need at least {2**pools} pixels a side"
+            )
         self.input_size = (in_chans, height, breadth)
         convs = [max(1, round(c * width)) for c in convs]
         hidden = [max(1, round(h * width)) for h in hidden]

@@ -72,11 +72,11 @@ def read_weights(path: Path) -> dict[str, Any]:
     from timm.models import load_state_dict
 
     if not path.is_file():
-        raise ConversionError(f"there is no file of weights {path}")
+        raise ConversionError(f"the file of weights {path} does not exist")
     try:
         state: dict[str, Any] = load_state_dict(str(path))
     except Exception as error:
-        raise ConversionError(f"{path} holds no weights that can be read safely: {error}") from error
+        raise ConversionError(f"{path} has no weights that can be read safely: {error}") from error
     if kind := _no_weights(path, state):
         raise ConversionError(f"{path} is {kind}")
     return state
@@ -145,12 +145,14 @@ def fill_from(model: nn.Module, state: Mapping[str, Any], what: str) -> None:
         name = other[0]
         raise ConversionError(
             f"no tensor of {what} has its size in the network: {name!r} is {tuple(state[name].shape)} there and "
-            f"{tuple(own[name].shape)} here; expected the arguments that the weights' network was built with"
+            f"{tuple(own[name].shape)} here; build the network with the arguments that the weights were trained with"
         )
     fresh = {name.rpartition(".")[0] for name in other}
     for name in other:
         if layer_type_of(model.get_submodule(name.rpartition(".")[0])) is None:
             shapes = f"{tuple(state[name].shape)}; the network's is {tuple(own[name].shape)}"
-            raise ConversionError(f"{name!r} of {what} is {shapes}, and only a layer may have another size")
+            raise ConversionError(
+                f"{name!r} of {what} is {shapes}, and only a layer that can be masked may have another size"
+            )
     model.load_state_dict({name: tensor for name, tensor in state.items() if name not in other}, strict=False)
     note_origin(model, fresh=tuple(fresh))

@@ -101,7 +101,9 @@ def sweep_of(
     settings = _apply(values["runs"], [*own, *settings])
     _choose(values["runs"], only)  # before the settings are checked: they may apply only to these runs
     if not values["runs"]:
-        raise RecipeError(f"{figure} has no run of {' and '.join(only)} together; expected a series with its network")
+        raise RecipeError(
+            f"{figure} has no run of {' and '.join(only)} together; expected a series and a network that it has"
+        )
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
     taken: dict[tuple[Any, ...], Run] = {}
     for run in sweep.runs:
@@ -111,8 +113,8 @@ def sweep_of(
             one, two = flat(other.recipe.dump()), flat(run.recipe.dump())
             key = next(key for key in one | two if one.get(key) != two.get(key))
             raise RecipeError(
-                f"{figure} would have {run} twice, with {key} {one.get(key)!r} and {two.get(key)!r}; expected one of "
-                "them: choose networks by --only, and run other grids by popup-surgery sweep"
+                f"{figure} would have {run} twice, with {key} {one.get(key)!r} and {two.get(key)!r}; choose "
+                "networks with --only, and run other grids with popup-surgery sweep"
             )
     return sweep
 
@@ -172,7 +174,7 @@ def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction
         if (number := places.get(_place(outcome.run))) is not None
     }
     if not chosen:
-        labels = "; ".join(dict.fromkeys(outcome.run.label for outcome in found.outcomes)) or "no run at all"
+        labels = "; ".join(dict.fromkeys(outcome.run.label for outcome in found.outcomes)) or "no runs"
         raise RunError(f"{archive} has no run of {figure}; it has {labels}")
     outcomes = [chosen[number] for number in sorted(chosen)]
     note = _note(Sweep(figure, tuple(outcome.run for outcome in outcomes)), scale, settings)

@@ -54,7 +54,7 @@ def execute(
     for run in sweep.runs:
         check_root(run.recipe.data)
     if os.path.exists(output / "recipe.yaml"):
-        raise RunError(f"{output} is the folder of a run; expected one for a sweep, which holds such folders")
+        raise RunError(f"{output} is the folder of a run; expected the folder of a sweep, which holds run folders")
     lock = FileLock(output / "lock", timeout=0)
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -94,5 +94,5 @@ def _after(run: Run, state: State, error: str, output: Path) -> Outcome:
         return Outcome(run, state, error=error)
     outcome = Outcome.read(run, output)
     if outcome.state is State.WAITING:
-        return Outcome(run, State.FAILED, error="the run has ended, and its file is not there")
+        return Outcome(run, State.FAILED, error="the run has ended, but its file is missing")
     return outcome

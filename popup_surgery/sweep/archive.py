@@ -54,7 +54,7 @@ class Archive:
         except RunError:
             raise
         except (PopupError, zipfile.BadZipFile, ValueError, LookupError, TypeError, AttributeError) as error:
-            raise RunError(f"{path} is no archive of a sweep's runs: {error}") from error
+            raise RunError(f"{path} is not an archive of a sweep's runs: {error}") from error
 
 
 def write_archive(

@@ -174,9 +174,7 @@ class OnRay:
 
     def __post_init__(self) -> None:
         if (gpus := self.gpus_per_run) and not (1e-4 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
-            raise PopupError(
-                f"--gpus-per-run is {gpus:g}; expected a share of a GPU, 0.0001 or more, or a whole number"
-            )
+            raise PopupError(f"--gpus-per-run is {gpus:g}; expected a share of a GPU from 0.0001, or an integer")
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -188,7 +186,9 @@ class OnRay:
         try:
             import ray
         except ImportError:
-            raise PopupError("--on ray needs Ray, which is not installed; pip install 'popup-surgery[ray]'") from None
+            raise PopupError(
+                "--on ray needs Ray, which is not installed; run pip install 'popup-surgery[ray]'"
+            ) from None
         if ray.is_initialized():
             yield
             return
@@ -199,13 +199,16 @@ class OnRay:
                 socket.create_connection((found[1], int(found[2])), timeout=10).close()  # Ray itself tries for minutes
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, OverflowError, RuntimeError, ValueError, ImportError) as error:
-            raise PopupError(f"no Ray cluster to use at {address or 'this machine'}: {_first_line(error)}") from error
+            raise PopupError(
+                f"no Ray cluster can be reached at {address or 'this machine'}: {_first_line(error)}"
+            ) from error
         try:
             yield
         finally:
             ray.shutdown()
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
+        """As `Engine.run`; each run is a Ray task."""
         import ray
 
         task = ray.remote(**self._needs())(_on_node)
@@ -244,7 +247,11 @@ class OnRay:
         if gpus is None:
             gpus = 1 if any(node.get("GPU") for node in nodes) else 0
         if not any(node.get("CPU", 0) >= self.threads and node.get("GPU", 0) >= gpus for node in nodes):
-            log.warning("no node of the cluster has %d CPUs and %g GPUs for a run; waiting for one", self.threads, gpus)
+            log.warning(
+                "no node of the cluster has the %d CPUs and %g GPUs that a run needs; waiting for one",
+                self.threads,
+                gpus,
+            )
         return {
             "num_cpus": self.threads,
             "num_gpus": round(gpus, 4),

@@ -123,7 +123,7 @@ class Sweep:
         for where, entry in _entries(values, name):
             grid = _Grid(where, entry, given, seeds)
             if len(runs) + grid.size > LIMIT:
-                raise RecipeError(f"{where} makes {grid.size:,} runs; expected up to {LIMIT:,} in a sweep")
+                raise RecipeError(f"{where} makes {grid.size:,} runs; expected at most {LIMIT:,} in a sweep")
             base = _read(grid.recipe, folder)
             if data_dir is not None:
                 assign(base, "data.root", str(Path(data_dir).absolute()))
@@ -152,7 +152,7 @@ class _Grid:
         self.label = _text(entry, "label", where) if "label" in entry else _stem(self.recipe)
         fixed, grid = _mapping(entry, "set", where), _mapping(entry, "grid", where)
         if both := fixed.keys() & grid.keys():
-            raise RecipeError(f"{where}: {min(both)} stands in set and in grid; expected it in one of them")
+            raise RecipeError(f"{where}: {min(both)} is in set and in grid; expected it in one of them")
         for key, values in grid.items():
             if not isinstance(values, list):
                 raise RecipeError(f"{where}: grid {key} is {values!r}; expected a list of values")
@@ -165,7 +165,7 @@ class _Grid:
         self.seeds = _seeds(entry.get("seeds") if seeds is None else seeds, where)
         for key in SEEDS:
             if self.seeds != (None,) and key in self.fixed | self.grid:
-                raise RecipeError(f"{where}: {key} is given, and seeds, which sets it; expected one of them")
+                raise RecipeError(f"{where}: {key} and seeds are given, and seeds sets it too; leave out one of them")
 
     @property
     def size(self) -> int:
@@ -201,7 +201,7 @@ def _entries(values: Mapping[str, Any], name: str) -> Iterator[tuple[str, Mappin
 def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str, which: str = "") -> None:
     for key in values:
         if key not in known:
-            raise RecipeError(f"{where}: {key} is no key of a sweep{which}; nearest: {nearest(str(key), known)}")
+            raise RecipeError(f"{where}: {key} is not a key of a sweep{which}; nearest: {nearest(str(key), known)}")
 
 
 def _mapping(entry: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def _seeds(value: Any, where: str) -> Sequence[int | None]:
     if listed and len(set(value)) == len(value):
         return tuple(value)
     raise RecipeError(
-        f"{where}: seeds is {value!r}; expected how many, 1 or more, or a list of different ones, each 0 or more"
+        f"{where}: seeds is {value!r}; expected their number, from 1, or a list of different integers from 0"
     )
 
 
@@ -265,7 +265,9 @@ def _mistakes(error: PopupError, point: Mapping[str, Any]) -> Iterator[str]:
     """Yield the sentences of an error, each with the grid's values unless it begins with one of them."""
     first, *more = str(error).split("\n")
     for sentence in more or [first.removeprefix("recipe: ")]:
-        tell = point and not sentence.startswith(tuple(f"{key} is" for key in point))
+        tell = point and not sentence.startswith(
+            tuple(f"{key} {verb}" for key in point for verb in ("is", "has no value"))
+        )
         yield f"{sentence} (with {', '.join(_settings(point))})" if tell else sentence
 
 
@@ -274,8 +276,8 @@ def _check_distinct(runs: Sequence[Run], name: str) -> None:
     for run in runs:
         other = seen.setdefault(run.name, run)
         if other is not run:
-            same = "stands twice" if str(run) == str(other) else f"is the same run as {other}"
-            raise RecipeError(f"{name}: {run} {same}; expected different ones")
+            same = "is there twice" if str(run) == str(other) else f"is the same run as {other}"
+            raise RecipeError(f"{name}: {run} {same}; remove one of them")
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,7 @@ class Outcome:
         except PopupError as error:
             return cls(run, State.FAILED, error=str(error))
         except (OSError, ValueError, LookupError) as error:
-            return cls(run, State.FAILED, error=f"{folder.path} is damaged ({error!r}); remove it to run it anew")
+            return cls(run, State.FAILED, error=f"{folder.path} is damaged ({error!r}); remove it to run it again")
         folder.finish()  # a run that was killed after it wrote its last file leaves its checkpoints behind
         return cls(run, State.FINISHED, numbers)
 

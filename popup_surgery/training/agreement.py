@@ -79,4 +79,4 @@ class Agreement:
         digests = gather_object([digest.hexdigest()])
         for rank, other in enumerate(digests):
             if other != digests[0]:
-                raise RunError(f"process {rank} has other masks than process 0 after step {step:,}")
+                raise RunError(f"after step {step:,}, process {rank} has different masks from process 0")

@@ -108,7 +108,7 @@ def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
         return values if isinstance(tree, list) else {"tuple": values}
     if tree is None or isinstance(tree, bool | int | float | str):
         return tree
-    raise RunError(f"{prefix} is a {type(tree).__name__}, which a checkpoint does not hold")
+    raise RunError(f"{prefix} is a {type(tree).__name__}, which a checkpoint cannot hold")
 
 
 def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:

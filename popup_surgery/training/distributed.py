@@ -48,7 +48,7 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
     installed = {str(tracker) for tracker in get_available_trackers()}
     for name in training.trackers:
         if name not in installed:
-            raise RunError(f"training.trackers names {name}, which is not installed; pip install {name}")
+            raise RunError(f"training.trackers names {name}, which is not installed; run pip install {name}")
     forget_settings()  # an earlier run in this process may have used another precision
     # each process keeps its own batch-norm statistics until the network is evaluated or saved
     ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -60,18 +60,20 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
             log_with=list(training.trackers) or None, project_dir=folder,
         )  # fmt: skip
     except ImportError as error:
-        raise RunError(f"Accelerate cannot start what it was asked for: {error}") from error
+        raise RunError(f"Accelerate cannot start: {error}") from error
     except ValueError as error:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
         ) from error
     if training.precision == "float16" and accelerator.device.type == "cpu":  # Accelerate ignores this silently
-        raise RunError("training.precision is 'float16', which trains on GPUs alone; expected float32 or bfloat16")
+        raise RunError("training.precision is 'float16', which trains only on GPUs; expected float32 or bfloat16")
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
         raise RunError(f"the run was started with {kind}; expected one process, or data-parallel ones on CPUs or GPUs")
     if training.sync_batchnorm and kind == "MULTI_CPU":
-        raise RunError("training.sync_batchnorm is true; PyTorch shares batch statistics between GPUs alone")
+        raise RunError(
+            "training.sync_batchnorm is true; expected false, because PyTorch shares batch statistics only between GPUs"
+        )
     return accelerator
 
 
@@ -97,7 +99,9 @@ def numerics(training: Training) -> Iterator[None]:
         yield
     except RuntimeError as error:
         if training.deterministic and NOT_DETERMINISTIC in str(error):
-            raise RunError(f"training.deterministic is true: {str(error).split('. ')[0]}") from error
+            raise RunError(
+                f"training.deterministic is true; expected false for this network: {str(error).split('. ')[0]}"
+            ) from error
         raise
     finally:
         torch.use_deterministic_algorithms(before[0])

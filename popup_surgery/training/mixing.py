@@ -22,7 +22,9 @@ class Mixing:
         from timm.data import Mixup
 
         if not classes:
-            raise RunError("training.mixup and cutmix need the number of classes, which the data set does not say")
+            raise RunError(
+                "training.mixup and cutmix need the number of classes, and the data set does not give it; set both to 0"
+            )
         self.classes = classes
         self.mixup: Any = Mixup(
             training.mixup, training.cutmix, None, training.mixup_prob, training.mixup_switch_prob,

@@ -103,17 +103,19 @@ class RunFolder:
         there = [name for name in ("recipe.yaml", "metrics.jsonl", *results) if os.path.exists(self.path / name)]
         if there and not resume:
             raise RunError(
-                f"{self.path} holds a run already; go on with it by --resume, choose another folder with --output, or "
+                f"{self.path} holds a run already; resume it with --resume, choose another folder with --output, or "
                 "remove it"
             )
         if "recipe.yaml" in there:
             self.check_recipe()
         elif there:
-            raise RunError(f"{self.path} has {there[0]} and no recipe.yaml; expected a run's folder, or an empty one")
+            raise RunError(
+                f"{self.path} has {there[0]} but no recipe.yaml; expected the folder of a run, or an empty one"
+            )
         others = [file.name for file in self.path.glob("*.safetensors") if file.name not in results]
         if "metrics.jsonl" in there and others and not self.checkpoints.exists():
             raise RunError(
-                f"{self.path} holds a finished run, whose file is {min(others)}, and this one would end in "
+                f"{self.path} holds a finished run with the file {min(others)}, and this run would write "
                 f"{self.final.name}; choose another folder with --output"
             )
 
@@ -130,7 +132,7 @@ class RunFolder:
             try:
                 whole = checkpoint.read(path)
             except RunError as error:
-                log.warning("%s; trying the one before", error)
+                log.warning("%s; trying the checkpoint before it", error)
                 continue
             self._check_same(path, whole.state["recipe"])  # recipe.yaml may have been edited since
             for damaged in paths[:number]:
@@ -138,7 +140,7 @@ class RunFolder:
             self._write_metrics([Epoch(**line) for line in whole.state["history"]])
             return whole
         if paths:
-            raise RunError(f"no checkpoint in {self.checkpoints} is whole; remove {self.path} to start anew")
+            raise RunError(f"all checkpoints in {self.checkpoints} are damaged; remove {self.path} to start again")
         path, text = self.path / "recipe.yaml", to_yaml(self.recipe.dump())
         there = path.exists() and as_recorded(Recipe.parse(read_yaml(path), str(path)))
         if there != self.recipe:  # a user's own file that says the same stays as it is

@@ -118,5 +118,6 @@ def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.opti
         )
     except (TypeError, ValueError) as error:
         raise RunError(
-            f"training.optimizer {training.optimizer} does not take {training.optimizer_kwargs}: {error}"
+            f"training.optimizer {training.optimizer} does not take training.optimizer_kwargs "
+            f"{training.optimizer_kwargs}: {error}"
         ) from error

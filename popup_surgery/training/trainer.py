@@ -187,7 +187,10 @@ class Trainer:
             return self.rate(float(epoch), 1.0)
         steps = self.data.steps()
         if not steps:
-            raise RunError("training.schedule_per is step; the data set does not say how many steps an epoch has")
+            raise RunError(
+                "training.schedule_per is step; expected epoch, because the data set does not say how many steps an "
+                "epoch has"
+            )
         return self.rate(epoch + batch / steps, 1 / steps)
 
     def _end_epoch(self, after_epoch: AfterEpoch) -> None:
@@ -198,7 +201,7 @@ class Trainer:
         correct, images = self._validate()
         skipped = self.agreement.skipped(self.data)
         if not seen or not images:
-            raise RunError(f"the data set has no {'validation' if seen else 'training'} images that can be read")
+            raise RunError(f"none of the data set's {'validation' if seen else 'training'} images can be read")
         epoch = Epoch(
             self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen, correct / images,
             self.mask_history.add(self.masks()), self.seconds, seen / self.seconds, skipped,
@@ -234,9 +237,9 @@ class Trainer:
         bad = self.agreement.not_finite(self.core, int(self.update.not_finite), self.step)
         if bad is not None:
             step, what = bad
-            last = f"the last good checkpoint is {file_of(self.checkpoint_step)}"
+            last = f"the last checkpoint before it is {file_of(self.checkpoint_step)}; try a lower training.lr"
             raise RunError(
                 f"{what} of step {step + 1:,}, in epoch {self.epoch + 1}, is not finite at the rate "
                 f"{self._rate(self.batch - self.step + step):g}; "
-                + (last if self.checkpoint_step else "there is no checkpoint yet")
+                + (last if self.checkpoint_step else "there is no checkpoint; try a lower training.lr")
             )

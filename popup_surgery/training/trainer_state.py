@@ -64,14 +64,14 @@ def _warn_of_differences(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     processes, images = checkpoint.state["processes"], checkpoint.state["images"]
     if processes != trainer.part.processes:
         log.warning(
-            "the checkpoint was taken by %d processes and resumes with %d: what is random in a network, and the "
-            "statistics of batch norms, differ from here",
+            "the checkpoint was written with %d processes and resumes with %d; from here on, random layers such as "
+            "dropout, and the statistics of batch norms, differ",
             processes,
             trainer.part.processes,
         )
     if images != trainer.data.counts[TRAIN]:
         log.warning(
-            "the checkpoint was taken with %s training images and resumes with %s: their order differs from here",
+            "the checkpoint was written with %s training images and resumes with %s; from here on, their order differs",
             images,
             trainer.data.counts[TRAIN],
         )

@@ -1,5 +1,7 @@
 """Move values into a tensor, or out of it, piece by piece, without a second tensor of its size."""
 
+import hashlib
+import math
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -8,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .streams import CHUNK
+
+ROUNDING = 2.0**-8  # relative, of bfloat16
+SMALLEST = 2.0**-24  # the smallest subnormal number of float16
 
 
 def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
@@ -43,3 +48,29 @@ def equals(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> bool:
         torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
         for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
     )
+
+
+def deviation(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> tuple[float, bool]:
+    """Compare `tensor` with what `fill` with these pieces would leave in it.
+
+    Returns:
+        The largest difference, infinite if there is a NaN; and whether all differences lie within rounding. An average
+        over equal weights or a cast to half precision and back causes such differences.
+    """
+    largest, rounding = 0.0, True
+    for mine, piece in zip(pieces_of(tensor), pieces, strict=True):
+        theirs = torch.from_numpy(piece).to(mine.dtype)
+        if not torch.equal(mine, theirs):
+            off = (mine.double() - theirs.double()).abs().nan_to_num(nan=math.inf)
+            largest = max(largest, float(off.max()))
+            rounding &= bool((off <= (theirs.double().abs() * ROUNDING).clamp(min=SMALLEST)).all())
+    return largest, rounding
+
+
+def values_digest(tensors: Iterable[Tensor]) -> str:
+    """Return the SHA-256 over the values of floating tensors, widened to float32."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        for piece in pieces_of(tensor):
+            digest.update(piece.float().numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()

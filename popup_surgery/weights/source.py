@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..errors import ArtifactError
 from . import BASE, PRETRAINED, get_scheme
-from .fill import equals, fill, pieces_of
+from .fill import deviation, fill, pieces_of
 from .streams import DISTRIBUTIONS, Floats, draw
 
 
@@ -43,8 +43,12 @@ class WeightSource(ABC):
         """Write the values into the weight `tensor`, in place, at conversion."""
 
     @abstractmethod
-    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> None:
-        """Raise `ArtifactError` if a file could not restore the present values of the weight called `name`."""
+    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> float:
+        """Return the largest difference between the weight called `name` and what a file restores, within rounding.
+
+        Raises:
+            ArtifactError: a file could not restore the weight's present values, not even within rounding.
+        """
 
     @abstractmethod
     def record(self, std: float) -> dict[str, float]:
@@ -66,12 +70,17 @@ class Drawn(WeightSource):
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
         fill(tensor, self.values(tensor.numel(), std, seed, stream, None))
 
-    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> None:
-        if not equals(tensor, self.values(tensor.numel(), std, seed, stream, None)):
+    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> float:
+        largest, rounding = deviation(tensor, self.values(tensor.numel(), std, seed, stream, None))
+        if not rounding:
             raise ArtifactError(
-                f"the weights of {name!r} are not those of seed {seed} any more, so that no file could rebuild them; "
-                "they were loaded or changed after conversion"
+                f"the weights of {name!r} are not those of seed {seed} any more, so no file could rebuild them: they "
+                f"differ by up to {largest:.3g}. They were loaded or changed after conversion. To keep the masks, "
+                "convert a new network with the same settings, load only the entries that end in _score into it "
+                "(load_state_dict with strict=False), and save that. To keep these weights, save "
+                "bake(model).state_dict()"
             )
+        return largest
 
     def record(self, std: float) -> dict[str, float]:
         return {"std": std}
@@ -92,11 +101,12 @@ class Pretrained(WeightSource):
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
         """Do nothing: the weight has its values."""
 
-    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> None:
+    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> float:
         if tensor.dtype == torch.float64:
             raise ArtifactError(
                 f"{name!r} is a pretrained weight of float64; cast the network to float32 before it is saved"
             )
+        return 0.0
 
     def record(self, std: float) -> dict[str, float]:
         return {}

@@ -107,7 +107,7 @@ def test_diff_prints_the_table_and_json(cli: Callable[..., Outcome], tmp_path: P
     assert len(values["layers"]) == 5
     refused = cli("diff", one, tmp_path / "nowhere")
     assert (refused.status, refused.out) == (2, "")
-    assert re.fullmatch(r"error: \S+/nowhere: there is no such file\n", refused.err)
+    assert re.fullmatch(r"error: \S+/nowhere: the file does not exist\n", refused.err)
 
 
 def test_it_is_public() -> None:

@@ -180,6 +180,7 @@ def test_pretrained_weights_have_no_other_seeds(images: Path, tmp_path: Path, me
     save(net, tmp_path / "net", provenance=provenance)
     found = sanity(tmp_path / "net", data_dir=images, base=tmp_path / "base.safetensors", repeats=2, values=[])
     assert [one.change for one in found.variations] == ["as it is", *["mask shuffled"] * 2, "mask inverted"]
+    assert "other seeds: not measured, because the weights are pretrained and no seed draws them" in str(found)
     for key, mask in masks(net).items():
         assert torch.equal(measured[-1][key], torch.where(mask, 0.0, before[key]))
 

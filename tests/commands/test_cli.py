@@ -171,6 +171,7 @@ def test_a_wrong_call_is_status_2_and_no_traceback(cli: Cli, arguments: tuple[st
     outcome = cli(*arguments)
     assert outcome.status == 2
     assert re.search(says, outcome.err), outcome.err
+    assert re.findall("(?i)^error: ", outcome.err, re.M) == ["error: "], "the same word as for all other errors"
     assert "Traceback" not in outcome.err
 
 
@@ -183,6 +184,7 @@ def test_no_arguments_at_all_show_the_help(cli: Cli) -> None:
 def test_a_wrong_call_in_a_process_of_its_own() -> None:
     done = python("-m", "popup_surgery", "convert", "conv4", "--bogus")
     assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: No such option: --bogus"
     assert "Traceback" not in done.stderr
 
 
@@ -444,11 +446,12 @@ def test_recipes_are_listed_shown_and_copied(cli: Cli, tmp_path: Path) -> None:
 
 def test_a_sweep_is_no_recipe(cli: Cli, tmp_path: Path) -> None:
     refused(
-        cli("train", "paper/figure3"), r"^error: paper/figure3 is a sweep; popup-surgery sweep paper/figure3 runs it$"
+        cli("train", "paper/figure3"),
+        r"^error: paper/figure3 is a sweep; run it with popup-surgery sweep paper/figure3$",
     )
     refused(cli("sweep", "paper/figur3"), r"nearest.*paper/figure3")
     copy = tmp_path / "mine.yaml"
-    assert f"popup-surgery sweep {copy} runs it" in cli("recipes", "paper/figure3", "-o", copy).out
+    assert f"run it with popup-surgery sweep {copy}\n" in cli("recipes", "paper/figure3", "-o", copy).out
     refused(cli("train", copy), "is a sweep")
 
 
@@ -512,5 +515,5 @@ def test_a_folder_of_other_classes(cli: Cli, tmp_path: Path, make_images: Callab
     make_images(tmp_path / "data" / "train", ("a", "b"), count=1, size=(8, 8))
     make_images(tmp_path / "data" / "validation", ("a", "c"), count=1, size=(8, 8))
     call = ("train", "digits", "--set", "data.name=folder", "--data-dir", tmp_path / "data", "-o", tmp_path / "run")
-    refused(cli(*call), "other classes")
+    refused(cli(*call), "different classes")
     assert not (tmp_path / "run").exists()

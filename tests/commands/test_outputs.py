@@ -178,7 +178,7 @@ def test_a_folder_that_can_never_be_written(command: str, why: str, cli: Cli, tm
     }  # fmt: skip
     path = NEVER[why](tmp_path, "")
     outcome = cli(*calls[command], "-o", path)
-    refused(outcome, rf"{re.escape(str(path))}(/\S+)? (cannot be written: .*|is no folder; .*)")
+    refused(outcome, rf"{re.escape(str(path))}(/\S+)? (cannot be written: .*|is not a folder; .*)")
 
 
 def test_a_result_whose_name_is_too_long_is_said_before_the_first_step(cli: Cli, tmp_path: Path) -> None:

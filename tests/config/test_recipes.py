@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from popup_surgery import PopupError, Recipe, RecipeError, UnknownName
 from popup_surgery.config.catalog import find, shipped
+from popup_surgery.config.schema import _SECTIONS
 from popup_surgery.config.yaml import read_yaml, to_yaml
 from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.settings import WITHOUT_K
@@ -103,7 +104,7 @@ def test_the_papers_hyperparameters(name: str) -> None:
 def test_scaled_must_be_stated() -> None:
     values = digits()
     del values["surgery"]["scaled"]
-    assert lines(values) == ["surgery.scaled is missing"]
+    assert lines(values) == ["surgery.scaled is missing; expected true or false"]
 
 
 def test_three_mistakes_make_three_lines_with_the_nearest_names() -> None:
@@ -187,6 +188,62 @@ def test_a_bad_value_is_one_mistake_that_names_its_key(path: str, value: Any) ->
     found = lines(change(path, value))
     assert len(found) == 1, found
     assert found[0].startswith(path)
+
+
+WRONG: tuple[Any, ...] = (None, "x", 32, -1, 1.5, math.nan, [], ["a"], [1, 2], {}, {"a": 1}, {1: 2}, True)
+OF_THE_VALIDATOR = re.compile(
+    r"[Ii]nput should|valid |validation,|dictionary|instance|literal|\bNone\b|\bTrue\b|at least \d+ items?"
+)
+
+
+EVERY_KEY = [*_SECTIONS, *(f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields)]
+
+
+@pytest.mark.parametrize("path", EVERY_KEY)
+def test_whatever_is_wrong_with_a_key_is_told_in_our_own_words(path: str) -> None:
+    section, _, key = path.partition(".")
+    for wrong in WRONG:
+        values = digits()
+        if section == "lottery_ticket":
+            values |= {"surgery": "none", "lottery_ticket": {"k": 0.5, "rounds": 1}}
+        if key:
+            values[section][key] = wrong
+        else:
+            values[section] = wrong
+        try:
+            Recipe.parse(values)
+        except RecipeError as error:
+            found = [line for line in str(error).removeprefix("recipe: ").split("\n") if not line.endswith("mistakes:")]
+            assert len(found) == 1 or isinstance(wrong, dict), found
+            for line in found:
+                assert section in line, line
+                assert not OF_THE_VALIDATOR.search(line), line
+                assert re.search("; expected |nearest|; set |timm's|no option", line), line
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "sentence"),
+    [
+        ("data.input_size", 32, "data.input_size is 32; expected a list of 3 integers from 1 to 8,192 or null; "
+         "for example [3, 32, 32]"),
+        ("data.input_size", [3, 32], "data.input_size is [3, 32]; expected a list of 3 integers from 1 to 8,192 or "
+         "null; for example [3, 32, 32]"),
+        ("data.std", [0.1, 0.0], "data.std is [0.1, 0.0]; expected a list of numbers above 0 or null"),
+        ("training.epochs", None, "training.epochs has no value; expected an integer from 1"),
+        ("training.epochs", "3", "training.epochs is '3'; expected an integer from 1"),
+        ("training.seed", -1, "training.seed is -1; expected an integer from 0 to 2**63 - 1"),
+        ("training.nesterov", 1, "training.nesterov is 1; expected true or false"),
+        ("training.precision", "half", "training.precision is 'half'; expected 'float32', 'bfloat16' or 'float16'"),
+        ("training.trackers", "wandb", "training.trackers is 'wandb'; expected a list of any of 'tensorboard', "
+         "'wandb', 'mlflow' or 'trackio'"),
+        ("model.pretrained", None, "model.pretrained has no value; expected true, false, or a string"),
+        ("surgery.include", 3, "surgery.include is 3; expected a string, a list of strings, or null"),
+        ("surgery", "nothing", "surgery is 'nothing'; expected a section with keys such as learner, learner_options "
+         "and k or 'none'"),
+    ],
+)  # fmt: skip
+def test_the_sentence_of_a_bad_value(path: str, value: Any, sentence: str) -> None:
+    assert lines(change(path, value)) == [sentence]
 
 
 def test_a_bad_surgery_word_is_told_the_right_one() -> None:
@@ -297,8 +354,8 @@ def test_the_last_override_of_a_key_counts_and_the_others_stay() -> None:
     ("override", "says"),
     [
         ("training.epochs", "training.epochs"),
-        ("training.epoch=3", r"training\.epoch is no key.*\bepochs\b"),
-        ("trainig.epochs=3", r"trainig is no key.*\btraining\b"),
+        ("training.epoch=3", r"training\.epoch is not a key.*\bepochs\b"),
+        ("trainig.epochs=3", r"trainig is not a key.*\btraining\b"),
         ("training.epochs.more=3", r"training\.epochs"),
         ("training.lr=", r"training\.lr"),
         ("training.lr=abc", r"training\.lr is 'abc'"),

@@ -383,7 +383,7 @@ def test_a_file_where_a_folder_is_expected(tmp_path: Path) -> None:
 def test_splits_with_other_classes(tmp_path: Path, make_images: Callable[..., None], classes: tuple[str, ...]) -> None:
     make_images(tmp_path / "train", ("a", "b"), count=1)
     make_images(tmp_path / "validation", classes, count=1)
-    with pytest.raises(DataError, match=r"other classes.*'[bc]'"):
+    with pytest.raises(DataError, match=r"different classes.*'[bc]'"):
         opened(name="folder", root=str(tmp_path))
 
 
@@ -461,7 +461,7 @@ def test_some_of_the_images_are_the_same_for_every_seed(images: Path, in_memory:
 
 
 def test_digits_have_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.root is '.*'; digits come with scikit-learn and need no folder"):
+    with pytest.raises(DataError, match=r"data\.root is '.*'; expected null"):
         train("digits", data_dir=tmp_path, output=tmp_path / "run")
 
 
@@ -548,7 +548,7 @@ def test_tar_files_give_what_the_folders_give(images: Path, tmp_path: Path, in_m
 def test_tar_files_with_other_classes(images: Path, tmp_path: Path) -> None:
     pack(tmp_path / "train.tar", images / "train")
     pack(tmp_path / "validation.tar", images / "validation", ("cat", "dog"))
-    with pytest.raises(DataError, match=r"other classes.*'eel'"):
+    with pytest.raises(DataError, match=r"different classes.*'eel'"):
         opened(root=str(tmp_path), **TARS)
 
 

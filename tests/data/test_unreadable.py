@@ -80,7 +80,8 @@ def test_an_image_that_cannot_be_read_is_named(copied: Path, split: str, in_memo
         data = opened(name="folder", root=str(copied), batch_size=4, in_memory=in_memory, workers=workers)
         drain(data, split)
     assert str(caught.value) == (
-        f"{file} cannot be read: it is no image of a kind that Pillow knows; data.on_error=skip leaves such images out"
+        f"{file} cannot be read: it is not an image of a kind that Pillow knows; set data.on_error to "
+        "skip to leave such images out"
     )
 
 
@@ -89,7 +90,7 @@ def test_an_image_that_cannot_be_read_is_named(copied: Path, split: str, in_memo
 def test_no_damage_gives_another_image(copied: Path, name: str, damage: str) -> None:
     data = opened(name="folder", root=str(copied), batch_size=4, in_memory=False)
     DAMAGES[damage](copied / "train" / name)
-    with pytest.raises(DataError, match=rf"^{copied}/train/{name} cannot be read: \S.*; data\.on_error=skip"):
+    with pytest.raises(DataError, match=rf"^{copied}/train/{name} cannot be read: \S.*; set data\.on_error to skip"):
         drain(data, "train")
 
 
@@ -155,7 +156,7 @@ def test_skipped_images_contribute_nothing_and_the_others_stay_as_they_are(copie
         assert all_weight == 1
     assert data.skipped == 3
     first = min(bad, key=order.index)
-    assert data.left_out == f"{first} cannot be read: it is no image of a kind that Pillow knows"
+    assert data.left_out == f"{first} cannot be read: it is not an image of a kind that Pillow knows"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -338,7 +339,7 @@ def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
         train(many, overrides=["data.on_error=skip"], output=tmp_path / "run", resume=True)
         assert lines(tmp_path / "run")[-1]["epoch"] == 3
         (said,) = [record.getMessage() for record in caplog.records if record.name == "popup_surgery"]
-        assert said.startswith("the checkpoint was taken with 120 training images and resumes with 119: ")
+        assert said.startswith("the checkpoint was written with 120 training images and resumes with 119; ")
 
 
 @pytest.mark.slow
@@ -388,7 +389,7 @@ def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     os.killpg(process.pid, number)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, said
-    assert re.fullmatch(r"stopped after step \d+, in epoch \d; the same command goes on with --resume\n", said)
+    assert re.fullmatch(r"stopped after step \d+, in epoch \d; resume with the same command and --resume\n", said)
     psutil.wait_procs(workers, timeout=PATIENCE)
     assert not any(worker.is_running() for worker in workers)
 

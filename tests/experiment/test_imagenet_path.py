@@ -47,7 +47,7 @@ def test_two_processes_stop_within_an_epoch_and_end_in_the_same_file(imagenet: P
     process = started(tmp_path / "stopped", recipe, *words)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, said.count("in epoch 1; the same command goes on with --resume")) == (75, 1), said
+    assert (process.returncode, said.count("in epoch 1; resume with the same command and --resume")) == (75, 1), said
     words += ["--set", "training.checkpoint_minutes=10"]  # one of these is 40 MB
     for name in ("through", "stopped"):
         done = subprocess.run(cli_run(tmp_path / name, recipe, *words, "--resume"), capture_output=True, text=True)

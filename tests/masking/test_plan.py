@@ -92,7 +92,7 @@ def test_what_is_no_plan_is_refused() -> None:
     no_key = json.loads(text)
     del no_key["masked"][0]["key"]
     for wrong in ("", "3", "[]", "{}", json.dumps(no_key), json.dumps(json.loads(text) | {"rest": [1]})):
-        with pytest.raises(ConversionError, match=r"^this is no plan as Plan\.to_json writes it: "):
+        with pytest.raises(ConversionError, match=r"^this is not a plan that Plan\.to_json wrote: "):
             Plan.from_json(wrong)
     with pytest.raises(ConversionError, match="k is 3; expected a number above 0"):
         Plan.from_json(json.dumps(bad))
@@ -184,7 +184,7 @@ def test_the_command_plans_once(
 
 def test_json_is_for_a_plan(cli: Callable[..., Any], tmp_path: Path) -> None:
     done = cli("convert", "conv2", "-o", tmp_path / "net", "--json")
-    assert (done.status, done.err) == (2, "error: --json prints a plan; it needs --dry-run\n")
+    assert (done.status, done.err) == (2, "error: --json prints the plan; add --dry-run\n")
     assert not list(tmp_path.iterdir())
 
 

@@ -245,5 +245,5 @@ def test_an_argument_that_the_network_does_not_take() -> None:
         build("conv4", patch_size=4)
     with pytest.raises(ConversionError, match=r"timm/resnet18 cannot be built with width=2: .*width"):
         build("timm/resnet18", width=2)
-    with pytest.raises(ConversionError, match=r"img_size is 1; 2 poolings expect at least 4 pixels"):
+    with pytest.raises(ConversionError, match=r"img_size is 1; 2 pooling layers need at least 4 pixels"):
         build("conv4", img_size=1)

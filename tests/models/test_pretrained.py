@@ -31,8 +31,8 @@ from popup_surgery import (
     train,
     verify,
 )
-from popup_surgery.artifact.rebuild import values_digest
 from popup_surgery.masking.state import slots_of
+from popup_surgery.weights.fill import values_digest
 from popup_surgery.weights.streams import draw
 from support import Outcome, equal_states
 
@@ -140,15 +140,17 @@ def test_a_reader_with_the_base_rebuilds_and_one_with_another_refuses(how: str, 
 
 def test_what_a_reader_lacks_is_said(weights: Path, tmp_path: Path) -> None:
     save(convert(build(NAME, pretrained=weights), scheme="pretrained"), tmp_path / FILE)
-    with pytest.raises(ArtifactError, match=r"weights of timm/test_resnet that no library has; pass .* as `base`"):
+    with pytest.raises(ArtifactError, match=r"weights of timm/test_resnet that no library provides; pass .* as `base`"):
         load(tmp_path / FILE)
     with pytest.raises(ArtifactError, match=r"the base has nothing for 'conv1\.0\.weight'|the base has nothing for"):
         load(tmp_path / FILE, base=nn.Linear(2, 2))
-    with pytest.raises(ArtifactError, match="there is no file of weights"):
+    with pytest.raises(ArtifactError, match=r"the file of weights .* does not exist"):
         load(tmp_path / FILE, base=tmp_path / "none.safetensors")
     convert(random := build(NAME))
     save(random, tmp_path / "random.popup.safetensors")
-    with pytest.raises(ArtifactError, match="a base was given, and the file's weights are those of its seed"):
+    with pytest.raises(
+        ArtifactError, match="`base` was given, but the file's weights come from its seed; leave out `base`"
+    ):
         load(tmp_path / "random.popup.safetensors", base=weights)
 
 
@@ -166,7 +168,10 @@ def test_a_refused_base_leaves_the_network_as_it_was(weights: Path, tmp_path: Pa
     [
         (lambda state: state.pop("fc.bias"), r"lacks 'fc\.bias' and 0 more"),
         (lambda state: state.update(more=torch.ones(1)), r"has 'more' and 0 more tensors that the network does not"),
-        (lambda state: state.update({"bn1.weight": torch.ones(3)}), r"'bn1\.weight' of .* and only a layer may have"),
+        (
+            lambda state: state.update({"bn1.weight": torch.ones(3)}),
+            r"'bn1\.weight' of .* and only a layer that can be",
+        ),
     ],
 )
 def test_files_for_another_network_are_refused(change: Callable[..., Any], message: str, tmp_path: Path) -> None:
@@ -183,7 +188,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "evil"),)
 
     torch.save({"state_dict": Evil()}, tmp_path / "evil.pth")
-    with pytest.raises(ConversionError, match="holds no weights that can be read safely"):
+    with pytest.raises(ConversionError, match="has no weights that can be read safely"):
         build(NAME, pretrained=tmp_path / "evil.pth")
     assert not (tmp_path / "evil").exists()
 
@@ -326,7 +331,9 @@ def masks_of(model: nn.Module, base: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_recipes_that_contradict_themselves(weights: Path) -> None:
     from popup_surgery import Recipe
 
-    with pytest.raises(RecipeError, match=r"surgery\.scheme pretrained needs model\.pretrained"):
+    with pytest.raises(
+        RecipeError, match=r"surgery\.scheme pretrained needs pretrained weights; set model\.pretrained"
+    ):
         Recipe.parse(recipe(None, scheme="pretrained"))
     with pytest.raises(RecipeError, match=r"surgery\.scheme kaiming_normal would overwrite the weights"):
         Recipe.parse(recipe(weights, scheme="kaiming_normal"))
@@ -349,11 +356,11 @@ def test_a_custom_network_is_verified_on_the_base_that_is_given(weights: Path, t
     model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
     save_file(model.state_dict(), tmp_path / "base.safetensors")
     save(convert(model, scheme="pretrained"), tmp_path / FILE)
-    assert "not checked, no base was given" in str(verify(tmp_path / FILE))
+    assert "not checked; pass the base with --base" in str(verify(tmp_path / FILE))
     assert verify(tmp_path / FILE, base=tmp_path / "base.safetensors")
     with pytest.raises(ArtifactError, match="the base has nothing for"):
         verify(tmp_path / FILE, base=weights)
-    with pytest.raises(ArtifactError, match="there is no file of weights"):
+    with pytest.raises(ArtifactError, match=r"the file of weights .* does not exist"):
         verify(tmp_path / FILE, base=tmp_path / "none.safetensors")
 
 
@@ -399,9 +406,9 @@ def test_the_command_line_plans_what_it_writes(
     assert cli(*call, "-o", FILE).status == 0
     assert "signed_constant" in cli("inspect", FILE).out
     assert cli("verify", FILE, "--base", weights).status == 0
-    assert "not checked, no base was given" in cli("verify", FILE).out
+    assert "not checked; pass the base with --base" in cli("verify", FILE).out
     missing = cli("verify", FILE, "--base", "nothing.safetensors")
-    assert (missing.status, missing.err) == (2, "error: --base nothing.safetensors: there is no such file\n")
+    assert (missing.status, missing.err) == (2, "error: --base is nothing.safetensors, which does not exist\n")
     with pytest.raises(ArtifactError, match=r"model is 3; expected a plain torch\.nn\.Module"):
         load(FILE, 3)  # type: ignore[arg-type]
 
@@ -410,7 +417,7 @@ def test_weights_of_which_none_has_its_size_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "narrow.safetensors"
     save_file(build("popup_surgery/conv2", width=0.25).state_dict(), file)
     with pytest.raises(
-        ConversionError, match=r"^no tensor of .*narrow\.safetensors has its size .* expected the arguments"
+        ConversionError, match=r"^no tensor of .*narrow\.safetensors has its size .* build the network with"
     ):
         build("popup_surgery/conv2", pretrained=file)
     assert build("popup_surgery/conv2", pretrained=file, width=0.25) is not None

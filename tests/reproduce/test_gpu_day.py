@@ -155,7 +155,7 @@ def test_data_is_a_folder_or_an_archive_of_it(ten: Path, tmp_path: Path) -> None
     for path, message in (
         (tmp_path / "none", "does not exist"),
         (tmp_path / "text.tar", "cannot be unpacked"),
-        (tmp_path / "work", "has no folder train"),
+        (tmp_path / "work", "has no train folder"),
     ):
         with pytest.raises(RunError, match=message):
             gpu.unpacked(path, tmp_path / "other")
@@ -188,7 +188,7 @@ def test_what_is_no_archive(tmp_path: Path, cli: Callable[..., Any]) -> None:
             redraw("figure3", path, tmp_path / "out")
     write_archive(tmp_path / "empty.zip", [], tmp_path, {"device": "none"})
     assert Archive.open(tmp_path / "empty.zip").outcomes == ()
-    with pytest.raises(RunError, match="has no run of figure3; it has no run at all"):
+    with pytest.raises(RunError, match="has no run of figure3; it has no runs"):
         redraw("figure3", tmp_path / "empty.zip", tmp_path / "out")
     with pytest.raises(UnknownName, match="figure33"):
         redraw("figure33", tmp_path / "empty.zip", tmp_path / "out")
@@ -196,7 +196,7 @@ def test_what_is_no_archive(tmp_path: Path, cli: Callable[..., Any]) -> None:
     said = cli("reproduce", "figure3", "--from", tmp_path / "empty.zip", "--set", "surgery.k=0.5")
     assert (said.status, said.err) == (
         2,
-        "error: --set was given with --from, which runs nothing; expected one of them\n",
+        "error: --set has no effect with --from, which runs nothing; leave out one of the two\n",
     )
 
 

@@ -208,7 +208,7 @@ def test_what_is_no_figure_or_scale(ten: Path) -> None:
             r".*model\.name 'timm/resnet18' and 'timm/resnet50';",
         ),
     ):
-        with pytest.raises(RecipeError, match=rf"^{figure} would have {named} expected one of them.*--only"):
+        with pytest.raises(RecipeError, match=rf"^{figure} would have {named} choose networks with --only"):
             sweep_of(figure, settings=[setting])
 
 
@@ -227,7 +227,7 @@ def test_series_and_networks_are_chosen(tmp_path: Path) -> None:
     }
     one = sweep_of("figure3", settings=["surgery.k=[0.5]"], only=["conv2"], seeds=1).runs
     assert [run.label for run in one] == ["Kaiming Normal", "Signed Constant", "dense, SGD", "dense, Adam"]
-    with pytest.raises(DataError, match=r"^data set torch/cifar10 needs its folder: pass --data-dir DIR"):
+    with pytest.raises(DataError, match=r"^data set torch/cifar10 needs a folder; pass --data-dir DIR"):
         reproduce("figure3", "tiny", sweep_of("figure3", "tiny"), tmp_path / "none")
     assert not (tmp_path / "none").exists()
 

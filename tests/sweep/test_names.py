@@ -127,7 +127,12 @@ def test_the_picture_has_a_dot_for_each_run(values: Any, labels: int, tmp_path: 
 
     drawn: list[Any] = []
     write = plots.write_figure
-    monkeypatch.setattr(plots, "write_figure", lambda figure, path: (drawn.append(figure), write(figure, path)))
+
+    def spy(figure: Any, path: Path) -> None:
+        drawn.append(figure)
+        write(figure, path)
+
+    monkeypatch.setattr(plots, "write_figure", spy)
     found = outcomes(values)
     draw("mine", points(found), tmp_path / "results.png")
     with Image.open(tmp_path / "results.png") as image:

@@ -45,7 +45,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
     process.send_signal(number)
     _, said = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75
-    assert re.fullmatch(r"stopped after step \d+, in epoch \d; the same command goes on with --resume\n", said)
+    assert re.fullmatch(r"stopped after step \d+, in epoch \d; resume with the same command and --resume\n", said)
     assert resume(tmp_path / "run") == through
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "curve.png", "digits.popup.safetensors", "masks.png", "metrics.jsonl", "recipe.yaml",
@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     DAMAGES[damage](newest)
     assert resume(stopped) == through
     assert f"{newest.parent / newest.stem}." in caplog.text.split(" is damaged")[0]
-    assert "trying the one before" in caplog.text
+    assert "trying the checkpoint before it" in caplog.text
 
 
 def test_a_damaged_checkpoint_does_not_count_among_the_two_that_are_kept(stopped: Path) -> None:
@@ -159,7 +159,7 @@ def test_no_whole_checkpoint_is_an_error_and_loses_nothing(stopped: Path) -> Non
     for path in (stopped / "checkpoints").glob("*.json"):
         flip(path)
     before = sorted(path.name for path in stopped.rglob("*"))
-    with pytest.raises(RunError, match=r"no checkpoint in .* is whole; remove .* to start anew"):
+    with pytest.raises(RunError, match=r"all checkpoints in .* are damaged; remove .* to start again"):
         train("digits", overrides=SHORT, output=stopped, resume=True)
     assert sorted(path.name for path in stopped.rglob("*") if path.name != "lock") == [
         name for name in before if name != "lock"
@@ -178,9 +178,7 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(stopped: Path) -> Non
     file.write_text(file.read_text().replace("lr: 0.2\n", "lr: 0.1\n"))
     train("digits", overrides=[*SHORT, "training.checkpoint_minutes=5"], output=stopped, resume=True)
     before = (stopped / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        RunError, match=r"holds a finished run, whose file is digits\.popup\.safetensors, and this one "
-    ):
+    with pytest.raises(RunError, match=r"holds a finished run with the file digits\.popup\.safetensors, and this run "):
         train(file, output=stopped, resume=True)
     assert (stopped / "metrics.jsonl").read_bytes() == before
 

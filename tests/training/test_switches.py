@@ -93,9 +93,9 @@ def test_a_rate_for_each_step(tmp_path: Path) -> None:
 
 
 def test_arguments_that_a_schedule_or_an_optimiser_does_not_take(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=r"schedule_kwargs are no arguments of timm's step schedule: .*'decay'"):
+    with pytest.raises(RecipeError, match=r"schedule_kwargs is .*; timm's step schedule does not take it: .*'decay'"):
         short(tmp_path / "a", "training.schedule=step", "training.schedule_kwargs={decay: 1}")
-    with pytest.raises(RunError, match=r"training\.optimizer sgd does not take {'beta': 1}"):
+    with pytest.raises(RunError, match=r"training\.optimizer sgd does not take training\.optimizer_kwargs {'beta': 1}"):
         short(tmp_path / "b", "training.optimizer_kwargs={beta: 1}")
     assert not list(tmp_path.iterdir())
 
@@ -209,7 +209,7 @@ def test_deterministic_algorithms_are_asked_for_within_a_run_alone() -> None:
 def test_a_precision_that_the_device_does_not_have(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this device has float16")
-    with pytest.raises(RunError, match=r"training\.precision is 'float16', which trains on GPUs alone"):
+    with pytest.raises(RunError, match=r"training\.precision is 'float16', which trains only on GPUs"):
         short(tmp_path / "run", "training.precision=float16")
     assert not list(tmp_path.iterdir())
 
@@ -313,7 +313,7 @@ def test_a_network_starts_with_the_mask_of_a_file(scope: Scope, tmp_path: Path) 
     state = bake(fresh).state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in bake(trained).state_dict().items())
     wider = convert(build("timm/resnet18", num_classes=3), 0.5, scaled=False, **settings)
-    with pytest.raises(ArtifactError, match=r"the weights of 'conv1.weight' are other ones: the file's are of seed 5"):
+    with pytest.raises(ArtifactError, match=r"the weights of 'conv1.weight' differ: the file's are .* and seed 5"):
         start_from(wider, tmp_path / "file")
 
 
@@ -349,11 +349,11 @@ def test_a_run_takes_the_seed_of_the_file_it_goes_on_from(tmp_path: Path) -> Non
     values["model"]["init_from"] = str(nine.file)
     assert inspect(train(values, output=tmp_path / "on").file).seed == 9
     assert Recipe.load(tmp_path / "on" / "recipe.yaml").dump()["surgery"]["seed"] == 9
-    with pytest.raises(RecipeError, match=r"surgery\.seed is 3; the subnetwork of model\.init_from .* is of seed 9"):
+    with pytest.raises(RecipeError, match=r"surgery\.seed is 3; expected 9, the seed of model\.init_from"):
         short(tmp_path / "x", f"model.init_from={nine.file}", "surgery.seed=3")
-    with pytest.raises(ArtifactError, match=r"weights of 'features\.0\.weight' are other ones"):
+    with pytest.raises(ArtifactError, match=r"weights of 'features\.0\.weight' differ"):
         short(tmp_path / "x", f"model.init_from={nine.file}", "surgery.seed=9", "surgery.scheme=kaiming_normal")
-    with pytest.raises(ArtifactError, match="there is no such file"):
+    with pytest.raises(ArtifactError, match="the file does not exist"):
         short(tmp_path / "x", "model.init_from=nowhere.popup.safetensors")
     assert not (tmp_path / "x").exists()
 
@@ -387,7 +387,7 @@ def test_state_of_any_shape_goes_through_a_checkpoint(tmp_path: Path) -> None:
     for one, other in zip(state[0].pop("Q"), back["state"][0].pop("Q"), strict=True):
         assert torch.equal(one, other)
     assert back == tree
-    with pytest.raises(RunError, match=r"^optimizer\.x is a range, which a checkpoint does not hold$"):
+    with pytest.raises(RunError, match=r"^optimizer\.x is a range, which a checkpoint cannot hold$"):
         checkpoint.pack({"x": range(3)}, "optimizer", {})
 
 
@@ -473,7 +473,7 @@ def test_a_process_with_other_masks_stops_the_run_by_its_number(tmp_path: Path) 
     done = two(tmp_path, "differ")
     assert all(process.returncode for process in done)
     for process in done:
-        assert "RunError: process 1 has other masks than process 0 after step 45" in process.stderr
+        assert "RunError: after step 45, process 1 has different masks from process 0" in process.stderr
 
 
 @pytest.mark.parametrize(
