@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ConversionError, some
 from ..models.architecture import Architecture, note_origin, origin_of
 from ..models.build import build, build_architecture, build_uninitialised
-from ..models.libraries import architecture_of
+from ..models.libraries import architecture_and_tag, architecture_of
 from ..torch_compat import renew_reducer
 from ..weights import is_pretrained
 from ..weights.source import source_of
@@ -111,11 +111,16 @@ def convert_as_given(
 
 def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.Module, Plan]:
     """Build the described network and plan its conversion. All that conversion does not fill is initialised."""
-    architecture = architecture_of(described) if isinstance(described, str) else described
-    settings = MaskingSettings.of(given)
+    architecture, tag = architecture_and_tag(described) if isinstance(described, str) else (described, "")
+    name, settings = f"{architecture.library}/{architecture.name}", MaskingSettings.of(given)
     if is_pretrained(settings.scheme):
-        model = build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
+        model = build(name, pretrained=tag or True, **architecture.kwargs)
         return model, plan_as_given(model, given)
+    if tag:
+        raise ConversionError(
+            f"{described} names the pretrained weights {tag}, which the scheme {settings.scheme} would replace; "
+            f"expected {name}, or scheme='pretrained'"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model, blank = build_uninitialised(architecture)
