@@ -17,11 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import PopupError, RecipeError, nearest, unknown
+from ..errors import ConversionError, PopupError, RecipeError, UnknownName, nearest, unknown
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K
 from ..models.architecture import check_kwargs
-from ..models.libraries import resolve
+from ..models.libraries import resolve, resolve_with_tag
+from ..models.pretrained import with_tag
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from .catalog import find, is_sweep
 from .expected import expected, shown
@@ -108,7 +109,8 @@ class Model(_Section):
     """The network: a name that `build` knows, its arguments, and its weights.
 
     Attributes:
-        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`.
+        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`. The tag in
+            `timm/resnet50.a1_in1k` is read as `pretrained`.
         kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
             of weights.
@@ -120,6 +122,23 @@ class Model(_Section):
     pretrained: bool | str = False
     init_from: str | None = None
     kwargs: Annotated[dict[str, Any], AfterValidator(_recordable), Field(examples=[{"num_classes": 10}])] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tag(cls, values: Any) -> Any:
+        """Move the tag of pretrained weights in the name to `pretrained`."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        try:
+            library, name, tag = resolve_with_tag(values["name"])
+            if not tag:
+                return values
+            weights = with_tag(values["name"], tag, values.get("pretrained"))
+            return {**values, "name": f"{library}/{name}", "pretrained": weights}
+        except ConversionError as error:
+            raise ValueError(str(error)) from None
+        except UnknownName:
+            return values  # as the check of the name says
 
 
 class Surgery(_Section):
@@ -176,6 +195,11 @@ class Data(_Section):
         hflip: probability of a horizontal flip.
         scale, ratio, color_jitter, auto_augment, re_prob: for images not in memory: arguments of timm's transforms.
         crop_pct, interpolation: how timm's transforms resize and crop images.
+        same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
+            size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
+            versions before this key: `keep` if images are held in memory, and otherwise `crop`.
+        image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
+            `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
         workers: processes that decode images, for each process that trains.
         on_error: what happens at an image that cannot be read. `stop` ends the run and names the image; `skip` leaves
             it out and counts it.
@@ -205,6 +229,9 @@ class Data(_Section):
     re_prob: Fraction = 0.0
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
+    same_size: Literal["keep", "crop"] | None = "keep"
+    image_key: str | None = None
+    label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
     on_error: Annotated[Literal["stop", "skip"], Key(affects_result=False)] = "stop"
 

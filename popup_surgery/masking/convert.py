@@ -7,10 +7,10 @@ from typing import Any, Never
 import torch
 from torch import nn
 
-from ..errors import ConversionError
+from ..errors import ConversionError, some
 from ..models.architecture import Architecture, note_origin, origin_of
 from ..models.build import build, build_architecture, build_uninitialised
-from ..models.libraries import architecture_of
+from ..models.libraries import architecture_and_tag, architecture_of
 from ..torch_compat import renew_reducer
 from ..weights import is_pretrained
 from ..weights.source import source_of
@@ -18,6 +18,7 @@ from .apply import apply
 from .plan import Plan
 from .planning import plan_as_given
 from .settings import DEFAULT, Choice, MaskingSettings, Patterns, Schemes, Scope, Shares, given_in
+from .unmasked import FROZEN
 from .walk import places_of, unwrap
 
 log = logging.getLogger("popup_surgery")
@@ -112,11 +113,16 @@ def convert_as_given(
 
 def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.Module, Plan]:
     """Build the described network and plan its conversion. All that conversion does not fill is initialised."""
-    architecture = architecture_of(described) if isinstance(described, str) else described
-    settings = MaskingSettings.of(given)
+    architecture, tag = architecture_and_tag(described) if isinstance(described, str) else (described, "")
+    name, settings = f"{architecture.library}/{architecture.name}", MaskingSettings.of(given)
     if is_pretrained(settings.scheme):
-        model = build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
+        model = build(name, pretrained=tag or True, **architecture.kwargs)
         return model, plan_as_given(model, given)
+    if tag:
+        raise ConversionError(
+            f"{described} names the pretrained weights {tag}, which the scheme {settings.scheme} would replace; "
+            f"expected {name}, or scheme='pretrained'"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model, blank = build_uninitialised(architecture)
@@ -129,12 +135,19 @@ def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.
 
 
 def _tell(planned: Plan, level: int) -> None:
-    """Log how many layers lost their weights, and which weights are not masked."""
-    if drawn := sum(source_of(weight.distribution).drawn for weight in planned.masked):
-        if drawn < len(planned.masked):
+    """Log which layers lost their weights, and which weights are not masked."""
+    if drawn := [weight.key for weight in planned.masked if source_of(weight.distribution).drawn]:
+        if len(drawn) < len(planned.masked):
             level = logging.WARNING  # perhaps a trained head was replaced
-        seed = planned.settings.seed
-        log.log(level, "replaced the weights of %d layers with random ones (seed %d)", drawn, seed)
+        log.log(
+            level,
+            "replaced the weights of %d layers with random ones (seed %d): %s",
+            len(drawn),
+            planned.settings.seed,
+            some(drawn),
+        )
+    if frozen := [other.key for other in planned.rest if other.treatment == FROZEN and not other.done]:
+        log.warning("left as they came, frozen: %s; name a layer in include to mask it", some(frozen))
     if (coverage := planned.coverage).of_weights < 0.99:
         log.warning(
             "%.0f %% of the weights are not masked: %s", 100 * (1 - coverage.of_weights), ", ".join(coverage.missed)
