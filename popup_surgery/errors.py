@@ -62,3 +62,9 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UnknownName:
     """Return an `UnknownName` for `name` that lists the nearest of `choices`."""
     return UnknownName(f"unknown {kind} {name!r}; the nearest known: {nearest(str(name), choices)}")
+
+
+def some(names: Iterable[str], n: int = 10) -> str:
+    """Return the first `n` names as text, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:n]) + (f" and {len(found) - n} more" if len(found) > n else "")

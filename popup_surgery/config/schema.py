@@ -17,11 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import PopupError, RecipeError, nearest, unknown
+from ..errors import ConversionError, PopupError, RecipeError, UnknownName, nearest, unknown
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K
 from ..models.architecture import check_kwargs
-from ..models.libraries import resolve
+from ..models.libraries import resolve, resolve_with_tag
+from ..models.pretrained import with_tag
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from .catalog import find, is_sweep
 from .expected import expected, shown
@@ -108,7 +109,8 @@ class Model(_Section):
     """The network: a name that `build` knows, its arguments, and its weights.
 
     Attributes:
-        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`.
+        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`. The tag in
+            `timm/resnet50.a1_in1k` is read as `pretrained`.
         kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
             of weights.
@@ -120,6 +122,23 @@ class Model(_Section):
     pretrained: bool | str = False
     init_from: str | None = None
     kwargs: Annotated[dict[str, Any], AfterValidator(_recordable), Field(examples=[{"num_classes": 10}])] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tag(cls, values: Any) -> Any:
+        """Move the tag of pretrained weights in the name to `pretrained`."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        try:
+            library, name, tag = resolve_with_tag(values["name"])
+            if not tag:
+                return values
+            weights = with_tag(values["name"], tag, values.get("pretrained"))
+            return {**values, "name": f"{library}/{name}", "pretrained": weights}
+        except ConversionError as error:
+            raise ValueError(str(error)) from None
+        except UnknownName:
+            return values  # as the check of the name says
 
 
 class Surgery(_Section):

@@ -18,6 +18,7 @@ from ..masking.convert import convert
 from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
+from ..models.pretrained import weights_file
 from ..training.lottery_ticket import TicketTrainer
 from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
@@ -74,7 +75,7 @@ def _network(recipe: Recipe) -> nn.Module:
     """Build a recipe's network: converted, or plain for `surgery: none`; filled from `model.init_from` if it is set."""
     model, file = _fresh_network(recipe), recipe.model.init_from
     if file is not None:
-        base = recipe.model.pretrained if isinstance(recipe.model.pretrained, str) else None
+        base = weights_file(recipe.model.pretrained)
         if recipe.surgery == "none":
             load(file, model, base=base)
         else:

@@ -2,10 +2,9 @@
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from ..data.folders import recognised
 from ..errors import PopupError, RecipeError, nearest
 from ..experiment.setup import run_folder, with_seed
 from ..training.run_folder import RunFolder
+from .names import as_text, find_folder, titles
 
 KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may also stand beside `runs`, for all of them
 SEEDS = ("surgery.seed", "training.seed")
@@ -35,6 +35,7 @@ class Run:
         values: values of the grid's keys.
         seed: seed of this run; the recipe's own `training.seed` if the sweep sets no seeds.
         recipe: the complete recipe.
+        title: what varies in its sweep, such as `k=0.3,seed=1`; the name of a new folder begins with it.
     """
 
     label: str
@@ -42,15 +43,17 @@ class Run:
     values: Mapping[str, Any]
     seed: int
     recipe: Recipe
+    title: str = ""
 
     @cached_property
     def name(self) -> str:
-        """Name of the run's folder: a hash of everything that affects its result."""
+        """A hash of everything that affects the run's result. The name of its folder ends with it."""
         return fingerprint(self.recipe)[:16]
 
     def folder(self, output: Path) -> RunFolder:
-        """Return the run's folder in the sweep's folder `output`."""
-        return run_folder(output / self.name, self.recipe, "recipe")
+        """Return the run's folder in the sweep's folder `output`: the one there, whatever stands before the hash."""
+        new = f"{self.title}-{self.name}" if self.title else self.name
+        return run_folder(output / find_folder(output, self.name, new), self.recipe, "recipe")
 
     def __str__(self) -> str:
         return f"{' '.join([self.label, *_settings(self.values)])} seed {self.seed}"
@@ -137,7 +140,7 @@ class Sweep:
             head = f"{name} has {len(mistakes)} mistakes:\n" if len(mistakes) > 1 else f"{name}: "
             raise RecipeError(head + "\n".join(mistakes))
         _check_distinct(runs, name)
-        return cls(_stem(name), tuple(runs))
+        return cls(_stem(name), tuple(replace(run, title=title) for run, title in zip(runs, titles(runs), strict=True)))
 
 
 class _Grid:
@@ -277,11 +280,6 @@ def _check_distinct(runs: Sequence[Run], name: str) -> None:
         if other is not run:
             same = "is there twice" if str(run) == str(other) else f"is the same run as {other}"
             raise RecipeError(f"{name}: {run} {same}; remove one of them")
-
-
-def as_text(value: Any) -> str:
-    """Return a grid value in human-readable form: text unchanged, everything else as YAML reads it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:
