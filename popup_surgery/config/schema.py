@@ -23,6 +23,7 @@ from ..masking.settings import DEFAULT, WITHOUT_K
 from ..models.architecture import check_kwargs
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
+from ..plugins import load_plugins
 from ..weights import PRETRAINED, get_scheme, is_pretrained
 from .catalog import find, is_sweep
 from .expected import expected, shown
@@ -322,8 +323,14 @@ class LotteryTicket(_Section):
 
 
 class Recipe(_Section):
-    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training."""
+    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training.
 
+    Attributes:
+        plugins: Python files, relative to the recipe file, and modules to import first, in every process of the run,
+            because they register learners and the like. Only a recipe file that is named to `load` is followed.
+    """
+
+    plugins: Annotated[list[str], Key(affects_result=False, affects_speed=False)] = []
     model: Model
     surgery: Surgery | Literal["none"]
     lottery_ticket: LotteryTicket | None = None
@@ -386,14 +393,24 @@ class Recipe(_Section):
             UnknownName: there is no such recipe.
             RecipeError: the file is not YAML, or has mistakes; all of them are listed.
         """
-        values = read_yaml(find(name))
+        file = find(name)
+        values = read_yaml(file)
         if is_sweep(values):
             raise RecipeError(f"{name} is a sweep; run it with popup-surgery sweep {name}")
-        return cls.parse(override(values, overrides), str(name))
+        return cls.parse(with_plugins(override(values, overrides), file.parent), str(name))
 
     def dump(self) -> dict[str, Any]:
-        """Return the plain values of all keys."""
-        return self.model_dump()
+        """Return the plain values of all keys; `plugins` only if there are some."""
+        values = self.model_dump()
+        return values if self.plugins else {key: value for key, value in values.items() if key != "plugins"}
+
+
+def with_plugins(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Import the `plugins` of a recipe file that the user named, and return its values with absolute paths."""
+    plugins = values.get("plugins")
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        return values  # what is wrong with it, `Recipe.parse` says
+    return {**values, "plugins": load_plugins(plugins, folder)}
 
 
 def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:
