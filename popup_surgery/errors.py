@@ -1,7 +1,7 @@
 """Every error that a user of popup-surgery can cause. Each message is one clear sentence."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PopupError(Exception):
@@ -46,6 +46,12 @@ class Stopped(RunError):
     status = 75  # exit code of the command line: "try again later" in sysexits.h
 
 
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return names in one line, and how many more there are than `most`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
+
+
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
     """Return the `n` choices nearest to `name`, as text for an error message."""
     lower = {choice.lower(): choice for choice in choices}
@@ -56,3 +62,9 @@ def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:
 def unknown(kind: str, name: object, choices: Iterable[str]) -> UnknownName:
     """Return an `UnknownName` for `name` that lists the nearest of `choices`."""
     return UnknownName(f"unknown {kind} {name!r}; the nearest known: {nearest(str(name), choices)}")
+
+
+def some(names: Iterable[str], n: int = 10) -> str:
+    """Return the first `n` names as text, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:n]) + (f" and {len(found) - n} more" if len(found) > n else "")

@@ -68,6 +68,14 @@ def is_fx_tracing() -> bool:
     return torch.fx._symbolic_trace.is_fx_symbolic_tracing()
 
 
+def is_replica(module: nn.Module) -> bool:
+    """Return whether `module` is a replica of DataParallel's. Its parameters are plain attributes.
+
+    torch marks replicas with a private attribute. Tried on torch 2.11 and 2.14.
+    """
+    return "_is_replica" in module.__dict__
+
+
 def compiled_module(model: nn.Module) -> nn.Module | None:
     """Return the module inside the wrapper that `torch.compile` returns; None if `model` is not such a wrapper.
 
@@ -145,6 +153,12 @@ class RecurrentWeights:
     @_flat_weights.setter
     def _flat_weights(self, value: object) -> None:
         pass  # the list is made again at each read
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        nn.Module.__setattr__(self, name, value)  # type: ignore[arg-type]
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return nn.Module._replicate_for_data_parallel(self)  # type: ignore[arg-type]
 
     def _init_flat_weights(self) -> None:
         pass

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError
 from ..masking.bake import bake, rebuilt
-from ..masking.ranking import score_name
+from ..masking.ranking import parameter_of, score_of
 from ..masking.walk import masked_weights, unwrap
 from ..weights.source import source_of
 from .file import Artifact
@@ -56,11 +56,14 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             if key in entries and key not in weights:
                 tensor.copy_(entries[key])
         rankings = {id(slot.ranking): slot.ranking for _, _, slot in weights.values()}
-        by_score = {id(module._parameters[score_name(name)]): masks[key] for key, (module, name, _) in weights.items()}
+        by_score = {id(score_of(module, name)): (key, module, name) for key, (module, name, _) in weights.items()}
         for ranking in rankings.values():
             scores = ranking.scores()
-            chosen = [by_score[id(score)].to(score.device) for score in scores]
-            for score, moved in zip(scores, ranking.learner.seed_from_mask(scores, chosen), strict=True):
+            members = [by_score[id(score)] for score in scores]
+            chosen = [masks[key].to(score.device) for score, (key, _, _) in zip(scores, members, strict=True)]
+            first = [parameter_of(module, name).float() for _, module, name in members]
+            given = first if ranking.learner.ranks_weights else scores
+            for score, moved in zip(scores, ranking.learner.seed_from_mask(given, chosen), strict=True):
                 score.copy_(moved)
 
 

@@ -19,10 +19,10 @@ from ..errors import ArtifactError
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
 from ..masking.planning import unconverted
-from ..masking.ranking import score_name
+from ..masking.ranking import parameter_of, score_of
 from ..masking.state import MaskedParam, slots_of, state_of
 from ..masking.unmasked import Generated
-from ..masking.walk import unwrap
+from ..masking.walk import ranked_within, unwrap
 from ..weights.fill import equals, fill, pieces_of
 from ..weights.source import source_of
 from ..weights.streams import draw
@@ -69,7 +69,7 @@ def save(
         PopupError: the file cannot be written. An existing file is unchanged.
     """
     core, codec = unwrap(model), get_codec(encoding)
-    with as_saved():
+    with as_saved(), ranked_within(core):
         manifest, tensors = _describe(core, codec, provenance or {}, probe)
     try:
         text = canonical(manifest.text())
@@ -226,10 +226,18 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
     """Return by tensor identity: each masked weight's slot (None for a score); and each generated tensor's origin."""
     slots: Slots = {}
     generated: dict[int, Generated] = {}
-    for module in core.modules():
+    seen: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in core.named_modules():
         for name, slot in slots_of(module).items():
-            slots[id(module._parameters[name])] = slot
-            slots[id(module._parameters[score_name(name)])] = None
+            weight, score, key = parameter_of(module, name), score_of(module, name), f"{prefix}.{name}".lstrip(".")
+            first, of_first = seen.setdefault(id(weight), (key, score))
+            if of_first is not score:
+                raise ArtifactError(
+                    f"{first} and {key} are one weight under two masks, which a file cannot hold; copy a layer with "
+                    "copy.deepcopy"
+                )
+            slots[id(weight)] = slot
+            slots[id(score)] = None
         state = state_of(module)
         for name, origin in state.generated.items() if state is not None else ():
             generated[id(module._parameters[name])] = origin

@@ -196,6 +196,11 @@ class Data(_Section):
         hflip: probability of a horizontal flip.
         scale, ratio, color_jitter, auto_augment, re_prob: for images not in memory: arguments of timm's transforms.
         crop_pct, interpolation: how timm's transforms resize and crop images.
+        same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
+            size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
+            versions before this key: `keep` if images are held in memory, and otherwise `crop`.
+        image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
+            `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
         workers: processes that decode images, for each process that trains.
         on_error: what happens at an image that cannot be read. `stop` ends the run and names the image; `skip` leaves
             it out and counts it.
@@ -225,6 +230,9 @@ class Data(_Section):
     re_prob: Fraction = 0.0
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
+    same_size: Literal["keep", "crop"] | None = "keep"
+    image_key: str | None = None
+    label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
     on_error: Annotated[Literal["stop", "skip"], Key(affects_result=False)] = "stop"
 

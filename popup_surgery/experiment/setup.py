@@ -23,10 +23,16 @@ from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 
 
-def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
-    """Open the images of `data` for a plain network, on its device. `DataError` if they do not fit the network."""
+def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, classes: list[str]) -> Batches:
+    """Open the images of `data` for a plain network, on its device. `classes` are the names of its outputs, if known.
+
+    Raises:
+        DataError: they do not fit the network, or are of other classes.
+    """
     size = image_size(data, model)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
+    if classes:
+        batches.name_by(classes)
     _check_classes(
         model, batches, size, "choose a data set with the file's classes: --set data.name=NAME, --data-dir DIR"
     )
@@ -109,6 +115,8 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int], 
     if data.classes and tuple(output.shape) != (1, len(data.classes)):
         found = output.shape[1] if output.ndim == 2 else f"of {tuple(output.shape[1:])}"
         raise DataError(f"the data set has {len(data.classes)} classes, and the network has {found} outputs; {remedy}")
+    if output.ndim == 2:
+        data.fit_to(output.shape[1])
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ..config import Recipe
 from ..config.keys import flat
 from ..config.overrides import override
 from ..data.batches import Progress, quiet
+from ..data.folders import recognised
 from ..data.seeding import ambient_seed
 from ..masking.bake import bake
 from ..training.distributed import numerics, start
@@ -54,6 +55,7 @@ def train(
     recipe = with_seed(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
+    recipe = recipe.model_copy(update={"data": recognised(recipe.data)})
     folder = Path(output) if output is not None else Path("runs") / name
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
     if resume and run.finished:

@@ -47,6 +47,7 @@ class Learner(ABC):
         trains: whether the scores are trained. Otherwise they keep their first values.
         samples: whether each read of a mask may give a different one. `masks`, `bake` and `save` then use the network
             that `describe_sample` names.
+        ranks_weights: whether the scores are weights, which start as the layer's own and are those of the network.
         learns_weights: whether the network computes with other weights than the seed's, such as scores that are
             weights. A file of a seed and a mask cannot store them.
         rescale: whether `effective` multiplies the kept weights by `scale`. A file stores weights drawn that much
@@ -58,6 +59,7 @@ class Learner(ABC):
     takes_k: bool = True
     trains: bool = True
     samples: bool = False
+    ranks_weights: bool = False
     learns_weights: bool = False
     rescale: bool = False
     redraws: bool = False
@@ -77,7 +79,8 @@ class Learner(ABC):
             fan_in: inputs summed into one output of the layer.
             seed: the conversion's seed.
             name: the weight's stream name.
-            weights: the weight's own values, in pieces of the same form, computed lazily.
+            weights: the weight's own values, in pieces of the same form, computed lazily. Where many have the same
+                magnitude, the seed has broken the ties: see `weights.streams.untied`.
         """
 
     @abstractmethod

@@ -18,10 +18,13 @@ class DNW(EdgePopup):
     "Discovering Neural Wirings", NeurIPS 2019, algorithm 1, within given layers. Backward, straight through h:
     ∂L/∂v = ∂L/∂w_eff, for kept and unkept weights alike. v is the score: float32, of the weight's shape. It starts with
     the weight's values; the weight itself does not change. The learned network is not a subnetwork of the seed's
-    weights, so it is saved as dense weights. Deviation from the paper: exactly `kept` weights take part, and ties go to
-    the lower index.
+    weights, so it is saved as dense weights. Deviations from the paper: exactly `kept` weights take part, and ties go
+    to the lower index. Under a constant scheme all magnitudes are one, so v starts with up to a 16th of it added, drawn
+    from the seed (`weights.streams.untied`). Otherwise the first rows of each layer would be kept, and most channels
+    be dead.
     """
 
+    ranks_weights = True
     learns_weights = True
 
     def initial_scores(

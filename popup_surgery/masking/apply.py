@@ -10,13 +10,13 @@ from ..selection import kept_count
 from ..torch_compat import NormWithStatistics
 from ..weights.fill import fill, values_digest
 from ..weights.source import source_of
-from ..weights.streams import draw
+from ..weights.streams import draw, untied
 from .layer import masked_class, swap
 from .plan import Plan, PlannedRest, PlannedWeight
-from .planning import check_rest, check_score_name, check_writable
-from .ranking import RankGroup, drop_hooks
-from .state import STATE, MaskedParam, ModuleState, slots_of, state_of
-from .unmasked import Generated
+from .planning import check_memory, check_rest, check_score_name, check_writable
+from .ranking import STATE, RankGroup, drop_hooks
+from .state import MaskedParam, ModuleState, slots_of, state_of
+from .unmasked import FROZEN, Generated
 from .walk import Place, masked_weights, places_of
 
 
@@ -30,13 +30,14 @@ def apply(core: nn.Module, planned: Plan) -> None:
     learner = get_learner(settings.learner, settings.learner_options)
     places = {place.key: place for place in places_of(core)}
     masked = [(weight, _held(places, weight)) for weight in planned.masked]
+    check_memory(core, planned)
     rest = [(other, _place(places, other.key, other.shape)) for other in planned.rest]
     for other, place in rest:
         check_rest(other, place.tensor)
     scores = [_first_scores(weight, held[0], learner, settings.seed) for weight, held in masked]
     for module, names in _by_module(masked).items():
         masked_class(type(module), names)
-    norms = _norms_to_reset(core, planned)
+    norms = _norms_to_reset(core, planned, rest)
 
     _mask(masked, scores, learner, planned)
     for module in core.modules():
@@ -54,6 +55,7 @@ def apply(core: nn.Module, planned: Plan) -> None:
 # find and prepare: what can fail
 
 Weights = list[tuple[PlannedWeight, list[Place]]]
+Rest = list[tuple[PlannedRest, Place]]
 
 
 def _place(places: dict[str, Place], key: str, shape: tuple[int, ...]) -> Place:
@@ -75,7 +77,8 @@ def _held(places: dict[str, Place], weight: PlannedWeight) -> list[Place]:
 
 
 def _first_scores(weight: PlannedWeight, place: Place, learner: Learner, seed: int) -> nn.Parameter:
-    values = source_of(weight.distribution).values(weight.numel, weight.std, seed, weight.key, place.tensor)
+    own = source_of(weight.distribution).values(weight.numel, weight.std, seed, weight.key, place.tensor)
+    values = untied(own, seed, weight.key)
     score = torch.empty_like(place.tensor, dtype=torch.float32, requires_grad=False)
     fill(score, learner.initial_scores(weight.numel, weight.fan_in, seed, weight.key, values))
     return nn.Parameter(score, requires_grad=learner.trains)
@@ -89,14 +92,19 @@ def _by_module(masked: Weights) -> dict[nn.Module, tuple[str, ...]]:
     return names
 
 
-def _norms_to_reset(core: nn.Module, planned: Plan) -> list[NormWithStatistics]:
-    """Return the norms whose statistics are to be reset: those not converted before; none if weights are pretrained."""
+def _norms_to_reset(core: nn.Module, planned: Plan, rest: Rest) -> list[NormWithStatistics]:
+    """Return the norms whose statistics are to be reset: those not converted before, except those that came frozen.
+
+    None if weights are pretrained.
+    """
     if any(source_of(weight.distribution).in_base for weight in planned.masked):
         return []
-    found = [m for m in core.modules() if isinstance(m, NormWithStatistics) and state_of(m) is None]
+    learning = {place.module for other, place in rest if other.treatment != FROZEN}
+    frozen = {place.module for other, place in rest if other.treatment == FROZEN} - learning
+    found = [m for m in core.modules() if isinstance(m, NormWithStatistics) and state_of(m) is None and m not in frozen]
     for norm in found:
         for name, buffer in norm._buffers.items():
-            if buffer is not None and not nn.parameter.is_lazy(buffer):
+            if buffer is not None:
                 check_writable(f"{name} of {type(norm).__name__}", buffer)
     return found
 

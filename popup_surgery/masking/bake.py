@@ -14,9 +14,9 @@ from ..learners.sampling import as_saved
 from ..weights.fill import equals, fill
 from ..weights.streams import draw
 from .layer import is_masked, unswap
-from .ranking import RankGroup, drop_hooks, score_name
-from .state import MaskedParam, forget
-from .walk import masked_weights, unwrap
+from .ranking import RankGroup, drop_hooks, parameter_of, score_of
+from .state import MaskedParam, forget, slots_of
+from .walk import masked_weights, ranked_within, unwrap
 
 
 def bake(model: nn.Module) -> nn.Module:
@@ -27,19 +27,26 @@ def bake(model: nn.Module) -> nn.Module:
     """
     core = unwrap(model)
     replacements: list[tuple[object, object]] = []
-    with torch.no_grad(), as_saved():
+    plain: dict[tuple[int, int], nn.Parameter] = {}  # by raw weight and score
+    with torch.no_grad(), as_saved(), ranked_within(core):
         for _, module, name, slot in masked_weights(core):
             effective = slot.read(module, name)
             if slot.ranking.learner.rescale:
-                effective = rebuilt(module, name, slot, slot.ranking.mask(slot.index))
+                effective = rebuilt(module, name, slot, slot.mask(module, name))
             # `data` of a plain tensor, so that a write to the copy does not count as one to the masked weight
-            plain = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
+            baked_weight = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
+            raw, score = parameter_of(module, name), score_of(module, name)
+            plain[id(raw), id(score)] = baked_weight
             replacements += [
-                (module._parameters[name], plain),
-                (module._parameters[score_name(name)], nn.Parameter(torch.empty(0))),  # `unswap` removes it
+                (raw, baked_weight),
+                (score, nn.Parameter(torch.empty(0))),  # `unswap` removes it
                 (slot.ranking, RankGroup(slot.ranking.learner, 0)),  # otherwise its masks would be copied
             ]
         baked = clone_with(core, replacements)
+    for before, module in zip(core.modules(), baked.modules(), strict=True):
+        for name in slots_of(before):
+            both = id(parameter_of(before, name)), id(score_of(before, name))
+            module._parameters[name] = plain[both]
     for module in baked.modules():
         if is_masked(module):
             unswap(module)
@@ -77,8 +84,8 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
 
     If the learner samples, they are the masks that a file would store; inside `sampled` they are those of that sample.
     """
-    with as_saved():
-        return {key: slot.ranking.mask(slot.index).clone() for key, _, _, slot in masked_weights(unwrap(model))}
+    with as_saved(), ranked_within(unwrap(model)):
+        return {key: slot.mask(module, name).clone() for key, module, name, slot in masked_weights(unwrap(model))}
 
 
 def rebuilt(module: nn.Module, name: str, slot: MaskedParam, mask: Tensor) -> Tensor:

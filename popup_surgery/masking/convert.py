@@ -7,7 +7,7 @@ from typing import Any, Never
 import torch
 from torch import nn
 
-from ..errors import ConversionError
+from ..errors import ConversionError, some
 from ..models.architecture import Architecture, note_origin, origin_of
 from ..models.build import build, build_architecture, build_uninitialised
 from ..models.libraries import architecture_and_tag, architecture_of
@@ -18,6 +18,7 @@ from .apply import apply
 from .plan import Plan
 from .planning import plan_as_given
 from .settings import DEFAULT, Choice, MaskingSettings, Patterns, Schemes, Scope, Shares, given_in
+from .unmasked import FROZEN
 from .walk import places_of, unwrap
 
 log = logging.getLogger("popup_surgery")
@@ -132,12 +133,19 @@ def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.
 
 
 def _tell(planned: Plan, level: int) -> None:
-    """Log how many layers lost their weights, and which weights are not masked."""
-    if drawn := sum(source_of(weight.distribution).drawn for weight in planned.masked):
-        if drawn < len(planned.masked):
+    """Log which layers lost their weights, and which weights are not masked."""
+    if drawn := [weight.key for weight in planned.masked if source_of(weight.distribution).drawn]:
+        if len(drawn) < len(planned.masked):
             level = logging.WARNING  # perhaps a trained head was replaced
-        seed = planned.settings.seed
-        log.log(level, "replaced the weights of %d layers with random ones (seed %d)", drawn, seed)
+        log.log(
+            level,
+            "replaced the weights of %d layers with random ones (seed %d): %s",
+            len(drawn),
+            planned.settings.seed,
+            some(drawn),
+        )
+    if frozen := [other.key for other in planned.rest if other.treatment == FROZEN and not other.done]:
+        log.warning("left as they came, frozen: %s; name a layer in include to mask it", some(frozen))
     if (coverage := planned.coverage).of_weights < 0.99:
         log.warning(
             "%.0f %% of the weights are not masked: %s", 100 * (1 - coverage.of_weights), ", ".join(coverage.missed)

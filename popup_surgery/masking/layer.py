@@ -16,33 +16,50 @@ from torch import Tensor, nn
 from ..errors import MaskedWeightError
 from ..models.layer_types import layer_type_of
 from ..models.structure import PLAIN_TYPE
-from ..torch_compat import ModuleMethods, forget_weight_list, renew_weight_list
-from .ranking import score_name
-from .state import STATE, MaskedParam, ModuleState, slots_of, upgrade
+from ..torch_compat import ModuleMethods, forget_weight_list, is_replica, renew_weight_list
+from .masked_weight import MaskedWeight
+from .ranking import STATE, score_name
+from .state import MaskedParam, ModuleState, slots_of, upgrade
 
 
 class Masked(ModuleMethods):
     """Mixin of every swapped layer, placed before its original class."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in slots_of(self) and not self.__dict__[STATE].loading:  # type: ignore[arg-type]
-            raise MaskedWeightError(
-                f"{name} of {type(self).__name__} is masked and cannot be assigned; change {score_name(name)}, "
-                "load_state_dict, or bake(model) first"
-            )
+        if name in slots_of(self) and is_replica(self):  # type: ignore[arg-type]
+            self.__dict__[name] = value
+            return
+        self._popup_refuse(name, "assigned; change {score}, load_state_dict, or")
         super().__setattr__(name, value)
 
     def __delattr__(self, name: str) -> None:
-        if name in slots_of(self):  # type: ignore[arg-type]
-            raise MaskedWeightError(
-                f"{name} of {type(self).__name__} is masked and cannot be deleted; bake(model) first"
-            )
+        self._popup_refuse(name, "deleted;")
         super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._popup_refuse(name, "replaced;")
+        if isinstance(param, MaskedWeight):  # as torch.nn.utils.prune does
+            raise MaskedWeightError(
+                f"{name} of {type(self).__name__} would be a parameter with the values of a masked weight, which is "
+                "made again from its scores at each read; bake(model) first"
+            )
+        super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _popup_refuse(self, name: str, what: str) -> None:
+        """Raise `MaskedWeightError` if `name` is a masked weight, unless a `state_dict` is being loaded."""
+        slot = slots_of(self).get(name)  # type: ignore[arg-type]
+        if slot is not None and not self.__dict__[STATE].loading:
+            slot.forget_writes()  # `layer.weight += 1` writes before it assigns: one mistake, one error
+            raise MaskedWeightError(
+                f"{name} of {type(self).__name__} is masked and cannot be {what.format(score=score_name(name))} "
+                "bake(model) first"
+            )
 
     def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """Keep scores float32, whatever dtype the network is cast to."""
-        scores = [self._parameters[score_name(name)] for name in self.__dict__[STATE].masked]  # type: ignore[attr-defined]
-        scores += [score.grad for score in scores if score.grad is not None]
+        found = (self._parameters.get(score_name(name)) for name in self.__dict__[STATE].masked)  # type: ignore[attr-defined]
+        scores = [score for score in found if score is not None]
+        scores += [score.grad for score in scores if score.is_leaf and score.grad is not None]
 
         def apply(tensor: Tensor) -> Tensor:
             applied = fn(tensor)
@@ -62,8 +79,8 @@ class Masked(ModuleMethods):
         finally:
             state.loading = False
         for name in state.masked:
-            score = self._parameters[score_name(name)]  # type: ignore[attr-defined]
-            if score.dtype != torch.float32:  # assigned from a checkpoint of another dtype
+            score = self._parameters.get(score_name(name))  # type: ignore[attr-defined]
+            if score is not None and score.dtype != torch.float32:  # assigned from a checkpoint of another dtype
                 score.data = score.data.float()
             if prefix + name in state_dict and prefix + score_name(name) in missing:
                 missing.remove(prefix + score_name(name))
@@ -75,6 +92,7 @@ class Masked(ModuleMethods):
     def __setstate__(self, state: dict[str, Any]) -> None:
         upgrade(state)
         super().__setstate__(state)  # type: ignore[misc]
+        _guard(self)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         shares = ", ".join(
@@ -82,6 +100,36 @@ class Masked(ModuleMethods):
             for name, slot in self.__dict__[STATE].masked.items()
         )
         return ", ".join(filter(None, [super().extra_repr(), shares]))  # type: ignore[misc]
+
+
+class _Guarded(dict[str, Any]):
+    """The parameters of a masked layer. Taking a masked weight out of them is refused, before anything has changed."""
+
+    masked: tuple[str, ...] = ()
+
+    def __delitem__(self, name: str) -> None:
+        self._check(name)
+        super().__delitem__(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self._check(name)
+        return super().pop(name, *default)
+
+    def _check(self, name: str) -> None:
+        if name in self.masked:
+            raise MaskedWeightError(
+                f"{name} is masked, and nothing else can take its place (weight_norm and the like); bake(model) first"
+            )
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return dict, (), None, None, iter(self.items())  # copies are guarded by their own layers
+
+
+def _guard(module: nn.Module) -> None:
+    if not isinstance(module._parameters, _Guarded):
+        guarded = _Guarded(module._parameters)
+        guarded.masked = type(module)._popup_masked  # type: ignore[attr-defined]
+        module.__dict__["_parameters"] = guarded
 
 
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
@@ -92,7 +140,7 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
     key = base, names
     if key not in _CLASSES:
         # A tracer that takes the original class as a leaf because of its module takes this one too.
-        namespace: dict[str, Any] = {"__module__": base.__module__, PLAIN_TYPE: base}
+        namespace: dict[str, Any] = {"__module__": base.__module__, PLAIN_TYPE: base, "_popup_masked": names}
         layer_type = layer_type_of(base)
         mixin = None if layer_type is None else layer_type.mixin
         bases = (Masked, base) if mixin is None else (Masked, mixin, base)
@@ -119,6 +167,7 @@ def swap(module: nn.Module, slots: dict[str, MaskedParam], scores: dict[str, nn.
     module.__dict__.setdefault(STATE, ModuleState()).masked = slots
     forget_weight_list(module)
     module.__class__ = masked_class(type(module), tuple(slots))
+    _guard(module)
 
 
 def unswap(module: nn.Module) -> None:
@@ -126,8 +175,9 @@ def unswap(module: nn.Module) -> None:
     state = module.__dict__[STATE]
     module.__dict__[STATE] = replace(state, masked={})
     module.__class__ = type(module)._popup_base  # type: ignore[attr-defined]
+    module.__dict__["_parameters"] = dict(module._parameters)
     for name in state.masked:
-        del module._parameters[score_name(name)]
+        module._parameters.pop(score_name(name), None)
     renew_weight_list(module)
 
 

@@ -9,19 +9,21 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Never
 
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..errors import ConversionError, NothingToConvert, nearest
+from ..errors import ConversionError, NothingToConvert, nearest, some
 from ..learners import get_learner
 from ..models.architecture import origin_of
 from ..models.layer_types import Fans, layer_type_of
 from ..selection import kept_count
 from ..weights import PRETRAINED
-from ..weights.source import source_of_scheme
+from ..weights.source import source_of, source_of_scheme
+from .memory import overlapping, overlaps_itself
 from .plan import Plan, PlannedRest, PlannedWeight
-from .ranking import score_name
+from .ranking import parameter_of, score_name, score_of
 from .settings import DEFAULT, Choice, MaskingSettings, Patterns, Schemes, Scope, Shares, given_in, own_copy
 from .state import slots_of, state_of
-from .unmasked import UnmaskedRule, is_norm, treatment
+from .unmasked import FROZEN, UnmaskedRule, is_norm, treatment
 from .walk import Place, masked_weights, places_of, unwrap
 
 
@@ -74,7 +76,8 @@ def unconverted(core: nn.Module) -> list[str]:
         state = state_of(module)
         if state is not None and state.settings is not None:
             for name, parameter in _chosen(_fans(module), state.settings):
-                if parameter not in slots_of(module.get_submodule(name)):
+                layer = module.get_submodule(name)
+                if parameter not in slots_of(layer) and not _left_frozen(layer, parameter):
                     found.append(".".join(filter(None, (prefix, name, parameter))))
     return found
 
@@ -84,11 +87,12 @@ def unconverted(core: nn.Module) -> list[str]:
 Matched = dict[tuple[str, str], Fans]  # by the names of a module and of its parameter
 
 
-def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> Matched:
-    """Return the maskable weights that the settings' patterns choose."""
+def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> tuple[Matched, "_Frozen"]:
+    """Return the maskable weights that the settings choose, and what stays because it came frozen."""
     fans = _fans(core)
+    frozen = _Frozen(core, settings, fans)
     if not first:
-        return _chosen(fans, settings)
+        return frozen.without(_chosen(fans, settings)), frozen
     if not fans:
         raise NothingToConvert(
             f"{type(core).__name__} has no layer whose weight could be masked (Conv, Linear, attention, recurrent)"
@@ -104,7 +108,44 @@ def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> Matched:
             f"include={settings.include!r} and exclude={settings.exclude!r} leave none of the {len(layers)} layers to "
             "convert"
         )
-    return chosen
+    if not (masked := frozen.without(chosen)):
+        raise NothingToConvert(
+            f"exclude={settings.exclude!r} leaves only layers that came frozen: {some(name for name, _ in chosen)}; "
+            "include masks them"
+        )
+    return masked, frozen
+
+
+class _Frozen:
+    """Tells what stays as it is because it came frozen, such as a convolution whose weights are fixed numbers.
+
+    Nothing does in a network whose maskable layers are all frozen, as a pretrained one often is, nor what `include`
+    names.
+    """
+
+    def __init__(self, core: nn.Module, settings: MaskingSettings, fans: Matched) -> None:
+        self.core, self.named = core, _several(settings.include)
+        self.any = any(self._trainable(core.get_submodule(layer), name) for layer, name in fans)
+
+    def __contains__(self, place: Place) -> bool:
+        if not self.any or any(_matches(place.layer, pattern) for pattern in self.named):
+            return False
+        came = state_of(place.module) is None and not place.tensor.requires_grad and place.tensor.is_floating_point()
+        return came or _left_frozen(place.module, place.name)
+
+    def without(self, chosen: Matched) -> Matched:
+        """Return the chosen weights except those that stay."""
+        return {(n, p): fan for (n, p), fan in chosen.items() if Place(n, self.core.get_submodule(n), p) not in self}
+
+    @staticmethod
+    def _trainable(module: nn.Module, name: str) -> bool:
+        return (score_of if name in slots_of(module) else parameter_of)(module, name).requires_grad
+
+
+def _left_frozen(module: nn.Module, name: str) -> bool:
+    """Return whether an earlier conversion left the parameter `name` of `module` because it came frozen."""
+    state = state_of(module)
+    return state is not None and state.others.get(name) == FROZEN
 
 
 def _fans(core: nn.Module) -> Matched:
@@ -113,13 +154,14 @@ def _fans(core: nn.Module) -> Matched:
 
 def _maskable(name: str, module: nn.Module) -> dict[str, Fans]:
     """Return the weights of a module that can be masked, with their fans. Raise if the module is lazy."""
-    layer_type = layer_type_of(module)
-    if layer_type is None:
-        return {}
-    if any(nn.parameter.is_lazy(parameter) for parameter in module._parameters.values() if parameter is not None):
+    tensors = (tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None)
+    if isinstance(module, LazyModuleMixin) or any(nn.parameter.is_lazy(tensor) for tensor in tensors):
         raise ConversionError(
             f"{name or 'the root'} is lazy and has no shape yet; pass one batch through the network first"
         )
+    layer_type = layer_type_of(module)
+    if layer_type is None:
+        return {}
     scores = {score_name(p) for p in slots_of(module)}
     found = {p: fan for p, fan in layer_type.weights(module).items() if p not in scores}
     return {p: fan for p, fan in found.items() if _is_weight(f"{name}.{p}", module._parameters.get(p))}
@@ -142,7 +184,7 @@ def check_mode(key: str, tensor: Tensor) -> None:
 def check_writable(key: str, tensor: Tensor) -> None:
     """Raise `ConversionError` unless the values of `tensor` can be replaced."""
     check_mode(key, tensor)
-    if any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)):
+    if overlaps_itself(tensor):
         raise ConversionError(f"{key} is an expanded tensor, whose elements share memory; make it contiguous first")
 
 
@@ -190,11 +232,12 @@ class _Decision:
     Args:
         settings: the checked arguments of `convert`.
         chosen: the weights to mask, if they are not masked yet.
+        frozen: what stays because it came frozen.
         fresh: names of layers that have no pretrained weights.
     """
 
-    def __init__(self, settings: MaskingSettings, chosen: Matched, fresh: Collection[str]) -> None:
-        self.settings, self.chosen, self.fresh = settings, chosen, fresh
+    def __init__(self, settings: MaskingSettings, chosen: Matched, frozen: _Frozen, fresh: Collection[str]) -> None:
+        self.settings, self.chosen, self.frozen, self.fresh = settings, chosen, frozen, fresh
         self.layers = {layer for layer, _ in chosen}
         self.shares, self.schemes = settings.by_pattern("k"), settings.by_pattern("scheme")
         self.learner = get_learner(settings.learner, settings.learner_options)
@@ -239,14 +282,15 @@ class _Decision:
             rule = state.others.get(first.name, UnmaskedRule("left", "was added to the module after its conversion"))
         of_norm = is_norm(first.module) and first.name in ("weight", "bias")
         train = self.settings.others == "train" or (self.settings.norm == "train" and of_norm)
-        planned = PlannedRest(
-            first.key, tuple(tensor.shape), rule, train and tensor.is_floating_point(), done=state is not None
-        )
+        train = train and tensor.is_floating_point() and rule != FROZEN
+        planned = PlannedRest(first.key, tuple(tensor.shape), rule, train, done=state is not None)
         check_rest(planned, tensor)
         return planned
 
     def _rule(self, held: Sequence[Place]) -> UnmaskedRule:
         of_masked = [place for place in held if place.layer in self.layers]
+        if not of_masked and all(place in self.frozen for place in held):
+            return FROZEN
         drawn = any(self._scheme(place.layer) != PRETRAINED for place in of_masked)
         if PRETRAINED in self.schemes.values() and not drawn:
             return UnmaskedRule("left", "pretrained")
@@ -273,11 +317,11 @@ def check_rest(planned: PlannedRest, tensor: Tensor) -> None:
 
 def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
     """Return the plan for a network's first conversion, or for completing a converted one."""
-    chosen = _match(core, settings, first)
+    chosen, frozen = _match(core, settings, first)
     before = {key: module._parameters[name].numel() for key, module, name, _ in masked_weights(core)}  # type: ignore[union-attr]
     if before and first and settings.scope == "global":
         raise ConversionError(f"scope='global' ranks all layers together, and {len(before)} are masked already")
-    decide = _Decision(settings, chosen, origin_of(core).fresh if first else {layer for layer, _ in chosen})
+    decide = _Decision(settings, chosen, frozen, origin_of(core).fresh if first else {layer for layer, _ in chosen})
     decided = [decide(held) for held in _unmasked(core)]
     planned = Plan(
         tuple(each for each in decided if isinstance(each, PlannedWeight)),
@@ -288,7 +332,23 @@ def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
     total = planned.weights + sum(before.values())
     if settings.scope == "global" and kept_count(total, settings.by_pattern("k")["*"]) == 0:
         raise ConversionError(f"k={settings.k!r} keeps none of the network's {total:,} weights")
+    check_memory(core, planned)
     return planned
+
+
+def check_memory(core: nn.Module, planned: Plan) -> None:
+    """Raise `ConversionError` if conversion or training would change a parameter by writing to another one."""
+    written = {weight.key for weight in planned.masked if not source_of(weight.distribution).in_base}
+    written |= {o.key for o in planned.rest if o.train or (o.treatment.action != "left" and not o.done)}
+    places = list({id(place.tensor): place for place in reversed([*places_of(core)])}.values())
+    for one, other in overlapping([place.tensor for place in places]):
+        keys = sorted({places[one].key, places[other].key} & written)
+        if keys:
+            (changed,) = {places[one].key, places[other].key} - {keys[0]}
+            raise ConversionError(
+                f"{keys[0]} shares memory with {changed} and is not the same Parameter, so writing to one would change "
+                "the other; give both the same Parameter, or give one a copy of its own with clone()"
+            )
 
 
 def _unmasked(core: nn.Module) -> list[list[Place]]:

@@ -1,6 +1,7 @@
 """Groups of weights that are ranked together, and when their masks are computed again."""
 
-from typing import Any
+from threading import get_ident
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,14 +10,26 @@ from ..learners import Learner
 from ..selection import Selection
 from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
+STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
+
 
 def score_name(name: str) -> str:
     """Return the name of the score parameter that belongs to the weight `name`."""
     return f"{name}_score"
 
 
+class _Held(NamedTuple):
+    """The members of a group in one network, and their scores when they were last checked together."""
+
+    members: list[tuple[nn.Module, str]]
+    scores: list[Tensor]
+
+
 class RankGroup:
     """The weights that are ranked together: one layer's, or with `scope="global"` all of a network's.
+
+    A layer's mask is that of the scores which it holds itself. So copies that share a group, such as DataParallel's
+    replicas and MAML's clones, have masks of their own.
 
     The mask is cached from one read to the next. Each read checks that it still matches the scores. A tensor's version
     counter would not tell, because a fused optimiser or a write to `.data` does not change it.
@@ -34,10 +47,13 @@ class RankGroup:
         self.members: list[tuple[nn.Module, str]] = []
         self.streams: list[str] = []
         self._selection: Selection | None = None
-        self._held: list[Tensor] | None = None  # the scores, while a forward of the root runs
+        self._held: dict[int, _Held] = {}  # by thread, while it runs a forward of a root
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_selection": None, "_held": None}
+        return self.__dict__ | {"_selection": None, "_held": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_held": {}})  # None in earlier versions
 
     def add(self, module: nn.Module, name: str, stream: str) -> int:
         """Add the weight `name` of `module` to the group, and return its index."""
@@ -46,7 +62,7 @@ class RankGroup:
         return len(self.members) - 1
 
     def scores(self) -> list[Tensor]:
-        return [parameter_of(module, score_name(name)) for module, name in self.members]
+        return [score_of(module, name) for module, name in self.members]
 
     def at(self, progress: float) -> None:
         """Keep as many weights as the learner says when this share of the training is done, 0 … 1."""
@@ -58,16 +74,49 @@ class RankGroup:
     def _kept(self) -> int:
         return self.kept if self.kept_now is None else self.kept_now
 
-    def mask(self, index: int) -> Tensor:
-        """Return the mask of member `index`: bool, of its weight's shape."""
-        scores, kept = self.scores(), self._kept()
-        if torch.compiler.is_compiling() or under_transform(scores):
+    def mask(self, index: int, score: Tensor | None = None) -> Tensor:
+        """Return the mask of member `index`: bool, of its weight's shape.
+
+        Args:
+            score: the score of the layer that reads, if it may be another than the member, such as a shallow copy.
+        """
+        compiling = torch.compiler.is_compiling()
+        held = None if compiling else self._held.get(get_ident())
+        scores, kept = self.scores() if held is None else [score_of(*one) for one in held.members], self._kept()
+        if score is not None:
+            scores[index] = score
+        if compiling or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams)[index]
-        held = self._held is not None and all(a is b for a, b in zip(self._held, scores, strict=True))
-        if self._selection is None or not self._selection.holds(scores, index if held else None):
+        checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
+        selection = self._selection  # which other threads may replace meanwhile
+        if selection is None or not selection.holds(scores, index if checked else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
-                self._selection = self.learner.select(scores, kept, self.streams)
-        return self._selection.masks[index]
+                selection = self._selection = self.learner.select(scores, kept, self.streams)
+        return selection.masks[index]
+
+    def hold(self, root: nn.Module) -> None:
+        """Check the scores of all members in `root` together. Until `release`, a read checks only its own layer's."""
+        found: dict[int, tuple[nn.Module, str]] = {}
+        for module in root.modules():
+            state = module.__dict__.get(STATE)
+            for name, slot in state.masked.items() if state is not None else ():
+                if slot.ranking is self:
+                    found.setdefault(slot.index, (module, name))
+        members = [found.get(index, member) for index, member in enumerate(self.members)]
+        self._held[get_ident()] = _Held(members, [])
+        if len(members) > 1:
+            self.mask(0)
+            self._held[get_ident()] = _Held(members, [score_of(module, name) for module, name in members])
+
+    def holding(self) -> _Held | None:
+        """Return what this thread holds, for `release`."""
+        return self._held.get(get_ident())
+
+    def release(self, before: _Held | None = None) -> None:
+        """End what `hold` began in this thread, and return to what it held before."""
+        self._held.pop(get_ident(), None)
+        if before is not None:
+            self._held[get_ident()] = before
 
     def hold_during_forward(self, root: nn.Module) -> None:
         """Check all scores once at the start of each forward of `root`. During it, a read checks its own score only."""
@@ -85,10 +134,9 @@ class _Hold:
         ranking = self.ranking
         if torch.compiler.is_compiling():
             return
-        ranking._held = None
+        ranking.release()
         if self.start:
-            ranking.mask(0)
-            ranking._held = ranking.scores()
+            ranking.hold(module)
 
 
 def drop_hooks(module: nn.Module) -> None:
@@ -98,9 +146,14 @@ def drop_hooks(module: nn.Module) -> None:
 
 def parameter_of(module: nn.Module, name: str) -> Tensor:
     """Return the parameter `name` of `module` as it is stored; a masked weight raw."""
-    parameter = module._parameters[name]
-    assert parameter is not None
-    return parameter
+    parameter = module._parameters.get(name)
+    return module.__dict__[name] if parameter is None else parameter  # an attribute of DataParallel's replicas
+
+
+def score_of(module: nn.Module, name: str) -> Tensor:
+    """Return the score of the masked weight `name` that `module` holds, in whatever form."""
+    score = module._parameters.get(score_name(name))
+    return getattr(module, score_name(name)) if score is None else score
 
 
 def under_transform(tensors: list[Tensor]) -> bool:

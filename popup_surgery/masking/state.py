@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
 from ..models.architecture import forget_base, gather
-from ..torch_compat import is_fx_tracing, version_of
-from .masked_weight import MaskedWeight
-from .ranking import RankGroup, parameter_of, score_name, under_transform
+from ..torch_compat import is_fx_tracing
+from .masked_weight import Watch, watched
+from .ranking import STATE as STATE
+from .ranking import RankGroup, parameter_of, score_name, score_of, under_transform
 from .settings import MaskingSettings
 from .unmasked import Generated, UnmaskedRule
-
-STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
 
 
 @dataclass
@@ -44,21 +43,30 @@ class MaskedParam:
     fan_in: float
     ranking: RankGroup
     index: int
-    _watch: tuple[Tensor, int] | None = field(default=None, repr=False)
+    _watches: set[Watch] = field(default_factory=set, repr=False, compare=False)  # of the tensors that were read
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_watch": None}
+        return self.__dict__ | {"_watches": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_watches": set()})
+        self.__dict__.pop("_watch", None)  # of earlier versions
+
+    def mask(self, module: nn.Module, name: str) -> Tensor:
+        """Return the mask of the scores that `module` holds: bool, of the weight's shape."""
+        return self.ranking.mask(self.index, score_of(module, name))
 
     def read(self, module: nn.Module, name: str) -> Tensor:
         """Return the masked weight: a new tensor at each read, with the learner's gradient to the score.
 
         Raises:
-            MaskedWeightError: the last tensor was written to in place, or a tracer that would freeze the mask reads it.
+            MaskedWeightError: an earlier tensor was written to in place, or a tracer that would freeze the mask reads
+                it.
         """
-        weight, score = parameter_of(module, name), parameter_of(module, score_name(name))
+        weight, score = parameter_of(module, name), score_of(module, name)
         learner = self.ranking.learner
         if torch.compiler.is_compiling():
-            return learner.effective(weight, score, self.ranking.mask(self.index))
+            return learner.effective(weight, score, self.ranking.mask(self.index, score))
         if torch.jit.is_tracing():
             raise MaskedWeightError(
                 f"{name} of {type(module).__name__} was read by torch.jit.trace, which would freeze its mask; trace "
@@ -69,20 +77,38 @@ class MaskedParam:
                 f"{name} of {type(module).__name__} was read by a torch.fx tracer, which would freeze its mask; trace "
                 "with popup_surgery.Tracer, which takes masked layers as leaves, or trace bake(model)"
             )
-        watch, self._watch = self._watch, None
-        if watch is not None and version_of(watch[0]) != watch[1]:
-            raise MaskedWeightError(
-                f"the masked weight {self.stream!r} was written to in place, and the write is lost: a masked weight is "
-                f"computed again from its scores at each read; change {score_name(name)}, or bake(model) first"
-            )
-        effective = learner.effective(weight, score, self.ranking.mask(self.index))
-        if effective.is_inference() or under_transform([effective]):
+        self.check_writes(name)
+        mask = self.ranking.mask(self.index, score)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():  # tensors of that mode do not count writes
+                return self._watched(learner.effective(weight, score, mask), weight, score)
+        return self._watched(learner.effective(weight, score, mask), weight, score)
+
+    def _watched(self, effective: Tensor, weight: Tensor, score: Tensor) -> Tensor:
+        """Return the masked weight as a tensor whose writes the next read finds."""
+        if under_transform([effective]) or effective.data_ptr() in (weight.data_ptr(), score.data_ptr()):
             return effective
-        # a tensor without memory of its own, which shares the version counter
-        witness = effective.detach()
-        witness.data = torch.empty(0, dtype=effective.dtype, device=effective.device)
-        self._watch = witness, version_of(witness)
-        return effective.as_subclass(MaskedWeight)
+        watch = Watch(effective)
+        self._watches.add(watch)
+        return watched(effective, watch)
+
+    def check_writes(self, name: str) -> None:
+        """Raise `MaskedWeightError` if a tensor that `read` returned was written to. Each write is reported once."""
+        for watch in tuple(self._watches):
+            if watch.written():
+                self.forget_writes()
+                raise MaskedWeightError(
+                    f"the masked weight {self.stream!r} was written to in place, and the write is lost: a masked "
+                    f"weight is computed again from its scores at each read; change {score_name(name)}, or bake(model) "
+                    "first"
+                )
+            if watch.over():
+                self._watches.discard(watch)
+
+    def forget_writes(self) -> None:
+        """Forget the writes so far: an error has reported them."""
+        for watch in tuple(self._watches):
+            watch.reset()
 
 
 @dataclass

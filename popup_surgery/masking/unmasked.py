@@ -24,6 +24,9 @@ class UnmaskedRule:
     value: float = 0.0
 
 
+FROZEN = UnmaskedRule("left", "came frozen, and include does not name it")
+
+
 @dataclass(frozen=True)
 class Generated:
     """Where a generated tensor came from."""

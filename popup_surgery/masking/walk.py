@@ -1,12 +1,13 @@
 """Walks over a network that may be wrapped or converted."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from ..torch_compat import compiled_module
-from .ranking import parameter_of
+from .ranking import RankGroup, parameter_of, score_of
 from .state import MaskedParam, slots_of
 
 
@@ -47,11 +48,29 @@ def places_of(core: nn.Module) -> Iterator[Place]:
 
 
 def masked_weights(core: nn.Module) -> Iterator[tuple[str, nn.Module, str, MaskedParam]]:
-    """Yield each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot."""
+    """Yield each masked weight once: its first `state_dict` key, its layer, its parameter's name and its slot.
+
+    A weight under two masks, as a shallow copy of a layer with other scores has it, counts as two.
+    """
     seen = set()
     for layer, module in core.named_modules():
         for name, slot in slots_of(module).items():
             place = Place(layer, module, name)
-            if id(place.tensor) not in seen:
-                seen.add(id(place.tensor))
+            both = id(place.tensor), id(score_of(module, name))
+            if both not in seen:
+                seen.add(both)
                 yield place.key, module, name, slot
+
+
+@contextmanager
+def ranked_within(core: nn.Module) -> Iterator[None]:
+    """Context manager: masks read from now on are those of the scores in `core`, also where it is a shallow copy."""
+    groups: dict[int, RankGroup] = {id(slot.ranking): slot.ranking for _, _, _, slot in masked_weights(core)}
+    before = {index: group.holding() for index, group in groups.items()}
+    try:
+        for group in groups.values():
+            group.hold(core)
+        yield
+    finally:
+        for index, group in groups.items():
+            group.release(before[index])

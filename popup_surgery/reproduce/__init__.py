@@ -93,8 +93,6 @@ def sweep_of(
     """
     found, chosen = _look_up(figure, scale)
     own = chosen.imagenet if found.imagenet else chosen.cifar10
-    if not found.imagenet and data_dir is not None and (Path(data_dir) / "train").is_dir():
-        own = ("data.name=folder", *own)
     seeds = chosen.seeds if seeds is None and not found.imagenet else seeds
     file = find(f"paper/{found.sweep}")
     values = read_yaml(file)

@@ -15,6 +15,7 @@ from ..config.keys import fingerprint
 from ..config.overrides import assign, parse_setting
 from ..config.schema import with_plugins
 from ..config.yaml import read_yaml
+from ..data.folders import recognised
 from ..errors import PopupError, RecipeError, nearest
 from ..experiment.setup import run_folder, with_seed
 from ..plugins import load_plugins
@@ -265,7 +266,8 @@ def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None)
             surgery["seed"] = seed
             if isinstance(model, dict) and model.get("init_from"):
                 del surgery["seed"]  # the seed is that of the file
-    return with_seed(Recipe.parse(values))
+    recipe = with_seed(Recipe.parse(values))
+    return recipe.model_copy(update={"data": recognised(recipe.data)})
 
 
 def _mistakes(error: PopupError, point: Mapping[str, Any]) -> Iterator[str]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..learners.base import Learner, TrainedWeight
-from ..masking.ranking import RankGroup, parameter_of, score_name
+from ..masking.ranking import RankGroup, parameter_of, score_of
 from ..masking.walk import masked_weights
 
 
@@ -26,8 +26,8 @@ class LearnerHooks:
         for _, module, name, slot in masked_weights(core):
             group, learner = slot.ranking, slot.ranking.learner
             self.groups[id(group)] = group
-            weight, score = parameter_of(module, name), parameter_of(module, score_name(name))
-            mask: Callable[[], Tensor] = partial(group.mask, slot.index)
+            weight, score = parameter_of(module, name), score_of(module, name)
+            mask: Callable[[], Tensor] = partial(slot.mask, module, name)
             trained = TrainedWeight(slot.stream, weight, score, mask, slot.distribution, slot.std, slot.seed)
             self.weights.setdefault(id(learner), (learner, []))[1].append(trained)
 

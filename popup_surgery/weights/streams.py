@@ -6,7 +6,7 @@ Uses NumPy alone, so that the values do not depend on a device, a library defaul
 import hashlib
 import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -67,6 +67,37 @@ def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, nam
 def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Floats]:
     """Yield initial scores, U(−1/√fan_in, 1/√fan_in), in pieces like `draw` (Kaiming uniform, a = √5)."""
     return _pieces(numel, 32, _symmetric(1.0 / math.sqrt(fan_in)), words(seed, "score", name))
+
+
+SPREAD = 1 / 16  # of a constant's magnitude
+
+
+def untied(pieces: Iterable[Floats], seed: int, name: str) -> Iterator[Floats]:
+    """Yield the same values with ties broken by the seed, for learners whose scores start as the weights.
+
+    If all magnitudes of a piece are one constant, up to a 16th of it is added to each. A smaller spread would leave the
+    order to the first steps of training, in which whole layers may die. If many are equal, as quantised ones are, 0 …
+    4095 units in the last place are added to each, which half and bfloat16 round off again. Other pieces do not change.
+
+    Args:
+        pieces: float32 values of one tensor in row-major order.
+        name: the tensor's stream name.
+    """
+    generator = words(seed, "tie", name)
+    for piece in pieces:
+        bits = piece.view(np.uint32)
+        magnitudes = bits & np.uint32(0x7FFFFFFF)
+        looked_at = magnitudes[:: max(1, len(piece) // 1024)]
+        different = len(np.unique(looked_at))
+        if 2 * different > len(looked_at):
+            yield piece
+            continue
+        random = generator.random_raw(-(-len(piece) // 4)).astype("<u8", copy=False).view("<u2")[: len(piece)]
+        if different == 1 and magnitudes[0] and (magnitudes == magnitudes[0]).all():
+            yield piece * (np.float32(1) + random * np.float32(SPREAD / 65536))
+        else:
+            finite = magnitudes < np.uint32(0x7F7FF000)  # and far enough from infinity
+            yield (bits + (random & 0xFFF) * finite).astype(np.uint32, copy=False).view(np.float32)
 
 
 def _pieces(numel: int, bits: int, values: Values, generator: np.random.Philox) -> Iterator[Floats]:

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -45,6 +46,7 @@ from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
+from popup_surgery.weights.streams import untied
 from support import PATIENCE, equal_states, slow_except, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
@@ -452,7 +454,7 @@ def test_dnw_trains_all_weights_and_uses_the_largest() -> None:
     layer: Any = conv(learner="dnw", k=0.4, scaled=False)
     rule: Any = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
     weights = raw(layer).clone()
-    v: Any = weights.clone().requires_grad_()
+    v: Any = layer.weight_score.detach().clone().requires_grad_()
     ours, theirs = torch.optim.SGD([layer.weight_score], **rule), torch.optim.SGD([v], **rule)
     used = []
     for step in range(6):
@@ -480,12 +482,72 @@ def test_dnw_trains_all_weights_and_uses_the_largest() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dnw_starts_as_the_weights(scheme: str) -> None:
     net: Any = small(learner="dnw", scheme=scheme)
+    constant = "constant" in scheme
+    close: Any = {"rtol": 1 / 16 if constant else 0, "atol": 0}
     for layer in (net[0], net[4]):
-        assert torch.equal(layer.weight_score, raw(layer))
+        torch.testing.assert_close(layer.weight_score.detach(), raw(layer), **close)
+        assert torch.equal(layer.weight_score.sign(), raw(layer).sign())
+        assert not constant or layer.weight_score.unique().numel() > 0.95 * layer.weight_score.numel()
     low: Any = small(learner="dnw", scheme=scheme).bfloat16()
     assert low[4].weight.dtype == torch.bfloat16
     kept = low[4].weight != 0
-    assert torch.equal(low[4].weight[kept], raw(low[4])[kept])
+    close["rtol"] += 2**-7 if constant else 0
+    torch.testing.assert_close(low[4].weight[kept].detach(), raw(low[4])[kept].detach(), **close)
+
+
+@pytest.mark.parametrize("scheme", [name for name in SCHEMES if "constant" in name])
+def test_dnw_under_a_constant_scheme_keeps_weights_of_the_seeds_choice(scheme: str) -> None:
+    def found(seed: int) -> dict[str, Tensor]:
+        return masks(convert(build("popup_surgery/conv2"), k=0.5, learner="dnw", scheme=scheme, seed=seed))
+
+    first, other = found(0), found(1)
+    assert all(torch.equal(mask, again) for mask, again in zip(first.values(), found(0).values(), strict=True))
+    for key, mask in first.items():
+        assert 0.4 < (mask == other[key]).float().mean() < 0.6
+        for share in (mask.flatten(1).float().mean(1), mask.float().mean(0).flatten()):  # of each output, of each input
+            assert abs(share.mean() - 0.5) < 0.01
+            assert share.var() < 2 * 0.25 * share.numel() / mask.numel(), "as if each were chosen by itself"
+
+
+@pytest.mark.parametrize("k", [0.3, 0.5])
+def test_dnw_learns_under_a_constant_scheme(k: float, tmp_path: Path) -> None:
+    overrides = ["surgery.learner=dnw", f"surgery.k={k}", "surgery.seed=1", "training.epochs=3", "training.lr=0.02"]
+    assert train("digits", overrides=overrides, output=tmp_path / "run").accuracy > 0.8
+
+
+@pytest.mark.parametrize("levels", [[0.0, 1.0], [-1.0, 0.0, 1.0], [0.5, 1.0, 2.0], [1.0]])
+def test_ties_of_pretrained_weights_are_broken_by_the_seed(levels: list[float]) -> None:
+    """As of weights that were quantised, or pruned before. In half and bfloat16 nothing changes."""
+    weight = torch.tensor(levels)[torch.randint(len(levels), (200, 100), generator=torch.Generator().manual_seed(0))]
+    shares = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer: Any = nn.Linear(100, 200).to(dtype)
+        layer.weight.data.copy_(weight)
+        convert(layer, 0.8, scheme="pretrained", learner="dnw")
+        mask = masks(layer)["weight"]
+        assert layer.weight_score.detach().abs().isfinite().all()
+        assert layer.weight_score[mask].abs().min() >= layer.weight_score[~mask].abs().max()
+        if len(levels) > 1:
+            assert torch.equal(layer.weight_score.to(torch.float16).abs().float(), weight.abs())
+            assert torch.equal(layer.weight.float()[mask].half(), weight[mask].half())
+        shares.append(mask.float().mean(1))
+    assert all(share.min() > 0.6 for share in shares), "the last rows as well as the first"
+
+
+@pytest.mark.parametrize("values", [[0.0], [float("inf"), 1.0], [float("nan"), 0.0], [3.4e38, -3.4e38]])
+def test_breaking_ties_makes_no_number_another_kind(values: list[float]) -> None:
+    piece = np.array(values * 600, np.float32)
+    (found,) = untied([piece], 0, "weight")
+    assert (np.isfinite(found) == np.isfinite(piece)).all()
+    assert (
+        np.sign(found[np.isfinite(piece) & (piece != 0)]) == np.sign(piece[np.isfinite(piece) & (piece != 0)])
+    ).all()
+
+
+def test_values_that_differ_are_left_as_they_are() -> None:
+    for scheme in ("kaiming_normal", "kaiming_uniform"):
+        layer: Any = convert(nn.Linear(300, 500), scheme=scheme, learner="dnw")
+        assert torch.equal(layer.weight_score, raw(layer))
 
 
 def test_dnw_of_pretrained_weights() -> None:
