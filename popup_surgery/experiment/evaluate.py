@@ -109,7 +109,7 @@ def data_of(path: str | Path | Artifact | Dense, data: Data | None, data_dir: st
     return recognised(data if data_dir is None else data.model_copy(update={"root": str(data_dir)}))
 
 
-def class_names(artifact: Artifact) -> list[str]:
+def class_names(artifact: Artifact | Dense) -> list[str]:
     """Return the names of a network's outputs, which its file's provenance has; empty if it has none."""
     names = artifact.manifest.provenance.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
