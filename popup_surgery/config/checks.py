@@ -40,7 +40,7 @@ def recordable(kwargs: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def optimizer(name: str) -> None:
+def look_up_optimizer(name: str) -> None:
     """Look up one of timm's optimisers."""
     import timm.optim
 

@@ -25,7 +25,7 @@ from ..models.pretrained import with_tag
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, known, optimizer, options, recordable, schemes, shares
+from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
 from .expected import expected, shown
 from .keys import Key
 from .overrides import override
@@ -212,7 +212,7 @@ class Training(_Section):
     """
 
     epochs: Annotated[int, Field(ge=1), Key(affects_speed=False)]
-    optimizer: Annotated[str, known(optimizer)] = "sgd"
+    optimizer: Annotated[str, known(look_up_optimizer)] = "sgd"
     optimizer_kwargs: dict[str, Any] = {}
     lr: Annotated[Positive, Key(affects_speed=False)]
     momentum: Annotated[float, Field(ge=0, lt=1), Key(affects_speed=False)] = 0.9
