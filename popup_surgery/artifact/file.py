@@ -94,17 +94,17 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
     Args:
         path: the file. It is treated as hostile: nothing in it is unpickled or run. Memory use is at most twice the
             file's size, plus the network, plus 256 MiB.
-        model: a plain network to fill, needed only if the file's architecture is `custom`. It is changed only after
-            all checks have passed.
+        model: a network to fill that is not converted. Needed only if the file's architecture is `custom`, which no
+            library builds. It is changed only after all checks have passed.
         base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the
-            weights of `model`, or else the library's weights with the tag that the file names. Other weights are
-            refused.
+            weights of `model`, or without `model` the library's weights that the file names. Other weights are refused.
 
     Returns:
         A network of ordinary layers, with float tensors in the file's dtypes; `model` itself if given.
 
     Raises:
-        ArtifactError: the message names the file, the tensor, and what was expected.
+        ArtifactError: the file is damaged, or does not fit `model` or `base`. The message names the file, the tensor,
+            and what was expected.
     """
     return Artifact.open(path).network(model, base)
 

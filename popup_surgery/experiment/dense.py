@@ -13,6 +13,7 @@ from torch import nn
 from ..artifact import Artifact
 from ..artifact.compare import check_architecture
 from ..artifact.container import open_file, read_safetensors
+from ..artifact.description import as_libraries_build, cast_like, describe_network
 from ..artifact.kinds import DENSE
 from ..artifact.reader import naming
 from ..artifact.strict_json import canonical, parse
@@ -20,7 +21,7 @@ from ..atomic import write_atomically
 from ..config.schema import Model
 from ..config.yaml import read_yaml
 from ..errors import ArtifactError, PopupError
-from ..models.architecture import Architecture, describe
+from ..models.architecture import Architecture
 from ..models.build import build_architecture, build_meta
 from ..models.libraries import resolve
 
@@ -65,7 +66,9 @@ class Dense:
                     f"{name!r} is {shapes.get(name, 'not there')}; {self.manifest.architecture.name} has "
                     f"{expected.get(name, 'no such tensor')}"
                 )
-            network = build_architecture(self.manifest.architecture)
+            with as_libraries_build():
+                network = build_architecture(self.manifest.architecture)
+            cast_like(network, state)
             network.load_state_dict(state, assign=True)
             return network.eval()
 
@@ -76,7 +79,7 @@ def write_dense(model: nn.Module, path: Path, provenance: Mapping[str, Any]) -> 
     The metadata says how the network is built, if a library builds it, and how it was made.
     """
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
-    architecture = asdict(describe(model))
+    architecture = asdict(describe_network(model, model.state_dict(keep_vars=True))[0])
     about = {DENSE: canonical({"architecture": architecture, "provenance": dict(provenance)})}
     known = about if architecture["library"] != "custom" else {}
     write_atomically(path, serialize(tensors, metadata={"format": "pt"} | known))

@@ -46,12 +46,16 @@ def evaluate(
 
     Args:
         path: a popup artifact, as a file or an open `Artifact`; or dense weights that a run or an export wrote.
-        data: another data set. Default: the one it was trained on, which the file's provenance names.
+        data: another data set. Default: the one that the network was trained on, which the file's provenance names.
         data_dir: the data set's folder.
-        base: the weights under the mask, as for `load`.
+        base: for a mask on pretrained weights: these weights, as for `load`.
+        progress: shows the progress of long tasks: `with progress(total, what) as step`, then `step()` as they advance.
+
+    Returns:
+        The accuracy, 0 … 1, the number of images, the data set's name, and images per second.
 
     Raises:
-        ArtifactError: the file is damaged, or its architecture is `custom`.
+        ArtifactError: the file is damaged, or its architecture is `custom`, which no library builds.
         DataError: the file names no data set; the data set is missing or does not fit the network; or an image
             cannot be read.
     """

@@ -48,30 +48,32 @@ def convert(
     docs/surgery.md describes what happens to everything else. Only the scores require a gradient; they are float32, of
     their weight's shape. Method: "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020, sections 3 and 4.
 
-    A network that is converted already is completed: layers that are new in it, for example after `reset_classifier`,
-    are masked with the same settings.
+    If the network is converted already, only its new layers are masked, for example after `reset_classifier`. They get
+    the same settings.
 
     Args:
-        model: any network or single layer, which may be wrapped by DDP or `torch.compile`; or a name or description, as
-            for `build`. The network is then built without its own initialisation, which takes most of the time.
+        model: any network or single layer, which may be wrapped by DDP or `torch.compile`; or the name of a network as
+            for `build`, or an `Architecture`. A named network is built without its own initialisation, which would take
+            most of the time.
         k: share of each layer's weights that is kept, in (0, 1]; or shares by glob pattern on layer names. The last
-            pattern that matches counts; a layer that none matches gets the default. Not allowed for a learner whose
-            scores decide how many weights are kept.
-        scheme: a key of `weights.SCHEMES`; or `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al.,
-            ECCV 2018), except those for which `build` found no pretrained values; or schemes by pattern, as for k.
-        scaled: whether drawn weights are widened by √(1/k), which keeps the variance of a layer's output.
-        seed: the seed that random weights and first scores are drawn from, 0 … 2⁶⁴ − 1.
-        learner, learner_options: a key of `learners.LEARNERS`, and the learner's options by name, documented in its
-            class.
+            pattern that matches counts; a layer that none matches gets the default. Learners whose scores decide how
+            many weights are kept, such as `supermask`, take no k.
+        scheme: how weights are made: a key of `weights.SCHEMES`, such as `kaiming_normal`, for random ones; or
+            `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al., ECCV 2018), except those for which
+            `build` found no pretrained values; or schemes by pattern, as for k.
+        scaled: whether random weights are multiplied by √(1/k), which keeps the variance of a layer's output.
+        seed: the seed of random weights and initial scores, 0 … 2⁶⁴ − 1.
+        learner, learner_options: how scores become a mask and are trained: a key of `learners.LEARNERS`, and options of
+            that learner by name, documented in its class.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the
             scales and biases of normalisation layers.
-        architecture: what `save` records, such as `timm/resnet50`. Not needed for a network from `build`, which has
-            recorded it.
+        architecture: the name that `save` records, such as `torchvision/resnet50`. Networks from `build` and from timm
+            bring theirs with them; those from torchvision do not.
 
     Returns:
-        `model` itself; or the swapped layer if `model` is a layer; or the network of that name.
+        `model` itself; or the masked layer if `model` is a layer; or the network of that name.
 
     Raises:
         ConversionError: an argument is bad, a layer would keep no weights, or the network was converted with other
