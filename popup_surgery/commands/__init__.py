@@ -16,7 +16,7 @@ from .. import __version__
 from ..errors import PopupError, Stopped
 from ..typer_compat import UsageError
 from . import convert, diff, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
-from .shared import STOPPED, printable, replace_unprintable, shown_by
+from .shared import STOPPED, printable, replace_unprintable, shown_by, with_import
 
 
 class _Group(TyperGroup):
@@ -65,7 +65,7 @@ for command in (
 ):
     text, _, example = (command.run.__doc__ or "").partition("\b")
     name = command.__name__.rsplit(".", 1)[-1]
-    app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(command.run)
+    app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(with_import(command.run))
 
 
 def _version(asked: bool) -> None:

@@ -1,17 +1,22 @@
 """Helpers of several commands: the console, progress, and a guard against overwriting files."""
 
+import functools
+import inspect
 import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..atomic import check_writable
 from ..errors import PopupError
+from ..plugins import load_plugins
 
 messages = Console(stderr=True, highlight=False)
 
@@ -30,6 +35,31 @@ def show(*things: object) -> None:
 def printable(text: str) -> str:
     """Return `text` without control characters, which a stranger's file may have in its names."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
+
+
+Import = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--import",
+        metavar="FILE_OR_MODULE",
+        help="Python file or module to import first, which registers a learner or the like; repeatable.",
+    ),
+]
+
+
+def with_import(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a command with the option `--import`."""
+
+    @functools.wraps(run)
+    def call(*, import_: list[str] | None, **given: Any) -> Any:
+        load_plugins(import_ or [])
+        return run(**given)
+
+    signature = inspect.signature(run)
+    option = inspect.Parameter("import_", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Import)
+    call.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    call.__annotations__ = {**run.__annotations__, "import_": Import}
+    return call
 
 
 def replace_unprintable(stream: object) -> None:

@@ -17,76 +17,20 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import ConversionError, PopupError, RecipeError, UnknownName, nearest, unknown
+from ..errors import ConversionError, RecipeError, UnknownName, nearest
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K
-from ..models.architecture import check_kwargs
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
-from ..weights import PRETRAINED, get_scheme, is_pretrained
+from ..plugins import load_plugins
+from ..weights import is_pretrained
 from .catalog import find, is_sweep
+from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
 from .expected import expected, shown
 from .keys import Key
 from .overrides import override
 from .schedule import rates
 from .yaml import read_yaml
-
-
-def _known(look_up: Any) -> Any:
-    def check(name: str) -> str:
-        try:
-            look_up(name)
-        except PopupError as error:
-            raise ValueError(str(error)) from None
-        return name
-
-    return AfterValidator(check)
-
-
-def _schemes(scheme: str | dict[str, str]) -> str | dict[str, str]:
-    for name in scheme.values() if isinstance(scheme, dict) else [scheme]:
-        if name != PRETRAINED:
-            _known(get_scheme).func(name)
-    return scheme
-
-
-def _recordable(kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        check_kwargs(kwargs)
-    except PopupError as error:
-        raise ValueError(str(error)) from None
-    return kwargs
-
-
-def _optimizer(name: str) -> None:
-    import timm.optim
-
-    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
-    if name not in known:
-        raise unknown("optimizer", name, known)
-
-
-def _options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    if "learner" in info.data:
-        _known(lambda name: get_learner(name, options)).func(info.data["learner"])
-    return options
-
-
-_K = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"
-
-
-def _shares(k: Any) -> Any:
-    """Check `k`: a share in (0, 1], or such shares by pattern."""
-    if k is None:
-        return k
-    shares = k.values() if isinstance(k, dict) else [k]
-    keys = list(k) if isinstance(k, dict) else []
-    if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
-        isinstance(key, str) for key in keys
-    ):
-        raise ValueError(f"expected {_K}")
-    return k
-
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -118,10 +62,10 @@ class Model(_Section):
             `surgery: none`, it takes the weights and trains those that take part.
     """
 
-    name: Annotated[str, _known(resolve), Field(examples=["timm/resnet18"])]
+    name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
     pretrained: bool | str = False
     init_from: str | None = None
-    kwargs: Annotated[dict[str, Any], AfterValidator(_recordable), Field(examples=[{"num_classes": 10}])] = {}
+    kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -144,12 +88,12 @@ class Model(_Section):
 class Surgery(_Section):
     """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one."""
 
-    learner: Annotated[str, _known(get_learner)] = DEFAULT.learner.value
-    learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = DEFAULT.learner_options.value
+    learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
+    learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
     k: Annotated[
-        float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True), Key(affects_speed=False)
+        float | dict[str, float] | None, PlainValidator(shares), Field(validate_default=True), Key(affects_speed=False)
     ] = None
-    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
+    scheme: Annotated[str | dict[str, str], AfterValidator(schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
@@ -171,7 +115,7 @@ class Surgery(_Section):
                 f"expected {wanted}; {learner} takes no k, because its scores decide how many weights are kept"
             )
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise _Missing(_K)
+            raise _Missing(SHARES)
         return value
 
 
@@ -268,7 +212,7 @@ class Training(_Section):
     """
 
     epochs: Annotated[int, Field(ge=1), Key(affects_speed=False)]
-    optimizer: Annotated[str, _known(_optimizer)] = "sgd"
+    optimizer: Annotated[str, known(look_up_optimizer)] = "sgd"
     optimizer_kwargs: dict[str, Any] = {}
     lr: Annotated[Positive, Key(affects_speed=False)]
     momentum: Annotated[float, Field(ge=0, lt=1), Key(affects_speed=False)] = 0.9
@@ -330,8 +274,14 @@ class LotteryTicket(_Section):
 
 
 class Recipe(_Section):
-    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training."""
+    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training.
 
+    Attributes:
+        plugins: Python files, relative to the recipe file, and modules to import first, in every process of the run,
+            because they register learners and the like. Only a recipe file that is named to `load` is followed.
+    """
+
+    plugins: Annotated[list[str], Key(affects_result=False, affects_speed=False)] = []
     model: Model
     surgery: Surgery | Literal["none"]
     lottery_ticket: LotteryTicket | None = None
@@ -394,14 +344,23 @@ class Recipe(_Section):
             UnknownName: there is no such recipe.
             RecipeError: the file is not YAML, or has mistakes; all of them are listed.
         """
-        values = read_yaml(find(name))
+        file = find(name)
+        values = read_yaml(file)
         if is_sweep(values):
             raise RecipeError(f"{name} is a sweep; run it with popup-surgery sweep {name}")
-        return cls.parse(override(values, overrides), str(name))
+        return cls.parse(with_plugins(override(values, overrides), file.parent), str(name))
 
     def dump(self) -> dict[str, Any]:
         """Return the plain values of all keys."""
         return self.model_dump()
+
+
+def with_plugins(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Import the `plugins` of a recipe file that the user named, and return its values with absolute paths."""
+    plugins = values.get("plugins")
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        return values  # what is wrong with it, `Recipe.parse` says
+    return {**values, "plugins": load_plugins(plugins, folder)}
 
 
 def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:

@@ -116,6 +116,7 @@ def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, 
     import timm
 
     values = recipe.dump()
+    values.pop("plugins", None)  # a file names no code
     values["data"]["root"] = None
     if isinstance(weights := values["model"]["pretrained"], str):
         values["model"]["pretrained"] = Path(weights).name

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..config.catalog import find
+from ..config.catalog import find, is_sweep
 from ..config.keys import fingerprint
 from ..config.overrides import assign, parse_setting
+from ..config.schema import with_plugins
 from ..config.yaml import read_yaml
 from ..data.folders import recognised
 from ..errors import PopupError, RecipeError, nearest
 from ..experiment.setup import run_folder, with_seed
+from ..plugins import load_plugins
 from ..training.run_folder import RunFolder
 from .names import as_text, find_folder, titles
 
@@ -92,6 +94,10 @@ class Sweep:
         """
         path = find(name)
         values = read_yaml(path, "recipe, set, grid and seeds, or runs")
+        if isinstance(plugins := values.pop("plugins", []) if is_sweep(values) else [], list):
+            load_plugins(map(str, plugins), path.parent)
+        else:
+            raise RecipeError(f"{name}: plugins is {plugins!r}; expected a list of Python files and modules")
         if {"model", "training"} & values.keys():
             values, path = {"recipe": str(name)}, Path()
         return cls.parse(values, str(name), settings, seeds=seeds, data_dir=data_dir, folder=path.parent)
@@ -244,7 +250,8 @@ def _stem(name: str) -> str:
 
 
 def _read(recipe: str, folder: Path) -> dict[str, Any]:
-    return read_yaml(find(folder / recipe if _is_file(recipe) else recipe))
+    file = find(folder / recipe if _is_file(recipe) else recipe)
+    return with_plugins(read_yaml(file), file.parent)
 
 
 def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None) -> Recipe:
