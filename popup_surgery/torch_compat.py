@@ -140,6 +140,25 @@ class ModuleMethods:
             super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *rest)  # type: ignore[misc]
 
 
+class ParameterToBe:
+    """Mixin of a tensor's class. `nn.Parameter` does not return such a tensor, but what it makes itself into.
+
+    `nn.Parameter` marks a tensor of another type than its own with a private attribute, and returns it. Tried on torch
+    2.11 and 2.14.
+    """
+
+    @property
+    def _is_param(self) -> bool:
+        return False
+
+    @_is_param.setter
+    def _is_param(self, value: bool) -> None:
+        self._popup_become_parameter()
+
+    def _popup_become_parameter(self) -> None:
+        raise NotImplementedError
+
+
 class RecurrentWeights:
     """Mixin of masked recurrent layers. It replaces the list of weights that their forward uses, at each read.
 

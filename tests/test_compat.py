@@ -39,11 +39,13 @@ from popup_surgery.torch_compat import (
     BatchNorm,
     ModuleMethods,
     NormWithStatistics,
+    ParameterToBe,
     RecurrentWeights,
     compiled_module,
     forget_weight_list,
     is_func_wrapper,
     is_fx_tracing,
+    is_replica,
     remove_forward_hooks,
     renew_reducer,
     renew_weight_list,
@@ -76,6 +78,9 @@ NAMES = (
     "torch.nn.Module()._non_persistent_buffers_set",
     "torch.nn.Module._apply",
     "torch.nn.Module._load_from_state_dict",
+    "torch.nn.Module._replicate_for_data_parallel",
+    "torch.nn.Module()._replicate_for_data_parallel()._is_replica",
+    "torch.nn.Parameter(torch.empty(0).as_subclass(type('Other', (torch.Tensor,), {})))._is_param",
     "torch.nn.modules.batchnorm._BatchNorm",
     "torch.nn.modules.batchnorm._NormBase",
     "torch.nn.parallel.DistributedDataParallel._remove_autograd_hooks",
@@ -191,6 +196,23 @@ def test_norms() -> None:
     assert all(isinstance(norm, NormWithStatistics) for norm in [*batch_norms, *instance_norms])
     assert not any(isinstance(norm, BatchNorm) for norm in instance_norms)
     assert not any(isinstance(norm, NormWithStatistics) for norm in [nn.LayerNorm(1), nn.GroupNorm(1, 1)])
+
+
+def test_a_parameter_is_what_a_tensor_makes_itself_into() -> None:
+    class Own(ParameterToBe, Tensor):
+        def _popup_become_parameter(self) -> None:
+            torch.utils.swap_tensors(self, nn.Parameter(torch.ones(3)))
+
+    found = nn.Parameter(torch.zeros(2).as_subclass(Own))
+    assert type(found) is nn.Parameter
+    assert torch.equal(found, torch.ones(3))
+    assert not isinstance(torch.zeros(2).as_subclass(Own), nn.Parameter)
+
+
+def test_a_replica_of_data_parallels_is_told_from_its_module() -> None:
+    module = nn.Linear(2, 3)
+    assert is_replica(module._replicate_for_data_parallel())
+    assert not is_replica(module)
 
 
 def test_version_of_counts_writes_through_every_alias() -> None:

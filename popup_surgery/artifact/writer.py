@@ -237,7 +237,7 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
             first, of_first = seen.setdefault(id(weight), (key, score))
             if of_first is not score:
                 raise ArtifactError(
-                    f"{first} and {key} are one weight under two masks, which a file cannot hold; copy a layer with "
+                    f"{first} and {key} are one weight under two masks, which a file cannot hold; copy the layer with "
                     "copy.deepcopy"
                 )
             slots[id(weight)] = slot

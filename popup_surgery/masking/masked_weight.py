@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import MaskedWeightError
-from ..torch_compat import version_of
+from ..torch_compat import ParameterToBe, version_of
 
 
 class Watch:
@@ -20,11 +20,11 @@ class Watch:
         self._storage = StorageWeakRef(tensor.untyped_storage())
         self._witness = tensor.detach()  # shares the counter, and gives up the memory
         self._witness.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        self._version = version_of(self._witness)
+        self._seen = version_of(self._witness)
 
     def written(self) -> bool:
         """Return whether there was a write since the start, or since `reset`."""
-        return version_of(self._witness) != self._version
+        return version_of(self._witness) != self._seen
 
     def over(self) -> bool:
         """Return whether the last alias is gone, so that nothing can be written any more."""
@@ -32,10 +32,10 @@ class Watch:
 
     def reset(self) -> None:
         """Forget the writes so far, which were reported."""
-        self._version = version_of(self._witness)
+        self._seen = version_of(self._witness)
 
 
-class MaskedWeight(Tensor):
+class MaskedWeight(ParameterToBe, Tensor):
     """The tensor that reading a masked weight returns. For functions it is a plain one.
 
     Its methods that return a view return this type too. `data` of it hides no write, as `data` of a plain tensor does,
@@ -71,13 +71,8 @@ class MaskedWeight(Tensor):
             "computed again from its scores at each read; change the scores, or bake(model) first"
         )
 
-    @property
-    def _is_param(self) -> bool:
-        return False
-
-    @_is_param.setter
-    def _is_param(self, value: bool) -> None:
-        """Become a plain Parameter, with a counter of its own. `nn.Parameter` sets this on what it returns."""
+    def _popup_become_parameter(self) -> None:
+        """Become a plain Parameter, with a counter of its own."""
         plain = self.detach().as_subclass(Tensor).data
         torch.utils.swap_tensors(self, nn.Parameter(plain, self.requires_grad))
 
