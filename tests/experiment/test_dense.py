@@ -32,5 +32,5 @@ def test_the_files_dtypes_count_whatever_the_default(dtype: torch.dtype, tmp_pat
         torch.set_default_dtype(torch.float32)
     expected = dict(model.named_buffers()) | dict(model.named_parameters())
     found = dict(loaded.named_buffers()) | dict(loaded.named_parameters())
-    assert {key: tensor.dtype for key, tensor in found.items()} == {key: tensor.dtype for key, tensor in expected.items()}
+    assert [key for key, tensor in expected.items() if found[key].dtype != tensor.dtype] == []
     assert [key for key, tensor in expected.items() if not torch.equal(found[key], tensor)] == []
