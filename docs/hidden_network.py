@@ -18,7 +18,7 @@ import numpy as np
 import popup_surgery as ps
 from popup_surgery.analysis.sanity import AS_IT_IS, SHUFFLED
 from popup_surgery.data.batches import quiet
-from popup_surgery.experiment.evaluate import data_of
+from popup_surgery.experiment.evaluate import class_names, data_of
 from popup_surgery.experiment.setup import open_for
 from popup_surgery.plots import canvas, write_figure
 from popup_surgery.training.evaluation import accuracy_of
@@ -34,7 +34,7 @@ THEMES = {  # text, positive, negative, dropped
 def accuracies(file: ps.Artifact, data_dir: Path | None) -> dict[str, float]:
     """Accuracy, 0 … 1, of the network with all of its weights, under a shuffled mask, and under its own."""
     whole, data = file.network(masked=False), data_of(file, None, data_dir)
-    batches = open_for(whole, data, quiet, train=False)
+    batches = open_for(whole, data, quiet, train=False, classes=class_names(file))
     everything, _ = accuracy_of(whole, batches.validation(), nullcontext)
     found = {one.change: one.accuracy for one in ps.sanity(file, data_dir=data_dir, repeats=1, values=()).variations}
     return {"all weights": everything, "shuffled mask": found[SHUFFLED], "learned mask": found[AS_IT_IS]}

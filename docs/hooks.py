@@ -34,19 +34,30 @@ SHOWN_AS = "repository"  # the site's folder for files of the repository outside
 
 def recipe_keys() -> str:
     """Every key of a recipe, section by section: type, default, meaning."""
-    return "\n\n".join(_section(name) for name in sections())
+    return "\n\n".join([*(_section(name) for name in sections()), _whole()])
 
 
 def sections() -> dict[str, type[BaseModel]]:
     """The sections of a recipe, and the classes of their keys."""
     found = {name: _models(field.annotation) for name, field in Recipe.model_fields.items()}
-    return {name: models[0] for name, models in found.items()}
+    return {name: models[0] for name, models in found.items() if models}
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:
     if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in get_args(annotation) for model in _models(part)]
+
+
+def _whole() -> str:
+    """The keys of a recipe that are no sections."""
+    told, lines = described(Recipe.__doc__ or "", "Attributes"), ["## Beside the sections", ""]
+    for name, field in Recipe.model_fields.items():
+        if not _models(field.annotation):
+            default = _yaml(field.get_default(call_default_factory=True))
+            lines.append(f"`{name}`{{ #{name} }} {kind(field.annotation)}; default `{default}`")
+            lines += [f":   {told[name]}", ""]
+    return "\n".join(lines)
 
 
 def _section(name: str) -> str:

@@ -13,8 +13,9 @@ from .deprecated import OLD, install
 __version__ = "0.1.0"
 
 _HOMES = {
+    "analysis.overlap": ("LayerOverlap", "Overlap", "overlap"),
     "analysis.sanity": ("Sanity", "sanity"),
-    "artifact": ("Artifact", "inspect", "load", "save", "start_from", "verify"),
+    "artifact": ("Artifact", "inspect", "load", "masks", "save", "start_from", "verify"),
     "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
@@ -24,7 +25,7 @@ _HOMES = {
     "experiment.results": ("Result",),
     "experiment.train": ("train",),
     "learners": ("sampled",),
-    "masking.bake": ("bake", "masks"),
+    "masking.bake": ("bake",),
     "masking.convert": ("convert",),
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
@@ -36,8 +37,9 @@ _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
+    from .analysis.overlap import LayerOverlap, Overlap, overlap
     from .analysis.sanity import Sanity, sanity
-    from .artifact import Artifact, inspect, load, save, start_from, verify
+    from .artifact import Artifact, inspect, load, masks, save, start_from, verify
     from .config import Recipe
     from .errors import (
         ArtifactError,
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
     from .experiment.results import Result
     from .experiment.train import train
     from .learners import sampled
-    from .masking.bake import bake, masks
+    from .masking.bake import bake
     from .masking.convert import convert
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +10,32 @@ from pathlib import Path
 from .errors import PopupError
 
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def check_writable(path: str | Path) -> None:
+    """Check, before any work, that `write_atomically` can write `path`. Nothing stays on the disk.
+
+    Raises:
+        PopupError: the name is too long, a folder or a device has it, its folder does not exist, or is not writable.
+    """
+    path = Path(path)
+    try:
+        with suppress(FileNotFoundError):
+            mode = os.stat(path).st_mode
+            if stat.S_ISDIR(mode):
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, "it is no ordinary file")
+        handle, temporary = _temporary(path)
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise PopupError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _temporary(path: Path) -> tuple[int, str]:
+    """Make a temporary file beside `path`. Its name begins like that of `path`, and is not too long if that is not."""
+    return tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
 
 
 def write_atomically(path: str | Path, data: bytes) -> None:
@@ -20,7 +47,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        handle, temporary = _temporary(path)
         with os.fdopen(handle, "wb", buffering=0) as file:
             rest = memoryview(data)
             while rest:
@@ -38,7 +65,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
             if error.errno in _FULL and left:
                 missing = f"; {left:,} of {len(data):,} bytes did not fit"
             Path(temporary).unlink(missing_ok=True)
-        before = "; the file that was there is unchanged" if path.exists() else ""
+        before = "; the file that was there is unchanged" if os.path.exists(path) else ""
         raise PopupError(f"{path} cannot be written: {error.strerror or error}{missing}{before}") from error
     except BaseException:
         if temporary is not None:

@@ -1,7 +1,7 @@
 """Every error that a user of popup-surgery can cause. Each message is one clear sentence."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class PopupError(Exception):
@@ -44,6 +44,12 @@ class Stopped(RunError):
     """A run was told to stop. It has saved a checkpoint, and `resume` continues from it."""
 
     status = 75  # exit code of the command line: "try again later" in sysexits.h
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Return names in one line, and how many more there are than `most`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more
 
 
 def nearest(name: str, choices: Iterable[str], n: int = 3) -> str:

@@ -8,6 +8,10 @@ from typing import Any
 
 from .atomic import write_atomically
 
+_DASHES = ("-", "--", "-.", ":")
+
+PICTURES = (".png", ".svg", ".pdf")  # the suffixes of `write_figure`
+
 
 def draw_curve(path: Path, title: str, train: Sequence[float], validation: Sequence[float]) -> None:
     """Draw the accuracy on both splits, 0 … 1, by epoch, and write it to `path` as a PNG."""
@@ -78,6 +82,42 @@ def draw_sanity(path: Path, title: str, groups: Sequence[Group], chance: float) 
     write_figure(figure, path)
 
 
+@dataclass(frozen=True)
+class Series:
+    """Accuracies, 0 … 1, at several places of an x axis: pairs of the place and the accuracies there."""
+
+    name: str
+    places: list[tuple[float, list[float]]]
+
+
+def draw_series(path: Path, title: str, x_label: str, series: Sequence[Series]) -> None:
+    """Draw accuracies over x as a PNG: a dot for each, and for each series a line through the means."""
+    figure, (axes,) = canvas(7, 4.2)
+    for i, one in enumerate(series):
+        colour = f"C{i % 10}"
+        xs = [x for x, accuracies in one.places for _ in accuracies]
+        axes.scatter(xs, [100 * share for _, group in one.places for share in group], color=colour, alpha=0.5, s=18)
+        means = [100 * sum(group) / len(group) for _, group in one.places]
+        axes.plot([x for x, _ in one.places], means, color=colour, linestyle=_DASHES[i // 10 % 4], label=one.name)
+    axes.set(xlabel=x_label, ylabel="accuracy (%)", title=title)
+    axes.grid(alpha=0.3)
+    if 1 < len(series) <= 30:
+        axes.legend(fontsize=8)
+    write_figure(figure, path)
+
+
+def draw_groups(path: Path, title: str, groups: Sequence[Group]) -> None:
+    """Draw accuracies as a PNG: a row for each group, a dot for each accuracy."""
+    figure, (axes,) = canvas(7, 1.2 + 0.32 * len(groups))
+    points = [(100 * share, place) for place, group in enumerate(groups) for share in group.accuracies]
+    axes.scatter(*zip(*points, strict=True), color="#0072b2", alpha=0.7, zorder=3)
+    axes.set_yticks(range(len(groups)), [group.name for group in groups])
+    axes.set(xlabel="accuracy (%)", title=title)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3)
+    write_figure(figure, path)
+
+
 def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
     """Return a figure of that size in inches, and its panels side by side, which share a y axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -88,11 +128,11 @@ def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]
 
 
 def write_figure(figure: Any, path: Path) -> None:
-    """Write a figure in the format that the path's suffix names: `.png` or `.svg`."""
+    """Write a figure in the format that the path's suffix names, one of `PICTURES`."""
     import matplotlib
 
-    picture, kind = io.BytesIO(), path.suffix[1:]
-    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    picture, kind = io.BytesIO(), path.suffix[1:].lower()
+    metadata = {"png": {"Software": None}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
     with matplotlib.rc_context({"svg.hashsalt": path.stem}):  # the same picture gives the same file
         figure.savefig(picture, format=kind, dpi=120, metadata=metadata)
     write_atomically(path, picture.getvalue())

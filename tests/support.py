@@ -58,7 +58,7 @@ class Here:
             file = output / f"{run.name}.yaml"
             file.write_text(to_yaml(run.recipe.dump()))
             recipe = file.rename(output / "recipe.yaml")
-            train(recipe, output=output / run.name)
+            train(recipe, output=run.folder(output).path)
             recipe.unlink()
             yield run, State.FINISHED, ""
 

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
@@ -12,6 +12,7 @@ from typing import Any
 from ..masking.planning import plan
 from ..models.build import build_meta
 from ..models.libraries import architecture_of, names
+from ..plugins import loaded_plugins, restore_plugins
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ def look(name: str) -> Row:
 
 def survey(names: Sequence[str], jobs: int = 1) -> Iterator[Row]:
     """Yield the rows of networks, in order, made by `jobs` processes."""
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
+    with ProcessPoolExecutor(
+        jobs, mp_context=get_context("spawn"), initializer=_begin, initargs=(loaded_plugins(),)
+    ) as pool:
         yield from pool.map(look, names, chunksize=8)
 
 
@@ -107,10 +110,11 @@ def as_markdown(rows: Sequence[Row], libraries: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _one_thread() -> None:
+def _begin(plugins: Mapping[str, bytes]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    restore_plugins(plugins)
 
 
 def _versions(libraries: Sequence[str]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from ..artifact import Artifact, Manifest
 from ..config.schema import Data
 from ..data.batches import Batches, Progress, quiet
 from ..errors import ConversionError
-from ..experiment.evaluate import data_of
+from ..experiment.evaluate import class_names, data_of
 from ..experiment.setup import open_for
 from ..plots import Group
 from ..torch_compat import BatchNorm
@@ -120,7 +120,7 @@ def sanity(
     data, manifest = data_of(artifact, data, data_dir), artifact.manifest
     model = artifact.network(base=base, masked=False).to("cuda" if torch.cuda.is_available() else "cpu")
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
-    batches = open_for(model, data, progress, train=bool(norms))
+    batches = open_for(model, data, progress, train=bool(norms), classes=class_names(artifact))
     parts = _Parts(manifest, model, artifact.masks())
     changes = _changes(manifest, repeats, values)
     found, images = [], 0

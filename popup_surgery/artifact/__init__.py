@@ -1,9 +1,20 @@
 """The popup artifact: a seed and one bit per weight in a safetensors file. Format: docs/artifact-format.md."""
 
-from .file import Artifact, inspect, load, stored_masks
+from .file import Artifact, inspect, load, masks, stored_masks
 from .manifest import Manifest
 from .verification import Verification, verify
 from .warm_start import start_from
 from .writer import save
 
-__all__ = ["Artifact", "Manifest", "Verification", "inspect", "load", "save", "start_from", "stored_masks", "verify"]
+__all__ = [
+    "Artifact",
+    "Manifest",
+    "Verification",
+    "inspect",
+    "load",
+    "masks",
+    "save",
+    "start_from",
+    "stored_masks",
+    "verify",
+]

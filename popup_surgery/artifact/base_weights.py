@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..errors import ArtifactError, ConversionError, PopupError
 from ..masking.walk import unwrap
 from ..models.architecture import Base
-from ..models.pretrained import check_tag, read_weights
+from ..models.pretrained import check_tag, prefix_note, read_weights, without_prefix
 from ..weights.fill import values_digest
 from ..weights.source import source_of
 from .container import DTYPES
@@ -46,13 +46,15 @@ def base_weights(manifest: Manifest, core: nn.Module | None, base: nn.Module | s
         if not isinstance(holder, nn.Module):
             raise ArtifactError(f"base is a {type(holder).__name__}; expected a network or a file of weights")
         source = unwrap(holder).state_dict(keep_vars=True)
+    weights = without_prefix(source, [entry.name for entry in manifest.masked])
     found = {}
     for entry in manifest.masked:
         if source_of(entry.distribution).in_base:
-            tensor = source.get(entry.name)
+            tensor = weights.get(entry.name)
             if not isinstance(tensor, Tensor) or tuple(tensor.shape) != entry.shape or tensor.is_meta:
                 has = f"{tuple(tensor.shape)}" if isinstance(tensor, Tensor) else "nothing"
-                raise ArtifactError(f"the base has {has} for {entry.name!r}; expected {entry.shape}")
+                note = "" if isinstance(tensor, Tensor) else prefix_note(weights, entry.name)
+                raise ArtifactError(f"the base has {has} for {entry.name!r}; expected {entry.shape}{note}")
             found[entry.name] = tensor.detach().to(DTYPES[entry.dtype])
     if (digest := values_digest(found.values())) != manifest.base.sha256:
         of = f"{manifest.base.library}/{manifest.base.name} {manifest.base.tag}".rstrip()

@@ -9,11 +9,11 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import ArtifactError
+from .kinds import ARTIFACT, METADATA, folder_kind, other_kind, safetensors_kind
 from .strict_json import parse
 
 HEADER_LIMIT = 16 << 20
 DIMENSIONS_LIMIT = 64  # the same limit as in NumPy and PyTorch
-METADATA = "popup_surgery"
 
 # safetensors' names of dtypes
 DTYPES: dict[str, torch.dtype] = {
@@ -48,6 +48,15 @@ class Stored:
 
 
 @dataclass(frozen=True)
+class Header:
+    """The checked header of any safetensors file: its metadata, its tensors by name, the data's offset in bytes."""
+
+    metadata: Any
+    tensors: dict[str, Stored]
+    data_start: int
+
+
+@dataclass(frozen=True)
 class Container:
     """A checked header: the manifest's text, the tensors by name, the data's offset in bytes, and the file's stamp."""
 
@@ -72,10 +81,25 @@ def read_header(file: BinaryIO) -> Container:
     Raises:
         ArtifactError: the file is not a safetensors file, or does not hold one popup artifact and nothing else.
     """
+    header = read_safetensors(file)
+    metadata = header.metadata
+    if not isinstance(metadata, dict) or list(metadata) != [METADATA] or not isinstance(metadata[METADATA], str):
+        raise ArtifactError(f"this is not a popup artifact: {safetensors_kind(metadata, header.tensors)}")
+    return Container(metadata[METADATA], header.tensors, header.data_start, stamp_of(file))
+
+
+def read_safetensors(file: BinaryIO) -> Header:
+    """Read and check the header of any safetensors file, from the beginning of `file`.
+
+    Raises:
+        ArtifactError: the file is not a safetensors file, or damaged.
+    """
     size = os.fstat(file.fileno()).st_size
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
+        if kind := other_kind(prefix + file.read(248)):
+            raise ArtifactError(f"this is not a safetensors file: {kind}")
         raise ArtifactError(
             f"the file ends before its header does ({size} bytes); it is truncated, or not a safetensors file"
         )
@@ -90,8 +114,6 @@ def read_header(file: BinaryIO) -> Container:
     if not isinstance(header, dict):
         raise ArtifactError("the header is not a JSON object; expected a safetensors file")
     metadata = header.pop("__metadata__", None)
-    if not isinstance(metadata, dict) or list(metadata) != [METADATA] or not isinstance(metadata[METADATA], str):
-        raise ArtifactError(f"`__metadata__` has no {METADATA!r}, or more than that; this is not a popup artifact")
     tensors = {name: _stored(name, entry) for name, entry in header.items()}
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
@@ -100,7 +122,7 @@ def read_header(file: BinaryIO) -> Container:
         end = tensor.stop
     if end != size - 8 - length:
         raise ArtifactError(f"the data has {size - 8 - length} bytes, the tensors need {end}; the file is damaged")
-    return Container(metadata[METADATA], tensors, 8 + length, stamp_of(file))
+    return Header(metadata, tensors, 8 + length)
 
 
 def _stored(name: str, entry: Any) -> Stored:
@@ -131,8 +153,27 @@ def stamp_of(file: BinaryIO) -> tuple[int, int, int]:
 def open_file(path: str | Path) -> BinaryIO:
     """Open `path` for reading bytes. If that fails, an `ArtifactError` says why."""
     try:
+        if Path(path).is_dir():
+            raise ArtifactError(f"this is {folder_kind(Path(path))}; expected a file")
         if not Path(path).is_file():
-            raise ArtifactError("the file does not exist" if not Path(path).exists() else "this is not a file")
+            raise ArtifactError("this is not a file" if Path(path).exists() else "the file does not exist")
         return open(path, "rb")
     except OSError as error:
         raise ArtifactError(f"cannot be read: {error.strerror or error}") from error
+
+
+def what_is(path: str | Path) -> str:
+    """Return what a file or folder is, and what takes it."""
+    if Path(path).is_dir():
+        return folder_kind(Path(path))
+    with open_file(path) as file:
+        if kind := other_kind(file.read(256)):
+            return kind
+        file.seek(0)
+        try:
+            header = read_safetensors(file)
+        except ArtifactError as error:
+            return f"a file that no command takes: {error}"
+    if isinstance(header.metadata, dict) and list(header.metadata) == [METADATA]:
+        return ARTIFACT
+    return safetensors_kind(header.metadata, header.tensors)

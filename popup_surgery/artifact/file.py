@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..codecs.bitpack import unpack_mask
-from .container import Container
+from ..errors import ArtifactError, ConversionError
+from ..masking.bake import masks as network_masks
+from .container import Container, Header, open_file, read_safetensors
 from .manifest import Manifest
 from .reader import Contents, naming, read_contents, read_front
 from .restore import fill_network
@@ -92,19 +94,58 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
     Args:
         path: the file. It is treated as hostile: nothing in it is unpickled or run. Memory use is at most twice the
             file's size, plus the network, plus 256 MiB.
-        model: a plain network to fill, needed only if the file's architecture is `custom`. It is changed only after
-            all checks have passed.
+        model: a network to fill that is not converted. Needed only if the file's architecture is `custom`, which no
+            library builds. It is changed only after all checks have passed.
         base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the
-            weights of `model`, or else the library's weights with the tag that the file names. Other weights are
-            refused.
+            weights of `model`, or without `model` the library's weights that the file names. Other weights are refused.
 
     Returns:
         A network of ordinary layers, with float tensors in the file's dtypes; `model` itself if given.
 
     Raises:
-        ArtifactError: the message names the file, the tensor, and what was expected.
+        ArtifactError: the file is damaged, or does not fit `model` or `base`. The message names the file, the tensor,
+            and what was expected.
     """
     return Artifact.open(path).network(model, base)
+
+
+def masks(source: nn.Module | str | Path | Artifact) -> dict[str, Tensor]:
+    """Return the mask of each masked weight, by the weight's `state_dict` key: bool, of the weight's shape.
+
+    Args:
+        source: a converted network, whose masks are copied; a popup artifact, as a file or open; or the file of masks
+            that a run writes beside dense weights. If the learner samples, the masks of a network are those that a
+            file would store; inside `sampled` they are those of that sample.
+
+    Raises:
+        ConversionError: the network has no masked weight.
+        ArtifactError: the file is damaged, or has no masks; the message says what it is.
+    """
+    if isinstance(source, nn.Module):
+        if found := network_masks(source):
+            return found
+        raise ConversionError(
+            f"the {type(source).__name__} has no masked weight, as plain networks, and those of load and bake; "
+            "expected the network that convert returned, or the file"
+        )
+    if isinstance(source, Artifact):
+        return source.masks()
+    with naming(source), open_file(source) as file:
+        header = read_safetensors(file)
+        if header.metadata is None and {tensor.dtype for tensor in header.tensors.values()} == {"BOOL"}:
+            return _bool_tensors(file.read(), header)
+    return stored_masks(source)
+
+
+def _bool_tensors(data: bytes, header: Header) -> dict[str, Tensor]:
+    """Return the tensors of a file that has only those of bool."""
+    values = np.frombuffer(data, np.uint8)
+    if values.max(initial=0) > 1:
+        raise ArtifactError("a mask has bytes other than 0 and 1")
+    return {
+        name: torch.from_numpy(values[tensor.start : tensor.stop].astype(bool)).view(tensor.shape)
+        for name, tensor in header.tensors.items()
+    }
 
 
 def stored_masks(path: str | Path) -> dict[str, Tensor]:

@@ -47,24 +47,28 @@ def save(
     probe: tuple[int, ...] | None = None,
     encoding: str = "bitpack",
 ) -> Manifest:
-    """Write a converted network as a popup artifact: a seed, one bit per masked weight, and what no seed gives back.
+    """Write a converted network as a popup artifact: a seed, one bit per masked weight, and what no seed can rebuild.
+
+    The file records the name of a library's network: one from `build` or timm, or the `architecture` that `convert` was
+    given. Other networks are recorded as `custom`, with a warning, and so are those that compute something else than
+    the network of that name. `load` then needs the network.
 
     Args:
-        model: a network that `convert` returned. It may be trained, and it may be wrapped.
+        model: a network that `convert` returned, before or after training. It may be wrapped by DDP or `torch.compile`.
         path: the file to write. An existing file is replaced atomically.
         provenance: JSON values to record: recipe, accuracies, versions. Numbers that are not finite become null. If
             the learner samples, the key `mask` says which network the file holds.
         probe: shape of an input, batch first. The first outputs for such an input are recorded, so that `verify`
-            notices a library whose code has changed under an unchanged name.
-        encoding: name of the codec for the masks.
+            notices if a library has changed the network of that name.
+        encoding: how masks are stored: the name of a codec in `popup_surgery.codecs`.
 
     Returns:
-        The manifest as written.
+        The manifest: the description in the file, as written.
 
     Raises:
-        ArtifactError: the network is not converted, or only in part since its head was replaced; it is on the meta
-            device; its weights are no longer the seed's, or were trained; or a file cannot hold one of its
-            `state_dict` entries. The message names it.
+        ArtifactError: the network is not converted, or has a new layer without a mask; it is on the meta device; its
+            weights are no longer those of the seed, or were trained; or a file cannot hold one of its `state_dict`
+            entries. The message names the layer or entry.
         UnknownName: there is no such codec.
         PopupError: the file cannot be written. An existing file is unchanged.
     """

@@ -7,17 +7,35 @@ import re
 import sys
 from inspect import cleandoc
 from pathlib import Path
+from typing import Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 from ..errors import PopupError, Stopped
 from ..typer_compat import UsageError
-from . import convert, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
-from .shared import STOPPED, printable
+from . import convert, diff, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
+from .shared import STOPPED, printable, replace_unprintable, shown_by, with_import
+
+
+class _Group(TyperGroup):
+    """All commands. Help is in characters that stdout can show: typer writes UTF-8 where that is ASCII."""
+
+    def get_help(self, ctx: Any) -> str:
+        return shown_by(sys.stdout, super().get_help(ctx))
+
+
+class _Command(TyperCommand):
+    """One command, with such a help."""
+
+    def get_help(self, ctx: Any) -> str:
+        return shown_by(sys.stdout, super().get_help(ctx))
+
 
 app = typer.Typer(
     name="popup-surgery",
+    cls=_Group,
     help="Turn any network into a hidden one: random frozen weights, a learned mask, one small file to share.",
     epilog="\b\n$ popup-surgery convert fc --in-chans 1 --k 0.1 --no-scaled -o fc.popup.safetensors\n"
     "3 layers masked, 266,200 weights, 26,620 kept (10.0%)\n"
@@ -30,9 +48,24 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (convert, train, sweep, reproduce, evaluate, predict, sanity, inspect, verify, export, recipes, zoo):
+for command in (
+    convert,
+    train,
+    sweep,
+    reproduce,
+    evaluate,
+    predict,
+    sanity,
+    inspect,
+    verify,
+    diff,
+    export,
+    recipes,
+    zoo,
+):
     text, _, example = (command.run.__doc__ or "").partition("\b")
-    app.command(command.__name__.rsplit(".", 1)[-1], help=text, epilog="\b\n" + cleandoc(example))(command.run)
+    name = command.__name__.rsplit(".", 1)[-1]
+    app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(with_import(command.run))
 
 
 def _version(asked: bool) -> None:
@@ -54,6 +87,8 @@ def main() -> int:
     Returns the exit status: 0; 1 if the answer is no; 2 for bad use, after one sentence on stderr; 75 if a run can be
     resumed; 130 if interrupted.
     """
+    for stream in (sys.stdout, sys.stderr):
+        replace_unprintable(stream)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         return app(standalone_mode=False) or 0
@@ -71,6 +106,11 @@ def main() -> int:
         return 0
     except PopupError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(printable(f"error: {error.filename}: {error.strerror}"), file=sys.stderr)
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)

@@ -6,7 +6,7 @@ import typer
 
 from ..errors import ConversionError, PopupError
 from ..masking.settings import DEFAULT
-from .shared import busy, new_file, show, size
+from .shared import busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
     from ..masking.plan import Plan
@@ -70,11 +70,12 @@ def run(
     signed_kaiming_constant, scaled, seed 7, edge_popup, ranked layer by layer
     wrote conv4.popup.safetensors, 307 kB
     """
+    refuse_file(arch, "network's name")
     if json_ and not dry_run:
         raise PopupError("--json prints the plan; add --dry-run")
     file = output or Path(f"{arch.rsplit('/', 1)[-1]}.popup.safetensors")
     if not dry_run:
-        new_file(file, force)
+        new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
         "k": k,
         "scheme": scheme,
@@ -107,7 +108,7 @@ def _convert(
     from ..masking.convert import convert_as_given
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
-    from ..models.libraries import architecture_of
+    from ..models.libraries import architecture_and_tag
     from ..weights import PRETRAINED
 
     scheme = given["scheme"]
@@ -115,7 +116,13 @@ def _convert(
         raise ConversionError(
             f"--weights {weights} needs --scheme {PRETRAINED}; the scheme {scheme} draws random weights"
         )
-    architecture = architecture_of(arch, **kwargs)
+    architecture, tag = architecture_and_tag(arch, **kwargs)
+    if tag and scheme != PRETRAINED:
+        name = f"{architecture.library}/{architecture.name}"
+        raise ConversionError(
+            f"{arch} names the pretrained weights {tag}, which the scheme {scheme} would replace; "
+            f"expected {name}, or --scheme {PRETRAINED}"
+        )
     model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
     if file is None:
         return plan_as_given(model or build_meta(architecture), given)

@@ -7,24 +7,24 @@ from .shared import busy, progress, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact, or dense weights of a run or an export.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="data.key=value, in place of the value in the file; repeatable.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> None:
-    """Print the accuracy of an artifact's network on the data set that it was trained on, or on another.
+    """Print the accuracy of a file's network on the data set that it was trained on, or on another.
 
     \b
     $ popup-surgery evaluate digits.popup.safetensors
     98.33 % of 359 validation images of digits
     """
     with busy("loading"):
-        from ..artifact import Artifact
+        from ..experiment.dense import open_result
         from ..experiment.evaluate import evaluate, recorded_data
 
-        opened = Artifact.open(artifact)
+        opened = open_result(artifact)
         data = recorded_data(opened, set_ or [])
     result = evaluate(opened, data=data, data_dir=data_dir, base=base, progress=progress)
     show(f"{100 * result.accuracy:.2f} % of {result.images:,} validation images of {result.data}")

@@ -18,12 +18,12 @@ def run(
     $ popup-surgery export digits.popup.safetensors -o digits.safetensors
     wrote digits.safetensors, 95 kB: 5 tensors of popup_surgery/conv2
     """
-    new_file(output, force)
+    new_file(output, force, [".safetensors"], reads=[artifact, base])
     with busy("rebuilding"):
         from ..artifact import Artifact
-        from ..experiment.results import write_dense
+        from ..experiment.dense import write_dense
 
         opened = Artifact.open(artifact)
         architecture = opened.manifest.architecture
-        count = write_dense(opened.network(base=base), output)
+        count = write_dense(opened.network(base=base), output, opened.manifest.provenance)
     show(f"wrote {output}, {size(output)}: {count} tensors of {architecture.library}/{architecture.name}")

@@ -24,7 +24,7 @@ def run(
     classifier.3.weight  64 × 64          2,048  4,096   50.0%  signed_constant, std 0.17678
     classifier.5.weight  10 × 64          320    640     50.0%  signed_constant, std 0.17678
     5 layers, 11,784 of 23,568 weights kept (50.0%), seed 0
-    accuracy when it was saved: 98.33%; its weights are checked by popup-surgery verify
+    accuracy when it was saved: 98.33%; popup-surgery verify checks the weights
     """
     from ..artifact import inspect
 

@@ -3,7 +3,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import new_file, show, size
+from .shared import new_file, refuse_file, show, size
 
 
 def run(
@@ -30,11 +30,14 @@ def run(
         for each in shipped():
             show(each)
         return
+    refuse_file(name, "recipe")
     file = find(name)
+    if output is not None:
+        new_file(output, force, (".yaml", ".yml"), reads=[file])
     text = file.read_bytes()
     if output is None:
         print(text.decode(), end="")
         return
-    write_atomically(new_file(output, force), text)
+    write_atomically(output, text)
     verb = "sweep" if is_sweep(read_yaml(file)) else "train"
     show(f"wrote {output}, {size(output)}; run it with popup-surgery {verb} {output}")

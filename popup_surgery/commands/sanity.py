@@ -3,6 +3,7 @@ from typing import Annotated
 
 import typer
 
+from ..plots import PICTURES
 from .shared import busy, new_file, progress, show
 
 
@@ -43,7 +44,8 @@ def run(
     wrote digits.sanity.png
     """
     name = artifact.name.partition(".")[0]
-    picture = new_file(output or artifact.with_name(f"{name}.sanity.png"), force)
+    picture = output or artifact.with_name(f"{name}.sanity.png")
+    new_file(picture, force, PICTURES, reads=[artifact, base, data_dir])
     with busy("loading"):
         from ..analysis.sanity import VALUES, sanity
         from ..artifact import Artifact
@@ -52,6 +54,8 @@ def run(
 
         opened = Artifact.open(artifact)
         data = recorded_data(opened, set_ or [])
+        if data.root is not None:
+            new_file(picture, force, reads=[Path(data.root)])
     values = value or VALUES
     found = sanity(opened, data=data, data_dir=data_dir, base=base, repeats=repeats, values=values, progress=progress)
     draw_sanity(picture, name, found.groups(), found.chance)

@@ -12,7 +12,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ..errors import PopupError, Stopped
-from .shared import busy, messages, printable, progress, show
+from .shared import busy, messages, printable, progress, refuse_file, show
 
 if TYPE_CHECKING:
     from ..sweep import Local, OnRay, Outcome, Point, Report, Sweep
@@ -60,7 +60,7 @@ def run(
     gpus_per_run: GpusPerRun = None,
     dry_run: DryRun = False,
 ) -> int:
-    """Run a grid over recipe keys × seeds; write a folder for each run, results.csv and results.json.
+    """Run a grid over recipe keys × seeds; write a folder for each run, and tables and a picture.
 
     \b
     $ popup-surgery sweep digits --set training.epochs=1 --set 'surgery.k=[0.3, 0.5]' --seeds 2
@@ -71,8 +71,9 @@ def run(
             surgery.k  runs  accuracy         time   file         kept
     digits  0.3        2/2   38.44 ± 10.64 %  0.4 s  7,334 bytes  30.0 %
     digits  0.5        2/2   75.63 ± 4.53 %   0.4 s  7,326 bytes  50.0 %
-    wrote runs/sweeps/digits/results.csv and results.json
+    wrote runs/sweeps/digits/results.csv, runs.csv, results.json and results.png
     """
+    refuse_file(sweep, "sweep or recipe")
     with busy("starting"):
         from .. import sweep as sweeps
         from ..config.yaml import parse_yaml
@@ -91,7 +92,7 @@ def run(
         messages.print(f"{error}; run the same command again to resume", markup=False, soft_wrap=True)
         return error.status
     show(_table(sweeps.points(outcomes)))
-    show(f"wrote {folder}/results.csv and results.json")
+    show(f"wrote {folder}/results.csv, runs.csv, results.json and results.png")
     return 1 if any(outcome.state is sweeps.State.FAILED for outcome in outcomes) else 0
 
 
@@ -137,7 +138,7 @@ def shown(folder: Path) -> "Iterator[Report]":
                 show(f"{ended} of {len(outcomes)} runs had ended before")
         for outcome in new:
             if outcome.state is State.FAILED:
-                where = folder / outcome.run.name
+                where = outcome.run.folder(folder).path
                 text = f"{outcome.run} failed: {outcome.error}; its folder is {where}"
                 messages.print(printable(text), markup=False, soft_wrap=True)
             elif outcome.numbers is not None and live is None:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from ..errors import RunError, Stopped
-from .shared import STOPPED, busy, progress, show, size
+from .shared import STOPPED, busy, progress, refuse_file, show, size
 
 if TYPE_CHECKING:
     from ..experiment.results import Result
@@ -41,6 +41,7 @@ def run(
     time          3.0 s
     speed         4,305 images/s in training
     """
+    refuse_file(recipe, "recipe")
     if num_processes > 1 and "WORLD_SIZE" not in os.environ:
         return launch(num_processes, sys.argv[1:])
     began = time.perf_counter()

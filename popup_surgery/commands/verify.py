@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -21,11 +22,13 @@ def run(
     """
     with busy("rebuilding"):
         from ..artifact import verify
+        from ..artifact.container import open_file
+        from ..artifact.reader import naming
         from ..errors import ArtifactError, PopupError
 
-        if not artifact.is_file():
-            raise PopupError(f"the artifact {artifact} does not exist")
-        if base is not None and not base.is_file():
+        with naming(artifact):
+            open_file(artifact).close()
+        if base is not None and not os.path.isfile(base):
             raise PopupError(f"--base is {base}, which does not exist")
         try:
             result = verify(artifact, base=base)

@@ -24,14 +24,14 @@ def run(
     6 networks, 0 refused, 0 with less than 99 % of their weights masked
     wrote zoo.json and zoo.md
     """
-    files = [new_file(output / name, force) for name in ("zoo.json", "zoo.md")]
     from ..analysis.coverage import all_names, as_json, as_markdown, survey
     from ..atomic import write_atomically
     from ..errors import PopupError, unknown
     from ..models.libraries import LIBRARIES
 
-    if not output.is_dir():
+    if not os.path.isdir(output):
         raise PopupError(f"{output} is not a folder; expected one for zoo.json and zoo.md")
+    files = [new_file(output / name, force) for name in ("zoo.json", "zoo.md")]
     libraries = list(dict.fromkeys(libraries or LIBRARIES))
     for library in libraries:
         if library not in LIBRARIES:

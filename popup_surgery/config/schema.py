@@ -17,75 +17,20 @@ from pydantic import (
     model_validator,
 )
 
-from ..errors import PopupError, RecipeError, nearest, unknown
+from ..errors import ConversionError, RecipeError, UnknownName, nearest
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K
-from ..models.architecture import check_kwargs
-from ..models.libraries import resolve
-from ..weights import PRETRAINED, get_scheme, is_pretrained
+from ..models.libraries import resolve, resolve_with_tag
+from ..models.pretrained import with_tag
+from ..plugins import load_plugins
+from ..weights import is_pretrained
 from .catalog import find, is_sweep
+from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
 from .expected import expected, shown
 from .keys import Key
 from .overrides import override
 from .schedule import rates
 from .yaml import read_yaml
-
-
-def _known(look_up: Any) -> Any:
-    def check(name: str) -> str:
-        try:
-            look_up(name)
-        except PopupError as error:
-            raise ValueError(str(error)) from None
-        return name
-
-    return AfterValidator(check)
-
-
-def _schemes(scheme: str | dict[str, str]) -> str | dict[str, str]:
-    for name in scheme.values() if isinstance(scheme, dict) else [scheme]:
-        if name != PRETRAINED:
-            _known(get_scheme).func(name)
-    return scheme
-
-
-def _recordable(kwargs: dict[str, Any]) -> dict[str, Any]:
-    try:
-        check_kwargs(kwargs)
-    except PopupError as error:
-        raise ValueError(str(error)) from None
-    return kwargs
-
-
-def _optimizer(name: str) -> None:
-    import timm.optim
-
-    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
-    if name not in known:
-        raise unknown("optimizer", name, known)
-
-
-def _options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
-    if "learner" in info.data:
-        _known(lambda name: get_learner(name, options)).func(info.data["learner"])
-    return options
-
-
-_K = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"
-
-
-def _shares(k: Any) -> Any:
-    """Check `k`: a share in (0, 1], or such shares by pattern."""
-    if k is None:
-        return k
-    shares = k.values() if isinstance(k, dict) else [k]
-    keys = list(k) if isinstance(k, dict) else []
-    if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
-        isinstance(key, str) for key in keys
-    ):
-        raise ValueError(f"expected {_K}")
-    return k
-
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -108,7 +53,8 @@ class Model(_Section):
     """The network: a name that `build` knows, its arguments, and its weights.
 
     Attributes:
-        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`.
+        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`. The tag in
+            `timm/resnet50.a1_in1k` is read as `pretrained`.
         kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
             of weights.
@@ -116,21 +62,38 @@ class Model(_Section):
             `surgery: none`, it takes the weights and trains those that take part.
     """
 
-    name: Annotated[str, _known(resolve), Field(examples=["timm/resnet18"])]
+    name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
     pretrained: bool | str = False
     init_from: str | None = None
-    kwargs: Annotated[dict[str, Any], AfterValidator(_recordable), Field(examples=[{"num_classes": 10}])] = {}
+    kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tag(cls, values: Any) -> Any:
+        """Move the tag of pretrained weights in the name to `pretrained`."""
+        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
+            return values
+        try:
+            library, name, tag = resolve_with_tag(values["name"])
+            if not tag:
+                return values
+            weights = with_tag(values["name"], tag, values.get("pretrained"))
+            return {**values, "name": f"{library}/{name}", "pretrained": weights}
+        except ConversionError as error:
+            raise ValueError(str(error)) from None
+        except UnknownName:
+            return values  # as the check of the name says
 
 
 class Surgery(_Section):
     """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one."""
 
-    learner: Annotated[str, _known(get_learner)] = DEFAULT.learner.value
-    learner_options: Annotated[dict[str, Any], AfterValidator(_options)] = DEFAULT.learner_options.value
+    learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
+    learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
     k: Annotated[
-        float | dict[str, float] | None, PlainValidator(_shares), Field(validate_default=True), Key(affects_speed=False)
+        float | dict[str, float] | None, PlainValidator(shares), Field(validate_default=True), Key(affects_speed=False)
     ] = None
-    scheme: Annotated[str | dict[str, str], AfterValidator(_schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
+    scheme: Annotated[str | dict[str, str], AfterValidator(schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
@@ -152,7 +115,7 @@ class Surgery(_Section):
                 f"expected {wanted}; {learner} takes no k, because its scores decide how many weights are kept"
             )
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise _Missing(_K)
+            raise _Missing(SHARES)
         return value
 
 
@@ -176,6 +139,11 @@ class Data(_Section):
         hflip: probability of a horizontal flip.
         scale, ratio, color_jitter, auto_augment, re_prob: for images not in memory: arguments of timm's transforms.
         crop_pct, interpolation: how timm's transforms resize and crop images.
+        same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
+            size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
+            versions before this key: `keep` if images are held in memory, and otherwise `crop`.
+        image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
+            `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
         workers: processes that decode images, for each process that trains.
         on_error: what happens at an image that cannot be read. `stop` ends the run and names the image; `skip` leaves
             it out and counts it.
@@ -205,6 +173,9 @@ class Data(_Section):
     re_prob: Fraction = 0.0
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
+    same_size: Literal["keep", "crop"] | None = "keep"
+    image_key: str | None = None
+    label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
     on_error: Annotated[Literal["stop", "skip"], Key(affects_result=False)] = "stop"
 
@@ -241,7 +212,7 @@ class Training(_Section):
     """
 
     epochs: Annotated[int, Field(ge=1), Key(affects_speed=False)]
-    optimizer: Annotated[str, _known(_optimizer)] = "sgd"
+    optimizer: Annotated[str, known(look_up_optimizer)] = "sgd"
     optimizer_kwargs: dict[str, Any] = {}
     lr: Annotated[Positive, Key(affects_speed=False)]
     momentum: Annotated[float, Field(ge=0, lt=1), Key(affects_speed=False)] = 0.9
@@ -303,8 +274,14 @@ class LotteryTicket(_Section):
 
 
 class Recipe(_Section):
-    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training."""
+    """Everything that decides a run: network, surgery (`none` trains the network densely), data and training.
 
+    Attributes:
+        plugins: Python files, relative to the recipe file, and modules to import first, in every process of the run,
+            because they register learners and the like. Only a recipe file that is named to `load` is followed.
+    """
+
+    plugins: Annotated[list[str], Key(affects_result=False, affects_speed=False)] = []
     model: Model
     surgery: Surgery | Literal["none"]
     lottery_ticket: LotteryTicket | None = None
@@ -367,14 +344,23 @@ class Recipe(_Section):
             UnknownName: there is no such recipe.
             RecipeError: the file is not YAML, or has mistakes; all of them are listed.
         """
-        values = read_yaml(find(name))
+        file = find(name)
+        values = read_yaml(file)
         if is_sweep(values):
             raise RecipeError(f"{name} is a sweep; run it with popup-surgery sweep {name}")
-        return cls.parse(override(values, overrides), str(name))
+        return cls.parse(with_plugins(override(values, overrides), file.parent), str(name))
 
     def dump(self) -> dict[str, Any]:
         """Return the plain values of all keys."""
         return self.model_dump()
+
+
+def with_plugins(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Import the `plugins` of a recipe file that the user named, and return its values with absolute paths."""
+    plugins = values.get("plugins")
+    if not isinstance(plugins, list) or not all(isinstance(plugin, str) for plugin in plugins):
+        return values  # what is wrong with it, `Recipe.parse` says
+    return {**values, "plugins": load_plugins(plugins, folder)}
 
 
 def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> Data:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import Data
+from ..errors import DataError, listed
 from .sources import Key, Unreadable
 from .transforms import Normalise
 
@@ -69,6 +70,18 @@ class Batches(Protocol):
     skipped: int
     left_out: str
 
+    def fit_to(self, outputs: int) -> None:
+        """Make a label that is none of the network's outputs an error. `DataError` if there is one in memory."""
+
+    def name_by(self, classes: list[str]) -> None:
+        """Make labels places in `classes`, which a network was trained on, by the names of the data set's own classes.
+
+        If the data set has no names, its labels stay.
+
+        Raises:
+            DataError: the data set has a class that is not in `classes`.
+        """
+
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         """Yield `part` of the training images, augmented, in the epoch's order, from the batch `first` on.
 
@@ -97,7 +110,29 @@ class Prepared:
     ) -> None:
         self.config, self.seed, self.device, self.classes, self.counts = config, seed, device, classes, counts
         self.skipped, self.left_out = 0, ""
+        self.outputs: int | None = None  # of the network, once they are known
+        self.places: Tensor | None = None  # the label of each of the data set's own labels, if it is another
         self.normalise = Normalise(config, input_size, device)
+
+    def fit_to(self, outputs: int) -> None:
+        self.outputs = outputs
+
+    def name_by(self, classes: list[str]) -> None:
+        if not self.classes or self.classes == classes:
+            return
+        if unknown := [name for name in self.classes if name not in classes]:
+            rest = [name for name in classes if name not in self.classes] or classes
+            raise DataError(
+                f"data set {self.config.name} has the classes {listed(unknown)}, which the network was not trained on; "
+                f"choose a data set with the file's classes, such as {listed(rest)}"
+            )
+        places = {name: place for place, name in enumerate(classes)}
+        self.places = torch.tensor([places[name] for name in self.classes], device=self.device)
+        self.classes = classes
+
+    def _placed(self, labels: Tensor) -> Tensor:
+        """Return the data set's own labels as places in `classes`."""
+        return labels if self.places is None else self.places[labels]
 
     def steps(self, role: str = TRAIN) -> int | None:
         count = self.counts[role]

@@ -38,6 +38,14 @@ class InMemory(Prepared):
         self.splits = {name: (images.to(device), labels.to(device)) for name, (images, labels) in splits.items()}
         self.missing = missing  # every process has read all images, so only the first one counts these
 
+    def fit_to(self, outputs: int) -> None:
+        super().fit_to(outputs)
+        most = max((int(labels.max()) for _, labels in self.splits.values() if len(labels)), default=0)
+        if not self.classes and most >= outputs:
+            raise DataError(
+                f"data set {self.config.name} has the label {most}; the network has {outputs} outputs, from 0"
+            )
+
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         """As `Batches.train`; crops and flips whole batches on the device."""
         images, labels = self.splits[TRAIN]
@@ -54,7 +62,7 @@ class InMemory(Prepared):
                 index, shift, flip = (
                     torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
                 )
-                yield self.normalise(_crop(images[index], pad, shift, flip)), labels[index], weight
+                yield self.normalise(_crop(images[index], pad, shift, flip)), self._placed(labels[index]), weight
 
     def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         if part.rank == 0:
@@ -62,7 +70,7 @@ class InMemory(Prepared):
         images, labels = (held[part.rank :: part.processes] for held in self.splits[VALIDATION])
         size = self.config.batch_size
         for pixels, label in zip(images.split(size), labels.split(size), strict=True):
-            yield self.normalise(pixels), label
+            yield self.normalise(pixels), self._placed(label)
 
 
 def _crop(images: Tensor, pad: int, shift: Tensor, flip: Tensor) -> Tensor:

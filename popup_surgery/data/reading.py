@@ -12,9 +12,9 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..config.schema import Data
 from ..errors import DataError
 from .batches import MicroBatch
+from .pixels import eight_bits, mode_of
 from .seeding import ambient_seed, seed_generators
 from .sources import Source, Unreadable, reason
-from .transforms import pillow_mode
 from .workers import outlive_signals, worker_deaths
 
 log = logging.getLogger("popup_surgery")
@@ -22,11 +22,21 @@ _T = TypeVar("_T")
 
 
 class MicroBatches(Dataset):
-    """Parts of batches, read and transformed. Each image has its own seed, whichever process reads it."""
+    """Parts of batches, read and transformed. Each image has its own seed, whichever process reads it.
 
-    def __init__(self, source: Source, transform: Any, input_size: tuple[int, int, int], entropy: list[int]) -> None:
+    Labels are from 0 to `limit`, exclusive; None for no limit.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Any,
+        input_size: tuple[int, int, int],
+        entropy: list[int],
+        limit: int | None = None,
+    ) -> None:
         self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
-        self.mode = pillow_mode(input_size)
+        self.limit, self.mode = limit, mode_of(input_size[0])
 
     def __getitem__(self, piece: MicroBatch) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
         keys, weight = piece
@@ -42,9 +52,7 @@ class MicroBatches(Dataset):
         seed_generators([*self.entropy, number], gpu=False)
         try:
             image, label = self.source.read(key)
-            if image.mode != self.mode:
-                image = image.convert(self.mode)
-            return self.transform(image), int(label)
+            return self.transform(eight_bits(image, self.mode)), _number(label, self.limit)
         except Exception as error:  # a damaged file can make a decoder raise anything
             return Unreadable(self.source.name(key), reason(error))
 
@@ -72,6 +80,18 @@ def read_pieces(
             if missing and config.on_error == "stop":
                 raise DataError(f"{missing[0]}; set data.on_error to skip to leave such images out")
             yield images, labels, weight, missing
+
+
+def _number(label: Any, limit: int | None) -> int:
+    """Return a label as an int. `DataError` if it is none from 0 to `limit`, exclusive."""
+    try:
+        number = int(label)
+    except (TypeError, ValueError):
+        number = -1
+    if number < 0 or (limit is not None and number >= limit) or (isinstance(label, float) and number != label):
+        expected = "a whole number from 0" + (f" to {limit - 1}" if limit is not None else "")
+        raise DataError(f"its label is {label!r}; expected {expected}")
+    return number
 
 
 def warn_of_skipped(count: int, first: str) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, Protocol
@@ -14,6 +14,8 @@ from PIL import Image, UnidentifiedImageError
 
 from ..errors import DataError
 from ..timm_compat import class_numbers, reader_of, shard_files
+from .folders import escaped
+from .pixels import SUFFIXES
 
 SHUFFLED = 4096  # size of a stream's shuffle buffer, in samples; each process holds their bytes
 
@@ -64,7 +66,9 @@ class Numbered:
         self.numbers = some(len(dataset), most)
         self.count: int | None = len(self.numbers)
         self.reader = reader_of(dataset)
-        self.classes = [str(label) for label, _ in sorted(class_numbers(dataset).items(), key=lambda item: item[1])]
+        self.classes = [escaped(str(label)) for label, _ in sorted(class_numbers(dataset).items(), key=lambda c: c[1])]
+        if hasattr(dataset, "loader"):
+            dataset.loader = _opened_path  # torchvision's own makes RGB of an image
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
         """As `Source.keys`; every permutation is equally likely."""
@@ -78,9 +82,7 @@ class Numbered:
             return image, label
         file, label, *_ = self.reader[key]
         with file:
-            image = Image.open(file)
-            image.load()
-        return image, label
+            return _opened(file), label
 
     def name(self, key: int) -> str:
         """As `Source.name`: the image's path, or its number if it has none."""
@@ -94,13 +96,22 @@ class Numbered:
 class Shards:
     """Tar files in webdataset's format, streamed one after another. Each process reads all of them; workers decode.
 
-    Shards are shuffled, and samples are shuffled in a buffer of `SHUFFLED`. A sample's image has the suffix jpg, jpeg,
-    png or webp. Its label is in its `cls`, or in its `json` if the data set's info file says so.
+    Shards are shuffled, and samples are shuffled in a buffer of `SHUFFLED`. A sample's image is the part `image`, or
+    the first that has an image's suffix. Its label is the part `label` or has this key in its `json`. If `label` is
+    None, it is in its `cls`, or in its `json` if the data set's info file says so.
+
+    Raises:
+        DataError: `image` or `label` is given, and the first sample does not have it.
     """
 
-    def __init__(self, dataset: Any, title: str) -> None:
+    def __init__(self, dataset: Any, title: str, image: str | None = None, label: str | None = None) -> None:
         self.title, self.classes = title, list[str]()
-        self.urls, self.label, self.count = shard_files(dataset)
+        self.urls, alt_label, self.count = shard_files(dataset)
+        self.image, self.label = image, label or alt_label
+        if image or label:
+            first = next(self._samples(self.urls), None)
+            if first is not None:
+                self._image_in(first), self._label_in(first)
 
     def keys(self, entropy: list[int] | None) -> Iterator[Key]:
         """As `Source.keys`; the keys are the samples' bytes."""
@@ -126,10 +137,29 @@ class Shards:
 
     def read(self, key: dict[str, Any]) -> tuple[Image.Image, Any]:
         """As `Source.read`."""
-        image = next((key[suffix] for suffix in ("jpg", "jpeg", "png", "webp") if suffix in key), None)
-        if image is None:
-            raise DataError("it has no jpg, jpeg, png or webp")
-        return Image.open(BytesIO(image)), json.loads(key["json"])[self.label] if self.label else key["cls"]
+        return Image.open(BytesIO(self._image_in(key))), self._label_in(key)
+
+    def _image_in(self, sample: dict[str, Any]) -> bytes:
+        for name in [self.image] if self.image else [suffix[1:] for suffix in SUFFIXES]:
+            if name in sample:
+                return sample[name]
+        if self.image:
+            raise DataError(f"a sample has the parts {_parts(sample)}; data.image_key is {self.image!r}")
+        raise DataError(f"it has no image, only {_parts(sample)}; data.image_key names the part that is one")
+
+    def _label_in(self, sample: dict[str, Any]) -> Any:
+        name = self.label or "cls"
+        if name in sample:
+            return sample[name]
+        values = json.loads(sample["json"]) if self.label and "json" in sample else {}
+        if self.label and name in values:
+            return values[name]
+        keys = f", and in its json {', '.join(values)}" if values else ""
+        raise DataError(
+            f"a sample has the parts {_parts(sample)}{keys}; data.label_key is {name!r}"
+            if self.label
+            else f"it has no cls, only {_parts(sample)}; data.label_key names the part, or the json's key, of labels"
+        )
 
     def name(self, key: dict[str, Any]) -> str:
         """As `Source.name`: the sample's key and its shard."""
@@ -139,19 +169,19 @@ class Shards:
 class Rows:
     """A streamed Hugging Face data set. Each process reads all of it; workers decode.
 
-    It is shuffled as its library does it: first the files, then the rows in a buffer of `SHUFFLED`.
+    It is shuffled as its library does it: first the files, then the rows in a buffer of `SHUFFLED`. `image` and `label`
+    are the names of two columns.
     """
 
-    def __init__(self, path: str, split: str, cache: str | None, title: str) -> None:
+    def __init__(self, path: str, split: str, cache: str | None, title: str, image: str, label: str) -> None:
         import datasets
 
         rows = datasets.load_dataset(path, split=split, streaming=True, cache_dir=cache)
         columns = rows.features or {}
-        if not {"image", "label"} <= columns.keys():
-            raise DataError(f"it has the columns {', '.join(columns)}; expected image and label")
-        self.title, self.image = title, datasets.Image()
-        self.rows = rows.cast_column("image", datasets.Image(decode=False))
-        self.classes = list(getattr(columns["label"], "names", None) or [])
+        check_columns(columns, image, label)
+        self.title, self.decoder, self.image, self.label = title, datasets.Image(), image, label
+        self.rows = rows.cast_column(image, datasets.Image(decode=False))
+        self.classes = list(getattr(columns[label], "names", None) or [])
         known = (rows.info.splits or {}).get(split)
         self.count = known.num_examples if known and known.num_examples else None
 
@@ -162,17 +192,47 @@ class Rows:
             rows = rows.shuffle(seed=_number(entropy), buffer_size=SHUFFLED)
         try:
             for number, row in enumerate(rows):
-                yield number, {"number": number, **row}
+                yield number, {"image": row[self.image], "label": row[self.label], "number": number}
         except Exception as error:
             raise DataError(f"{self.title} cannot be read: {reason(error)}") from error
 
     def read(self, key: dict[str, Any]) -> tuple[Image.Image, Any]:
         """As `Source.read`."""
-        return self.image.decode_example(key["image"]), key["label"]
+        return self.decoder.decode_example(key["image"]), key["label"]
 
     def name(self, key: dict[str, Any]) -> str:
         """As `Source.name`: the image's path, or its number in the epoch."""
         return f"{key['image']['path'] or key['number']} of {self.title}"
+
+
+def check_columns(columns: Mapping[str, Any], image: str, label: str) -> None:
+    """Raise `DataError` if a Hugging Face data set lacks a column, or if its labels are no numbers."""
+    if not {image, label} <= columns.keys():
+        raise DataError(
+            f"it has the columns {', '.join(columns)}; expected {image} and {label}: set data.image_key and "
+            "data.label_key"
+        )
+    kind = getattr(columns[label], "dtype", None)
+    if kind is None or not kind.startswith(("int", "uint", "bool")):
+        raise DataError(
+            f"its column {label} holds {kind or type(columns[label]).__name__}; expected class labels or whole "
+            f"numbers: set data.label_key to one of the columns {', '.join(columns)}"
+        )
+
+
+def _opened_path(path: str) -> Image.Image:
+    with open(path, "rb") as file:
+        return _opened(file)
+
+
+def _opened(file: Any) -> Image.Image:
+    image = Image.open(file)
+    image.load()
+    return image
+
+
+def _parts(sample: Mapping[str, Any]) -> str:
+    return ", ".join(name for name in sample if not name.startswith("__")) or "no part"
 
 
 def some(count: int, most: int | None) -> NDArray[np.int64]:

@@ -11,7 +11,7 @@ from ..errors import DataError
 from .batches import TRAIN, VALIDATION, WHOLE, Batch, MicroBatch, Prepared, ProcessShard, TrainBatch
 from .reading import MicroBatches, chunks, read_pieces
 from .sources import Source
-from .transforms import mean_std
+from .transforms import ToBytes, mean_std, timm_transform
 
 
 class Streamed(Prepared):
@@ -26,34 +26,27 @@ class Streamed(Prepared):
         sources: dict[str, Source],
         classes: list[str],
     ) -> None:
-        from timm.data import create_transform
-
         super().__init__(config, input_size, seed, device, classes, {r: source.count for r, source in sources.items()})
         self.sources, self.input_size = sources, input_size
         mean, std = mean_std(config, input_size[0])
-        common: dict[str, Any] = {
-            "input_size": input_size,
+        if config.auto_augment and input_size[0] == 4 and TRAIN in sources:
+            raise DataError(
+                f"data.auto_augment is {config.auto_augment!r}, and its operations take no images of 4 channels; "
+                "expected null"
+            )
+        augment: dict[str, Any] = {
             "mean": mean,
             "std": std,
-            "interpolation": config.interpolation,
             "use_prefetcher": not config.re_prob,  # uint8, normalised on the device; random erasing comes after that
-        }
-        augment: dict[str, Any] = {
             "hflip": config.hflip,
             "color_jitter": config.color_jitter or None,
             "re_prob": config.re_prob,
         }
         augment |= {"scale": config.scale, "ratio": config.ratio, "auto_augment": config.auto_augment}
-        try:
-            self.transforms = {
-                VALIDATION: create_transform(**common, crop_pct=config.crop_pct),
-                TRAIN: create_transform(**common, **augment, is_training=True),
-            }
-        except Exception as error:
-            raise DataError(
-                f"timm cannot make transforms of data.interpolation={config.interpolation!r}, "
-                f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
-            ) from error
+        self.transforms = {
+            VALIDATION: ToBytes(config, input_size),
+            TRAIN: timm_transform(config, input_size, is_training=True, **augment),
+        }
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         entropy, size = [self.seed, epoch], self.config.batch_size
@@ -66,8 +59,10 @@ class Streamed(Prepared):
         return ((images, labels) for images, labels, weight in self._batches(VALIDATION, [], plan) if weight)
 
     def _batches(self, role: str, entropy: list[int], plan: Iterator[MicroBatch]) -> Iterator[TrainBatch]:
-        pieces = MicroBatches(self.sources[role], self.transforms[role], self.input_size, entropy)
+        source = self.sources[role]
+        limit = len(source.classes) or self.outputs
+        pieces = MicroBatches(source, self.transforms[role], self.input_size, entropy, limit)
         for images, labels, weight, missing in read_pieces(pieces, plan, self.config, self.device.type == "cuda"):
             self._leave_out(missing)
             images = self.normalise(images.to(self.device, non_blocking=True))
-            yield images, labels.to(self.device, non_blocking=True), weight
+            yield images, self._placed(labels.to(self.device, non_blocking=True)), weight

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..config.schema import Data
+from ..errors import DataError
 
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -25,21 +26,33 @@ class Normalise:
 
 
 class ToBytes:
-    """Convert a PIL image to uint8 [channels, height, width]. Resize and centre-crop it if it has another size."""
+    """Convert a PIL image to uint8 [channels, height, width], as validation and prediction see it everywhere.
+
+    Resize and centre-crop it, unless it has the network's size and `data.same_size` is not `crop`.
+    """
 
     def __init__(self, config: Data, input_size: tuple[int, int, int]) -> None:
-        from timm.data import create_transform
-
-        self.size = input_size[1:]
-        self.resize = create_transform(
-            input_size, crop_pct=config.crop_pct, interpolation=config.interpolation, normalize=False
-        )
+        self.size, self.keep = input_size[1:], config.same_size != "crop"
+        self.resize = timm_transform(config, input_size, crop_pct=config.crop_pct, normalize=False)
 
     def __call__(self, image: Any) -> Tensor:
-        if image.size == self.size[::-1]:
+        if self.keep and image.size == self.size[::-1]:
             pixels = np.array(image)
             return torch.from_numpy(pixels.reshape(*self.size, -1)).permute(2, 0, 1)
         return self.resize(image)
+
+
+def timm_transform(config: Data, input_size: tuple[int, int, int], **arguments: Any) -> Any:
+    """Return `create_transform` of timm for a data section. `DataError` if timm does not take its values."""
+    from timm.data import create_transform
+
+    try:
+        return create_transform(input_size, interpolation=config.interpolation, **arguments)
+    except Exception as error:
+        raise DataError(
+            f"timm cannot make transforms of data.interpolation={config.interpolation!r}, "
+            f"data.auto_augment={config.auto_augment!r} and the like: {error!r}"
+        ) from error
 
 
 def mean_std(config: Data, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -47,8 +60,3 @@ def mean_std(config: Data, channels: int) -> tuple[tuple[float, ...], tuple[floa
     mean = config.mean or (DEFAULT_MEAN if channels == 3 else [0.5] * channels)
     std = config.std or (DEFAULT_STD if channels == 3 else [0.5] * channels)
     return tuple(mean), tuple(std)
-
-
-def pillow_mode(input_size: tuple[int, int, int]) -> str:
-    """Return the mode of Pillow's images for `input_size`."""
-    return "L" if input_size[0] == 1 else "RGB"

@@ -12,10 +12,12 @@ from torch import nn
 from ..artifact import Artifact
 from ..config.schema import Data, parse_data
 from ..data.batches import Progress, quiet
-from ..data.open import open_image
+from ..data.folders import recognised
+from ..data.open import held, open_image
 from ..data.reading import warn_of_skipped
-from ..errors import DataError
+from ..errors import DataError, RecipeError
 from ..training.evaluation import accuracy_of
+from .dense import Dense, open_result
 from .setup import image_size, open_for
 
 
@@ -30,30 +32,37 @@ class Evaluation:
 
 
 def evaluate(
-    path: str | Path | Artifact,
+    path: str | Path | Artifact | Dense,
     *,
     data: Data | None = None,
     data_dir: str | Path | None = None,
     base: str | Path | nn.Module | None = None,
     progress: Progress = quiet,
 ) -> Evaluation:
-    """Measure the accuracy of the network in a popup artifact on the validation images of its data set.
+    """Measure the accuracy of the network in a file on the validation images of its data set.
+
+    If the file and the data set both name their classes, labels are compared by name: the data set may have a part of
+    the file's classes, in any order.
 
     Args:
-        path: the file, or an open `Artifact`.
-        data: another data set. Default: the one it was trained on, which the file's provenance names.
+        path: a popup artifact, as a file or an open `Artifact`; or dense weights that a run or an export wrote.
+        data: another data set. Default: the one that the network was trained on, which the file's provenance names.
         data_dir: the data set's folder.
-        base: the weights under the mask, as for `load`.
+        base: for a mask on pretrained weights: these weights, as for `load`.
+        progress: shows the progress of long tasks: `with progress(total, what) as step`, then `step()` as they advance.
+
+    Returns:
+        The accuracy, 0 … 1, the number of images, the data set's name, and images per second.
 
     Raises:
-        ArtifactError: the file is damaged, or its architecture is `custom`.
+        ArtifactError: the file is damaged, or its architecture is `custom`, which no library builds.
         DataError: the file names no data set; the data set is missing or does not fit the network; or an image
             cannot be read.
     """
-    artifact = Artifact.open(path)
+    artifact = open_result(path)
     data = data_of(artifact, data, data_dir)
     model = artifact.network(base=base).to("cuda" if torch.cuda.is_available() else "cpu")
-    batches = open_for(model, data, progress, train=False)
+    batches = open_for(model, data, progress, train=False, classes=class_names(artifact))
     began = time.perf_counter()
     accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
     if batches.skipped:
@@ -62,7 +71,7 @@ def evaluate(
 
 
 def predict(
-    path: str | Path | Artifact,
+    path: str | Path | Artifact | Dense,
     images: Sequence[str | Path],
     *,
     base: str | Path | nn.Module | None = None,
@@ -82,32 +91,43 @@ def predict(
         ArtifactError: as for `load`.
         DataError: an image cannot be read, or the file does not say how images are prepared.
     """
-    artifact = Artifact.open(path)
+    artifact = open_result(path)
     data, model = recorded_data(artifact), artifact.network(base=base)
     size = image_size(data, model)
     batch = torch.stack([open_image(Path(image), data, size) for image in images])
     with torch.inference_mode():
         probabilities = model(batch).float().softmax(1)
-    classes = artifact.manifest.provenance.get("classes") or [str(i) for i in range(probabilities.shape[1])]
+    classes = class_names(artifact)
+    if len(classes) != probabilities.shape[1]:
+        classes = [str(i) for i in range(probabilities.shape[1])]
     values, indices = probabilities.topk(min(top, len(classes)))
     return [
-        [(str(classes[i]), float(value)) for i, value in zip(row, found, strict=True)]
+        [(classes[i], float(value)) for i, value in zip(row, found, strict=True)]
         for row, found in zip(indices.tolist(), values.tolist(), strict=True)
     ]
 
 
-def data_of(path: str | Path | Artifact, data: Data | None, data_dir: str | Path | None) -> Data:
+def data_of(path: str | Path | Artifact | Dense, data: Data | None, data_dir: str | Path | None) -> Data:
     """Return `data`, or the data section in a file's provenance; with the folder `data_dir` if it is given."""
     data = recorded_data(path) if data is None else data
-    return data if data_dir is None else data.model_copy(update={"root": str(data_dir)})
+    return recognised(data if data_dir is None else data.model_copy(update={"root": str(data_dir)}))
 
 
-def recorded_data(path: str | Path | Artifact, overrides: Sequence[str] = ()) -> Data:
+def class_names(artifact: Artifact | Dense) -> list[str]:
+    """Return the names of a network's outputs, which its file's provenance has; empty if it has none."""
+    names = artifact.manifest.provenance.get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if len(set(names)) == len(names) else []
+
+
+def recorded_data(path: str | Path | Artifact | Dense, overrides: Sequence[str] = ()) -> Data:
     """Return the data section of the recipe in a file's provenance, with `data.key=value` overrides.
 
-    The file may come from a stranger. Its folder and its permission to download are therefore ignored.
+    The file may come from a stranger. Its folder and its permission to download are therefore ignored. If it was
+    written before `data.same_size` was a key, that is what its run did.
     """
-    artifact = Artifact.open(path)
+    artifact = open_result(path)
     path, recipe = artifact.path, artifact.manifest.provenance.get("recipe")
     section = recipe.get("data") if isinstance(recipe, dict) else None
     if not isinstance(section, dict) and not overrides:
@@ -116,4 +136,11 @@ def recorded_data(path: str | Path | Artifact, overrides: Sequence[str] = ()) ->
     name = str(section.get("name"))
     if name.partition("/")[0] in ("hfds", "hfids", "wds") and not any("data.name" in o for o in overrides):
         raise DataError(f"{path} names the remote data set {name}; if you trust it, pass --set data.name={name}")
-    return parse_data(section | {"root": None, "download": False}, overrides, str(path))
+    section |= {"root": None, "download": False}
+    if section.get("name") and "same_size" not in section:
+        try:
+            before = held(parse_data(section, (), str(path)))
+        except RecipeError:  # overrides may mend it
+            before = None
+        section["same_size"] = None if before is None else "keep" if before else "crop"
+    return parse_data(section, overrides, str(path))

@@ -19,11 +19,13 @@ from ..learners import get_learner
 from ..masking.bake import bake
 from ..models.build import build, build_meta
 from ..models.libraries import architecture_of
+from ..models.pretrained import weights_file
 from ..plots import draw_curve, draw_masks
 from ..training.evaluation import accuracy_of
 from ..training.metrics import Epoch
 from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
+from .dense import write_dense
 from .setup import start_masks
 
 
@@ -60,23 +62,16 @@ def counts(run: RunFolder) -> tuple[int, int]:
     return mask_counts(build_meta(architecture_of(recipe.model.name, **recipe.model.kwargs)), masks)
 
 
-def write_dense(model: nn.Module, path: Path) -> int:
-    """Write a plain network's `state_dict` as safetensors, each tied tensor in full. Return the number of tensors."""
-    tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
-    write_atomically(path, serialize(tensors, metadata={"format": "pt"}))
-    return len(tensors)
-
-
 def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tuple[int, int, int]) -> None:
     """Write the files that a run ends with. The one that marks its end comes last. `size` is that of the images."""
     _draw(run, trainer)
+    provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
     if run.kind is Kind.ARTIFACT:
-        provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
         save(model, run.final, provenance=provenance, probe=(1, *size))
         return
     if run.masks is not None:
         write_atomically(run.masks, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))
-    write_dense(bake(model), run.final)
+    write_dense(bake(model), run.final, provenance)
 
 
 def _draw(run: RunFolder, trainer: Trainer) -> None:
@@ -108,8 +103,8 @@ def finished_result(run: RunFolder) -> Result:
     run.finish()  # a run that was killed after writing its last file still has its checkpoints
     history, described = tuple(Epoch(**line) for line in run.history()), run.recipe.model
     if run.kind is Kind.ARTIFACT:
-        base = described.pretrained
-        model = load(run.final, base=base if isinstance(base, str) and inspect(run.final).base is not None else None)
+        base = weights_file(described.pretrained) if inspect(run.final).base is not None else None
+        model = load(run.final, base=base)
     else:
         model = build(described.name, pretrained=run.final, **described.kwargs)
     return Result(model.eval(), history[-1].accuracy, history, run.path, run.final, *counts(run))
@@ -121,6 +116,7 @@ def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, 
     import timm
 
     values = recipe.dump()
+    values.pop("plugins", None)  # a file names no code
     values["data"]["root"] = None
     if isinstance(weights := values["model"]["pretrained"], str):
         values["model"]["pretrained"] = Path(weights).name

@@ -1,5 +1,6 @@
 """Build what a recipe describes: network, data, trainer and folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,15 +18,22 @@ from ..masking.convert import convert
 from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
+from ..models.pretrained import weights_file
 from ..training.lottery_ticket import TicketTrainer
 from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 
 
-def open_for(model: nn.Module, data: Data, progress: Progress, train: bool) -> Batches:
-    """Open the images of `data` for a plain network, on its device. `DataError` if they do not fit the network."""
+def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, classes: Sequence[str] = ()) -> Batches:
+    """Open the images of `data` for a plain network, on its device. `classes` are the names of its outputs, if known.
+
+    Raises:
+        DataError: they do not fit the network, or are of other classes.
+    """
     size = image_size(data, model)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
+    if classes:
+        batches.name_by(list(classes))
     _check_classes(
         model, batches, size, "choose a data set with the file's classes: --set data.name=NAME, --data-dir DIR"
     )
@@ -67,7 +75,7 @@ def _network(recipe: Recipe) -> nn.Module:
     """Build a recipe's network: converted, or plain for `surgery: none`; filled from `model.init_from` if it is set."""
     model, file = _fresh_network(recipe), recipe.model.init_from
     if file is not None:
-        base = recipe.model.pretrained if isinstance(recipe.model.pretrained, str) else None
+        base = weights_file(recipe.model.pretrained)
         if recipe.surgery == "none":
             load(file, model, base=base)
         else:
@@ -108,6 +116,8 @@ def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int], 
     if data.classes and tuple(output.shape) != (1, len(data.classes)):
         found = output.shape[1] if output.ndim == 2 else f"of {tuple(output.shape[1:])}"
         raise DataError(f"the data set has {len(data.classes)} classes, and the network has {found} outputs; {remedy}")
+    if output.ndim == 2:
+        data.fit_to(output.shape[1])
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from ..config import Recipe
 from ..config.keys import flat
 from ..config.overrides import override
 from ..data.batches import Progress, quiet
+from ..data.folders import recognised
 from ..data.seeding import ambient_seed
 from ..masking.bake import bake
 from ..training.distributed import numerics, start
@@ -34,19 +35,23 @@ def train(
     """Train a mask as a recipe says, and write recipe.yaml, metrics.jsonl, the pictures and the artifact.
 
     Args:
-        recipe: a `Recipe`, the name of a shipped one, a YAML file, or plain values.
-        overrides: `key=value` settings of any recipe keys, such as `training.epochs=3`.
+        recipe: a `Recipe`, the name of one that comes with the package, a YAML file, or a mapping of recipe keys.
+        overrides: new values of recipe keys, such as `training.epochs=3`.
         output: a folder that has no run in it yet. Default: `runs/<recipe>`.
         data_dir: the data set's folder, in place of the recipe's `data.root`.
         resume: resume the run in `output` from its newest complete checkpoint, or start a run if there is none.
-        progress, after_epoch: called during the run, to show progress.
+        progress: shows the progress of long tasks: `with progress(total, what) as step`, then `step()` as they advance.
+        after_epoch: called after each epoch with its metrics.
+
+    Returns:
+        The trained network, its accuracy and metrics, and the paths of the file and of the run's folder.
 
     Raises:
         RecipeError, UnknownName: the recipe has mistakes; all of them are listed.
         DataError: the data set is missing or does not fit the network; an image cannot be read; or a worker process of
             the loader died.
-        RunError: `output` already has a run in it, or a run of another recipe; another process runs in it; or the loss
-            is not finite.
+        RunError: `output` already has a run in it and `resume` is False, or it has a run of another recipe; another
+            process runs in it; or the loss is not finite.
         Stopped: SIGTERM, SIGINT or SIGUSR1 arrived. A checkpoint was written.
         PopupError: the folder cannot be written.
     """
@@ -54,6 +59,7 @@ def train(
     recipe = with_seed(recipe)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
+    recipe = recipe.model_copy(update={"data": recognised(recipe.data)})
     folder = Path(output) if output is not None else Path("runs") / name
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
     if resume and run.finished:

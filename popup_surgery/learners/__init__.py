@@ -5,7 +5,8 @@ from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 from ..deprecated import warn_of_methods
-from ..errors import ConversionError, nearest, unknown
+from ..errors import ConversionError, UnknownName, nearest
+from ..plugins import load_entry_points
 from .base import Learner
 from .dnw import DNW
 from .edge_popup import EdgePopup
@@ -52,7 +53,10 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
         ConversionError: the learner has no such option, or the option does not allow the value.
     """
     if not isinstance(name, str) or name not in LEARNERS:
-        raise unknown("learner", name, LEARNERS)
+        raise UnknownName(
+            f"unknown learner {name!r}; the nearest known: {nearest(str(name), LEARNERS)}; for one of your own, "
+            "name its file under plugins in the recipe, or by --import"
+        )
     learner = LEARNERS[name]
     if options is not None and not isinstance(options, Mapping):
         raise ConversionError(f"learner_options is {options!r}; expected a mapping from names to values")
@@ -67,3 +71,12 @@ register_learner("edge_popup", EdgePopup())
 register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
 register_learner("random", RandomMask())
+
+
+def _take(name: str, found: Any) -> None:
+    learner = found() if isinstance(found, type) else found
+    if isinstance(learner, Learner) and name not in LEARNERS:  # otherwise its module has registered what it has
+        register_learner(name, learner)
+
+
+load_entry_points("learners", _take)

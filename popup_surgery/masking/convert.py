@@ -10,7 +10,7 @@ from torch import nn
 from ..errors import ConversionError, some
 from ..models.architecture import Architecture, note_origin, origin_of
 from ..models.build import build, build_architecture, build_uninitialised
-from ..models.libraries import architecture_of
+from ..models.libraries import architecture_and_tag, architecture_of
 from ..torch_compat import renew_reducer
 from ..weights import is_pretrained
 from ..weights.source import source_of
@@ -48,30 +48,32 @@ def convert(
     docs/surgery.md describes what happens to everything else. Only the scores require a gradient; they are float32, of
     their weight's shape. Method: "What's Hidden in a Randomly Weighted Neural Network?", CVPR 2020, sections 3 and 4.
 
-    A network that is converted already is completed: layers that are new in it, for example after `reset_classifier`,
-    are masked with the same settings.
+    If the network is converted already, only its new layers are masked, for example after `reset_classifier`. They get
+    the same settings.
 
     Args:
-        model: any network or single layer, which may be wrapped by DDP or `torch.compile`; or a name or description, as
-            for `build`. The network is then built without its own initialisation, which takes most of the time.
+        model: any network or single layer, which may be wrapped by DDP or `torch.compile`; or the name of a network as
+            for `build`, or an `Architecture`. A named network is built without its own initialisation, which would take
+            most of the time.
         k: share of each layer's weights that is kept, in (0, 1]; or shares by glob pattern on layer names. The last
-            pattern that matches counts; a layer that none matches gets the default. Not allowed for a learner whose
-            scores decide how many weights are kept.
-        scheme: a key of `weights.SCHEMES`; or `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al.,
-            ECCV 2018), except those for which `build` found no pretrained values; or schemes by pattern, as for k.
-        scaled: whether drawn weights are widened by √(1/k), which keeps the variance of a layer's output.
-        seed: the seed that random weights and first scores are drawn from, 0 … 2⁶⁴ − 1.
-        learner, learner_options: a key of `learners.LEARNERS`, and the learner's options by name, documented in its
-            class.
+            pattern that matches counts; a layer that none matches gets the default. Learners whose scores decide how
+            many weights are kept, such as `supermask`, take no k.
+        scheme: how weights are made: a key of `weights.SCHEMES`, such as `kaiming_normal`, for random ones; or
+            `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al., ECCV 2018), except those for which
+            `build` found no pretrained values; or schemes by pattern, as for k.
+        scaled: whether random weights are multiplied by √(1/k), which keeps the variance of a layer's output.
+        seed: the seed of random weights and initial scores, 0 … 2⁶⁴ − 1.
+        learner, learner_options: how scores become a mask and are trained: a key of `learners.LEARNERS`, and options of
+            that learner by name, documented in its class.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the
             scales and biases of normalisation layers.
-        architecture: what `save` records, such as `timm/resnet50`. Not needed for a network from `build`, which has
-            recorded it.
+        architecture: the name that `save` records, such as `torchvision/resnet50`. Networks from `build` and from timm
+            bring theirs with them; those from torchvision do not.
 
     Returns:
-        `model` itself; or the swapped layer if `model` is a layer; or the network of that name.
+        `model` itself; or the masked layer if `model` is a layer; or the network of that name.
 
     Raises:
         ConversionError: an argument is bad, a layer would keep no weights, or the network was converted with other
@@ -111,11 +113,16 @@ def convert_as_given(
 
 def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.Module, Plan]:
     """Build the described network and plan its conversion. All that conversion does not fill is initialised."""
-    architecture = architecture_of(described) if isinstance(described, str) else described
-    settings = MaskingSettings.of(given)
+    architecture, tag = architecture_and_tag(described) if isinstance(described, str) else (described, "")
+    name, settings = f"{architecture.library}/{architecture.name}", MaskingSettings.of(given)
     if is_pretrained(settings.scheme):
-        model = build(f"{architecture.library}/{architecture.name}", pretrained=True, **architecture.kwargs)
+        model = build(name, pretrained=tag or True, **architecture.kwargs)
         return model, plan_as_given(model, given)
+    if tag:
+        raise ConversionError(
+            f"{described} names the pretrained weights {tag}, which the scheme {settings.scheme} would replace; "
+            f"expected {name}, or scheme='pretrained'"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
         model, blank = build_uninitialised(architecture)

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..errors import ConversionError
 from .architecture import Architecture, Base, note_origin
-from .libraries import architecture_of
-from .pretrained import WEIGHT_FILES, check_tag, fill_from, read_weights
+from .libraries import architecture_and_tag
+from .pretrained import check_tag, fill_from, read_weights, weights_file, with_tag
 from .skip_init import Blank
 
 
@@ -22,7 +22,8 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
     """Build a network that records its own description, so that `save` can write it to a file.
 
     Args:
-        name: `timm/…`, `torchvision/…`, `popup_surgery/conv4`, or such a name without the library.
+        name: `timm/…`, `torchvision/…`, `popup_surgery/conv4`, or such a name without the library. A tag after a dot
+            means its weights: `timm/resnet18.a1_in1k` is `timm/resnet18` with `pretrained="a1_in1k"`.
         pretrained: False for the network's own random initialisation; True for the library's default weights; a tag of
             the library, such as `a1_in1k`; or the path of a file of weights, which is safetensors or a checkpoint that
             unpickles no code. If the classifier has another size than the pretrained one, it stays random, and
@@ -34,14 +35,16 @@ def build(name: str, *, pretrained: bool | str | Path = False, **kwargs: Any) ->
         ConversionError: an artifact cannot record an argument, or the network does not take it; or the weights cannot
             be obtained, or do not fit the network.
     """
-    described = architecture_of(name, **kwargs)
+    described, named = architecture_and_tag(name, **kwargs)
+    if named:
+        pretrained = with_tag(name, named, pretrained)
     if pretrained is False or pretrained is None:
         return build_architecture(described)
-    if isinstance(pretrained, Path) or (isinstance(pretrained, str) and Path(pretrained).suffix in WEIGHT_FILES):
-        model, tag, pretrained = build_architecture(described), "", Path(pretrained).absolute()
-        fill_from(model, read_weights(pretrained), str(pretrained))
+    if (file := weights_file(pretrained)) is not None:
+        model, tag, pretrained = build_architecture(described), "", file.absolute()
+        fill_from(model, read_weights(file), str(file))
     else:
-        tag = pretrained = check_tag(described, None if pretrained is True else pretrained)
+        tag = pretrained = check_tag(described, None if pretrained is True else str(pretrained))
         model = build_architecture(described, tag)
     note_origin(model, base=Base(described.library, described.version, described.name, tag), pretrained=pretrained)
     return model

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..plugins import load_entry_points
 from ..torch_compat import RecurrentWeights
 
 
@@ -96,3 +97,11 @@ def layer_type_of(layer: nn.Module | type) -> LayerType | None:
     """Return the layer type of a module or of a class; None if it has none."""
     cls = layer if isinstance(layer, type) else type(layer)
     return next((each for each in LAYER_TYPES if each.covers(cls)), None)
+
+
+def _take(name: str, found: Any) -> None:
+    if isinstance(found, LayerType) and found not in LAYER_TYPES:
+        LAYER_TYPES.append(found)
+
+
+load_entry_points("layer_types", _take)

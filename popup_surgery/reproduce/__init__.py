@@ -1,12 +1,13 @@
 """Reproduction of the paper's figures and tables. Each is a sweep in recipes/paper and a picture of it."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..atomic import write_atomically
+from ..atomic import check_writable, write_atomically
 from ..config.catalog import find
 from ..config.keys import flat
 from ..config.overrides import parse_setting
@@ -92,8 +93,6 @@ def sweep_of(
     """
     found, chosen = _look_up(figure, scale)
     own = chosen.imagenet if found.imagenet else chosen.cifar10
-    if not found.imagenet and data_dir is not None and (Path(data_dir) / "train").is_dir():
-        own = ("data.name=folder", *own)
     seeds = chosen.seeds if seeds is None and not found.imagenet else seeds
     file = find(f"paper/{found.sweep}")
     values = read_yaml(file)
@@ -141,6 +140,8 @@ def reproduce(
     """
     _look_up(figure, scale)
     output = Path(output)
+    if os.path.isdir(output):  # a new folder has room for any
+        _check(_files(figure, scale, output))
     outcomes = execute(sweep, output, engine, report)
     return _show(figure, scale, outcomes, _note(sweep, scale, settings), output)
 
@@ -177,12 +178,26 @@ def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction
     note = _note(Sweep(figure, tuple(outcome.run for outcome in outcomes)), scale, settings)
     device = found.about.get("device", "an unknown device")
     note += f"\n{len(outcomes)} of {len(wanted.runs)} runs of these seeds, on {device}"
+    files = _files(figure, scale, Path(output))
+    if any(os.path.exists(file) and os.path.samefile(file, archive) for file in files):
+        raise PopupError(f"{archive} would be written over; choose another folder with --output")
     output = Path(output)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise PopupError(f"{output} cannot be written: {error.strerror}") from error
+    _check(files)
     return _show(figure, scale, outcomes, note, output)
+
+
+def _files(figure: str, scale: str, output: Path) -> list[Path]:
+    """Return the files of a figure: table as Markdown and JSON, picture as PNG and SVG."""
+    return [output / f"{figure}-{scale}{suffix}" for suffix in (".md", ".json", ".png", ".svg")]
+
+
+def _check(files: Sequence[Path]) -> None:
+    for file in files:
+        check_writable(file)
 
 
 def _place(run: Run) -> tuple[str, str, int]:
@@ -195,7 +210,7 @@ def _show(figure: str, scale: str, outcomes: Sequence[Outcome], note: str, outpu
     found, shown = FIGURES[figure], points(outcomes)
     table = rows(found, shown)
     text = as_markdown(found, table, note)
-    files = [output / f"{figure}-{scale}{suffix}" for suffix in (".md", ".json", ".png", ".svg")]
+    files = _files(figure, scale, output)
     write_atomically(files[0], text.encode())
     write_atomically(files[1], as_json(found, table, note).encode())
     for path in files[2:]:

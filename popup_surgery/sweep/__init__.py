@@ -3,17 +3,21 @@
 `Sweep.load` lists the runs, `execute` runs those that are not finished, and `points` makes the table of results.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..atomic import check_writable
 from ..data.open import check_root
 from ..errors import PopupError, RunError, Stopped
 from ..training.run_folder import asked_to_stop
 from .engines import Engine, Local, OnRay
-from .grid import Run, Sweep, as_text
+from .grid import Run, Sweep
+from .names import as_text
+from .picture import draw
 from .results import Outcome, Point, State, points, write
 
 __all__ = ["Engine", "Local", "OnRay", "Outcome", "Point", "Run", "State", "Sweep", "as_text", "execute", "points"]
@@ -29,8 +33,8 @@ def execute(
 ) -> list[Outcome]:
     """Run the unfinished runs of a sweep.
 
-    results.json and results.csv are written at the start and whenever a run ends. A run that fails does not stop the
-    others.
+    results.json, results.csv and runs.csv are written at the start and whenever a run ends, and results.png at the end.
+    A run that fails does not stop the others.
 
     Args:
         output: the sweep's folder, with one folder in it for each run. Several sweeps can use it, one after another.
@@ -49,7 +53,7 @@ def execute(
     output, engine = Path(output), engine or Local()
     for run in sweep.runs:
         check_root(run.recipe.data)
-    if (output / "recipe.yaml").exists():
+    if os.path.exists(output / "recipe.yaml"):
         raise RunError(f"{output} is the folder of a run; expected the folder of a sweep, which holds run folders")
     lock = FileLock(output / "lock", timeout=0)
     try:
@@ -61,6 +65,7 @@ def execute(
         raise PopupError(f"{output} cannot be written: {error.strerror}") from error
     try:
         with engine.ready(), asked_to_stop() as stop:
+            check_writable(output / "results.png")
             outcomes = {run.name: Outcome.read(run, output) for run in sweep.runs}
             write(sweep.name, list(outcomes.values()), output)
             report(list(outcomes.values()), None)
@@ -74,6 +79,7 @@ def execute(
                         if changed.state is not State.RUNNING:
                             write(sweep.name, list(outcomes.values()), output)
                     report(list(outcomes.values()), changed)
+            draw(sweep.name, points(list(outcomes.values())), output / "results.png")
     finally:
         (output / "lock").unlink(missing_ok=True)  # before the release: afterwards it may be another process's
         lock.release()

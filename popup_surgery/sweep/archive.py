@@ -85,11 +85,13 @@ def write_archive(
         with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("archive.json", json.dumps({"format": FORMAT, "about": dict(about), "runs": runs}, indent=1))
             folders = [outcome.run.folder(output) for outcome in done]
-            for folder in folders:
+            for outcome, folder in zip(done, folders, strict=True):
                 for name in ("recipe.yaml", "metrics.jsonl"):
-                    file.write(folder.path / name, f"{folder.path.name}/{name}")
-            for artifact in (folder.final for folder in folders if folder.kind is Kind.ARTIFACT):
-                name = artifact.parent.name
+                    file.write(folder.path / name, f"{outcome.run.name}/{name}")
+            for outcome, folder in zip(done, folders, strict=True):
+                if folder.kind is not Kind.ARTIFACT:
+                    continue
+                name, artifact = outcome.run.name, folder.final
                 if limit is not None and memory.tell() + artifact.stat().st_size + 400 * len(done) + 4096 > limit:
                     left_out.append(name)
                 else:

@@ -21,6 +21,7 @@ from ..atomic import write_atomically
 from ..config.yaml import to_yaml
 from ..errors import PopupError, Stopped
 from ..experiment.train import train
+from ..plugins import loaded_plugins, restore_plugins
 from .grid import Run
 from .results import State
 
@@ -222,7 +223,7 @@ class OnRay:
             for run in runs:
                 try:
                     path = _prepare(run, output)
-                    pending[task.remote(_yaml(run), str(path), marker, os.getcwd())] = run
+                    pending[task.remote(_yaml(run), str(path), marker, os.getcwd(), loaded_plugins())] = run
                 except PopupError as error:
                     yield run, State.FAILED, str(error)
             while pending:
@@ -280,6 +281,7 @@ def start_run(run: Run, output: Path, environment: Mapping[str, str]) -> "subpro
     """Start a process `popup-surgery train` in the run's folder in `output`. It resumes from any checkpoint there."""
     path = _prepare(run, output)
     command = [sys.executable, "-m", "popup_surgery", "train", f"{path}/recipe.yaml", "-o", str(path), "--resume"]
+    command += [word for plugin in loaded_plugins() for word in ("--import", plugin)]
     with open(path / "log.txt", "wb") as file:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=environment)
 
@@ -319,10 +321,13 @@ def _outcome(run: Run, output: Path, status: int, stopping: bool) -> Event:
     return run, State.FAILED, said.removeprefix("error: ") if status > 0 and said else ended
 
 
-def _on_node(recipe: str, path: str, marker: str, directory: str) -> dict[str, bytes] | None:
+def _on_node(
+    recipe: str, path: str, marker: str, directory: str, plugins: Mapping[str, bytes]
+) -> dict[str, bytes] | None:
     """Train one run on a node of a cluster. Returns its files by name, none if the node sees the sweep's folder."""
     if os.path.isdir(directory):
         os.chdir(directory)  # a recipe may have relative paths
+    restore_plugins(plugins)
     shared = os.path.exists(marker)
     with nullcontext(path) if shared else tempfile.TemporaryDirectory() as place:
         folder = Path(place)

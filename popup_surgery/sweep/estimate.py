@@ -1,7 +1,7 @@
 """An estimate of how long a sweep takes, from a few steps of each kind of run in it."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from ..data.seeding import ambient_seed
 from ..errors import PopupError, RunError, Stopped
 from ..experiment.setup import prepare
 from ..masking.bake import bake
+from ..plugins import loaded_plugins, restore_plugins
 from ..training.distributed import numerics, start
 from ..training.evaluation import accuracy_of
 from .grid import Run
@@ -62,13 +63,18 @@ def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -
         for alike in groups.values():
             began = time.perf_counter()
             try:
-                with ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+                with ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads, loaded_plugins())) as pool:
                     busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
             except (PopupError, BrokenExecutor) as error:
                 raise RunError(f"{alike[0]} cannot be measured: {error}") from error
             kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, *measured))
             advance()
     return kinds
+
+
+def _begin(threads: int, plugins: Mapping[str, bytes]) -> None:
+    torch.set_num_threads(threads)
+    restore_plugins(plugins)
 
 
 def _measure(values: dict[str, Any]) -> tuple[float, float, float]:

@@ -2,22 +2,25 @@
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..config import Recipe
-from ..config.catalog import find
+from ..config.catalog import find, is_sweep
 from ..config.keys import fingerprint
 from ..config.overrides import assign, parse_setting
+from ..config.schema import with_plugins
 from ..config.yaml import read_yaml
+from ..data.folders import recognised
 from ..errors import PopupError, RecipeError, nearest
 from ..experiment.setup import run_folder, with_seed
+from ..plugins import load_plugins
 from ..training.run_folder import RunFolder
+from .names import as_text, find_folder, titles
 
 KEYS = ("recipe", "set", "seeds", "label", "grid")  # the first three may also stand beside `runs`, for all of them
 SEEDS = ("surgery.seed", "training.seed")
@@ -34,6 +37,7 @@ class Run:
         values: values of the grid's keys.
         seed: seed of this run; the recipe's own `training.seed` if the sweep sets no seeds.
         recipe: the complete recipe.
+        title: what varies in its sweep, such as `k=0.3,seed=1`; the name of a new folder begins with it.
     """
 
     label: str
@@ -41,15 +45,17 @@ class Run:
     values: Mapping[str, Any]
     seed: int
     recipe: Recipe
+    title: str = ""
 
     @cached_property
     def name(self) -> str:
-        """Name of the run's folder: a hash of everything that affects its result."""
+        """A hash of everything that affects the run's result. The name of its folder ends with it."""
         return fingerprint(self.recipe)[:16]
 
     def folder(self, output: Path) -> RunFolder:
-        """Return the run's folder in the sweep's folder `output`."""
-        return run_folder(output / self.name, self.recipe, "recipe")
+        """Return the run's folder in the sweep's folder `output`: the one there, whatever stands before the hash."""
+        new = f"{self.title}-{self.name}" if self.title else self.name
+        return run_folder(output / find_folder(output, self.name, new), self.recipe, "recipe")
 
     def __str__(self) -> str:
         return f"{' '.join([self.label, *_settings(self.values)])} seed {self.seed}"
@@ -88,6 +94,10 @@ class Sweep:
         """
         path = find(name)
         values = read_yaml(path, "recipe, set, grid and seeds, or runs")
+        if isinstance(plugins := values.pop("plugins", []) if is_sweep(values) else [], list):
+            load_plugins(map(str, plugins), path.parent)
+        else:
+            raise RecipeError(f"{name}: plugins is {plugins!r}; expected a list of Python files and modules")
         if {"model", "training"} & values.keys():
             values, path = {"recipe": str(name)}, Path()
         return cls.parse(values, str(name), settings, seeds=seeds, data_dir=data_dir, folder=path.parent)
@@ -136,7 +146,7 @@ class Sweep:
             head = f"{name} has {len(mistakes)} mistakes:\n" if len(mistakes) > 1 else f"{name}: "
             raise RecipeError(head + "\n".join(mistakes))
         _check_distinct(runs, name)
-        return cls(_stem(name), tuple(runs))
+        return cls(_stem(name), tuple(replace(run, title=title) for run, title in zip(runs, titles(runs), strict=True)))
 
 
 class _Grid:
@@ -240,7 +250,8 @@ def _stem(name: str) -> str:
 
 
 def _read(recipe: str, folder: Path) -> dict[str, Any]:
-    return read_yaml(find(folder / recipe if _is_file(recipe) else recipe))
+    file = find(folder / recipe if _is_file(recipe) else recipe)
+    return with_plugins(read_yaml(file), file.parent)
 
 
 def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None) -> Recipe:
@@ -255,7 +266,8 @@ def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None)
             surgery["seed"] = seed
             if isinstance(model, dict) and model.get("init_from"):
                 del surgery["seed"]  # the seed is that of the file
-    return with_seed(Recipe.parse(values))
+    recipe = with_seed(Recipe.parse(values))
+    return recipe.model_copy(update={"data": recognised(recipe.data)})
 
 
 def _mistakes(error: PopupError, point: Mapping[str, Any]) -> Iterator[str]:
@@ -275,11 +287,6 @@ def _check_distinct(runs: Sequence[Run], name: str) -> None:
         if other is not run:
             same = "is there twice" if str(run) == str(other) else f"is the same run as {other}"
             raise RecipeError(f"{name}: {run} {same}; remove one of them")
-
-
-def as_text(value: Any) -> str:
-    """Return a grid value in human-readable form: text unchanged, everything else as YAML reads it."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:

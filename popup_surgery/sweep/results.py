@@ -14,7 +14,8 @@ from typing import Any
 from ..atomic import write_atomically
 from ..errors import PopupError
 from ..experiment.results import counts
-from .grid import Run, as_text
+from .grid import Run
+from .names import as_text
 
 
 class State(StrEnum):
@@ -105,13 +106,14 @@ def points(outcomes: Sequence[Outcome]) -> list[Point]:
 
 
 def write(name: str, outcomes: Sequence[Outcome], output: Path) -> None:
-    """Write results.json and results.csv into the folder `output`."""
+    """Write results.json, results.csv and runs.csv into the folder `output`."""
     found = points(outcomes)
     states = [outcome.state for outcome in outcomes]
     tally = {state.value: states.count(state) for state in (State.FINISHED, State.FAILED)}
-    values = {"sweep": name, "runs": len(outcomes), **tally, "points": [_as_json(point) for point in found]}
+    values = {"sweep": name, "runs": len(outcomes), **tally, "points": [_as_json(point, output) for point in found]}
     write_atomically(output / "results.json", (json.dumps(values, indent=1, default=str) + "\n").encode())
     write_atomically(output / "results.csv", _as_csv(found).encode())
+    write_atomically(output / "runs.csv", _runs_csv(found, output).encode())
 
 
 def _columns(point: Point) -> dict[str, Any]:
@@ -120,12 +122,12 @@ def _columns(point: Point) -> dict[str, Any]:
     return {"n": point.n, "accuracy": mean.pop("accuracy"), "std": point.std, **mean}
 
 
-def _as_json(point: Point) -> dict[str, Any]:
+def _as_json(point: Point, output: Path) -> dict[str, Any]:
     """Return a point and its runs as a JSON object."""
     runs = [
         {
             "seed": outcome.run.seed,
-            "folder": outcome.run.name,
+            "folder": outcome.run.folder(output).path.name,
             "state": outcome.state.value,
             "accuracy": outcome.numbers and outcome.numbers.accuracy,
             "error": outcome.error,
@@ -137,11 +139,27 @@ def _as_json(point: Point) -> dict[str, Any]:
 
 def _as_csv(found: Sequence[Point]) -> str:
     """Return the points as CSV, one row each."""
-    keys = list(dict.fromkeys(key for point in found for key in point.values))
+    rows = [(point.label, point.values, _columns(point)) for point in found]
+    return _csv(rows)
+
+
+def _runs_csv(found: Sequence[Point], output: Path) -> str:
+    """Return the runs as CSV, one row each, with seed, state, numbers, folder and error."""
+    nothing = dict.fromkeys(field.name for field in fields(Numbers))
+    rows = []
+    for outcome in (outcome for point in found for outcome in point.outcomes):
+        run, numbers = outcome.run, asdict(outcome.numbers) if outcome.numbers else nothing
+        about = {"seed": run.seed, "state": outcome.state.value, **numbers, "folder": run.folder(output).path.name}
+        rows.append((run.label, run.values, {**about, "error": outcome.error}))
+    return _csv(rows)
+
+
+def _csv(rows: Sequence[tuple[str, Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """Return rows of a label, the grid's values and further columns as CSV."""
+    keys = list(dict.fromkeys(key for _, values, _ in rows for key in values))
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["label", *keys, *_columns(found[0])])
-    for point in found:
-        values = [as_text(point.values[key]) if key in point.values else "" for key in keys]
-        writer.writerow([point.label, *values, *_columns(point).values()])
+    writer.writerow(["label", *keys, *rows[0][2]])
+    for label, values, more in rows:
+        writer.writerow([label, *(as_text(values[key]) if key in values else "" for key in keys), *more.values()])
     return file.getvalue()

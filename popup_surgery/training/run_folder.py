@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shutil
 import signal
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..atomic import write_atomically
+from ..atomic import check_writable, write_atomically
 from ..config.keys import as_recorded, flat, select
 from ..config.schema import Recipe
 from ..config.yaml import read_yaml, to_yaml
@@ -58,9 +59,14 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
 
     @property
+    def _results(self) -> list[Path]:
+        """The files that the run ends with."""
+        return [file for file in (*self.pictures, self.masks, self.final) if file is not None]
+
+    @property
     def finished(self) -> bool:
         """Whether the run in this folder is finished."""
-        return self.final.exists()
+        return os.path.exists(self.final)  # also where the name is too long
 
     @contextmanager
     def claimed(self, resume: bool) -> Iterator[None]:
@@ -71,10 +77,10 @@ class RunFolder:
                 name.
             PopupError: the folder cannot be written.
         """
-        self._check_files(resume)
-        new = not self.path.exists()
+        new = not os.path.exists(self.path)
         lock = FileLock(self.path / "lock", timeout=0)
         try:
+            self._check_files(resume)
             self.path.mkdir(parents=True, exist_ok=True)
             lock.acquire()
         except Timeout:
@@ -82,6 +88,8 @@ class RunFolder:
         except OSError as error:
             raise PopupError(f"{self.path} cannot be written: {error.strerror}") from error
         try:
+            for file in self._results:
+                check_writable(file)
             yield
         finally:
             (self.path / "lock").unlink(missing_ok=True)  # before the release: afterwards it may be another process's
@@ -91,8 +99,8 @@ class RunFolder:
 
     def _check_files(self, resume: bool) -> None:
         """Raise `RunError` if the folder's files rule out this run, as `claimed` describes."""
-        results = [file.name for file in (*self.pictures, self.masks, self.final) if file is not None]
-        there = [name for name in ("recipe.yaml", "metrics.jsonl", *results) if (self.path / name).exists()]
+        results = [file.name for file in self._results]
+        there = [name for name in ("recipe.yaml", "metrics.jsonl", *results) if os.path.exists(self.path / name)]
         if there and not resume:
             raise RunError(
                 f"{self.path} holds a run already; resume it with --resume, choose another folder with --output, or "
@@ -133,8 +141,10 @@ class RunFolder:
             return whole
         if paths:
             raise RunError(f"all checkpoints in {self.checkpoints} are damaged; remove {self.path} to start again")
-        text = to_yaml(self.recipe.dump())
-        write_atomically(self.path / "recipe.yaml", text.encode())
+        path, text = self.path / "recipe.yaml", to_yaml(self.recipe.dump())
+        there = path.exists() and as_recorded(Recipe.parse(read_yaml(path), str(path)))
+        if there != self.recipe:  # a user's own file that says the same stays as it is
+            write_atomically(path, text.encode())
         self._write_metrics([])
         return None
 

@@ -1,5 +1,6 @@
 """Logging of a run to Accelerate's trackers."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,10 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from ..errors import RunError
 from .metrics import Epoch, LayerMask
+
+log = logging.getLogger("popup_surgery")
 
 PROJECT = "popup-surgery"
 
@@ -21,12 +25,28 @@ def tracked(accelerator: Accelerator, folder: Path, config: Mapping[str, Any]) -
     """
     plain = {key: value if isinstance(value, int | float | str) else str(value) for key, value in config.items()}
     named = {"wandb": {"dir": str(folder), "name": folder.name}, "trackio": {"name": folder.name}}
-    accelerator.init_trackers(PROJECT, plain, named)
+    try:
+        accelerator.init_trackers(PROJECT, plain, named)
+    except Exception as error:  # a tracker may be damaged in any way
+        said = str(error).strip().split("\n")[0] or type(error).__name__
+        names = ", ".join(str(getattr(each, "value", each)) for each in accelerator.log_with)
+        raise RunError(f"training.trackers: {names} cannot start: {said}") from error
     try:
         yield
     finally:
-        for tracker in accelerator.trackers:
-            tracker.finish()
+        for tracker in list(accelerator.trackers):
+            with _kept_going(accelerator, tracker):
+                tracker.finish()
+
+
+@contextmanager
+def _kept_going(accelerator: Accelerator, tracker: Any) -> Iterator[None]:
+    """Context manager: a tracker that fails is given up with a warning, and the run continues without it."""
+    try:
+        yield
+    except Exception as error:  # a full disk, a server that is gone, a fault of its own
+        log.warning("the tracker %s has failed, and the run continues without it: %s", tracker.name, error)
+        accelerator.trackers.remove(tracker)
 
 
 def add(accelerator: Accelerator, epoch: Epoch, layers: Iterable[LayerMask]) -> None:
@@ -34,16 +54,19 @@ def add(accelerator: Accelerator, epoch: Epoch, layers: Iterable[LayerMask]) -> 
     values = {key: value for key, value in epoch.line().items() if key != "epoch" and value is not None}
     for layer in layers:
         values |= {f"density/{layer.name}": layer.density, f"changed/{layer.name}": layer.changed}
-    accelerator.log(values, step=epoch.epoch)
+    for tracker in list(accelerator.trackers):
+        with _kept_going(accelerator, tracker):
+            tracker.log(values, step=epoch.epoch)
 
 
 def add_table(accelerator: Accelerator, table: Mapping[str, Any]) -> None:
     """Log the final table, as Markdown."""
     text = "\n".join(["| what | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in table.items())])
-    for tracker in accelerator.trackers:
-        if tracker.name == "mlflow":  # its log takes only numbers
-            import mlflow
+    for tracker in list(accelerator.trackers):
+        with _kept_going(accelerator, tracker):
+            if tracker.name == "mlflow":  # its log takes only numbers
+                import mlflow
 
-            mlflow.log_text(text, "result.md")
-        else:
-            tracker.log({"result": text})
+                mlflow.log_text(text, "result.md")
+            else:
+                tracker.log({"result": text})

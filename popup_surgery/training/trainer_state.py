@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data.batches import TRAIN
+from ..errors import RunError, listed
 from .checkpoint import Checkpoint, pack, unpack
 from .metrics import Epoch
 
@@ -34,13 +35,15 @@ def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkp
             "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", tensors),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": trainer.part.processes,
+            "classes": trainer.data.classes,
         },
     )
 
 
 def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
-    """Set the state of a trainer to that of a checkpoint."""
+    """Set the state of a trainer to that of a checkpoint. `RunError` if its labels have other meanings."""
     state, tensors, accelerator = checkpoint.state, checkpoint.tensors, trainer.accelerator
+    _check_classes(state.get("classes"), trainer.data.classes)
     if accelerator.is_main_process:
         _warn_of_differences(trainer, checkpoint)
     with torch.no_grad():
@@ -57,6 +60,18 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
         trainer.data.skipped = state["skipped"]
     history = trainer.mask_history
     history.latest = {key: tensors[f"before.{key}"].numpy() for key in history.latest}
+
+
+def _check_classes(before: list[str] | None, now: list[str]) -> None:
+    """Raise `RunError` if the data set has other classes than a checkpoint's; earlier versions did not record them."""
+    if not before or not now or before == now:
+        return
+    gone, new = ([name for name in one if name not in other] for one, other in ((before, now), (now, before)))
+    what = [f"it lacks {listed(gone)}"] * bool(gone) + [f"{listed(new)} is new"] * bool(new)
+    raise RunError(
+        f"the data set has other classes than at the checkpoint: {' and '.join(what) or 'they are in another order'}; "
+        "give the classes their names again, or start a new run in another folder with --output"
+    )
 
 
 def _warn_of_differences(trainer: "Trainer", checkpoint: Checkpoint) -> None:

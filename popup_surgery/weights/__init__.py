@@ -3,8 +3,10 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ..errors import unknown
+from ..plugins import load_entry_points
 from .streams import DISTRIBUTIONS
 
 
@@ -71,3 +73,11 @@ register_scheme("lecun_uniform", Scheme("uniform", gain2=1.0))
 register_scheme("xavier_normal", Scheme("normal", xavier=True))
 register_scheme("xavier_uniform", Scheme("uniform", xavier=True))
 register_scheme("signed_xavier_constant", Scheme("signed_constant", xavier=True))
+
+
+def _take(name: str, found: Any) -> None:
+    if isinstance(found, Scheme) and name not in SCHEMES:
+        register_scheme(name, found)
+
+
+load_entry_points("schemes", _take)

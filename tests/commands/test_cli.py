@@ -22,8 +22,8 @@ from popup_surgery.config.catalog import find, shipped
 from support import PATIENCE, slow_except, write_digit
 
 COMMANDS = (
-    "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "export", "recipes", "zoo", "sweep",
-    "reproduce",
+    "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "diff", "export", "recipes", "zoo",
+    "sweep", "reproduce",
 )  # fmt: skip
 PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
@@ -76,6 +76,9 @@ def test_help_has_a_real_call_and_its_real_output(cli: Cli, artifact: Path, comm
     assert arguments[0] == command
     if "digit.png" in arguments:
         write_digit(artifact.parent / "digit.png", 4)
+    if "other.popup.safetensors" in arguments:
+        other = build("popup_surgery/conv2", width=0.25, in_chans=1, img_size=8)
+        save(convert(other, 0.5, seed=1), artifact.parent / "other.popup.safetensors")
     assert wanted, "no output below the call"
     outcome = cli(*arguments)
     assert outcome.status == 0, outcome.err
@@ -419,7 +422,8 @@ def test_export_of_a_timm_network_is_what_timm_loads(cli: Cli, tmp_path: Path) -
 
 def test_export_onto_the_artifact_itself(cli: Cli, artifact: Path) -> None:
     before = artifact.read_bytes()
-    refused(cli("export", artifact, "-o", artifact), "exists already")
+    for call in (("export", artifact, "-o", artifact), ("export", artifact, "-o", artifact, "--force")):
+        refused(cli(*call), "which the command reads; choose another name with -o")
     assert artifact.read_bytes() == before
 
 

@@ -1,6 +1,7 @@
 """Data sets that are read in a walk, shards and rows: the same whatever the number of workers and processes."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -224,8 +225,8 @@ def test_a_shard_that_is_missing_or_cut_off_is_named(shards: dict[str, Any], wor
     ("sample", "says"),
     [
         ({"jpg": b"no image", "cls": 1}, "it is not an image of a kind that Pillow knows"),
-        ({"txt": "no image", "cls": 1}, "it has no jpg, jpeg, png or webp"),
-        ({"png": None}, "KeyError: 'cls'"),
+        ({"txt": "no image", "cls": 1}, "it has no image, only cls, txt; data.image_key names the part that is one"),
+        ({"png": None}, "it has no cls, only png; data.label_key names the part, or the json's key, of labels"),
     ],
 )
 def test_a_sample_that_cannot_be_read_is_named_or_skipped(
@@ -275,6 +276,166 @@ def test_what_cannot_be_had_is_refused_at_the_start(
         DataError, match=r": the package webdataset cannot be imported; run pip install 'popup-surgery\[data\]'$"
     ):
         opened(**shards)
+
+
+# names of images and labels
+
+
+def keyed(folder: Path, images: Path, **parts: Callable[[Path, int], Any]) -> dict[str, Any]:
+    """Shards of 15 training and 6 validation images, whose samples have these parts."""
+    folder.mkdir()
+    for split in ("train", "validation"):
+        with webdataset.TarWriter(str(folder / f"{split}.tar")) as shard:
+            for number, file in enumerate(sorted((images / split).glob("*/*"))):
+                label = CLASSES.index(file.parent.name)
+                values = {name.replace("_", "."): part(file, label) for name, part in parts.items()}
+                shard.write({"__key__": f"{number:03}", **values})
+    return {"name": "wds/x", "root": str(folder), "train_split": "train.tar", "val_split": "validation.tar"}
+
+
+def content(file: Path, label: int) -> bytes:
+    return file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("parts", "keys"),
+    [
+        ({"img": content, "cls": lambda file, label: label}, {"image_key": "img"}),
+        ({"a_img": content, "b_cls": lambda file, label: label}, {"image_key": "a.img", "label_key": "b.cls"}),
+        ({"png": content, "json": lambda file, label: {"label": label, "x": 9}}, {"label_key": "label"}),
+        ({"jpg": content, "txt": lambda file, label: str(label), "cls": lambda *_: 0}, {"label_key": "txt"}),
+        ({"tif": content, "cls": lambda file, label: label}, {}),
+    ],
+)
+def test_parts_of_samples_are_chosen_by_their_names(
+    parts: dict[str, Any], keys: dict[str, Any], images: Path, tmp_path: Path
+) -> None:
+    data = opened(**keyed(tmp_path / "shards", images, **parts), **keys, **PLAIN, batch_size=4)
+    pixels, labels = joined(data.validation())
+    assert ids(pixels) == known(images, "validation")
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"image_key": "jpeg"}, r"; data\.image_key is 'jpeg'"),
+        ({"label_key": "fine"}, r", and in its json label, x; data\.label_key is 'fine'"),
+    ],
+)
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_a_part_that_is_not_there_lists_those_that_are(
+    keys: dict[str, Any], says: str, on_error: str, images: Path, tmp_path: Path
+) -> None:
+    named = keyed(
+        tmp_path / "shards", images, png=content, json=lambda file, label: {"label": label, "x": 9}, txt=lambda *_: "t"
+    )
+    says = "a sample has the parts json, png, txt" + says
+    with pytest.raises(DataError, match=rf"^data set wds/x \(train\.tar\) cannot be opened: {says}$"):
+        opened(**named, **keys, on_error=on_error)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 1.5, "cat"])
+def test_a_label_that_is_no_output_of_the_network_is_named(label: Any, images: Path, tmp_path: Path) -> None:
+    named = keyed(
+        tmp_path / "shards", images, png=content, json=lambda file, number: {"y": label if number == 2 else number}
+    )
+    values = recipe(tmp_path / "shards", **{key: value for key, value in named.items() if key != "root"})
+    values["data"]["label_key"] = "y"
+    says = rf"^\d+ in .*train\.tar cannot be read: its label is {label!r}; expected a whole number from 0 to 2; "
+    with pytest.raises(DataError, match=says):
+        train(values, output=tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def table(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data set of Hugging Face's library with the columns img, fine_label and coarse_label, on the disk."""
+    import datasets
+
+    folder = tmp_path_factory.mktemp("table")
+    names = {"fine_label": list(CLASSES), "coarse_label": ["soft", "wet"]}
+    columns: dict[str, Any] = {name: datasets.ClassLabel(names=values) for name, values in names.items()}
+    columns |= {"img": datasets.Image(), "title": datasets.Value("string"), "weight": datasets.Value("float32")}
+    for split in ("train", "validation"):
+        files = sorted((images / split).glob("*/*"))
+        labels = [CLASSES.index(file.parent.name) for file in files]
+        rows = {
+            "img": [{"bytes": file.read_bytes(), "path": None} for file in files],
+            "fine_label": labels,
+            "coarse_label": [label // 2 for label in labels],
+            "title": ["t"] * len(files),
+            "weight": [0.5] * len(files),
+        }
+        datasets.Dataset.from_dict(rows, datasets.Features(columns)).to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def as_rows(library: str, folder: Path, cache: Path) -> dict[str, Any]:
+    splits = {"train_split": "train", "val_split": "validation"}
+    return {"name": f"{library}/{folder}", "root": str(cache), "batch_size": 4, **splits}
+
+
+@pytest.mark.parametrize("library", ["hfds", "hfids"])
+def test_columns_are_chosen_by_their_names(
+    library: str, table: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = as_rows(library, table, tmp_path)
+    fine = opened(**named, **PLAIN, image_key="img", label_key="fine_label", in_memory=False)
+    assert fine.classes == list(CLASSES)
+    pixels, labels = joined(fine.validation())
+    assert ids(pixels) == known(images, "validation")
+    assert labels.tolist() == [0, 0, 1, 1, 2, 2]
+    coarse = opened(**named, image_key="img", label_key="coarse_label", in_memory=False)
+    assert coarse.classes == ["soft", "wet"]
+    assert joined(coarse.validation())[1].tolist() == [0, 0, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+@pytest.mark.parametrize("library", ["hfds", "hfids"])
+def test_columns_that_are_not_there_list_those_that_are(
+    library: str, on_error: str, table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    named = as_rows(library, table, tmp_path) | {"on_error": on_error}
+    columns = "it has the columns img, fine_label, coarse_label, title, weight; expected "
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, columns + "image and label: set data.image_key and data.label_key"),
+        ({"image_key": "img"}, columns + "img and label: set"),
+        ({"image_key": "image", "label_key": "fine_label"}, columns + "image and fine_label: set"),
+        ({"image_key": "img", "label_key": "title"}, "its column title holds string; expected class labels or"),
+        ({"image_key": "img", "label_key": "weight"}, "its column weight holds float32; expected class labels or"),
+    ]
+    for keys, says in cases:
+        with pytest.raises(DataError, match=rf"^data set {library}/.* \(train\) cannot be opened: {re.escape(says)}"):
+            opened(**named, **keys)
+
+
+def test_a_number_that_is_no_output_of_the_network_is_named(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a data set in memory, whose labels are plain numbers."""
+    import datasets
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = next((images / "train" / "cat").iterdir())
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "validation"):
+        rows = {"image": [{"bytes": file.read_bytes(), "path": None}] * 3, "label": [0, 2, 3]}
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "table" / f"{split}.parquet")
+    values = recipe(tmp_path)
+    values["data"] |= as_rows("hfds", tmp_path / "table", tmp_path / "cache")
+    says = r"^data set hfds/.* has the label 3; the network has 3 outputs, from 0"
+    with pytest.raises(DataError, match=says):
+        train(values, output=tmp_path / "run")
+
+
+@pytest.mark.parametrize("key", ["image_key", "label_key"])
+@pytest.mark.parametrize("name", ["folder", "digits", "torch/cifar10"])
+def test_data_sets_without_such_names_refuse_them(name: str, key: str, images: Path) -> None:
+    config: dict[str, Any] = {"root": None if name == "digits" else str(images), key: "img"}
+    with pytest.raises(DataError, match=rf"^data\.{key} is 'img'; data set {name} has no such keys: expected null"):
+        opened(size=(1, 8, 8) if name == "digits" else (3, 16, 16), name=name, **config)
 
 
 # hfds, which is read by number

@@ -28,7 +28,14 @@ BEFORE = {  # what a page takes for granted; its code registers things, so that 
 }
 
 # of the command lines: what stands for a user's own, and what has it here
-STANDS_FOR = {"FILE": "digits.popup.safetensors", "IMAGE…": "digit.png", "DENSE": "dense.safetensors", "ARCH": "conv2"}
+AB = {"A": "digits.popup.safetensors", "B": "other.popup.safetensors"}
+STANDS_FOR = {
+    "FILE": "digits.popup.safetensors",
+    "IMAGE…": "digit.png",
+    "DENSE": "dense.safetensors",
+    "ARCH": "conv2",
+    **AB,
+}
 OF_A_USER = re.compile(r"\bDIR\b|\bRECIPE\b|\bOUT/|\bmy\.yaml|--on ray|--num-processes")
 LONG = {  # more than 10 seconds; tests run something shorter, or the same elsewhere
     "train digits": "the fixture `digits_run` is this run",
@@ -93,6 +100,7 @@ def work(digits_run: popup_surgery.Result, tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(digits_run.output, "runs/digits")
     shutil.copy(digits_run.file, "digits.popup.safetensors")
     write_digit(Path("digit.png"), 4)
+    shutil.copy("digits.popup.safetensors", "other.popup.safetensors")
     return tmp_path
 
 

@@ -4,9 +4,11 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import popup_surgery as ps
 from popup_surgery import Result
@@ -30,27 +32,56 @@ def test_the_numpy_reader_rebuilds_a_trained_network(digits_run: Result, tmp_pat
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
-def test_the_numpy_reader_needs_numpy_alone_and_40_lines() -> None:
+def reader() -> dict[str, Any]:
+    (code,) = blocks("docs/artifact-format.md", "python")
+    space: dict[str, Any] = {"__name__": "reader"}
+    exec(code, space)
+    return space
+
+
+def test_the_numpy_reader_needs_numpy_alone_and_as_many_lines_as_the_pages_say() -> None:
     (code,) = blocks("docs/artifact-format.md", "python")
     imported = set(re.findall(r"^(?:import|from) (.*)", code, re.MULTILINE))
     assert imported == {"hashlib, json, math, statistics", "numpy as np"}
-    lines = [
-        line for line in code.split("if __name__")[0].splitlines() if line and not line.startswith(("import", "def"))
-    ]
-    assert len(lines) <= 41
+    lines = len([line for line in code.splitlines() if line.strip()])
+    assert lines <= 80
+    for page in ("README.md", "docs/artifact-format.md", "docs/tutorials/share.md"):
+        assert re.findall(r"reader (?:of|in) (\d+) lines", (ROOT / page).read_text()) == [str(lines)], page
+
+
+def test_the_numpy_reader_reads_masks_on_pretrained_weights(tmp_path: Path) -> None:
+    plain = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+    base = {name: tensor.clone().numpy() for name, tensor in plain.state_dict().items()}
+    model = ps.convert(plain, 0.5, scheme={"*": "pretrained", "2": "kaiming_normal"}, norm="train")
+    ps.save(model, tmp_path / "net")
+    read = reader()["read"]
+    state = read(tmp_path / "net", base)
+    for name, tensor in ps.bake(model).state_dict().items():
+        assert state[name].tobytes() == tensor.numpy().tobytes()
+    with pytest.raises(ValueError, match="the masks are for weights of custom/Sequential; pass them as base"):
+        read(tmp_path / "net")
+    with pytest.raises(ValueError, match="the masks are for other weights than those of the base"):
+        read(tmp_path / "net", {**base, "0.weight": base["0.weight"] + 1})
+    example = [sys.executable, str(ROOT / "examples" / "read_without_library.py"), str(tmp_path / "net")]
+    told = subprocess.run(example, capture_output=True, text=True)
+    assert told.returncode == 1
+    assert re.fullmatch(r"\S+ has masks for pretrained weights; docs/artifact-format\.md has .*\n", told.stderr)
+
+
+def test_the_numpy_reader_says_what_it_cannot_read(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4)).bfloat16()
+    net(torch.randn(8, 5).bfloat16())
+    ps.save(ps.convert(net, 0.5), tmp_path / "net")
+    with pytest.raises(ValueError, match="NumPy has no BF16"):
+        reader()["read"](tmp_path / "net")
 
 
 @pytest.mark.parametrize("scheme", ["kaiming_normal", "kaiming_uniform", "unsigned_kaiming_constant"])
 def test_the_numpy_reader_knows_every_distribution(scheme: str, tmp_path: Path) -> None:
-    import torch
-
     net = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     model = ps.convert(net, 0.5, scheme=scheme, seed=9)
     ps.save(model, tmp_path / "net.popup.safetensors")
-    (code,) = blocks("docs/artifact-format.md", "python")
-    space: dict = {"__name__": "reader"}
-    exec(code, space)
-    state = space["read"](tmp_path / "net.popup.safetensors")
+    state = reader()["read"](tmp_path / "net.popup.safetensors")
     for name, tensor in ps.bake(model).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
         assert state[name].shape == tuple(tensor.shape)

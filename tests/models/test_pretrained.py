@@ -421,3 +421,101 @@ def test_weights_of_which_none_has_its_size_are_refused(tmp_path: Path) -> None:
     ):
         build("popup_surgery/conv2", pretrained=file)
     assert build("popup_surgery/conv2", pretrained=file, width=0.25) is not None
+
+
+# names with a tag, and keys with a prefix
+
+
+TAGGED = [
+    "timm/test_resnet.r160_in1k", "test_resnet.r160_in1k", "hf-hub:timm/test_resnet.r160_in1k",
+    "hf_hub:timm/test_resnet.r160_in1k", "https://huggingface.co/timm/test_resnet.r160_in1k",
+]  # fmt: skip
+BY_TAG = """
+import sys
+from popup_surgery import build, convert, inspect, save
+from popup_surgery.commands import main
+from popup_surgery.models.architecture import origin_of
+for name, given in zip(sys.argv[2:], [{}, {}, {}, {"pretrained": True}, {"pretrained": "r160_in1k"}]):
+    origin = origin_of(build(name, **given))
+    assert (origin.architecture.name, origin.base.tag) == ("test_resnet", "r160_in1k"), name
+save(convert(name, 0.5, scheme="pretrained"), sys.argv[1])
+assert inspect(sys.argv[1]).base.tag == "r160_in1k"
+sys.argv = ["popup-surgery", "convert", name, "--scheme", "pretrained"]
+print("status", main())
+"""
+
+
+def test_a_name_with_a_tag_has_these_weights(tmp_path: Path) -> None:
+    cached(tmp_path, trained(0).state_dict())
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BY_TAG, str(tmp_path / FILE), *TAGGED],
+        env=env, capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.stdout.endswith("status 0\n"), done.stderr
+    assert "wrote test_resnet.r160_in1k.popup.safetensors, " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("timm/resnet18.a9_in1k", r"unknown weights of timm/resnet18 'a9_in1k'; the nearest known: .*\ba1_in1k"),
+        ("timm/rsenet18.a1_in1k", r"unknown architecture 'rsenet18'; the nearest known: .*resnet18"),
+        ("torchvision/resnet18.IMAGENET1K_V3", r"unknown weights of torchvision/resnet18 'IMAGENET1K_V3'"),
+        ("ResNet18_Weights.IMAGENET1K_V3", r"unknown weights of torchvision/resnet18 'IMAGENET1K_V3'"),
+        ("popup_surgery/conv4.best", r"popup_surgery/conv4 has no pretrained weights"),
+        ("hf-hub:someone/resnet18", r"is a repository on the Hugging Face Hub; expected one of timm's own"),
+    ],
+)
+def test_a_name_with_a_tag_that_is_none(name: str, message: str) -> None:
+    with pytest.raises((UnknownName, ConversionError), match=message):
+        build(name)
+
+
+def test_a_name_with_a_tag_where_its_weights_would_be_lost(cli: Callable[..., Outcome]) -> None:
+    with pytest.raises(ConversionError, match=r"pretrained is 'w\.pt'; expected one of them"):
+        build("timm/resnet18.a1_in1k", pretrained="w.pt")
+    with pytest.raises(ConversionError, match=r"which the scheme \w+ would replace; expected timm/resnet18, or scheme"):
+        convert("hf-hub:timm/resnet18.a1_in1k", 0.5)
+    with pytest.raises(ConversionError, match=r"weights a1_in1k too; expected the network alone, timm/resnet18"):
+        convert(nn.Linear(2, 2), 0.5, architecture="timm/resnet18.a1_in1k")
+    told = cli("convert", "resnet18.a1_in1k", "--dry-run")
+    assert told.err.endswith("would replace; expected timm/resnet18, or --scheme pretrained\n")
+
+
+def test_a_recipe_with_a_tag_in_its_networks_name() -> None:
+    from popup_surgery import Recipe
+
+    values: Any = recipe(None, scheme="pretrained")
+    values["model"] = {"name": "hf-hub:timm/resnet18.a1_in1k"}
+    model = Recipe.parse(values).model
+    assert (model.name, model.pretrained) == ("timm/resnet18", "a1_in1k")
+    values["surgery"]["scheme"] = "kaiming_normal"
+    with pytest.raises(RecipeError, match=r"kaiming_normal would overwrite the weights of model\.pretrained"):
+        Recipe.parse(values)
+    values["model"]["pretrained"] = "other.pt"
+    with pytest.raises(RecipeError, match=r"names the pretrained weights a1_in1k, and pretrained is 'other\.pt'"):
+        Recipe.parse(values)
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module.", "_orig_mod.", "model.backbone.", "net._orig_mod.module."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_a_prefix_that_all_keys_share(prefix: str, suffix: str, weights: Path, tmp_path: Path) -> None:
+    state = {f"{prefix}{key}": value for key, value in trained().state_dict().items()}
+    file = tmp_path / f"prefixed{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": state, "epoch": 3}, file)
+    else:
+        save_file(state, file)
+    model = build(NAME, pretrained=file)
+    assert equal_states(model, trained())
+    save(convert(model, scheme="pretrained"), tmp_path / FILE)
+    assert equal_states(load(tmp_path / FILE, base=file), load(tmp_path / FILE, base=weights))
+
+
+def test_prefixes_that_only_some_keys_have_are_named(tmp_path: Path) -> None:
+    plain = trained().state_dict()
+    state = {f"model.{key}": value for key, value in plain.items()} | {"loss.weight": torch.ones(3)}
+    save_file(state, tmp_path / "mixed.safetensors")
+    with pytest.raises(ConversionError, match=rf"keys there begin with 'model\.' \({len(plain)} of {len(state)}\)"):
+        build(NAME, pretrained=tmp_path / "mixed.safetensors")

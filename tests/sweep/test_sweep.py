@@ -39,13 +39,15 @@ LONG = {"recipe": "digits", "set": {"training.epochs": 8}, "seeds": 2}
 
 
 def artifacts(output: Path) -> dict[str, bytes]:
-    """Every finished run's file, by the run's name."""
-    return {path.parent.name: path.read_bytes() for path in output.glob("*/*.safetensors")}
+    """Every finished run's file, by the run's name, which its folder's ends with."""
+    return {path.parent.name[-16:]: path.read_bytes() for path in output.glob("*/*.safetensors")}
 
 
 def table(output: Path) -> list[Any]:
     """results.json without what is other each time."""
     points = json.loads((output / "results.json").read_text())["points"]
+    for run in (run for point in points for run in point["runs"]):
+        run["folder"] = run["folder"][-16:]
     return [{key: value for key, value in point.items() if key != "seconds"} for point in points]
 
 
@@ -176,8 +178,7 @@ def test_the_sweeps_of_the_documentation() -> None:
 
 
 def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path) -> None:
-    name = Sweep.parse(GRID).runs[1].name
-    file = here / name / "recipe.popup.safetensors"
+    file = Sweep.parse(GRID).runs[1].folder(here).final
     assert popup_surgery.inspect(file).seed == 1
     sweep = Sweep.parse(DIGITS | {"set": {"training.epochs": 1, "model.init_from": str(file)}, "seeds": [0, 3]})
     assert [(surgery(run).seed, run.recipe.training.seed) for run in sweep.runs] == [(1, 0), (1, 3)]
@@ -313,7 +314,7 @@ def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> N
             key: str(point[key]) for key in ("n", "accuracy", "std", "seconds", "size", "weights", "kept")
         }
         assert [run["seed"] for run in point["runs"]] == [0, 1, 2]
-        sizes = [len(artifacts(tmp_path)[run["folder"]]) for run in point["runs"]]
+        sizes = [len(artifacts(tmp_path)[run["folder"][-16:]]) for run in point["runs"]]
         assert point["size"] == pytest.approx(mean(sizes))
     assert not list(tmp_path.rglob("*.part"))
 
@@ -370,13 +371,13 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(cli: Cli, here: Path, t
     said = (
         r"steep training\.lr=1e\+30 seed 0 failed: the loss of step \d+, in epoch 1, is not finite .*; its folder is "
     )
-    assert re.fullmatch(said + re.escape(str(output / failing.name)), line)
+    assert re.fullmatch(said + re.escape(str(failing.folder(output).path)), line)
     assert re.search(r"^3/3  digits surgery\.k=0\.5 seed 1  accuracy \d+\.\d+ %  \d+\.\d s$", done.out, re.M)
     assert re.search(r"^steep +1e\+30 +0/1, 1 failed$", done.out, re.M)
     bad, *good = json.loads((output / "results.json").read_text())["points"]
     assert (bad["n"], bad["accuracy"], bad["runs"][0]["state"]) == (0, None, "failed")
     assert bad["runs"][0]["error"] in line
-    assert "not finite" in (output / failing.name / "log.txt").read_text()
+    assert "not finite" in (failing.folder(output).path / "log.txt").read_text()
     assert [point["n"] for point in good] == [1, 1]
     assert len(artifacts(output)) == 2
     assert artifacts(output).items() <= artifacts(here).items()
@@ -385,7 +386,7 @@ def test_a_run_that_fails_is_reported_and_stops_no_other(cli: Cli, here: Path, t
 def test_a_damaged_folder_is_a_run_that_failed(tmp_path: Path) -> None:
     sweep = Sweep.parse(GRID | {"seeds": 1})
     execute(sweep, tmp_path, Here())
-    first, second = (tmp_path / run.name for run in sweep.runs)
+    first, second = (run.folder(tmp_path).path for run in sweep.runs)
     (first / "metrics.jsonl").write_text("")
     (second / "recipe.yaml").write_text((first / "recipe.yaml").read_text())
     outcomes = execute(sweep, tmp_path, Here())

@@ -1,0 +1,72 @@
+"""Checks of single recipe keys. Each returns the value, or raises a ValueError that says what was expected."""
+
+from typing import Any
+
+from pydantic import AfterValidator, ValidationInfo
+
+from ..errors import PopupError, unknown
+from ..learners import get_learner
+from ..models.architecture import check_kwargs
+from ..weights import PRETRAINED, get_scheme
+
+
+def known(look_up: Any) -> Any:
+    """Return a check of a name by the function that looks it up."""
+
+    def check(name: str) -> str:
+        try:
+            look_up(name)
+        except PopupError as error:
+            raise ValueError(str(error)) from None
+        return name
+
+    return AfterValidator(check)
+
+
+def schemes(scheme: str | dict[str, str]) -> str | dict[str, str]:
+    """Check the names of weight schemes."""
+    for name in scheme.values() if isinstance(scheme, dict) else [scheme]:
+        if name != PRETRAINED:
+            known(get_scheme).func(name)
+    return scheme
+
+
+def recordable(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Check that an artifact can record a network's arguments."""
+    try:
+        check_kwargs(kwargs)
+    except PopupError as error:
+        raise ValueError(str(error)) from None
+    return kwargs
+
+
+def look_up_optimizer(name: str) -> None:
+    """Look up one of timm's optimisers."""
+    import timm.optim
+
+    known = [str(optimizer) for optimizer in timm.optim.list_optimizers()]
+    if name not in known:
+        raise unknown("optimizer", name, known)
+
+
+def options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Check a learner's options."""
+    if "learner" in info.data:
+        known(lambda name: get_learner(name, options)).func(info.data["learner"])
+    return options
+
+
+SHARES = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"
+
+
+def shares(k: Any) -> Any:
+    """Check `k`: a share in (0, 1], or such shares by pattern."""
+    if k is None:
+        return k
+    shares = k.values() if isinstance(k, dict) else [k]
+    keys = list(k) if isinstance(k, dict) else []
+    if not all(type(share) in (int, float) and 0 < share <= 1 for share in shares) or not all(
+        isinstance(key, str) for key in keys
+    ):
+        raise ValueError(f"expected {SHARES}")
+    return k

@@ -1,0 +1,130 @@
+"""Dense weights that this library wrote: a network's plain `state_dict`, and what the file says about it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
+from torch import nn
+
+from ..artifact import Artifact
+from ..artifact.compare import check_architecture
+from ..artifact.container import open_file, read_safetensors
+from ..artifact.description import as_libraries_build, cast_like, describe_network
+from ..artifact.kinds import DENSE
+from ..artifact.reader import naming
+from ..artifact.strict_json import canonical, parse
+from ..atomic import write_atomically
+from ..config.schema import Model
+from ..config.yaml import read_yaml
+from ..errors import ArtifactError, PopupError
+from ..models.architecture import Architecture
+from ..models.build import build_architecture, build_meta
+from ..models.libraries import resolve
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file of dense weights says about its network: how it is built, and how it was made."""
+
+    architecture: Architecture
+    provenance: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A file of dense weights that a run or an export wrote, from `open_result(path)`.
+
+    Attributes:
+        path: the file's path, as given.
+        manifest: what the file says about its network; for a file of version 0.1.0, what the recipe in its folder says.
+    """
+
+    path: str | Path
+    manifest: About = field(repr=False)
+
+    def network(self, *, base: object = None) -> nn.Module:
+        """Return the plain network, in eval mode.
+
+        Raises:
+            ArtifactError: its architecture is in no library, or other than the weights; or there is a `base`.
+        """
+        with naming(self.path):
+            if base is not None:
+                raise ArtifactError("a base was given, and these weights are dense")
+            check_architecture(self.manifest.architecture)
+            state = load_file(self.path)
+            shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+            meta = build_meta(self.manifest.architecture).state_dict()
+            expected = {key: tuple(tensor.shape) for key, tensor in meta.items()}
+            if shapes != expected:
+                name = min(key for key in shapes | expected if shapes.get(key) != expected.get(key))
+                raise ArtifactError(
+                    f"{name!r} is {shapes.get(name, 'not there')}; {self.manifest.architecture.name} has "
+                    f"{expected.get(name, 'no such tensor')}"
+                )
+            with as_libraries_build():
+                network = build_architecture(self.manifest.architecture)
+            cast_like(network, state)
+            network.load_state_dict(state, assign=True)
+            return network.eval()
+
+
+def write_dense(model: nn.Module, path: Path, provenance: Mapping[str, Any]) -> int:
+    """Write a plain network's `state_dict` as safetensors, each tied tensor in full. Return the number of tensors.
+
+    The metadata says how the network is built, if a library builds it, and how it was made.
+    """
+    tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
+    architecture = asdict(describe_network(model, model.state_dict(keep_vars=True))[0])
+    about = {DENSE: canonical({"architecture": architecture, "provenance": dict(provenance)})}
+    known = about if architecture["library"] != "custom" else {}
+    write_atomically(path, serialize(tensors, metadata={"format": "pt"} | known))
+    return len(tensors)
+
+
+def open_result(source: str | Path | Artifact | Dense) -> Artifact | Dense:
+    """Open a popup artifact, or dense weights that this library wrote. The file is treated as hostile.
+
+    Raises:
+        ArtifactError: the file is neither. The message says what it is.
+    """
+    if isinstance(source, Artifact | Dense):
+        return source
+    with naming(source):
+        with open_file(source) as file:
+            header = read_safetensors(file)
+        metadata = header.metadata if isinstance(header.metadata, dict) else {}
+        if DENSE in metadata:
+            return Dense(source, _about(metadata[DENSE]))
+        recipe = Path(source).parent / "recipe.yaml"
+        if metadata.get("format") == "pt" and recipe.is_file():
+            try:
+                return Dense(source, _from_recipe(read_yaml(recipe)))
+            except PopupError as error:
+                raise ArtifactError(f"its run's {recipe} cannot be read: {error}") from error
+    return Artifact.open(source)
+
+
+def _about(text: Any) -> About:
+    """Read the description in a file's metadata."""
+    values = parse(text, f"the metadata {DENSE}") if isinstance(text, str) else None
+    values = values if isinstance(values, dict) else {}
+    found, provenance = values.get("architecture"), values.get("provenance")
+    if not isinstance(found, dict) or not isinstance(provenance, dict):
+        raise ArtifactError(f"the metadata {DENSE} has no architecture or no provenance")
+    texts = [found.get(key) for key in ("library", "name", "version")]
+    if not all(isinstance(value, str) for value in texts) or not isinstance(found.get("kwargs"), dict):
+        raise ArtifactError(f"the metadata {DENSE} has an architecture of {json.dumps(found)[:60]}")
+    library, name, version = map(str, texts)
+    return About(Architecture(library, name, found["kwargs"], version), provenance)
+
+
+def _from_recipe(values: Mapping[str, Any]) -> About:
+    """Return what a run's recipe says about its network and data. Nothing else in it is looked at."""
+    model = Model.model_validate({**values.get("model", {}), "pretrained": False, "init_from": None})
+    architecture = Architecture(*resolve(model.name), model.kwargs)
+    return About(architecture, {"recipe": {"data": values.get("data", {})}})
