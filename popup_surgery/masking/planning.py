@@ -90,7 +90,7 @@ Matched = dict[tuple[str, str], Fans]  # by the names of a module and of its par
 def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> tuple[Matched, "_Frozen"]:
     """Return the maskable weights that the settings choose, and what stays because it came frozen."""
     fans = _fans(core)
-    frozen = _Frozen(core, settings, fans)
+    frozen = _Frozen(core, settings, fans, first)
     if not first:
         return frozen.without(_chosen(fans, settings)), frozen
     if not fans:
@@ -123,15 +123,18 @@ class _Frozen:
     names.
     """
 
-    def __init__(self, core: nn.Module, settings: MaskingSettings, fans: Matched) -> None:
-        self.core, self.named = core, _several(settings.include)
+    def __init__(self, core: nn.Module, settings: MaskingSettings, fans: Matched, first: bool) -> None:
+        self.core, self.named, self.first = core, _several(settings.include), first
         self.any = any(self._trainable(core.get_submodule(layer), name) for layer, name in fans)
 
     def __contains__(self, place: Place) -> bool:
         if not self.any or any(_matches(place.layer, pattern) for pattern in self.named):
             return False
-        came = state_of(place.module) is None and not place.tensor.requires_grad and place.tensor.is_floating_point()
-        return came or _left_frozen(place.module, place.name)
+        if _left_frozen(place.module, place.name):
+            return True
+        # new layers of a converted network do not count: timm makes them as frozen as the masked ones before them
+        new = self.first and state_of(place.module) is None
+        return new and not place.tensor.requires_grad and place.tensor.is_floating_point()
 
     def without(self, chosen: Matched) -> Matched:
         """Return the chosen weights except those that stay."""
