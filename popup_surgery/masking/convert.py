@@ -67,6 +67,7 @@ def convert(
             that learner by name, documented in its class.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
+            A layer that came frozen, in a network that did not, stays as it is unless `include` names it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the
             scales and biases of normalisation layers.
         architecture: the name that `save` records, such as `torchvision/resnet50`. Networks from `build` and from timm
