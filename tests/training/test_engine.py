@@ -89,7 +89,7 @@ def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
     again = cli(*digits_command(tmp_path / "run", "--resume")[3:])
     assert again.status == 0
-    assert "finished already" in again.out
+    assert "had already finished" in again.out
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
     result = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
     assert (result.accuracy, result.kept, result.history) == (first.accuracy, first.kept, first.history)
