@@ -320,7 +320,7 @@ def epochs_of(run: Run, output: Path) -> list[dict[str, Any]]:
     """Return the epochs in a run's metrics.jsonl."""
     with suppress(OSError):
         lines = (run.folder(output).path / "metrics.jsonl").read_text().split("\n")[:-1]  # the last may be half written
-        return [json.loads(line) for line in lines]
+        return [epoch for line in lines if "step" not in (epoch := json.loads(line))]
     return []
 
 

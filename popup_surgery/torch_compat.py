@@ -27,6 +27,11 @@ BROADCAST_BUFFERS_DEPRECATED = "`broadcast_buffers` is deprecated"
 
 Its successor `forward_sync_buffers` is younger than torch 2.11, which gives no such warning; 2.14 does."""
 
+CREATE_GRAPH_WARNING = r"Using backward\(\) with create_graph=True"
+"""How torch's warning about a backward whose gradients can be derived again starts, a regular expression.
+
+Tried on torch 2.11 and 2.14."""
+
 NOT_DETERMINISTIC = "deterministic"
 """In the message of every operator that has no deterministic algorithm, and was asked for one.
 

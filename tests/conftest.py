@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import logging
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor
 
 import popup_surgery
 from popup_surgery.selection import Selection
+from popup_surgery.signals import SIGNALS
 from support import Outcome, short, write_images
 
 
@@ -107,7 +109,10 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
     def call(*arguments: object) -> Outcome:
         monkeypatch.setattr(sys, "argv", ["popup-surgery", *map(str, arguments)])
         capfd.readouterr()
+        before = {number: signal.getsignal(number) for number in SIGNALS}
         status = main()
+        for number, handler in before.items():  # a command that was stopped leaves them without effect
+            signal.signal(number, handler)
         return Outcome(status, *capfd.readouterr())
 
     return call

@@ -33,6 +33,7 @@ from popup_surgery import timm_compat
 from popup_surgery.accelerate_compat import forget_settings
 from popup_surgery.torch_compat import (
     BROADCAST_BUFFERS_DEPRECATED,
+    CREATE_GRAPH_WARNING,
     DIED_SENDING,
     NOT_DETERMINISTIC,
     WORKER_DIED,
@@ -329,6 +330,15 @@ def test_broadcast_buffers_warning(process_group: None) -> None:
     has_successor = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     matched = [bool(re.match(BROADCAST_BUFFERS_DEPRECATED, str(warning.message))) for warning in caught]
     assert matched == [True] * has_successor
+
+
+def test_create_graph_warning() -> None:
+    value = torch.ones(1, requires_grad=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        (value**2).sum().backward(create_graph=True)
+    value.grad = None
+    assert [bool(re.match(CREATE_GRAPH_WARNING, str(warning.message))) for warning in caught] == [True]
 
 
 def test_not_deterministic() -> None:

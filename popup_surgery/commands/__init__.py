@@ -14,6 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from .. import __version__
 from ..errors import PopupError, Stopped
+from ..signals import command
 from ..typer_compat import UsageError
 from . import convert, diff, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
 from .shared import STOPPED, printable, replace_unprintable, shown_by, with_import
@@ -48,7 +49,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-for command in (
+for each in (
     convert,
     train,
     sweep,
@@ -63,9 +64,9 @@ for command in (
     recipes,
     zoo,
 ):
-    text, _, example = (command.run.__doc__ or "").partition("\b")
-    name = command.__name__.rsplit(".", 1)[-1]
-    app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(with_import(command.run))
+    text, _, example = (each.run.__doc__ or "").partition("\b")
+    name = each.__name__.rsplit(".", 1)[-1]
+    app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(with_import(each.run))
 
 
 def _version(asked: bool) -> None:
@@ -91,7 +92,8 @@ def main() -> int:
         replace_unprintable(stream)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
-        return app(standalone_mode=False) or 0
+        with command():
+            return app(standalone_mode=False) or 0
     except UsageError as error:
         shown = io.StringIO()
         error.show(shown)

@@ -1,3 +1,5 @@
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +15,7 @@ def run(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Print the accuracy of a file's network on the data set that it was trained on, or on another.
 
@@ -27,4 +30,7 @@ def run(
         opened = open_result(artifact)
         data = recorded_data(opened, set_ or [])
     result = evaluate(opened, data=data, data_dir=data_dir, base=base, progress=progress)
+    if json_:
+        print(json.dumps(asdict(result), indent=2))
+        return
     show(f"{100 * result.accuracy:.2f} % of {result.images:,} validation images of {result.data}")

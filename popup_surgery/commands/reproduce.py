@@ -39,7 +39,7 @@ def run(
     ),
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     jobs: Jobs = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     on: OnOption = None,
     address: Address = None,
     gpus_per_run: GpusPerRun = None,

@@ -27,7 +27,9 @@ Jobs = Annotated[
     int | None,
     typer.Option(min=1, help="Runs at a time on this machine; default: one for each GPU, or else for each CPU core."),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="CPU threads of each run. On CPUs, results depend on it.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of each run, in place of training.threads; results depend on it.")
+]
 OnOption = Annotated[On | None, typer.Option(help="Run on a Ray cluster.")]
 Address = Annotated[
     str | None, typer.Option(help="Address of the Ray cluster; default: the one of this machine, or a new one.")
@@ -54,7 +56,7 @@ def run(
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set, in place of data.root.")] = None,
     jobs: Jobs = None,
-    threads: Threads = 1,
+    threads: Threads = None,
     on: OnOption = None,
     address: Address = None,
     gpus_per_run: GpusPerRun = None,
@@ -98,7 +100,7 @@ def run(
 
 def chosen(
     jobs: int | None,
-    threads: int,
+    threads: int | None,
     on: On | None,
     address: str | None,
     gpus_per_run: float | None,
@@ -187,7 +189,7 @@ def _epochs(point: "Point", folder: Path) -> str:
     for outcome in point.outcomes:
         if outcome.state in ("waiting", "running"):
             lines = outcome.run.folder(folder).path / "metrics.jsonl"
-            count = lines.read_text().count("\n") if lines.exists() else 0
+            count = lines.read_text().count('"accuracy"') if lines.exists() else 0
             if count or outcome.state == "running":
                 found.append(f"{count}/{outcome.run.recipe.epochs}")
     return " ".join(found)
@@ -213,7 +215,7 @@ def estimate(sweep: "Sweep", folder: Path, engine: "Local | OnRay") -> None:
         table.add_row(str(len(kind.runs)), str(kind.runs[0]), *cells)
     if todo:
         show(table)
-        places = engine.places if isinstance(engine, Local) else None
+        places = engine.places(todo) if isinstance(engine, Local) else None
         together = f", {_clock(total / min(places, len(todo)))} with {places} at a time" if places else ""
         show(f"about {_clock(total)} one after another{together}")
 

@@ -1,22 +1,23 @@
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from ..errors import RunError, Stopped
+from ..signals import asked_to_stop
 from .shared import STOPPED, busy, progress, refuse_file, show, size
 
 if TYPE_CHECKING:
     from ..experiment.results import Result
-    from ..training.metrics import Epoch
+    from ..training.metrics import Epoch, Steps
 
 
 def run(
@@ -56,7 +57,7 @@ def run(
     lines = _EpochLines(loaded.epochs)
     result = train(
         recipe, overrides=set_ or (), output=output, data_dir=data_dir, resume=resume, progress=progress,
-        after_epoch=lines.show,
+        after_epoch=lines.show, after_steps=lines.show_steps,
     )  # fmt: skip
     leave()
     if first:
@@ -66,7 +67,7 @@ def run(
 
 
 class _EpochLines:
-    """Shows a line at the end of each of `epochs` epochs."""
+    """Shows a line at the end of each of `epochs` epochs, and of the steps that the recipe logs."""
 
     def __init__(self, epochs: int) -> None:
         self.epochs = epochs
@@ -83,6 +84,11 @@ class _EpochLines:
             f"accuracy {epoch.accuracy:.2%}  mask changed {epoch.changed:.2%}  "
             f"{epoch.images_per_second:,.0f} images/s  {timedelta(seconds=round(left))} left".replace("%", " %")
             + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
+        )
+
+    def show_steps(self, steps: "Steps") -> None:
+        show(
+            f"epoch {steps.epoch}/{self.epochs}  step {steps.step:,}  loss {steps.train_loss:.3f}  rate {steps.lr:.3g}"
         )
 
 
@@ -106,8 +112,6 @@ def launch(processes: int, arguments: list[str]) -> int:
     import psutil
     import torch
 
-    from ..training.run_folder import SIGNALS
-
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
         raise RunError(f"--num-processes is {processes}; expected at most {gpus}, the number of this machine's GPUs")
@@ -120,15 +124,12 @@ def launch(processes: int, arguments: list[str]) -> int:
         # in its own session, else the launcher would end its processes at once; they end by themselves and checkpoint
         child = subprocess.Popen([*command, "-m", "popup_surgery", *arguments], env=environment, start_new_session=True)
 
-        def pass_on(number: int, _: Any) -> None:
-            launcher = psutil.Process(child.pid)
-            for process in launcher.children() or [launcher]:
-                process.send_signal(number)
+        def pass_on(number: int) -> None:
+            with suppress(psutil.Error):  # they may have ended
+                launcher = psutil.Process(child.pid)
+                for process in launcher.children() or [launcher]:
+                    process.send_signal(number)
 
-        before = {number: signal.signal(number, pass_on) for number in SIGNALS}
-        try:
+        with asked_to_stop(pass_on):
             status = child.wait()
-            return Stopped.status if status == 0 and Path(stopped).exists() else status
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return Stopped.status if status == 0 and Path(stopped).exists() else status

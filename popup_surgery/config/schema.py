@@ -207,6 +207,13 @@ class Training(_Section):
         channels_last: keep images and the weights of convolutions in channels-last memory format.
         sync_batchnorm: compute batch statistics over all processes, on GPUs.
         deterministic: use only algorithms that give the same result each time. On the CPU, all do.
+        keep_scores: leave the scores at the end in `<recipe>.scores.safetensors`: float32, under the names that they
+            have in the `state_dict` of the converted network.
+        log_every: number of steps after which the loss and the rate are written to metrics.jsonl and to the trackers;
+            null for epochs alone.
+        threads: number of threads of each process for work on the CPU. Results on CPUs depend on it in the last digits,
+            so a run resumes with the number that it began with. `OMP_NUM_THREADS` does not count. One is the fastest
+            for small networks; large ones need more.
         trackers: names of Accelerate's trackers: `tensorboard`, `wandb`, `mlflow`, `trackio`.
         seed: seed of the order of images, of augmentation and dropout, and of a dense network's weights.
     """
@@ -238,6 +245,9 @@ class Training(_Section):
     channels_last: bool = False
     sync_batchnorm: bool = False
     deterministic: bool = False
+    keep_scores: Annotated[bool, Key(affects_result=False, affects_speed=False)] = False
+    log_every: Annotated[Annotated[int, Field(ge=1)] | None, Key(affects_result=False)] = None
+    threads: Annotated[int, Field(ge=1, le=4096), Key(affects_result=False)] = 1
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], Key(affects_result=False)] = []
     seed: Annotated[int, Field(ge=0, lt=2**63), Key(affects_speed=False)] = 0
 
@@ -304,6 +314,12 @@ class Recipe(_Section):
                     f"surgery.scheme {scheme} would overwrite the weights of model.pretrained; set surgery.scheme to "
                     "pretrained to keep them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _scores(self) -> "Recipe":
+        if self.training.keep_scores and self.surgery == "none":
+            raise ValueError("training.keep_scores is true; with surgery: none there are no scores to keep")
         return self
 
     @model_validator(mode="after")

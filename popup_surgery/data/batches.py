@@ -39,17 +39,22 @@ class ProcessShard:
         """Number of pieces into which a whole batch is cut."""
         return self.processes * self.accumulate
 
-    def cut(self, batch: Any) -> Iterator[tuple[Any, float]]:
+    def cut(self, batch: Any, least: int = 1) -> Iterator[tuple[Any, float]]:
         """Yield this part's pieces of a whole batch, a list or an array, each with its share of the batch.
 
-        If a batch is too small to give every piece an image, the remaining pieces repeat its first image with the
-        share 0, because all processes must take part in every step.
+        If a batch is too small to give every piece `least` images, the remaining pieces repeat its first images with
+        the share 0, because all processes must take part in every step.
+
+        Raises:
+            DataError: the batch has fewer images than `least`.
         """
-        size, more = divmod(len(batch), self.pieces)
+        if len(batch) < least:
+            raise DataError(f"a batch has {len(batch)} image; the network trains on {least} at a time or more")
+        size, more = divmod(len(batch), filled := min(self.pieces, len(batch) // least))
         for i in range(self.rank * self.accumulate, (self.rank + 1) * self.accumulate):
             start = i * size + min(i, more)
             piece = batch[start : start + size + (i < more)]
-            yield (piece, len(piece) / len(batch)) if len(piece) else (batch[:1], 0.0)
+            yield (piece, len(piece) / len(batch)) if i < filled else (batch[:least], 0.0)
 
 
 WHOLE = ProcessShard()
@@ -61,12 +66,15 @@ class Batches(Protocol):
     Attributes:
         classes: names of the classes in the order of their labels; empty if the data set does not say.
         counts: number of images of each role; None if unknown.
+        least: number of images that the network needs at a time. Where the last batch of an epoch would have fewer,
+            they join the one before.
         skipped: number of images that this process could not read and left out. The caller that counts them resets it.
         left_out: the first of these images and what is wrong with it; empty if there is none.
     """
 
     classes: list[str]
     counts: Mapping[str, int | None]
+    least: int
     skipped: int
     left_out: str
 
@@ -98,6 +106,8 @@ class Batches(Protocol):
 
 class Prepared:
     """Base class of `InMemory` and `Streamed`."""
+
+    least = 1
 
     def __init__(
         self,
@@ -135,8 +145,11 @@ class Prepared:
         return labels if self.places is None else self.places[labels]
 
     def steps(self, role: str = TRAIN) -> int | None:
-        count = self.counts[role]
-        return None if count is None else -(-count // self.config.batch_size)
+        count, size = self.counts[role], self.config.batch_size
+        if count is None:
+            return None
+        joins = role == TRAIN and 0 < count % size < self.least and count > size
+        return -(-count // size) - joins
 
     def _leave_out(self, missing: Sequence[Unreadable]) -> None:
         self.skipped += len(missing)

@@ -58,7 +58,10 @@ class InMemory(Prepared):
             self._leave_out(self.missing.get(TRAIN, ()))
         size = self.config.batch_size
         for start in range(first * size, count, size):
-            for chosen, weight in part.cut(order[start : start + size]):
+            if start and count - start < self.least:
+                break  # these are in the batch before
+            end = start + size if count - start - size >= self.least else count
+            for chosen, weight in part.cut(order[start:end], self.least):
                 index, shift, flip = (
                     torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
                 )

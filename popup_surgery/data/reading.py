@@ -24,7 +24,8 @@ _T = TypeVar("_T")
 class MicroBatches(Dataset):
     """Parts of batches, read and transformed. Each image has its own seed, whichever process reads it.
 
-    Labels are from 0 to `limit`, exclusive; None for no limit.
+    A part with fewer images than `least` that can be read has the first of them more than once. Labels are from 0 to
+    `limit`, exclusive; None for no limit.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class MicroBatches(Dataset):
         input_size: tuple[int, int, int],
         entropy: list[int],
         limit: int | None = None,
+        least: int = 1,
     ) -> None:
         self.source, self.transform, self.input_size, self.entropy = source, transform, input_size, entropy
-        self.limit, self.mode = limit, mode_of(input_size[0])
+        self.limit, self.least, self.mode = limit, least, mode_of(input_size[0])
 
     def __getitem__(self, piece: MicroBatch) -> tuple[Tensor, Tensor, float, list[Unreadable]]:
         keys, weight = piece
@@ -45,8 +47,9 @@ class MicroBatches(Dataset):
         missing = [image for image in found if weight and isinstance(image, Unreadable)]
         images = [image for image in found if not isinstance(image, Unreadable)]
         if not images:
-            return torch.zeros(1, *self.input_size), torch.zeros(1, dtype=torch.int64), 0.0, missing
-        return *default_collate(images), weight * len(images) / len(found), missing
+            return torch.zeros(self.least, *self.input_size), torch.zeros(self.least, dtype=torch.int64), 0.0, missing
+        padded = images + images[:1] * (self.least - len(images))
+        return *default_collate(padded), weight * len(images) / len(found), missing
 
     def _read(self, number: int, key: Any) -> tuple[Tensor, int] | Unreadable:
         seed_generators([*self.entropy, number], gpu=False)
@@ -101,6 +104,19 @@ def warn_of_skipped(count: int, first: str) -> None:
 
 def _as_it_is(piece: _T) -> _T:
     return piece
+
+
+def joined(batches: Iterable[list[_T]], least: int) -> Iterator[list[_T]]:
+    """Yield batches; one of fewer than `least` items joins the one before."""
+    before: list[_T] = []
+    for batch in batches:
+        if before and len(batch) >= least:
+            yield before
+            before = batch
+        else:
+            before = before + batch
+    if before:
+        yield before
 
 
 def chunks(items: Iterable[_T], size: int) -> Iterator[list[_T]]:

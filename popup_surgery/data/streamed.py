@@ -9,7 +9,7 @@ import torch
 from ..config.schema import Data
 from ..errors import DataError
 from .batches import TRAIN, VALIDATION, WHOLE, Batch, MicroBatch, Prepared, ProcessShard, TrainBatch
-from .reading import MicroBatches, chunks, read_pieces
+from .reading import MicroBatches, chunks, joined, read_pieces
 from .sources import Source
 from .transforms import ToBytes, mean_std, timm_transform
 
@@ -50,18 +50,23 @@ class Streamed(Prepared):
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         entropy, size = [self.seed, epoch], self.config.batch_size
-        keys = islice(self.sources[TRAIN].keys(entropy), first * size, None)
-        return self._batches(TRAIN, entropy, (piece for batch in chunks(keys, size) for piece in part.cut(batch)))
+        before = min(first, self.least - 1)  # the batch before may have the last images of the epoch
+        keys = islice(self.sources[TRAIN].keys(entropy), (first - before) * size, None)
+        batches = islice(joined(chunks(keys, size), self.least), before, None)
+        plan = (piece for batch in batches for piece in part.cut(batch, self.least))
+        return self._batches(TRAIN, entropy, plan, self.least)
 
     def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         keys = islice(self.sources[VALIDATION].keys(None), part.rank, None, part.processes)
         plan = ((chunk, 1.0) for chunk in chunks(keys, self.config.batch_size))
         return ((images, labels) for images, labels, weight in self._batches(VALIDATION, [], plan) if weight)
 
-    def _batches(self, role: str, entropy: list[int], plan: Iterator[MicroBatch]) -> Iterator[TrainBatch]:
+    def _batches(
+        self, role: str, entropy: list[int], plan: Iterator[MicroBatch], least: int = 1
+    ) -> Iterator[TrainBatch]:
         source = self.sources[role]
         limit = len(source.classes) or self.outputs
-        pieces = MicroBatches(source, self.transforms[role], self.input_size, entropy, limit)
+        pieces = MicroBatches(source, self.transforms[role], self.input_size, entropy, limit, least)
         for images, labels, weight, missing in read_pieces(pieces, plan, self.config, self.device.type == "cuda"):
             self._leave_out(missing)
             images = self.normalise(images.to(self.device, non_blocking=True))

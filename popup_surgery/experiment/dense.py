@@ -82,8 +82,17 @@ def write_dense(model: nn.Module, path: Path, provenance: Mapping[str, Any]) -> 
     architecture = asdict(describe_network(model, model.state_dict(keep_vars=True))[0])
     about = {DENSE: canonical({"architecture": architecture, "provenance": dict(provenance)})}
     known = about if architecture["library"] != "custom" else {}
-    write_atomically(path, serialize(tensors, metadata={"format": "pt"} | known))
+    write_atomically(path, _ordered(serialize(tensors, metadata={"format": "pt"} | known)))
     return len(tensors)
+
+
+def _ordered(data: bytes) -> bytes:
+    """Return a safetensors file with its metadata sorted; safetensors orders them at random."""
+    stop = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + text.ljust(stop - 8) + data[stop:]
 
 
 def open_result(source: str | Path | Artifact | Dense) -> Artifact | Dense:

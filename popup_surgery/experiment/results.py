@@ -1,5 +1,6 @@
 """The result of a run, and the files that it ends with."""
 
+import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from ..atomic import write_atomically
 from ..config import Recipe
 from ..learners import get_learner
 from ..masking.bake import bake
+from ..masking.ranking import parameter_of, score_name
+from ..masking.walk import masked_weights
 from ..models.build import build, build_meta
 from ..models.libraries import architecture_of
 from ..models.pretrained import weights_file
@@ -27,6 +30,8 @@ from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 from .dense import write_dense
 from .setup import start_masks
+
+log = logging.getLogger("popup_surgery")
 
 
 @dataclass(frozen=True)
@@ -65,6 +70,8 @@ def counts(run: RunFolder) -> tuple[int, int]:
 def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tuple[int, int, int]) -> None:
     """Write the files that a run ends with. The one that marks its end comes last. `size` is that of the images."""
     _draw(run, trainer)
+    if run.recipe.training.keep_scores:
+        write_atomically(run.scores, serialize(_scores(model), metadata={"format": "pt"}))
     provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
     if run.kind is Kind.ARTIFACT:
         save(model, run.final, provenance=provenance, probe=(1, *size))
@@ -72,6 +79,14 @@ def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tupl
     if run.masks is not None:
         write_atomically(run.masks, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))
     write_dense(bake(model), run.final, provenance)
+
+
+def _scores(model: nn.Module) -> dict[str, Tensor]:
+    """Return the scores of a converted network under their `state_dict` keys, float32."""
+    return {
+        score_name(key): parameter_of(module, score_name(name)).detach().cpu().contiguous()
+        for key, module, name, _ in masked_weights(model)
+    }
 
 
 def _draw(run: RunFolder, trainer: Trainer) -> None:
@@ -100,6 +115,8 @@ def mask_counts(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[int, int
 def finished_result(run: RunFolder) -> Result:
     """Read the result of a finished run from its folder."""
     run.check_recipe()
+    if run.recipe.training.keep_scores and not run.scores.exists():
+        log.warning("the run in %s ended without keeping its scores, which are gone", run.path)
     run.finish()  # a run that was killed after writing its last file still has its checkpoints
     history, described = tuple(Epoch(**line) for line in run.history()), run.recipe.model
     if run.kind is Kind.ARTIFACT:
@@ -133,5 +150,6 @@ def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, 
         "accuracy": accuracy,
         "epochs": len(trainer.history),
         "classes": trainer.data.classes,
+        "threads": torch.get_num_threads(),
         "software": software,
     }

@@ -3,14 +3,13 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..artifact import inspect, load, start_from, stored_masks
 from ..config import Recipe
 from ..config.schema import Data
-from ..data.batches import Batches, Progress
+from ..data.batches import TRAIN, Batches, Progress
 from ..data.open import open_data
 from ..errors import DataError, RecipeError
 from ..learners import get_learner
@@ -20,6 +19,8 @@ from ..models.build import build
 from ..models.libraries import architecture_of
 from ..models.pretrained import weights_file
 from ..training.lottery_ticket import TicketTrainer
+from ..training.optimizers import try_optimizer
+from ..training.outputs import answers, fewest_images
 from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 
@@ -31,12 +32,11 @@ def open_for(model: nn.Module, data: Data, progress: Progress, train: bool, clas
         DataError: they do not fit the network, or are of other classes.
     """
     size = image_size(data, model)
+    answered = answers(model, size)
     batches = open_data(data, size, 0, next(model.parameters()).device, progress, train=train)
     if classes:
         batches.name_by(list(classes))
-    _check_classes(
-        model, batches, size, "choose a data set with the file's classes: --set data.name=NAME, --data-dir DIR"
-    )
+    _check_classes(answered, batches, "choose a data set with the file's classes: --set data.name=NAME, --data-dir DIR")
     return batches
 
 
@@ -51,9 +51,17 @@ def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
 def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:
     """Return a trainer with a recipe's network, data and optimiser, ready for the first step; and the images' size."""
     model = _network(recipe)
+    try_optimizer(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], recipe.training, accelerator
+    )
     size = image_size(recipe.data, model)
+    answered = answers(model, size)
+    least = fewest_images(model, size, answered)
     data = open_data(recipe.data, size, recipe.training.seed, accelerator.device, progress)
-    _check_classes(model, data, size, f"set model.kwargs.num_classes={len(data.classes)}")
+    _check_classes(answered, data, f"set model.kwargs.num_classes={len(data.classes)}")
+    if not (recipe.training.sync_batchnorm and accelerator.num_processes > 1):  # which counts all processes' images
+        data.least = least
+        _check_batches(data, recipe.data)
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
         return TicketTrainer(*parts, recipe.lottery_ticket), size
@@ -101,23 +109,26 @@ def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
     return tuple(size)  # type: ignore[return-value]
 
 
-def _check_classes(model: nn.Module, data: Batches, size: tuple[int, int, int], remedy: str) -> None:
-    """Raise `DataError` unless the network takes images of `size` and has one output per class; say the `remedy`."""
-    device = next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad():
-            output = model(torch.zeros(1, *size, device=device))
-    except RuntimeError as error:
-        shape = " × ".join(map(str, size))
+def _check_classes(answered: int, data: Batches, remedy: str) -> None:
+    """Raise `DataError` unless the network has one output per class; say the `remedy`."""
+    if data.classes and answered != len(data.classes):
         raise DataError(
-            f"the network does not take images of {shape}; set data.input_size to a size that it takes: {error}"
-        ) from error
-    if data.classes and tuple(output.shape) != (1, len(data.classes)):
-        found = output.shape[1] if output.ndim == 2 else f"of {tuple(output.shape[1:])}"
-        raise DataError(f"the data set has {len(data.classes)} classes, and the network has {found} outputs; {remedy}")
-    if output.ndim == 2:
-        data.fit_to(output.shape[1])
+            f"the data set has {len(data.classes)} classes, and the network has {answered} outputs; {remedy}"
+        )
+    data.fit_to(answered)
+
+
+def _check_batches(data: Batches, config: Data) -> None:
+    """Raise `DataError` if there are no batches of as many images as the network needs at a time."""
+    images = data.counts[TRAIN]
+    few = f"data.batch_size is {config.batch_size}" if config.batch_size < data.least else ""
+    if images is not None and images < data.least:
+        few = f"the data set has {images} training image"
+    if few:
+        raise DataError(
+            f"{few}; the network has batch norms over maps of 1 × 1, which train on {data.least} images at a time or "
+            "more"
+        )
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:

@@ -14,10 +14,11 @@ from ..data.batches import Progress, quiet
 from ..data.folders import recognised
 from ..data.seeding import ambient_seed
 from ..masking.bake import bake
-from ..training.distributed import numerics, start
-from ..training.metrics import Epoch
-from ..training.run_folder import RunFolder, asked_to_stop
-from ..training.trackers import add, add_table, tracked
+from ..signals import asked_to_stop
+from ..training.distributed import numerics, resume_threads, start, warn_of_other_threads
+from ..training.metrics import Epoch, Steps
+from ..training.run_folder import RunFolder
+from ..training.trackers import add, add_steps, add_table, tracked
 from .results import Result, finished_result, mask_counts, write_results
 from .setup import prepare, run_folder, with_seed
 
@@ -31,6 +32,7 @@ def train(
     resume: bool = False,
     progress: Progress = quiet,
     after_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    after_steps: Callable[[Steps], None] = lambda steps: None,
 ) -> Result:
     """Train a mask as a recipe says, and write recipe.yaml, metrics.jsonl, the pictures and the artifact.
 
@@ -42,6 +44,7 @@ def train(
         resume: resume the run in `output` from its newest complete checkpoint, or start a run if there is none.
         progress: shows the progress of long tasks: `with progress(total, what) as step`, then `step()` as they advance.
         after_epoch: called after each epoch with its metrics.
+        after_steps: called with the loss and the rate of every `training.log_every` steps.
 
     Returns:
         The trained network, its accuracy and metrics, and the paths of the file and of the run's folder.
@@ -64,7 +67,7 @@ def train(
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
     if resume and run.finished:
         return finished_result(run)
-    return _train_in(run, resume, progress, after_epoch)
+    return _train_in(run, resume, progress, after_epoch, after_steps)
 
 
 def _loaded(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence[str]) -> tuple[Recipe, str]:
@@ -76,30 +79,47 @@ def _loaded(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Sequence
     return Recipe.parse(override(values, overrides)), "run"
 
 
-def _train_in(run: RunFolder, resume: bool, progress: Progress, after_epoch: Callable[[Epoch], None]) -> Result:
+def _train_in(
+    run: RunFolder,
+    resume: bool,
+    progress: Progress,
+    after_epoch: Callable[[Epoch], None],
+    after_steps: Callable[[Steps], None],
+) -> Result:
     """Train in a run's folder. Each of the run's processes calls this; the first one writes the files."""
     recipe = run.recipe
     accelerator = start(recipe.training, run.path)
     main = accelerator.is_main_process
     with (
+        asked_to_stop() as stop,
         run.claimed(resume) if main else nullcontext(),
         tracked(accelerator, run.path, flat(recipe.dump())) if main else nullcontext(),
-        numerics(recipe.training),
+        numerics(recipe.training) as threads,
         ambient_seed([recipe.training.seed]),
-        asked_to_stop() as stop,
     ):
         trainer, size = prepare(recipe, accelerator, progress if main else quiet)
         (checkpoint,) = broadcast_object_list([run.begin() if main else None])
-        if checkpoint is not None:
+        if checkpoint is None:
+            warn_of_other_threads(recipe.training, accelerator)
+        else:
             trainer.restore(checkpoint)
+            resume_threads(checkpoint.state.get("threads"), threads, recipe.training, accelerator)
 
         def record(epoch: Epoch) -> None:
             run.add(epoch)
             if accelerator.trackers:
-                add(accelerator, epoch, trainer.layers())
+                # trackers take no place before the last one
+                add(accelerator, epoch, trainer.layers(), trainer.step if recipe.training.log_every else None)
             after_epoch(epoch)
 
-        history = trainer.run(record if main else lambda epoch: None, run.write_checkpoint, stop)
+        def record_steps(steps: Steps) -> None:
+            run.add(steps)
+            if accelerator.trackers:
+                add_steps(accelerator, steps)
+            after_steps(steps)
+
+        calls = (record, record_steps) if main else (_nothing, _nothing)
+        history = trainer.run(calls[0], run.write_checkpoint, stop, calls[1])
         model = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu()
         weights, kept = mask_counts(model, trainer.masks())
         accuracy = history[-1].accuracy
@@ -109,3 +129,7 @@ def _train_in(run: RunFolder, resume: bool, progress: Progress, after_epoch: Cal
             run.finish()
         accelerator.wait_for_everyone()
     return Result(bake(model).eval(), accuracy, tuple(history), run.path, run.final, weights, kept)
+
+
+def _nothing(numbers: Epoch | Steps) -> None:
+    pass

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from ..atomic import check_writable
 from ..data.open import check_root
 from ..errors import PopupError, RunError, Stopped
-from ..training.run_folder import asked_to_stop
+from ..signals import asked_to_stop
 from .engines import Engine, Local, OnRay
 from .grid import Run, Sweep
 from .names import as_text

@@ -37,7 +37,7 @@ Stop = Callable[[], bool]
 
 
 class Engine(Protocol):
-    """Executes the runs of a sweep. Each run has `threads` threads anywhere, because results on CPUs depend on them."""
+    """Executes the runs of a sweep. A run has the same threads anywhere, because results on CPUs depend on them."""
 
     def ready(self) -> AbstractContextManager[object]:
         """Context manager: make the engine ready for `run`.
@@ -59,21 +59,21 @@ class Local:
     """Engine: processes on this machine, each an ordinary `popup-surgery train`.
 
     Attributes:
-        jobs: runs at a time; if not given, one for each GPU, or without GPUs one for each `threads` cores. GPUs are
-            assigned to them in turn.
-        threads: threads of each run.
+        jobs: runs at a time; if not given, one for each GPU, or without GPUs as many as have a core for each thread.
+            GPUs are assigned to them in turn.
+        threads: threads of each run, in place of its `training.threads`.
         admit: called before a run starts; it returns false to refuse the run. A refused run is tried again when a place
             is free. Runs refused while nothing runs stay waiting.
     """
 
     jobs: int | None = None
-    threads: int = 1
+    threads: int | None = None
     admit: Callable[[Run], bool] = lambda run: True
 
-    @property
-    def places(self) -> int:
-        """Number of runs at a time."""
-        return self.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // self.threads)
+    def places(self, runs: Sequence[Run]) -> int:
+        """Return the number of `runs` at a time."""
+        most = self.threads or max((run.recipe.training.threads for run in runs), default=1)
+        return self.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // most)
 
     def ready(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -87,10 +87,10 @@ class _LocalRuns:
 
     def __init__(self, engine: Local, runs: Sequence[Run], output: Path, stop: Stop) -> None:
         self.engine, self.output, self.stop = engine, output, stop
-        self.waiting = list(runs)
+        self.waiting = [run.with_threads(engine.threads) for run in runs]
         self.running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
         self.told = False  # whether the processes have been asked to stop
-        self.gpus, self.places = _gpus(), range(engine.places)
+        self.gpus, self.places = _gpus(), range(engine.places(runs))
 
     def events(self) -> Events:
         """Run everything, and yield the events of `Engine.run`."""
@@ -130,14 +130,14 @@ class _LocalRuns:
                 if run.folder(self.output).finished:  # by the process that this run waited for
                     yield run, State.FINISHED, ""
                 else:
-                    self.running[place] = run, start_run(run, self.output, self._environment(place))
+                    self.running[place] = run, start_run(run, self.output, self._environment(run, place))
                     yield run, State.RUNNING, ""
             except PopupError as error:
                 yield run, State.FAILED, str(error)
 
-    def _environment(self, place: int) -> dict[str, str]:
+    def _environment(self, run: Run, place: int) -> dict[str, str]:
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
-        return os.environ | {"OMP_NUM_THREADS": str(self.engine.threads)} | gpu
+        return os.environ | {"OMP_NUM_THREADS": str(run.recipe.training.threads)} | gpu
 
     def _tell(self) -> None:
         """Ask the processes to stop, once."""
@@ -157,8 +157,8 @@ class _LocalRuns:
 class OnRay:
     """Engine: tasks on a Ray cluster.
 
-    Each run is one task with `threads` CPUs and `gpus_per_run` GPUs, wherever Ray finds room for it. A run whose node
-    dies continues on another one.
+    Each run is one task with a CPU for each thread and `gpus_per_run` GPUs, wherever Ray finds room for it. A run whose
+    node dies continues on another one.
 
     If a node sees the sweep's folder, the run trains in its own folder there and resumes from its checkpoint. Otherwise
     it trains in a folder on the node, and its files are copied back when it is finished.
@@ -166,12 +166,12 @@ class OnRay:
     Attributes:
         address: as for `ray.init`; if not given, the cluster of this machine, or a new one for this sweep.
         gpus_per_run: GPUs of each run; if not given, 1, or 0 in a cluster without GPUs.
-        threads: threads and CPUs of each run.
+        threads: threads and CPUs of each run, in place of its `training.threads`.
     """
 
     address: str | None = None
     gpus_per_run: float | None = None
-    threads: int = 1
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         if (gpus := self.gpus_per_run) and not (1e-4 <= gpus <= 1 or (gpus > 1 and gpus % 1 == 0)):
@@ -212,7 +212,11 @@ class OnRay:
         """As `Engine.run`; each run is a Ray task."""
         import ray
 
-        task = ray.remote(**self._needs())(_on_node)
+        runs = [run.with_threads(self.threads) for run in runs]
+        tasks = {
+            threads: ray.remote(**self._needs(threads))(_on_node)
+            for threads in {run.recipe.training.threads for run in runs}
+        }
         output, told = output.absolute(), False
         for left in output.glob(".shared-*"):  # left by a sweep that was killed
             left.unlink()
@@ -223,6 +227,7 @@ class OnRay:
             for run in runs:
                 try:
                     path = _prepare(run, output)
+                    task = tasks[run.recipe.training.threads]
                     pending[task.remote(_yaml(run), str(path), marker, os.getcwd(), loaded_plugins())] = run
                 except PopupError as error:
                     yield run, State.FAILED, str(error)
@@ -239,25 +244,23 @@ class OnRay:
                 ray.cancel(reference, force=True)
             Path(marker).unlink(missing_ok=True)
 
-    def _needs(self) -> dict[str, Any]:
-        """Return the options of a run's Ray task; warn if no node has room for one."""
+    def _needs(self, threads: int) -> dict[str, Any]:
+        """Return the options of the Ray task of a run with `threads`; warn if no node has room for one."""
         import ray
 
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = self.gpus_per_run
         if gpus is None:
             gpus = 1 if any(node.get("GPU") for node in nodes) else 0
-        if not any(node.get("CPU", 0) >= self.threads and node.get("GPU", 0) >= gpus for node in nodes):
+        if not any(node.get("CPU", 0) >= threads and node.get("GPU", 0) >= gpus for node in nodes):
             log.warning(
-                "no node of the cluster has the %d CPUs and %g GPUs that a run needs; waiting for one",
-                self.threads,
-                gpus,
+                "no node of the cluster has the %d CPUs and %g GPUs that a run needs; waiting for one", threads, gpus
             )
         return {
-            "num_cpus": self.threads,
+            "num_cpus": threads,
             "num_gpus": round(gpus, 4),
             "max_retries": RETRIES,
-            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(self.threads)}},
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(threads)}},
         }
 
 

@@ -1,7 +1,7 @@
 """An estimate of how long a sweep takes, from a few steps of each kind of run in it."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,15 +47,18 @@ class RunKind:
         return self.start + run.recipe.epochs * self.epoch
 
 
-def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -> list[RunKind]:
-    """Return the kinds of `runs`, each measured in its own process with `threads` threads.
+def measure(runs: Sequence[Run], threads: int | None = None, progress: Progress = quiet) -> list[RunKind]:
+    """Return the kinds of `runs`, each measured in its own process.
+
+    Args:
+        threads: threads of each run, in place of its `training.threads`.
 
     Raises:
         RunError: the measured run of a kind cannot start, or the size of its data set is unknown. The message names the
             run.
     """
     groups: dict[str, list[Run]] = {}
-    for run in runs:
+    for run in [run.with_threads(threads) for run in runs]:
         settings = select(run.recipe, lambda setting: setting.key.affects_speed)
         groups.setdefault(comparable(settings), []).append(run)
     kinds = []
@@ -63,18 +66,13 @@ def measure(runs: Sequence[Run], threads: int = 1, progress: Progress = quiet) -
         for alike in groups.values():
             began = time.perf_counter()
             try:
-                with ProcessPoolExecutor(1, get_context("spawn"), _begin, (threads, loaded_plugins())) as pool:
+                with ProcessPoolExecutor(1, get_context("spawn"), restore_plugins, (loaded_plugins(),)) as pool:
                     busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
             except (PopupError, BrokenExecutor) as error:
                 raise RunError(f"{alike[0]} cannot be measured: {error}") from error
             kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, *measured))
             advance()
     return kinds
-
-
-def _begin(threads: int, plugins: Mapping[str, bytes]) -> None:
-    torch.set_num_threads(threads)
-    restore_plugins(plugins)
 
 
 def _measure(values: dict[str, Any]) -> tuple[float, float, float]:

@@ -52,6 +52,13 @@ class Run:
         """A hash of everything that affects the run's result. The name of its folder ends with it."""
         return fingerprint(self.recipe)[:16]
 
+    def with_threads(self, threads: int | None) -> "Run":
+        """Return this run with as many threads; with those of its recipe if None. Its name stays."""
+        if threads is None:
+            return self
+        training = self.recipe.training.model_copy(update={"threads": threads})
+        return replace(self, recipe=self.recipe.model_copy(update={"training": training}))
+
     def folder(self, output: Path) -> RunFolder:
         """Return the run's folder in the sweep's folder `output`: the one there, whatever stands before the hash."""
         new = f"{self.title}-{self.name}" if self.title else self.name

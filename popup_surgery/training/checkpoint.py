@@ -6,6 +6,7 @@ of both. A checkpoint without its JSON, or one whose digests do not match, does 
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -88,7 +89,7 @@ def discard(path: Path) -> None:
 
 
 def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
-    """Return nested dicts, lists, tuples and plain values in a form that JSON can represent.
+    """Return nested dicts, lists, tuples, plain values and dtypes in a form that JSON can represent.
 
     Args:
         tree: the values; tensors among them are moved to `tensors`.
@@ -101,6 +102,10 @@ def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(tree, Tensor):
         tensors[prefix] = tree.cpu().contiguous()
         return {"tensor": prefix}
+    if isinstance(tree, torch.dtype):
+        return {"dtype": str(tree).removeprefix("torch.")}
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {"float": str(tree)}
     if isinstance(tree, dict):
         return {"items": [[key, pack(value, f"{prefix}.{key}", tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
@@ -119,7 +124,18 @@ def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tree
     if "tensor" in tree:
         return tensors[tree["tensor"]]
+    if "dtype" in tree:
+        return _dtype(tree["dtype"])
+    if "float" in tree:
+        return float(tree["float"])
     return tuple(unpack(tree["tuple"], tensors)) if "tuple" in tree else dict(unpack(tree["items"], tensors))
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise RunError(f"a checkpoint names the dtype {name!r}, which PyTorch {torch.__version__} does not have")
+    return found
 
 
 def newest_first(folder: Path) -> Iterator[Path]:

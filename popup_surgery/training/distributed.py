@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other, and the numerical settings they share."""
 
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from ..accelerate_compat import forget_settings
 from ..config.schema import Training
 from ..errors import RunError
 from ..torch_compat import NOT_DETERMINISTIC
+
+log = logging.getLogger("popup_surgery")
 
 _PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -84,19 +87,23 @@ def leave() -> None:
 
 
 @contextmanager
-def numerics(training: Training) -> Iterator[None]:
-    """Context manager: use deterministic algorithms if the recipe asks for them, else the fastest ones.
+def numerics(training: Training) -> Iterator[int]:
+    """Context manager: the recipe's number of threads, and deterministic algorithms if it asks for them.
+
+    It yields the number of threads that the process had.
 
     Raises:
         RunError: an operator of the network has no deterministic algorithm.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    threads = torch.get_num_threads()
+    torch.set_num_threads(training.threads)
     if training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(training.deterministic or before[0])
     torch.backends.cudnn.benchmark = not training.deterministic
     try:
-        yield
+        yield threads
     except RuntimeError as error:
         if training.deterministic and NOT_DETERMINISTIC in str(error):
             raise RunError(
@@ -104,5 +111,39 @@ def numerics(training: Training) -> Iterator[None]:
             ) from error
         raise
     finally:
+        torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+
+
+def warn_of_other_threads(training: Training, accelerator: Accelerator) -> None:
+    """Warn if the user has asked for another number of threads than the recipe, in a way that does not count."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    # launchers of several processes set the variable themselves, and results on GPUs do not depend on it
+    counts = accelerator.device.type == "cpu" and accelerator.num_processes == 1
+    if counts and asked.isdecimal() and int(asked) != training.threads:
+        log.warning(
+            "OMP_NUM_THREADS is %s, which does not count: the result depends on the number of threads, so the recipe "
+            "sets it; training.threads is %d",
+            asked,
+            training.threads,
+        )
+
+
+def resume_threads(recorded: int | None, before: int, training: Training, accelerator: Accelerator) -> None:
+    """Go on with the number of threads that a run began with.
+
+    Args:
+        recorded: the number in the checkpoint; None in one of version 0.1.0, where the process's own number counted.
+        before: the number that this process had.
+    """
+    threads = before if recorded is None else recorded
+    torch.set_num_threads(threads)
+    if threads != training.threads and accelerator.is_main_process and accelerator.device.type == "cpu":
+        log.warning(
+            "%s, on which its result depends; training.threads=%d is for a new run",
+            f"the checkpoint does not say how many threads the run had; it resumes with this process's {threads}"
+            if recorded is None
+            else f"the run began with {threads} threads and resumes with as many",
+            training.threads,
+        )

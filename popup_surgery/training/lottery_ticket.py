@@ -1,5 +1,7 @@
 """The lottery ticket: train, prune, rewind, repeat (Frankle and Carbin, 2019)."""
 
+import copy
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -47,6 +49,7 @@ class TicketTrainer(Trainer):
         whole = {weight.key: torch.ones(weight.shape, dtype=torch.bool) for weight in plan(model, ticket.k).masked}
         super().__init__(model, data, training, accelerator, progress, whole)
         self.ticket = ticket
+        self.fresh = copy.deepcopy(self.optimizer.state_dict()["state"])  # some optimisers have one from the start
         self.epochs = ticket.epochs(self.training.epochs)
         self.start = self._values()  # the values that a round starts from
 
@@ -84,7 +87,7 @@ class TicketTrainer(Trainer):
         for key, tensor in self.learned().items():
             tensor.copy_(self.start[key])
         self.weight_masks.zero()
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": {}})
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": copy.deepcopy(self.fresh)})
 
     def _checkpoint(self, sums: list[float], skipped: int) -> Checkpoint:
         taken = super()._checkpoint(sums, skipped)

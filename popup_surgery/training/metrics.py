@@ -1,8 +1,29 @@
-"""The numbers of an epoch and of a layer's mask."""
+"""The numbers of an epoch, of steps within one, and of a layer's mask."""
 
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A line of metrics.jsonl within an epoch: after step `step` of the run, counted from 1.
+
+    `train_loss` is the mean over the images since the line before, or since the epoch began; `lr` is the last rate.
+    """
+
+    epoch: int
+    step: int
+    lr: float
+    train_loss: float
+
+    def line(self) -> dict[str, Any]:
+        """Return it as a JSON object, with null for numbers that are not finite."""
+        return _finite(asdict(self))
 
 
 @dataclass(frozen=True)
@@ -25,7 +46,7 @@ class Epoch:
 
     def line(self) -> dict[str, Any]:
         """Return the epoch as a JSON object, with null for numbers that are not finite."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        return _finite(asdict(self))
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 import json
 import logging
+import math
 import os
 import shutil
-import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,9 @@ from ..config.yaml import read_yaml, to_yaml
 from ..errors import PopupError, RunError
 from . import checkpoint
 from .checkpoint import Checkpoint
-from .metrics import Epoch
+from .metrics import Epoch, Steps
 
 log = logging.getLogger("popup_surgery")
-
-SIGNALS = [number for name in ("SIGTERM", "SIGINT", "SIGUSR1") if (number := getattr(signal, name, None))]
 
 
 class Kind(StrEnum):
@@ -47,6 +44,7 @@ class RunFolder:
 
     Attributes:
         final: the artifact or the weights; once this file exists, the run is finished.
+        scores: the file of scores, which `training.keep_scores` asks for.
         masks: the file of masks beside dense weights, if there is one.
         pictures: the files of the pictures that the run draws.
     """
@@ -55,13 +53,14 @@ class RunFolder:
         self.path, self.recipe, self.kind, self.stem = path, recipe, kind, stem
         self.final = path / (f"{stem}.popup.safetensors" if kind is Kind.ARTIFACT else f"{stem}.safetensors")
         self.masks = path / f"{stem}.masks.safetensors" if kind is Kind.MASKED_WEIGHTS else None
+        self.scores = path / f"{stem}.scores.safetensors"
         self.pictures = [path / name for name in ("curve.png", "masks.png")[: 1 if kind is Kind.WEIGHTS else 2]]
         self.checkpoints = path / "checkpoints"
 
     @property
     def _results(self) -> list[Path]:
         """The files that the run ends with."""
-        return [file for file in (*self.pictures, self.masks, self.final) if file is not None]
+        return [file for file in (*self.pictures, self.masks, self.scores, self.final) if file is not None]
 
     @property
     def finished(self) -> bool:
@@ -137,7 +136,7 @@ class RunFolder:
             self._check_same(path, whole.state["recipe"])  # recipe.yaml may have been edited since
             for damaged in paths[:number]:
                 checkpoint.discard(damaged)
-            self._write_metrics([Epoch(**line) for line in whole.state["history"]])
+            self._write_metrics([Epoch(**line) for line in whole.state["history"]], whole.state["step"])
             return whole
         if paths:
             raise RunError(f"all checkpoints in {self.checkpoints} are damaged; remove {self.path} to start again")
@@ -145,7 +144,7 @@ class RunFolder:
         there = path.exists() and as_recorded(Recipe.parse(read_yaml(path), str(path)))
         if there != self.recipe:  # a user's own file that says the same stays as it is
             write_atomically(path, text.encode())
-        self._write_metrics([])
+        self._write_metrics([], 0)
         return None
 
     def write_checkpoint(self, step: int, taken: Checkpoint) -> None:
@@ -153,11 +152,11 @@ class RunFolder:
         taken.state["recipe"] = self.recipe.dump()
         checkpoint.write(self.checkpoints, step, taken)
 
-    def add(self, epoch: Epoch) -> None:
-        """Append an epoch's line to metrics.jsonl."""
+    def add(self, numbers: Epoch | Steps) -> None:
+        """Append a line to metrics.jsonl."""
         try:
             with open(self.path / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(epoch.line()) + "\n")
+                file.write(json.dumps(numbers.line()) + "\n")
         except OSError as error:
             raise PopupError(f"{self.path}/metrics.jsonl cannot be written: {error.strerror}") from error
 
@@ -166,12 +165,23 @@ class RunFolder:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def history(self) -> list[dict[str, Any]]:
-        """Return the lines of metrics.jsonl."""
-        return [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
+        """Return the lines of epochs in metrics.jsonl."""
+        lines = map(json.loads, (self.path / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if "step" not in line]
 
-    def _write_metrics(self, epochs: Sequence[Epoch]) -> None:
-        text = "".join(json.dumps(epoch.line()) + "\n" for epoch in epochs)
+    def _write_metrics(self, epochs: Sequence[Epoch], step: int) -> None:
+        """Write metrics.jsonl with these epochs, and what it has of steps up to `step`."""
+        lines = [(line["epoch"], line["step"], line) for line in self._steps() if line["step"] <= step]
+        lines += [(epoch.epoch, math.inf, epoch.line()) for epoch in epochs]
+        text = "".join(json.dumps(line) + "\n" for *_, line in sorted(lines, key=lambda place: place[:2]))
         write_atomically(self.path / "metrics.jsonl", text.encode())
+
+    def _steps(self) -> Iterator[dict[str, Any]]:
+        """Yield the lines of steps in metrics.jsonl, if it is there. A killed process may have left a part of one."""
+        with suppress(OSError, ValueError):
+            for text in (self.path / "metrics.jsonl").read_text().splitlines():
+                if "step" in (line := json.loads(text)):
+                    yield line
 
     def check_recipe(self) -> None:
         """Check that the run in the folder has the same recipe; keys that do not affect the result may differ.
@@ -193,28 +203,3 @@ class RunFolder:
                 f"the run in {self.path} is of another recipe: {key} is {before.get(key)!r} there and "
                 f"{now.get(key)!r} here{more}"
             )
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Context manager: yield a function that is true once SIGTERM, SIGINT or SIGUSR1 has come.
-
-    The run then ends after its current step. A further SIGINT raises KeyboardInterrupt. Outside the main thread no
-    signal is caught.
-    """
-    seen: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and seen:
-            raise KeyboardInterrupt
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield lambda: bool(seen)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -14,6 +14,8 @@ from ..data.batches import ProcessShard, TrainBatch
 from ..errors import RunError
 from ..torch_compat import BROADCAST_BUFFERS_DEPRECATED
 from .mixing import Mixing
+from .optimizers import for_derivatives, make_step, optimizer_of, second_order, seed_for_step
+from .outputs import heads
 
 
 class OptimizerStep:
@@ -34,7 +36,8 @@ class OptimizerStep:
     ) -> None:
         self.training, self.accelerator, self.part = training, accelerator, part
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = _optimizer(self.parameters or [nn.Parameter(torch.empty(0))], training)
+        optimizer = optimizer_of(self.parameters, training)
+        self.second_order = second_order(optimizer)
         self.mixing = Mixing(training, classes) if training.mixup or training.cutmix else None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
         self.model, self.optimizer = self._prepared(model, optimizer)
@@ -81,8 +84,21 @@ class OptimizerStep:
         if self.training.clip_norm is not None:
             self.accelerator.clip_grad_norm_(self.parameters, self.training.clip_norm)
         if self.parameters:
-            self.optimizer.step()
+            self._step(number)
         return True
+
+    def _step(self, number: int) -> None:
+        """Let the optimiser change the parameters."""
+        seed_for_step(self.optimizer.optimizer, self.training.seed, number, self.part.processes)
+        try:
+            make_step(self.optimizer, self.training)
+        except RuntimeError as error:
+            if not self.second_order:
+                raise
+            raise RunError(
+                f"training.optimizer is {self.training.optimizer}, which needs second derivatives; an operation of "
+                f"this network has none: {error}"
+            ) from error
 
     def _backward(self, images: Tensor, labels: Tensor, weight: float) -> tuple[Tensor, Tensor]:
         """Add the gradients of a piece, a share `weight` of its batch. Returns its loss and its logits."""
@@ -91,33 +107,20 @@ class OptimizerStep:
             images, targets = self.mixing(images, labels)
         if self.training.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
-        with self.accelerator.autocast():
-            logits = self.model(images)
-            loss = self.criterion(logits.float(), targets)
+        with for_derivatives(self.optimizer.optimizer), self.accelerator.autocast():
+            found = heads(self.model(images))
+            loss = sum(
+                (self.criterion(logits.float(), targets) * share for logits, share in found[1:]),
+                self.criterion(found[0][0].float(), targets),
+            )
         # processes average their gradients; the weights sum to 1 over all pieces
         if self.parameters:
-            self.accelerator.backward(loss * (weight * self.part.processes))
-        return loss.detach(), logits.detach()
+            with for_derivatives(self.optimizer.optimizer):
+                create_graph = {"create_graph": True} if self.second_order else {}
+                self.accelerator.backward(loss * (weight * self.part.processes), **create_graph)
+        return loss.detach(), found[0][0].detach()
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, count: int, number: int) -> None:
         right = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * count, right * bool(count), torch.full_like(right, count)])
         self.not_finite = torch.where((self.not_finite < 0) & ~loss.isfinite(), number, self.not_finite)
-
-
-def _optimizer(parameters: list[nn.Parameter], training: Training) -> torch.optim.Optimizer:
-    """Return timm's optimiser for the recipe's settings."""
-    from timm.optim import create_optimizer_v2
-
-    options = training.optimizer_kwargs.copy()
-    if training.optimizer in ("sgd", "momentum"):
-        options["nesterov"] = training.nesterov
-    try:
-        return create_optimizer_v2(
-            parameters, training.optimizer, training.lr, training.weight_decay, training.momentum, **options
-        )
-    except (TypeError, ValueError) as error:
-        raise RunError(
-            f"training.optimizer {training.optimizer} does not take training.optimizer_kwargs "
-            f"{training.optimizer_kwargs}: {error}"
-        ) from error

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from ..errors import RunError
-from .metrics import Epoch, LayerMask
+from .metrics import Epoch, LayerMask, Steps
 
 log = logging.getLogger("popup_surgery")
 
@@ -49,14 +49,28 @@ def _kept_going(accelerator: Accelerator, tracker: Any) -> Iterator[None]:
         accelerator.trackers.remove(tracker)
 
 
-def add(accelerator: Accelerator, epoch: Epoch, layers: Iterable[LayerMask]) -> None:
-    """Log an epoch's numbers, and each layer's density and share of changed mask bits."""
-    values = {key: value for key, value in epoch.line().items() if key != "epoch" and value is not None}
+def add(accelerator: Accelerator, epoch: Epoch, layers: Iterable[LayerMask], at: int | None = None) -> None:
+    """Log an epoch's numbers, and each layer's density and share of changed mask bits.
+
+    Args:
+        at: the place on the trackers' axis; the number of the epoch if not given.
+    """
+    values = {key: value for key, value in epoch.line().items() if value is not None and (key != "epoch" or at)}
     for layer in layers:
         values |= {f"density/{layer.name}": layer.density, f"changed/{layer.name}": layer.changed}
+    _log(accelerator, values, epoch.epoch if at is None else at)
+
+
+def add_steps(accelerator: Accelerator, steps: Steps) -> None:
+    """Log the rate and the loss of steps within an epoch."""
+    values = {f"step/{key}": value for key, value in steps.line().items() if key in ("lr", "train_loss")}
+    _log(accelerator, {key: value for key, value in values.items() if value is not None}, steps.step)
+
+
+def _log(accelerator: Accelerator, values: Mapping[str, Any], at: int) -> None:
     for tracker in list(accelerator.trackers):
         with _kept_going(accelerator, tracker):
-            tracker.log(values, step=epoch.epoch)
+            tracker.log(values, step=at)
 
 
 def add_table(accelerator: Accelerator, table: Mapping[str, Any]) -> None:

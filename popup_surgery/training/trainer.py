@@ -1,5 +1,6 @@
 """The training loop, on Accelerate: one process or many, resumable at any step."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -22,11 +23,12 @@ from .checkpoint import Checkpoint, file_of
 from .evaluation import right_answers
 from .hooks import LearnerHooks
 from .mask_history import MaskHistory
-from .metrics import Epoch, LayerMask
+from .metrics import Epoch, LayerMask, Steps
 from .step import OptimizerStep
 from .weight_masks import WeightMasks
 
 AfterEpoch = Callable[[Epoch], None]
+AfterSteps = Callable[[Steps], None]
 Save = Callable[[int, Checkpoint], None]
 Stop = Callable[[], bool]
 
@@ -46,6 +48,7 @@ class Trainer:
         step: number of steps made in the whole run.
         checkpoint_step: value of `step` at the last checkpoint; 0 if there is none.
         seconds: time spent on the current epoch, in seconds.
+        logged: the sums of the current epoch, over all processes, at the last call of `after_steps`.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Trainer:
         self.history: list[Epoch] = []
         self.batch = self.step = self.checkpoint_step = 0
         self.seconds = 0.0
+        self.logged = [0.0, 0.0, 0.0]
         self.hooks = LearnerHooks(model, training.seed)
         self.hooks.at(0.0)
         self.mask_history = MaskHistory(self.masks())
@@ -85,6 +89,7 @@ class Trainer:
         after_epoch: AfterEpoch,
         save: Save = lambda step, checkpoint: None,
         stop: Stop = lambda: False,
+        after_steps: AfterSteps = lambda steps: None,
     ) -> list[Epoch]:
         """Train to the end, and return the epochs.
 
@@ -95,6 +100,7 @@ class Trainer:
             save: called with the step and each checkpoint, in the first process only.
             stop: called after each step. Once it returns true in any process, a checkpoint is saved and `Stopped` is
                 raised.
+            after_steps: called with the numbers of every `training.log_every` steps.
 
         Raises:
             RunError: the loss or an updated parameter is not finite; a process's masks differ from the first's; no
@@ -106,7 +112,7 @@ class Trainer:
         while self.epoch < self.epochs:
             if not self.batch:
                 self._begin_epoch()
-            self._train_epoch(save, stop)
+            self._train_epoch(save, stop, after_steps)
             self._end_epoch(after_epoch)
             self._save(save)
             if self.epoch < self.epochs and self.agreement.highest(int(stop())):
@@ -147,7 +153,7 @@ class Trainer:
         steps = self.data.steps()
         return (self.epoch + (min(self.batch / steps, 1.0) if steps else 0.0)) / self.epochs
 
-    def _train_epoch(self, save: Save, stop: Stop) -> None:
+    def _train_epoch(self, save: Save, stop: Stop, after_steps: AfterSteps = lambda steps: None) -> None:
         """Make the remaining steps of the epoch, and save a checkpoint when one is due or the run has to stop."""
         self.model.train()
         began = saved = time.monotonic()
@@ -159,6 +165,7 @@ class Trainer:
             while self._one_step(pieces):
                 advance()
                 self.seconds = spent + time.monotonic() - began
+                self._log(after_steps)
                 late = longest and time.monotonic() - saved > longest
                 wish = self.agreement.highest(2 if stop() else 1 if late else 0)
                 if wish:
@@ -179,6 +186,16 @@ class Trainer:
             self.step += 1
             self.hooks.step_done(self._progress(), self.step)
         return True
+
+    def _log(self, after_steps: AfterSteps) -> None:
+        """Report the steps since the last report, if as many as the recipe says were made."""
+        every = self.training.log_every
+        if every is None or self.step % every:
+            return
+        before, self.logged = self.logged, self.agreement.total(self.update.sums).tolist()
+        loss, images = self.logged[0] - before[0], self.logged[2] - before[2]
+        rate = self.optimizer.param_groups[0]["lr"]
+        after_steps(Steps(self.epoch + 1, self.step, rate, loss / images if images else math.nan))
 
     def _rate(self, batch: int) -> float:
         """Return the learning rate of a batch of this epoch."""
@@ -209,6 +226,7 @@ class Trainer:
         self.history.append(epoch)
         self.batch, self.seconds, self.data.skipped = 0, 0.0, 0
         self.update.sums.zero_()
+        self.logged = [0.0, 0.0, 0.0]
         after_epoch(epoch)
 
     def _validate(self) -> tuple[int, int]:

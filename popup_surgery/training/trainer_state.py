@@ -29,12 +29,14 @@ def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkp
             "batch": trainer.batch,
             "seconds": trainer.seconds,
             "sums": sums,
+            "logged": trainer.logged,
             "images": trainer.data.counts[TRAIN],
             "skipped": skipped,
             "history": [asdict(epoch) for epoch in trainer.history],
             "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", tensors),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": trainer.part.processes,
+            "threads": torch.get_num_threads(),
             "classes": trainer.data.classes,
         },
     )
@@ -55,6 +57,7 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     trainer.history = [Epoch(**epoch) for epoch in state["history"]]
     trainer.step = trainer.checkpoint_step = state["step"]
     trainer.batch, trainer.seconds = state["batch"], state["seconds"]
+    trainer.logged = state.get("logged", trainer.logged)  # absent before version 0.2
     if accelerator.is_main_process:  # the sums include the other processes' share
         trainer.update.sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         trainer.data.skipped = state["skipped"]

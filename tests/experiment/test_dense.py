@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from popup_surgery import ArtifactError, build
@@ -34,3 +35,15 @@ def test_the_files_dtypes_count_whatever_the_default(dtype: torch.dtype, tmp_pat
     found = dict(loaded.named_buffers()) | dict(loaded.named_parameters())
     assert [key for key, tensor in expected.items() if found[key].dtype != tensor.dtype] == []
     assert [key for key, tensor in expected.items() if not torch.equal(found[key], tensor)] == []
+
+
+def test_the_same_network_gives_the_same_bytes(tmp_path: Path) -> None:
+    model = build("timm/test_resnet")
+    about = {"recipe": {"é": [1, "\n"]}}
+    found = set()
+    for number in range(8):  # safetensors orders two entries of metadata at random
+        write_dense(model, tmp_path / str(number), about)
+        found.add((tmp_path / str(number)).read_bytes())
+    assert len(found) == 1
+    assert open_result(tmp_path / "0").manifest.provenance == about
+    assert load_file(tmp_path / "0").keys() == model.state_dict().keys()

@@ -1,5 +1,6 @@
 """Runs that are stopped, killed, damaged and shared: real processes, and the same file at the end."""
 
+import itertools
 import json
 import os
 import random
@@ -21,7 +22,17 @@ from popup_surgery.config import Recipe
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.setup import run_folder
 from popup_surgery.training import checkpoint
-from support import PATIENCE, SHORT, Outcome, digits_begun, digits_command, run_digits, slow_except, wait_for
+from support import (
+    PATIENCE,
+    SHORT,
+    Outcome,
+    digits_begun,
+    digits_command,
+    run_digits,
+    slow_except,
+    stopping,
+    wait_for,
+)
 
 
 def resume(folder: Path) -> bytes:
@@ -52,6 +63,36 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
     ]  # fmt: skip
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3]
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("how", slow_except(["one process", "two processes", "sweep"], ["one process"]))
+def test_further_signals_change_nothing_once_a_stop_is_under_way(how: str, tmp_path: Path) -> None:
+    """Each of them many times, until the process has ended."""
+    if how == "sweep":
+        words = [sys.executable, "-m", "popup_surgery", "sweep", "digits", "-o", str(tmp_path / "sweep"), "--jobs", "1"]
+        words += ["--set", "training.checkpoint_minutes=0.0001"]
+        process = subprocess.Popen(words, text=True, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        wait_for(process, lambda: list((tmp_path / "sweep").glob("*/checkpoints/*.json")))
+    else:
+        process = digits_begun(tmp_path / "run", *(["--num-processes", "2"] if how == "two processes" else []))
+    numbers = itertools.cycle([signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+    while process.poll() is None:
+        process.send_signal(next(numbers))
+        time.sleep(0.002)
+    _, said = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 75, said
+    assert len(re.findall(r"stopped (after step|with \d of)", said)) == 1, said
+    assert "Traceback" not in said
+    if how == "one process":
+        assert said.count("\n") == 1
+
+
+def test_a_stop_leaves_the_handlers_of_a_caller_as_they_were(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped):
+        train("digits", overrides=SHORT, output=tmp_path / "run", progress=stopping(2))
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_stop_that_comes_with_the_end_of_an_epoch_waits_for_no_step(through: bytes, tmp_path: Path) -> None:
