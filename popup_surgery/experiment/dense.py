@@ -103,6 +103,16 @@ def open_result(source: str | Path | Artifact | Dense) -> Artifact | Dense:
     """
     if isinstance(source, Artifact | Dense):
         return source
+    try:
+        return Artifact.open(source)
+    except ArtifactError:
+        if (found := _open_dense(source)) is None:
+            raise
+        return found
+
+
+def _open_dense(source: str | Path) -> Dense | None:
+    """Open dense weights that this library wrote; None if the file holds something else."""
     with naming(source):
         with open_file(source) as file:
             header = read_safetensors(file)
@@ -110,12 +120,12 @@ def open_result(source: str | Path | Artifact | Dense) -> Artifact | Dense:
         if DENSE in metadata:
             return Dense(source, _about(metadata[DENSE]))
         recipe = Path(source).parent / "recipe.yaml"
-        if metadata.get("format") == "pt" and recipe.is_file():
-            try:
-                return Dense(source, _from_recipe(read_yaml(recipe)))
-            except PopupError as error:
-                raise ArtifactError(f"its run's {recipe} cannot be read: {error}") from error
-    return Artifact.open(source)
+        if metadata.get("format") != "pt" or not recipe.is_file():
+            return None
+        try:
+            return Dense(source, _from_recipe(read_yaml(recipe)))
+        except PopupError as error:
+            raise ArtifactError(f"its run's {recipe} cannot be read: {error}") from error
 
 
 def _about(text: Any) -> About:

@@ -60,7 +60,8 @@ class RunFolder:
     @property
     def _results(self) -> list[Path]:
         """The files that the run ends with."""
-        return [file for file in (*self.pictures, self.masks, self.scores, self.final) if file is not None]
+        scores = self.scores if self.recipe.training.keep_scores else None
+        return [file for file in (*self.pictures, self.masks, scores, self.final) if file is not None]
 
     @property
     def finished(self) -> bool:

@@ -94,7 +94,9 @@ def untied(pieces: Iterable[Floats], seed: int, name: str) -> Iterator[Floats]:
             continue
         random = generator.random_raw(-(-len(piece) // 4)).astype("<u8", copy=False).view("<u2")[: len(piece)]
         if different == 1 and magnitudes[0] and (magnitudes == magnitudes[0]).all():
-            yield piece * (np.float32(1) + random * np.float32(SPREAD / 65536))
+            with np.errstate(over="ignore"):
+                spread = piece * (np.float32(1) + random * np.float32(SPREAD / 65536))
+            yield np.where(np.isfinite(spread), spread, piece)
         else:
             finite = magnitudes < np.uint32(0x7F7FF000)  # and far enough from infinity
             yield (bits + (random & 0xFFF) * finite).astype(np.uint32, copy=False).view(np.float32)

@@ -511,7 +511,7 @@ def test_filling_a_converted_network(tmp_path: Path) -> None:
 def test_no_file(reader: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match=r"missing: the file does not exist"):
         reader(tmp_path / "missing")
-    with pytest.raises(ArtifactError, match="this is not a file"):
+    with pytest.raises(ArtifactError, match="this is a folder; expected a file"):
         reader(tmp_path)
 
 

@@ -442,7 +442,7 @@ def test_convert_on_the_command_line(cli: Any, tmp_path: Path) -> None:
     for bad in (["--k", "0.3"], ["--scaled"]):
         done = cli("convert", "fc", "--learner", "supermask", "-o", tmp_path / "other", *bad)
         assert done.status == 2
-        assert re.fullmatch(r"error: (k|scaled) is .*; supermask takes no k, its scores decide .*\n", done.err)
+        assert re.fullmatch(r"error: (k|scaled) is .*; supermask takes no k, because its scores decide .*\n", done.err)
     assert " kept " not in cli("convert", "fc", "--learner", "supermask", "--dry-run").out.splitlines()[1]
 
 

@@ -11,6 +11,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 
 from popup_surgery import build, convert
+from popup_surgery.accelerate_compat import forget_settings
 from popup_surgery.models.build import build_uninitialised
 from popup_surgery.models.libraries import LIBRARIES, architecture_of, names
 from popup_surgery.models.structure import difference
@@ -99,8 +100,10 @@ def _drop(model: Any) -> None:
 
 
 def _prepared(model: nn.Module) -> None:
+    forget_settings()  # of other tests
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     assert accelerator.prepare(model) is model
+    forget_settings()
     model._modules["layer1"] = add_hook_to_module(model.get_submodule("layer1"), ModelHook())
 
 

@@ -182,7 +182,7 @@ def test_what_is_no_archive(tmp_path: Path, cli: Callable[..., Any]) -> None:
     (tmp_path / "text.zip").write_text("no archive")
     for path, message in (
         (tmp_path / "none.zip", "cannot be read"),
-        (tmp_path / "text.zip", "is no archive of a sweep"),
+        (tmp_path / "text.zip", "is not an archive of a sweep"),
     ):
         with pytest.raises(RunError, match=message):
             redraw("figure3", path, tmp_path / "out")

@@ -199,7 +199,7 @@ def test_deterministic_algorithms_are_asked_for_within_a_run_alone() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     place, value = torch.tensor([0]), torch.tensor([1.0])
     with (
-        pytest.raises(RunError, match=r"training\.deterministic is true: put_ .*does not have a deterministic"),
+        pytest.raises(RunError, match=r"training\.deterministic is true; .*put_ .*does not have a deterministic"),
         numerics(Training(epochs=1, lr=0.1, deterministic=True)),
     ):
         torch.zeros(3).put_(place, value)
@@ -253,7 +253,9 @@ def test_a_tracker_that_is_not_installed(tmp_path: Path) -> None:
     if not missing:
         pytest.skip("all of them are installed")
     name = min(missing)
-    with pytest.raises(RunError, match=rf"training\.trackers names {name}, which is not installed; pip install {name}"):
+    with pytest.raises(
+        RunError, match=rf"training\.trackers names {name}, which is not installed; run pip install {name}"
+    ):
         short(tmp_path / "run", f"training.trackers=[{name}]")
     assert not list(tmp_path.iterdir())
 
