@@ -89,7 +89,8 @@ def test_train_in_a_process_of_its_own(how: str, tmp_path: Path) -> None:
         assert "name its file under plugins in the recipe, or by --import" in refused.stderr
 
 
-@pytest.mark.parametrize("how", slow_except(["option", "recipe", "sweep"], ["sweep"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["option", "recipe", "sweep"])
 def test_a_sweeps_workers_have_them(how: str, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe = written(tmp_path, **({"plugins": ["mine.py"]} if how == "recipe" else {}))

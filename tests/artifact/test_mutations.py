@@ -202,6 +202,7 @@ def allowed(place: str, value: Any, dtype: str | None) -> bool:
     return type(value) is int and abs(value) < 1e19
 
 
+@pytest.mark.slow
 def test_each_key_of_the_manifest_with_each_wrong_value(file: File, tmp_path: Path) -> None:
     tried = set()
     for path in list(places(file.manifest)):

@@ -321,7 +321,8 @@ def test_two_processes_add_up_what_they_skip_and_one_speaks(many: Path, tmp_path
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("back", slow_except([True, False], [False]))
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [True, False])
 def test_a_file_that_is_lost_within_a_run_is_named_and_the_run_goes_on(
     many: Path, tmp_path: Path, back: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -367,6 +368,7 @@ def workers_of(process: subprocess.Popen[str]) -> list[psutil.Process]:
     raise AssertionError(process.communicate())
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_worker_that_dies_is_said_to_and_the_run_goes_on(many: Path, tmp_path: Path) -> None:
     through = train(many, output=tmp_path / "through").file.read_bytes()

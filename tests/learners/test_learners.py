@@ -615,7 +615,8 @@ def test_nothing_of_a_random_network_learns_unless_it_is_told_to() -> None:
     assert torch.equal(layer._parameters["weight"].grad != 0, masks(layer)["weight"])
 
 
-@pytest.mark.parametrize("processes", slow_except([1, 2], [1]))
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_random_masks_in_the_loop(processes: int, images: Path, tmp_path: Path) -> None:
     values = {
         "model": {"name": "timm/test_resnet", "kwargs": {"num_classes": 3}},

@@ -229,6 +229,7 @@ def cached(home: Path, weights: dict[str, Tensor]) -> None:
     save_file(weights, repo / "snapshots" / "abc" / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_timm_weights_come_from_the_hub_cache(tmp_path: Path) -> None:
     cached(tmp_path / "a", trained(0).state_dict())
     cached(tmp_path / "b", trained(1).state_dict())

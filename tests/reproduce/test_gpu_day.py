@@ -363,6 +363,7 @@ def test_a_step_costs_what_was_measured(runs: tuple[Run, ...]) -> None:
     assert scheduler.forecast.cost(gpu.kind_of(one.recipe)) == pytest.approx((50 + 40 + 30) / 200)
 
 
+@pytest.mark.slow
 def test_a_refused_run_waits_and_the_rest_goes_on(tmp_path: Path) -> None:
     from popup_surgery.errors import Stopped
     from popup_surgery.sweep import Local, Sweep, execute

@@ -135,7 +135,8 @@ def test_a_figure_again_runs_nothing(done: tuple[Any, Path, Any], monkeypatch: p
     assert [path.read_bytes() for path in again.files] == before
 
 
-@pytest.mark.parametrize("figure", slow_except(["figure6", "figure9"], ["figure6"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["figure6", "figure9"])
 def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) -> None:
     names = ["model.name=timm/resnet10t", "model.kwargs.num_classes=10"]
     settings, only = (names, []) if figure == "figure9" else (["model.kwargs.width=0.1"], ["conv2"])

@@ -244,6 +244,7 @@ def kernels() -> Iterator[Callable[[Tensor, int], Tensor]]:
         yield lambda score, kept: torch.from_numpy(pool.submit(interpreted, score.numpy(), kept).result())
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(st.lists(VALUES, min_size=1, max_size=40), st.data())
 def test_the_gpus_kernels_give_the_host_path(

@@ -285,6 +285,7 @@ def test_what_sweep_refuses(
 # runs and results
 
 
+@pytest.mark.slow
 def test_results_are_over_the_seeds_and_there_while_it_runs(tmp_path: Path) -> None:
     sweep, seen = Sweep.parse(GRID | {"seeds": 3}), []
 
@@ -360,6 +361,7 @@ def test_finished_runs_are_skipped_and_a_larger_sweep_shares_them(here: Path, tm
     assert table(output) == table(here)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_reported_and_stops_no_other(cli: Cli, here: Path, tmp_path: Path) -> None:
     steep = {"label": "steep", "set": {"surgery": "none"}, "grid": {"training.lr": [1e30]}, "seeds": 1}
     file = written(tmp_path, DIGITS | {"runs": [steep, {"grid": {"surgery.k": [0.3, 0.5]}, "seeds": [1]}]})

@@ -305,6 +305,7 @@ def test_a_clock_that_goes_backwards(stopped: Path, through: bytes, monkeypatch:
     assert all(epoch.seconds > 0 and epoch.images_per_second > 0 for epoch in result.history)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_limit_on_files(tmp_path: Path) -> None:
     script = (

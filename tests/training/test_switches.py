@@ -471,6 +471,7 @@ def test_masks_are_equal_across_processes_at_every_epoch(tmp_path: Path) -> None
     assert one[0] != one[2]
 
 
+@pytest.mark.slow
 def test_a_process_with_other_masks_stops_the_run_by_its_number(tmp_path: Path) -> None:
     done = two(tmp_path, "differ")
     assert all(process.returncode for process in done)
