@@ -183,14 +183,13 @@ def _inside(value: Any) -> dict[str, Any]:
 
 def _kept(module: nn.Module) -> dict[str, Any]:
     """Return what `module` holds that matters in eval mode, by name: attributes and unsaved buffers."""
-    held = {
+    return {
         name: value
-        for name, value in module.__dict__.items()
+        for name, value in (module.__dict__ | unsaved_buffers(module)).items()
         if name not in _OWN | _BESIDE
         and not name.startswith("_popup")
         and not any(part in name for part in (*_IN_TRAINING, *_MEMOS))
     }
-    return held | unsaved_buffers(module)
 
 
 def _wraps(assigned: Any, method: Any) -> bool:

@@ -82,9 +82,10 @@ def _warn_of_differences(trainer: "Trainer", checkpoint: Checkpoint) -> None:
     processes, images = checkpoint.state["processes"], checkpoint.state["images"]
     if processes != trainer.part.processes:
         log.warning(
-            "the checkpoint was written with %d processes and resumes with %d; from here on, random layers such as "
+            "the checkpoint was written by %d process%s and resumes with %d; from here on, random layers such as "
             "dropout, and the statistics of batch norms, differ",
             processes,
+            "es" * (processes != 1),
             trainer.part.processes,
         )
     if images != trainer.data.counts[TRAIN]:

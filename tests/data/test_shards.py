@@ -486,7 +486,7 @@ def test_two_processes_run_on_shards_and_go_on(many: Path, tmp_path: Path) -> No
     process = started(tmp_path / "run", many, *more)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, said.count("goes on with --resume")) == (75, 1), said
+    assert (process.returncode, said.count("resume with the same command")) == (75, 1), said
     assert "Traceback" not in said
     files = [tmp_path / name / "net.popup.safetensors" for name in ("through", "run")]
     for file in files:

@@ -115,6 +115,10 @@ def _synchronise(model: Any) -> None:
     model.bn1 = nn.SyncBatchNorm.convert_sync_batchnorm(model.bn1)
 
 
+def _pass(model: nn.Module) -> None:
+    model.eval()(torch.zeros(1, 3, 224, 224))
+
+
 NEUTRAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "rates": ("timm/vit_tiny_patch16_224", _drop),
     "drop path": ("timm/convnext_atto", _without_drop_path),
@@ -123,6 +127,8 @@ NEUTRAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "a hook": ("timm/resnet18", _call("layer1", "register_forward_hook", print)),
     "training": ("timm/resnet18", _call("", "train")),
     "in place": ("timm/resnet18", _set("layer1.0", "act1", nn.ReLU())),
+    "an index of the last pass": ("timm/convit_tiny", _pass),
+    "a cache": ("timm/levit_128s", _pass),
     "compiled": ("timm/resnet18", _call("", "compile")),
     "channels last": ("timm/resnet18", lambda model: model.to(memory_format=torch.channels_last)),
     "momentum": ("timm/resnet18", _set("bn1", "momentum", 0.9)),

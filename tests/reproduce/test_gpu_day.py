@@ -85,7 +85,7 @@ class Rehearsal:
     def check(self, values: dict[str, Any]) -> None:
         """What gpu.json says is what lies in the runs' folders, and the archive has the finished ones."""
         for name, run in values.get("runs", {}).items():
-            folder = self.work / "runs" / name
+            (folder,) = (self.work / "runs").glob(f"*{name}") if run["accuracy"] else [self.work]
             lines = (folder / "metrics.jsonl").read_text().splitlines() if run["accuracy"] else []
             assert run["accuracy"] == [json.loads(line)["accuracy"] for line in lines][: len(run["accuracy"])]
             if run["state"] == "finished":

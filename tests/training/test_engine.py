@@ -336,6 +336,6 @@ def test_the_newest_two_checkpoints_are_kept(tmp_path: Path) -> None:
 def test_a_run_goes_on_with_other_processes_and_says_what_that_changes(stopped: Path) -> None:
     done = run_digits(stopped, "--resume", "--num-processes", "2")
     assert done.returncode == 0, done.stderr
-    assert "taken by 1 processes and resumes with 2" in done.stderr
+    assert "written by 1 process and resumes with 2" in done.stderr
     with pytest.raises(PopupError):
         train("digits", overrides=SHORT, output=stopped)
