@@ -1,4 +1,4 @@
-"""Names of a sweep's runs for people: what varies, as text, in tables and in the names of folders."""
+"""Readable names of a sweep's runs: what varies, as text, in tables and in the names of folders."""
 
 import json
 import os
