@@ -161,7 +161,8 @@ class ParameterToBe:
         self._popup_become_parameter()
 
     def _popup_become_parameter(self) -> None:
-        raise NotImplementedError
+        """Become a plain Parameter, in place."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it becomes a Parameter")
 
 
 class RecurrentWeights:
