@@ -59,7 +59,7 @@ def as_libraries_build() -> Iterator[None]:
 
 
 def cast_like(network: nn.Module, entries: Mapping[str, Any]) -> None:
-    """Give the floating tensors of a network that a library built the dtypes of a file's or network's `entries`.
+    """Give the tensors of a network that a library built the dtypes of a file's or network's `entries`.
 
     Buffers that are in no `state_dict` get the dtype that most values of `entries` have.
 
@@ -78,8 +78,9 @@ def cast_like(network: nn.Module, entries: Mapping[str, Any]) -> None:
         if (
             isinstance(tensor, Tensor)
             and entry is not None
-            and tensor.is_floating_point()
-            and entry.dtype.is_floating_point
+            and tensor.is_floating_point() == entry.dtype.is_floating_point
+            and not {tensor.dtype, entry.dtype} & {torch.bool}
+            and tensor.is_complex() == entry.dtype.is_complex
         ):
             tensor.data = tensor.data.to(entry.dtype)
 

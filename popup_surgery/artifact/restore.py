@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConversionError
+from ..masking.memory import overlapping
 from ..masking.walk import masked_weights, unwrap
 from ..models.build import build_architecture, build_meta, build_uninitialised
 from ..models.structure import is_extra_state
@@ -48,9 +49,22 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
         network, core = model, unwrap(model)
         if any(True for _ in masked_weights(core)):
             raise ArtifactError("the network to fill is converted; expected a plain one")
+    if model is not None:
+        _check_memory(core)
     compare(contents, core)
     _fill(contents, core, base_weights(manifest, core, base))
     return network.eval()
+
+
+def _check_memory(core: nn.Module) -> None:
+    """Raise `ArtifactError` if filling one entry of the network would change another."""
+    entries = core.state_dict(keep_vars=True).items()
+    named = list({id(tensor): (key, tensor) for key, tensor in entries if isinstance(tensor, Tensor)}.values())
+    for one, other in overlapping([tensor for _, tensor in named]):
+        raise ArtifactError(
+            f"{named[one][0]!r} and {named[other][0]!r} of the network to fill share memory and are not the same "
+            "tensor; give one a copy of its own with clone()"
+        )
 
 
 def _fill(contents: Contents, core: nn.Module, base: dict[str, Tensor]) -> None:

@@ -94,6 +94,8 @@ def predict(
     artifact = open_result(path)
     data, model = recorded_data(artifact), artifact.network(base=base)
     size = image_size(data, model)
+    if not images:
+        return []
     batch = torch.stack([open_image(Path(image), data, size) for image in images])
     with torch.inference_mode():
         probabilities = model(batch).float().softmax(1)

@@ -33,8 +33,11 @@ def register_learner(name: str, learner: Learner) -> None:
     """Register `learner` under `name`.
 
     Raises:
-        ValueError: the name is taken, or the learner's attributes contradict each other.
+        ValueError: the name is taken, it is not a learner, or its attributes contradict each other.
     """
+    if not isinstance(learner, Learner):
+        what = f"the class {learner.__name__}" if isinstance(learner, type) else repr(learner)
+        raise ValueError(f"the learner {name!r} is {what}; expected an instance of Learner, such as EdgePopup()")
     if name in LEARNERS:
         raise ValueError(f"the learner {name!r} is registered already")
     if learner.redraws and not learner.learns_weights:

@@ -142,8 +142,9 @@ def _tell(planned: Plan, level: int) -> None:
             level = logging.WARNING  # perhaps a trained head was replaced
         log.log(
             level,
-            "replaced the weights of %d layers with random ones (seed %d): %s",
+            "replaced the weights of %d layer%s with random ones (seed %d): %s",
             len(drawn),
+            "s" * (len(drawn) != 1),
             planned.settings.seed,
             some(drawn),
         )

@@ -150,7 +150,10 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
-        return self.__dict__[STATE].masked[name].read(self, name)
+        try:
+            return self.__dict__[STATE].masked[name].read(self, name)
+        except AttributeError as error:  # nn.Module would give the raw weight in its place
+            raise MaskedWeightError(f"{name} of {type(self).__name__} cannot be computed: {error}") from error
 
     return property(read, doc=f"The masked `{name}`, read-only.")
 

@@ -340,14 +340,15 @@ def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
 
 
 def check_memory(core: nn.Module, planned: Plan) -> None:
-    """Raise `ConversionError` if conversion or training would change a parameter by writing to another one."""
+    """Raise `ConversionError` if conversion or training would change a tensor by writing to another one."""
     written = {weight.key for weight in planned.masked if not source_of(weight.distribution).in_base}
     written |= {o.key for o in planned.rest if o.train or (o.treatment.action != "left" and not o.done)}
-    places = list({id(place.tensor): place for place in reversed([*places_of(core)])}.values())
-    for one, other in overlapping([place.tensor for place in places]):
-        keys = sorted({places[one].key, places[other].key} & written)
-        if keys:
-            (changed,) = {places[one].key, places[other].key} - {keys[0]}
+    tensors = {place.key: place.tensor for place in places_of(core)} | dict(core.named_buffers())
+    named = list({id(tensor): (key, tensor) for key, tensor in reversed(tensors.items())}.values())
+    for one, other in overlapping([tensor for _, tensor in named]):
+        pair = {named[one][0], named[other][0]}
+        if keys := sorted(pair & written):
+            (changed,) = pair - {keys[0]}
             raise ConversionError(
                 f"{keys[0]} shares memory with {changed} and is not the same Parameter, so writing to one would change "
                 "the other; give both the same Parameter, or give one a copy of its own with clone()"

@@ -193,12 +193,24 @@ def _kept(module: nn.Module) -> dict[str, Any]:
 
 
 def _wraps(assigned: Any, method: Any) -> bool:
-    """Return whether what was assigned to a module only wraps its class's method, as Accelerate wraps `forward`."""
+    """Return whether what was assigned to a module is its class's method in wrappers of Accelerate's alone."""
     if not isinstance(method, types.FunctionType):
         return False
-    while (inner := getattr(assigned, "__wrapped__", None) or getattr(assigned, "__func__", None)) is not None:
-        assigned = inner
-    return assigned is method
+    allowed: tuple[str, ...] = ("accelerate.",)
+    while assigned is not method:
+        if isinstance(assigned, types.MethodType):
+            assigned = assigned.__func__
+            continue
+        if not hasattr(assigned, "__wrapped__") or not _home(assigned).startswith(allowed):
+            return False
+        assigned, allowed = assigned.__wrapped__, ("accelerate.", "torch.amp.")  # within, Accelerate casts by torch's
+    return True
+
+
+def _home(wrapper: Any) -> str:
+    """Return the module in which a wrapper was written, whatever it says of itself."""
+    function = wrapper.func if isinstance(wrapper, functools.partial) else wrapper
+    return getattr(function, "__globals__", {}).get("__name__", type(wrapper).__module__)
 
 
 def _same_tensors(ours: Any, theirs: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from popup_surgery import ArtifactError, bake, build, convert, load, save, verify
 from popup_surgery.artifact import inspect
@@ -352,3 +353,53 @@ def test_a_cast_of_a_base_is_no_change(weights: Path, tmp_path: Path, caplog: py
     save(model, tmp_path / FILE)
     assert caplog.text == ""
     assert equal_states(load(tmp_path / FILE, base=weights), bake(model))
+
+
+# entries that a hook replaces
+
+
+def test_copies_that_a_hook_puts_into_the_state_dict_are_the_masked_weights(tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+        model.register_state_dict_post_hook(
+            lambda m, state, prefix, rest: state.update({k: v.clone() for k, v in state.items()})
+        )
+        return model
+
+    model = convert(network(), 0.5)
+    manifest = save(model, tmp_path / FILE)
+    assert [entry.name for entry in manifest.masked] == ["0.weight", "2.weight"]
+    assert equal_states(load(tmp_path / FILE, network()), bake(model))
+
+
+def test_a_hook_that_changes_a_masked_weight_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    model.register_state_dict_post_hook(
+        lambda m, state, prefix, rest: state.update({"0.weight": state["0.weight"] * 2})
+    )
+    with pytest.raises(ArtifactError, match=r"state_dict has another 0\.weight: a hook"):
+        save(convert(model), tmp_path / FILE)
+
+
+def test_what_computes_a_score_is_not_saved(tmp_path: Path) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    convert(model, 0.5)
+    prune.l1_unstructured(model[0], "weight_score", 0.5)
+    save(model, tmp_path / FILE)
+    loaded: Any = load(tmp_path / FILE, nn.Sequential(nn.Linear(8, 8)))
+    assert torch.equal(loaded[0].weight, model[0].weight)
+
+
+def test_a_network_to_fill_whose_tensors_overlap_is_refused(tmp_path: Path) -> None:
+    save(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))), tmp_path / FILE)
+    tied: Any = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    tied[1].weight = nn.Parameter(tied[0].weight.t())
+    with pytest.raises(ArtifactError, match=r"'0\.weight' and '1\.weight' of the network to fill share memory"):
+        load(tmp_path / FILE, tied)
+
+
+def test_a_counter_of_another_integer_dtype_comes_back(tmp_path: Path) -> None:
+    model: Any = convert(build(NAME))
+    model.bn1.num_batches_tracked = model.bn1.num_batches_tracked.int()
+    save(model, tmp_path / FILE)
+    assert equal_states(load(tmp_path / FILE), bake(model))

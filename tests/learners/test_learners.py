@@ -42,7 +42,7 @@ from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.data.seeding import ambient_seed
 from popup_surgery.errors import Stopped
-from popup_surgery.learners import LEARNERS, get_learner
+from popup_surgery.learners import LEARNERS, EdgePopup, get_learner, register_learner
 from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
@@ -859,3 +859,10 @@ def test_what_a_lottery_ticket_refuses(overrides: list[str], says: str) -> None:
 def test_a_ticket_that_would_keep_nothing(tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match=r"k=1e-17 keeps none of the 144 weights of features\.0\.weight"):
         train("digits", overrides=[*TICKET, "lottery_ticket.k=1e-17"], output=tmp_path / "run")
+
+
+@pytest.mark.parametrize(("learner", "what"), [(EdgePopup, "the class EdgePopup"), (3, "3")])
+def test_what_is_no_learner_is_not_registered(learner: Any, what: str) -> None:
+    with pytest.raises(ValueError, match=f"the learner 'mine' is {what}; expected an instance of Learner"):
+        register_learner("mine", learner)
+    assert "mine" not in LEARNERS

@@ -520,3 +520,11 @@ def test_networks_that_read_weights_outside_the_layer_meet_the_mask(name: str) -
     assert all(torch.equal(plain.get_parameter(key) != 0, mask) for key, mask in masks(net).items())
     net(x).square().sum().backward()
     assert all(layer.weight_score.grad is not None for layer in layers_of(net))
+
+
+def test_a_read_that_fails_gives_no_raw_weight() -> None:
+    """`nn.Module` looks a name up in the parameters where a property raises AttributeError."""
+    layer: Any = convert(nn.Linear(8, 4))
+    del layer.weight_score
+    with pytest.raises(MaskedWeightError, match=r"weight of MaskedLinear cannot be computed: .*weight_score"):
+        layer(torch.zeros(1, 8))

@@ -149,3 +149,10 @@ def test_a_tensor_whose_own_elements_share_memory_is_refused(make: Callable[[], 
         convert(layer)
     layer.weight = nn.Parameter(layer.weight.detach().contiguous())
     convert(layer)
+
+
+def test_a_buffer_that_shares_a_weights_memory() -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    model.register_buffer("copy", model[0].weight.data[0])
+    with pytest.raises(ConversionError, match=r"0\.weight shares memory with copy"):
+        plan(model)

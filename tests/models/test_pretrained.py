@@ -350,7 +350,7 @@ def test_a_head_that_was_trained_stays_if_it_is_named(
     assert torch.equal(kept.fc._parameters["weight"], before)
     assert not caplog.text
     convert(build(NAME, pretrained=weights, num_classes=4), scheme="pretrained")
-    assert "replaced the weights of 1 layers with random ones (seed 0)" in caplog.text
+    assert "replaced the weights of 1 layer with random ones (seed 0)" in caplog.text
 
 
 def test_a_custom_network_is_verified_on_the_base_that_is_given(weights: Path, tmp_path: Path) -> None:

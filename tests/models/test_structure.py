@@ -1,5 +1,6 @@
 """Whether two networks compute the same: what counts, what does not, and every network against itself."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,15 @@ def _reorder(path: str, *order: str) -> Callable[[Any], None]:
     return reorder
 
 
+def _wrapped(model: Any) -> None:
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda x: forward(x).softmax(-1))
+
+
+def _autocast(model: Any) -> None:
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+
+
 CHANGES: dict[str, tuple[str, Callable[[Any], None], str]] = {
     "pooling": ("timm/resnet18", _set("", "maxpool", nn.Identity()), "maxpool is an Identity, not a MaxPool2d"),
     "pooling's size": ("timm/resnet18", _set("maxpool", "kernel_size", 5), "maxpool.kernel_size is 5, not 3"),
@@ -66,6 +76,8 @@ CHANGES: dict[str, tuple[str, Callable[[Any], None], str]] = {
                  _write("layers.0.blocks.0.attn", "relative_position_index", 0), "another tensor of shape"),
     "a tensor": ("timm/vit_small_patch16_rope_224", _write("rope", "pos_embed", 1), "another tensor of shape"),
     "forward": ("timm/resnet18", _set("", "forward", lambda x: x), "forward is <lambda>, not ResNet.forward"),
+    "a wrapped forward": ("timm/resnet18", _wrapped, "not ResNet.forward"),
+    "autocast": ("timm/resnet18", _autocast, "not ResNet.forward"),
     "a part of forward": ("timm/resnet18", _set("", "forward_head", lambda x: x), "forward_head is <lambda>"),
     "dropout in eval mode": ("timm/vgg11", _set("pre_logits", "drop", MonteCarlo()), "is a MonteCarlo, not a Dropout"),
     "order": ("timm/resnet18", _reorder("layer1", "0"), "the layers of layer1 are in another order"),
