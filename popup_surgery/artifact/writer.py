@@ -96,7 +96,7 @@ def _describe(
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
     if shown := {learner.describe_sample() for learner in learners if learner.samples}:
         provenance = provenance | {"mask": ", ".join(sorted(shown))}
-    entries = _entries(core, slots)
+    entries = _entries(core)
     places = _sort(entries, slots, generated, seed)
     masked = [(replace(entry, encoding=codec.name), packed) for entry, packed in places.masked]
     own = {name: tensor for name, tensor in entries.items() if slots.get(id(tensor), tensor) is not None}
@@ -125,40 +125,33 @@ def _describe(
     return manifest, masks | places.stored
 
 
-def _entries(core: nn.Module, slots: Slots) -> dict[str, Any]:
+def _entries(core: nn.Module) -> dict[str, Any]:
     """Return the `state_dict`, with the network's own masked weights and scores where a hook put copies of them.
+
+    What computes a score, such as the mask of `prune` or a parametrisation, is left out.
 
     Raises:
         ArtifactError: a masked weight is not in it, or is not what it is in the network.
     """
     entries = core.state_dict(keep_vars=True)
     found = {id(tensor) for tensor in entries.values()}
-    for prefix, module in core.named_modules():
+    beside: list[str] = []  # how the keys of what computes a score begin
+    for layer, module in core.named_modules():
+        prefix = f"{layer}." if layer else ""
         for name in slots_of(module):
-            for part, tensor in (name, parameter_of(module, name)), (score_name(name), score_of(module, name)):
-                key = f"{prefix}.{part}".lstrip(".")
-                if id(tensor) in found or (key not in entries and part != name):
-                    continue  # a score need not be there: it may be computed, by pruning for example
+            score = score_name(name)
+            beside += [f"{prefix}{score}_", f"{prefix}parametrizations.{score}."]
+            for part, tensor in (name, parameter_of(module, name)), (score, score_of(module, name)):
+                key = prefix + part
+                if id(tensor) in found or (key not in entries and part == score):
+                    continue
                 if key not in entries or not torch.equal(entries[key], tensor):
                     raise ArtifactError(
                         f"the network's state_dict has {'another' if key in entries else 'no'} {key}: a hook or a "
                         "method of the network's own changes it; save the network without that"
                     )
                 entries[key] = tensor
-    return {name: tensor for name, tensor in entries.items() if not _of_score(core, name)}
-
-
-def _of_score(core: nn.Module, name: str) -> bool:
-    """Return whether a `state_dict` key belongs to what computes a score, such as the mask of `prune`."""
-    layer, _, own = name.rpartition(".")
-    layer, within, _ = layer.partition(".parametrizations.") if ".parametrizations." in layer else (layer, "", "")
-    if within:
-        own = name[len(layer) + len(within) :]
-    try:
-        scores = [score_name(weight) for weight in slots_of(core.get_submodule(layer))]
-    except AttributeError:
-        return False
-    return any(own.startswith((f"{score}_", f"{score}.")) for score in scores)
+    return {name: tensor for name, tensor in entries.items() if not name.startswith(tuple(beside))}
 
 
 def _check_whole(core: nn.Module, slots: Slots) -> int:

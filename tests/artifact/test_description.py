@@ -381,13 +381,22 @@ def test_a_hook_that_changes_a_masked_weight_is_refused(tmp_path: Path) -> None:
         save(convert(model), tmp_path / FILE)
 
 
-def test_what_computes_a_score_is_not_saved(tmp_path: Path) -> None:
-    model: Any = nn.Sequential(nn.Linear(8, 8))
-    convert(model, 0.5)
-    prune.l1_unstructured(model[0], "weight_score", 0.5)
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda layer: prune.l1_unstructured(layer, "weight_score", 0.5),
+        lambda layer: nn.utils.parametrizations.weight_norm(layer, "weight_score"),
+    ],
+    ids=["prune", "parametrised"],
+)
+def test_what_computes_a_score_is_not_saved(compute: Callable[[Any], object], root: bool, tmp_path: Path) -> None:
+    model: Any = convert(nn.Linear(8, 8) if root else nn.Sequential(nn.Linear(8, 8)), 0.5)
+    layer = model if root else model[0]
+    compute(layer)
     save(model, tmp_path / FILE)
-    loaded: Any = load(tmp_path / FILE, nn.Sequential(nn.Linear(8, 8)))
-    assert torch.equal(loaded[0].weight, model[0].weight)
+    loaded: Any = load(tmp_path / FILE, nn.Linear(8, 8) if root else nn.Sequential(nn.Linear(8, 8)))
+    assert torch.equal((loaded if root else loaded[0]).weight, layer.weight)
 
 
 def test_a_network_to_fill_whose_tensors_overlap_is_refused(tmp_path: Path) -> None:
