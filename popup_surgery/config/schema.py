@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName, nearest
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K
@@ -86,7 +87,12 @@ class Model(_Section):
 
 
 class Surgery(_Section):
-    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one."""
+    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
+
+    Attributes:
+        encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
+            share of ones allows. The network is the same.
+    """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
@@ -101,6 +107,12 @@ class Surgery(_Section):
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
+    encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `convert`."""
+        return self.model_dump(exclude={"encoding"})
 
     @field_validator("k", "scaled", "scope")
     @classmethod
@@ -318,6 +330,13 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _scores(self) -> "Recipe":
+        if self.surgery != "none" and self.surgery.encoding != "bitpack":
+            learner = self.surgery.learner
+            if get_learner(learner, self.surgery.learner_options).learns_weights:
+                raise ValueError(
+                    f"surgery.encoding is {self.surgery.encoding}; {learner} trains the weights, so that the run's "
+                    "file is dense and has no masks; remove the key"
+                )
         if self.training.keep_scores and self.surgery == "none":
             raise ValueError("training.keep_scores is true; with surgery: none there are no scores to keep")
         return self
