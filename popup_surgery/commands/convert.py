@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConversionError, PopupError
-from ..masking.settings import DEFAULT
+from ..masking.settings import DEFAULT, OF_PRETRAINED
 from .shared import busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
@@ -24,6 +24,17 @@ class Rest(StrEnum):
     train = "train"
 
 
+LearnerOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How the mask is learned; default: {DEFAULT.learner.value}, or {OF_PRETRAINED} with --scheme pretrained "
+        "and no --k."
+    ),
+]
+TrainOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
+]
 SCOPE, OTHERS, NORM = Scope(DEFAULT.scope.value), Rest(DEFAULT.others.value), Rest(DEFAULT.norm.value)
 
 
@@ -41,7 +52,7 @@ def run(
     ] = None,
     scaled: Annotated[bool | None, typer.Option(help="Multiply the weights by √(1/k); default: on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = DEFAULT.seed.value,
-    learner: Annotated[str, typer.Option(help="How the mask is learned.")] = DEFAULT.learner.value,
+    learner: LearnerOption = None,
     scope: Annotated[
         Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
     ] = SCOPE,
@@ -51,6 +62,7 @@ def run(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
     ] = None,
+    train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
     img_size: Annotated[
@@ -82,14 +94,10 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k,
-        "scheme": scheme,
-        "scaled": scaled,
-        "seed": seed,
-        "learner": learner,
-        "scope": scope.value,
-    }
-    given |= {"include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value}
+        "k": k, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope.value,
+        "include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value,
+        "train": train or None,
+    }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
         from ..codecs import get_codec
@@ -116,7 +124,7 @@ def _convert(
     arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], dry_run: bool
 ) -> "tuple[Plan, nn.Module | None]":
     """Convert a network, or only plan that. Returns the plan, and the network if it was converted."""
-    from ..masking.convert import convert_as_given
+    from ..masking.convert import convert_as_given, seeded
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
     from ..models.libraries import architecture_and_tag
@@ -134,7 +142,8 @@ def _convert(
             f"{arch} names the pretrained weights {tag}, which the scheme {scheme} would replace; "
             f"expected {name}, or --scheme {PRETRAINED}"
         )
-    model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+    with seeded(given["seed"]):
+        model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
     if dry_run:
         return plan_as_given(model or build_meta(architecture), given), None
     converted, planned = convert_as_given(model or architecture, given)

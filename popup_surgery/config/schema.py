@@ -10,37 +10,34 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainValidator,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from ..codecs import get_codec
-from ..errors import ConversionError, RecipeError, UnknownName, nearest
+from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, WITHOUT_K
+from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
 from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
-from .expected import expected, shown
+from .expected import shown
 from .keys import Key
 from .overrides import override
 from .schedule import rates
+from .sentences import Missing, validated
 from .yaml import read_yaml
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
-class _Missing(ValueError):
-    """A missing key that the value of another key requires. The text is what was expected."""
 
 
 class _Section(BaseModel):
@@ -89,6 +86,8 @@ class Model(_Section):
 class Surgery(_Section):
     """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
 
+    With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
+
     Attributes:
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
             share of ones allows. The network is the same.
@@ -107,12 +106,23 @@ class Surgery(_Section):
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
+    train: str | list[str] | None = DEFAULT.train.value
     encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
         return self.model_dump(exclude={"encoding"})
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
+        """Set the learner that the scheme brings, which does not count as set, since another k would change it."""
+        if not isinstance(values, dict) or (completed := with_learner(values)) == values:
+            return validate(values)
+        surgery = validate(completed)
+        surgery.model_fields_set.discard("learner")
+        return surgery
 
     @field_validator("k", "scaled", "scope")
     @classmethod
@@ -122,12 +132,18 @@ class Surgery(_Section):
         if learner is None:
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
-            wanted = json.dumps(WITHOUT_K[name])
-            raise ValueError(
-                f"expected {wanted}; {learner} takes no k, because its scores decide how many weights are kept"
-            )
+            raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise _Missing(SHARES)
+            raise Missing(SHARES)
+        return value
+
+    @field_validator("encoding")
+    @classmethod
+    def _for_a_file_of_masks(cls, value: str, info: ValidationInfo) -> str:
+        """Check that the run's file has masks, if the key says how they are stored."""
+        learner = info.data.get("learner")
+        if value != "bitpack" and learner is not None and get_learner(learner).learns_weights:
+            raise ValueError(f"expected bitpack; {learner} trains the weights, so that the run's file has no masks")
         return value
 
 
@@ -154,6 +170,8 @@ class Data(_Section):
         same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
             size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
             versions before this key: `keep` if images are held in memory, and otherwise `crop`.
+        permute_seed: permute the pixels of every image, its last step before the network, in one way that this seed
+            decides: a task of permuted MNIST (Goodfellow et al., 2013). All channels move together. Null for none.
         image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
             `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
         workers: processes that decode images, for each process that trains.
@@ -186,6 +204,7 @@ class Data(_Section):
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
     same_size: Literal["keep", "crop"] | None = "keep"
+    permute_seed: Annotated[Annotated[int, Field(ge=0, lt=2**64)] | None, Key(affects_speed=False)] = None
     image_key: str | None = None
     label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
@@ -410,40 +429,10 @@ class _DataOnly(_Section):
     data: Data
 
 
-def _validated(cls: type[_S], values: Any, name: str) -> _S:
-    """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        by_key: dict[tuple[Any, ...], list[Any]] = {}
-        for each in error.errors():
-            if each["loc"][-1:] != ("literal['none']",):
-                by_key.setdefault(tuple(part for part in each["loc"] if part != "Surgery")[:2], []).append(each)
-        found = [_sentence(key, errors, values) for key, errors in by_key.items()]
-        head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
-        raise RecipeError(head + "\n".join(found)) from None
-
-
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
 }  # fmt: skip
 
 
-def _sentence(path: tuple[Any, ...], errors: list[Any], values: Any) -> str:
-    """Turn pydantic's errors about one key into a sentence that names the key, its value and what was expected."""
-    section = _SECTIONS[path[0]] if len(path) > 1 else Recipe
-    key = ".".join(map(str, path)) or "the recipe"
-    if errors[0]["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{key} is not a key of a recipe; nearest: {nearest(str(path[-1]), section.model_fields)}"
-    own = next((error["ctx"]["error"] for error in errors if error["type"] == "value_error"), None)
-    if own is not None and len(path) < 2:
-        return str(own)  # it concerns several keys, and names them
-    wanted = expected(section.model_fields[path[-1]]) if path else "the sections model, surgery, data and training"
-    if errors[0]["type"] == "missing" or isinstance(own, _Missing):
-        return f"{key} is missing; expected {own or wanted}"
-    for part in path:
-        values = values[part]
-    has = "has no value" if values is None else f"is {shown(values)}"
-    if own is None:
-        return f"{key} {has}; expected {wanted}"
-    return f"{key} {has}{';' if str(own).startswith('expected') else ':'} {own}"
+def _validated(cls: type[_S], values: Any, name: str) -> _S:
+    return validated(cls, values, name, {"": Recipe, **_SECTIONS})
