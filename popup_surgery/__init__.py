@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "analysis.overlap": ("LayerOverlap", "Overlap", "overlap"),
     "analysis.sanity": ("Sanity", "sanity"),
-    "artifact": ("Artifact", "inspect", "load", "masks", "save", "start_from", "verify"),
+    "artifact": ("Artifact", "inspect", "load", "masks", "repack", "save", "start_from", "verify"),
     "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
@@ -39,7 +39,7 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .analysis.overlap import LayerOverlap, Overlap, overlap
     from .analysis.sanity import Sanity, sanity
-    from .artifact import Artifact, inspect, load, masks, save, start_from, verify
+    from .artifact import Artifact, inspect, load, masks, repack, save, start_from, verify
     from .config import Recipe
     from .errors import (
         ArtifactError,
