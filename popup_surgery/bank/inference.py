@@ -118,7 +118,7 @@ class Mixing:
         gradients = self._gradients(images, floating)
         falls = np.zeros(len(active))
         for key, gradient in gradients.items():
-            falls -= _products(gradient, parts[key])
+            falls -= _products(gradient, parts[key], floating[key].dtype)
         return {name: _number(fall) for name, fall in zip(active, falls, strict=True)}
 
     def _gradients(self, images: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -264,10 +264,10 @@ def _write_mean(tensor: Tensor, parts: Sequence[Part]) -> None:
         tensor.copy_(mean.view(tensor.shape))
 
 
-def _products(gradient: Tensor, parts: Sequence[Part]) -> np.ndarray:
-    """Return the scalar product of a gradient with each part: float64 [parts]."""
+def _products(gradient: Tensor, parts: Sequence[Part], dtype: torch.dtype) -> np.ndarray:
+    """Return the scalar product of a gradient with each part, whose tensors have `dtype`: float64 [parts]."""
     together, others = _by_source(parts)
-    flat, dtype = gradient.detach().reshape(-1), gradient.dtype
+    flat = gradient.detach().reshape(-1)
     groups = [(_unmasked(source, flat.numel()), places) for source, places in together.values()]
     products = np.zeros(len(parts))
     for start, stop in _pieces(flat.numel()):

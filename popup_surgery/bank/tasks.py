@@ -13,7 +13,7 @@ from ..artifact.description import as_libraries_build, cast_like
 from ..artifact.file import Artifact
 from ..artifact.manifest import Manifest, TensorSpec
 from ..artifact.reader import Contents, naming
-from ..artifact.rebuild import effective_pieces, generated_pieces
+from ..artifact.rebuild import effective_pieces, generated_pieces, stored_tensor
 from ..errors import ArtifactError, ConversionError
 from ..models.build import build_meta, build_uninitialised
 from ..models.structure import difference
@@ -25,7 +25,7 @@ from .parts import Filled, Held, Kept, Packed, Part, Signs, Whole
 
 
 class Task:
-    """A file in a bank.
+    """A file in a bank. Coded masks stay as the file has them until the task is first used.
 
     Attributes:
         path: the file's, as given.
@@ -38,7 +38,10 @@ class Task:
         self.manifest: Manifest = contents.manifest
         self.heads = heads
         self._base = base
-        self._parts = _parts(base, contents)
+        self._contents: Contents | None = contents  # until the parts are made of it
+        self._parts: dict[str, Part] = {}
+        if all(entry.encoding == "bitpack" for entry in self.manifest.masked):
+            self.parts()
 
     def parts(self) -> dict[str, Part]:
         """Return what each tensor of the network is under this task.
@@ -46,13 +49,20 @@ class Task:
         Raises:
             ArtifactError: a mask that is decoded only now is damaged.
         """
+        if (contents := self._contents) is not None:
+            with naming(self.path):
+                self._parts = _parts(self._base, contents)
+            self._contents = None
         return self._parts
 
     @property
     def nbytes(self) -> tuple[int, int]:
         """Memory of the masks, and of the task's own tensors, in bytes."""
+        if self._contents is not None:
+            encoded, stored = self._contents.encoded.values(), self._contents.stored.values()
+            return sum(part.nbytes for part in encoded), sum(part.nbytes for _, part in stored)
         shared = set(map(id, self._base.parts.values()))
-        own = [part for part in self.parts().values() if id(part) not in shared]
+        own = [part for part in self._parts.values() if id(part) not in shared]
         masks = sum(part.nbytes for part in own if isinstance(part, Kept))
         drawn = sum(part.source.nbytes for part in own if isinstance(part, Kept) and _is_own(part, self._base))
         return masks, drawn + sum(part.nbytes for part in own if not isinstance(part, Kept))
@@ -194,11 +204,12 @@ def _sizes(base: Base, heads: Heads) -> dict[str, tuple[int, ...]]:
 
 
 def _parts(base: Base, contents: Contents) -> dict[str, Part]:
-    """Return what each tensor of the network is under a file's masks, without copying the file's tensors."""
-    manifest = contents.manifest
+    """Return what each tensor of the network is under a file's masks. The file's packed masks are not copied."""
+    manifest, masks = contents.manifest, contents.decode()
     parts: dict[str, Part] = {}
+    packed = all(entry.encoding == "bitpack" for entry in manifest.masked)
     for entry in manifest.masked:
-        mask = contents.masks[entry.name]
+        mask = masks[entry.name]
         parts[entry.name] = (
             Kept(base.sources[entry.name], mask) if _shared(base, entry) else _own(entry, manifest, mask)
         )
@@ -208,8 +219,8 @@ def _parts(base: Base, contents: Contents) -> dict[str, Part]:
     for name, constant in manifest.constants.items():
         parts[name] = Filled(constant.value, DTYPES[constant.dtype])
     for name, (stored, data) in contents.stored.items():
-        flat = torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
-        parts[name] = Whole(flat.view(DTYPES[stored.dtype]).view(stored.shape))
+        tensor = stored_tensor(stored, data)
+        parts[name] = Whole(tensor if packed else tensor.clone())  # otherwise the coded masks would stay in memory
     return parts
 
 
