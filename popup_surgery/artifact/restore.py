@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +15,18 @@ from ..models.structure import is_extra_state
 from ..weights.fill import fill
 from .base_weights import base_weights, library_tag
 from .compare import check_architecture, compare, entries_of
-from .container import DTYPES
 from .description import as_libraries_build, cast_like
 from .reader import Contents
-from .rebuild import effective_pieces, generated_pieces
+from .rebuild import Packed, effective_pieces, generated_pieces, stored_tensor
 
 
-def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | str | Path | None) -> nn.Module:
-    """Build and fill the network that `contents` describes, or fill `model` if it is given."""
+def fill_network(
+    contents: Contents, model: nn.Module | None, base: nn.Module | str | Path | None, masked: bool = True
+) -> nn.Module:
+    """Build and fill the network that `contents` describes, or fill `model` if it is given.
+
+    Masks are decoded once the shapes have matched. With `masked=False`, weights outside the mask keep their values.
+    """
     manifest = contents.manifest
     if base is not None and manifest.base is None:
         raise ArtifactError("`base` was given, but the file's weights come from its seed; leave out `base`")
@@ -34,6 +39,7 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
                 bare = build_meta(manifest.architecture)
                 cast_like(bare, entries)
                 compare(contents, bare)
+                contents.decode()
                 network = (
                     build_architecture(manifest.architecture, tag)
                     if tag
@@ -52,7 +58,10 @@ def fill_network(contents: Contents, model: nn.Module | None, base: nn.Module | 
     if model is not None:
         _check_memory(core)
     compare(contents, core)
-    _fill(contents, core, base_weights(manifest, core, base))
+    masks = contents.decode()
+    if not masked:
+        masks = {name: np.full_like(bits, 255) for name, bits in masks.items()}
+    _fill(contents, masks, core, base_weights(manifest, core, base))
     return network.eval()
 
 
@@ -67,7 +76,7 @@ def _check_memory(core: nn.Module) -> None:
         )
 
 
-def _fill(contents: Contents, core: nn.Module, base: dict[str, Tensor]) -> None:
+def _fill(contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base: dict[str, Tensor]) -> None:
     """Write every tensor of the file into the network, in place."""
     manifest = contents.manifest
     entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
@@ -82,16 +91,14 @@ def _fill(contents: Contents, core: nn.Module, base: dict[str, Tensor]) -> None:
         for spec in manifest.masked:
             fill(
                 entries[spec.name],
-                effective_pieces(spec, manifest.seed, contents.masks[spec.name], base.get(spec.name)),
+                effective_pieces(spec, manifest.seed, masks[spec.name], base.get(spec.name)),
             )
         for spec in manifest.generated:
             fill(entries[spec.name], generated_pieces(spec, manifest.seed))
         for name, constant in manifest.constants.items():
             entries[name].detach().fill_(constant.value)
         for name, (stored, data) in contents.stored.items():
-            if len(data):
-                flat = torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[stored.dtype])
-                entries[name].detach().copy_(flat.view(stored.shape))
+            entries[name].detach().copy_(stored_tensor(stored, data))
         for name, target in manifest.aliases.items():
             if entries[name] is not entries[target]:
                 entries[name].detach().copy_(entries[target].detach())

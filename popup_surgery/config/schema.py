@@ -154,6 +154,8 @@ class Data(_Section):
         same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
             size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
             versions before this key: `keep` if images are held in memory, and otherwise `crop`.
+        permute_seed: permute the pixels of every image, its last step before the network, in one way that this seed
+            decides: a task of permuted MNIST (Goodfellow et al., 2013). All channels move together. Null for none.
         image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
             `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
         workers: processes that decode images, for each process that trains.
@@ -186,6 +188,7 @@ class Data(_Section):
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
     same_size: Literal["keep", "crop"] | None = "keep"
+    permute_seed: Annotated[Annotated[int, Field(ge=0, lt=2**64)] | None, Key(affects_speed=False)] = None
     image_key: str | None = None
     label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
