@@ -17,6 +17,7 @@ from ..errors import PopupError, Stopped
 from ..signals import command
 from ..typer_compat import UsageError
 from . import (
+    bank,
     convert,
     diff,
     evaluate,
@@ -75,6 +76,7 @@ for each in (
     inspect,
     verify,
     diff,
+    bank,
     export,
     repack,
     recipes,

@@ -109,11 +109,6 @@ class Surgery(_Section):
     train: str | list[str] | None = DEFAULT.train.value
     encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `convert`."""
-        return self.model_dump(exclude={"encoding"})
-
     @model_validator(mode="wrap")
     @classmethod
     def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
@@ -123,6 +118,11 @@ class Surgery(_Section):
         surgery = validate(completed)
         surgery.model_fields_set.discard("learner")
         return surgery
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `convert`."""
+        return self.model_dump(exclude={"encoding"})
 
     @field_validator("k", "scaled", "scope")
     @classmethod
