@@ -3,14 +3,12 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, new_file, show, size
+from .shared import ENCODING, busy, new_file, show, size
 
 
 def run(
     artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
-    encoding: Annotated[
-        str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
-    ],
+    encoding: Annotated[str, typer.Option(help=ENCODING)],
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
@@ -18,7 +16,7 @@ def run(
 
     \b
     $ popup-surgery repack conv4.popup.safetensors --encoding range_coded -o conv4.coded.popup.safetensors
-    wrote conv4.coded.popup.safetensors, 271 kB; conv4.popup.safetensors has 307 kB
+    wrote conv4.coded.popup.safetensors, 271 kB; conv4.popup.safetensors has 306 kB
     """
     new_file(output, force, ["", ".safetensors"], reads=[artifact])
     with busy("repacking"):

@@ -21,6 +21,7 @@ from ..plugins import load_plugins
 messages = Console(stderr=True, highlight=False)
 
 STOPPED = "POPUP_SURGERY_STOPPED"  # names the file by which a run's processes tell their launcher that it is resumable
+ENCODING = "How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5."
 
 
 def show(*things: object) -> None:

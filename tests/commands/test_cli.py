@@ -23,7 +23,7 @@ from support import PATIENCE, slow_except, write_digit
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "diff", "export", "recipes", "zoo",
-    "sweep", "reproduce",
+    "sweep", "reproduce", "repack",
 )  # fmt: skip
 PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
@@ -79,6 +79,8 @@ def test_help_has_a_real_call_and_its_real_output(cli: Cli, artifact: Path, comm
     if "other.popup.safetensors" in arguments:
         other = build("popup_surgery/conv2", width=0.25, in_chans=1, img_size=8)
         save(convert(other, 0.5, seed=1), artifact.parent / "other.popup.safetensors")
+    if "conv4.popup.safetensors" in arguments:
+        save(convert(build("popup_surgery/conv4"), 0.3), artifact.parent / "conv4.popup.safetensors")
     assert wanted, "no output below the call"
     outcome = cli(*arguments)
     assert outcome.status == 0, outcome.err
