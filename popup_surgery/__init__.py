@@ -17,6 +17,7 @@ _HOMES = {
     "analysis.sanity": ("Sanity", "sanity"),
     "artifact": ("Artifact", "inspect", "load", "masks", "save", "start_from", "verify"),
     "bank": ("Inference", "MaskBank"),
+    "bank.combine": ("combine",),
     "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .analysis.sanity import Sanity, sanity
     from .artifact import Artifact, inspect, load, masks, save, start_from, verify
     from .bank import Inference, MaskBank
+    from .bank.combine import combine
     from .config import Recipe
     from .errors import (
         ArtifactError,

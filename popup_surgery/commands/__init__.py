@@ -18,6 +18,7 @@ from ..signals import command
 from ..typer_compat import UsageError
 from . import (
     bank,
+    combine,
     convert,
     diff,
     evaluate,
@@ -76,6 +77,7 @@ for each in (
     verify,
     diff,
     bank,
+    combine,
     export,
     recipes,
     zoo,
