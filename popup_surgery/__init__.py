@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "analysis.overlap": ("LayerOverlap", "Overlap", "overlap"),
     "analysis.sanity": ("Sanity", "sanity"),
-    "artifact": ("Artifact", "inspect", "load", "masks", "save", "start_from", "verify"),
+    "artifact": ("Artifact", "inspect", "load", "masks", "repack", "save", "start_from", "verify"),
     "bank": ("Inference", "MaskBank"),
     "bank.combine": ("combine",),
     "config": ("Recipe",),
@@ -42,7 +42,7 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .analysis.overlap import LayerOverlap, Overlap, overlap
     from .analysis.sanity import Sanity, sanity
-    from .artifact import Artifact, inspect, load, masks, save, start_from, verify
+    from .artifact import Artifact, inspect, load, masks, repack, save, start_from, verify
     from .bank import Inference, MaskBank
     from .bank.combine import combine
     from .config import Recipe

@@ -71,6 +71,14 @@ class Artifact:
         artifact.__dict__["contents"] = Contents(manifest, {}, stored, decoded)
         return artifact
 
+    @property
+    def mask_bits(self) -> int | None:
+        """How many bits all masks take in the file; None for an artifact in memory."""
+        if self.container is None:
+            return None
+        tensors = self.container.tensors
+        return sum(8 * tensors[f"{entry.name}.mask"].shape[0] for entry in self.manifest.masked)
+
     @cached_property
     def contents(self) -> Contents:
         """The tensors, still packed. Errors raised here do not name the file; use this inside `naming`."""
@@ -119,6 +127,28 @@ class Artifact:
             return fill_network(self.contents, model, base, masked)
 
 
+def repack(path: str | Path | Artifact, output: str | Path, *, encoding: str) -> Manifest:
+    """Write a popup artifact again, with its masks in another encoding. No bit of the network changes.
+
+    Only `encoding`, `requires` and `manifest_sha256` differ in the manifest. Without a network to compare with, a file
+    with at most 2³³ weights under masks in `range_coded` is read.
+
+    Args:
+        path: the file, or an open `Artifact`.
+        output: the file to write; it may be `path`. An existing file is replaced atomically.
+        encoding: `bitpack`, one bit a weight; or `range_coded`, as few bits as the masks' shares of ones allow.
+
+    Returns:
+        The manifest of the new file.
+
+    Raises:
+        ArtifactError: the file is damaged.
+        UnknownName: there is no such encoding.
+        PopupError: the file cannot be written. An existing file is unchanged.
+    """
+    return Artifact.open(path).write(output, encoding)
+
+
 def inspect(path: str | Path) -> Manifest:
     """Read the manifest of a popup artifact, but not its tensors.
 
@@ -133,7 +163,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
 
     Args:
         path: the file. It is treated as hostile: nothing in it is unpickled or run. Memory use is at most twice the
-            file's size, plus the network, plus 256 MiB.
+            file's size, plus the network, plus one bit a masked weight, plus 256 MiB.
         model: a network to fill that is not converted. Needed only if the file's architecture is `custom`, which no
             library builds. It is changed only after all checks have passed.
         base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the

@@ -26,6 +26,7 @@ from . import (
     inspect,
     predict,
     recipes,
+    repack,
     reproduce,
     sanity,
     sweep,
@@ -79,6 +80,7 @@ for each in (
     bank,
     combine,
     export,
+    repack,
     recipes,
     zoo,
 ):

@@ -18,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName, nearest
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
@@ -90,6 +91,10 @@ class Surgery(_Section):
     """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
 
     With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
+
+    Attributes:
+        encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
+            share of ones allows. The network is the same.
     """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
@@ -106,6 +111,7 @@ class Surgery(_Section):
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
     train: str | list[str] | None = DEFAULT.train.value
+    encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
     @model_validator(mode="wrap")
     @classmethod
@@ -116,6 +122,11 @@ class Surgery(_Section):
         surgery = validate(completed)
         surgery.model_fields_set.discard("learner")
         return surgery
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `convert`."""
+        return self.model_dump(exclude={"encoding"})
 
     @field_validator("k", "scaled", "scope")
     @classmethod
@@ -333,6 +344,13 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _scores(self) -> "Recipe":
+        if self.surgery != "none" and self.surgery.encoding != "bitpack":
+            learner = self.surgery.learner
+            if get_learner(learner, self.surgery.learner_options).learns_weights:
+                raise ValueError(
+                    f"surgery.encoding is {self.surgery.encoding}; {learner} trains the weights, so that the run's "
+                    "file is dense and has no masks; remove the key"
+                )
         if self.training.keep_scores and self.surgery == "none":
             raise ValueError("training.keep_scores is true; with surgery: none there are no scores to keep")
         return self

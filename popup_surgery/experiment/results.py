@@ -74,7 +74,8 @@ def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tupl
         write_atomically(run.scores, serialize(_scores(model), metadata={"format": "pt"}))
     provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
     if run.kind is Kind.ARTIFACT:
-        save(model, run.final, provenance=provenance, probe=(1, *size))
+        encoding = run.recipe.surgery.encoding if run.recipe.surgery != "none" else "bitpack"
+        save(model, run.final, provenance=provenance, probe=(1, *size), encoding=encoding)
         return
     if run.masks is not None:
         write_atomically(run.masks, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))

@@ -95,8 +95,8 @@ def _fresh_network(recipe: Recipe) -> nn.Module:
     described = recipe.model
     if recipe.surgery == "none" or described.pretrained:
         model = build(described.name, pretrained=described.pretrained, **described.kwargs)
-        return convert(model, **recipe.surgery.model_dump()) if recipe.surgery != "none" else model
-    return convert(architecture_of(described.name, **described.kwargs), **recipe.surgery.model_dump())
+        return convert(model, **recipe.surgery.arguments) if recipe.surgery != "none" else model
+    return convert(architecture_of(described.name, **described.kwargs), **recipe.surgery.arguments)
 
 
 def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
