@@ -20,8 +20,8 @@ _HOMES = {
     "bank.combine": ("combine",),
     "config": ("Recipe",),
     "errors": (
-        "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
-        "RecipeError", "RunError", "UnknownName",
+        "ArtifactError", "ConversionError", "DataError", "HubError", "MaskedWeightError", "NothingToConvert",
+        "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.results": ("Result",),
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         ArtifactError,
         ConversionError,
         DataError,
+        HubError,
         MaskedWeightError,
         NothingToConvert,
         PopupError,

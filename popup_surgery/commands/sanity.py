@@ -3,17 +3,18 @@ from typing import Annotated
 
 import typer
 
+from ..hub import Address, is_address
 from ..plots import PICTURES
-from .shared import busy, new_file, progress, show
+from .shared import Base, File, a_file, busy, new_file, progress, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="data.key=value, in place of the value in the file; repeatable.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    base: Base = None,
     repeats: Annotated[
         int, typer.Option(min=1, help="Number of other seeds, and of shuffles. Pretrained weights have no other seeds.")
     ] = 5,
@@ -21,7 +22,7 @@ def run(
         list[float] | None, typer.Option(help="A value that all weights share; repeatable; default: ±0.5, ±1 and ±2.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="Picture to write; default: beside the artifact.")
+        Path | None, typer.Option("-o", "--output", help="Picture to write; default: beside the artifact, or here.")
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing picture.")] = False,
 ) -> None:
@@ -43,8 +44,9 @@ def run(
     359 validation images of digits; chance is 10.00 %
     wrote digits.sanity.png
     """
-    name = artifact.name.partition(".")[0]
-    picture = output or artifact.with_name(f"{name}.sanity.png")
+    file = Path(Address.parse(str(artifact)).name) if is_address(artifact) else Path(artifact)
+    name = file.name.partition(".")[0]
+    picture = output or file.with_name(f"{name}.sanity.png")
     new_file(picture, force, PICTURES, reads=[artifact, base, data_dir])
     with busy("loading"):
         from ..analysis.sanity import VALUES, sanity

@@ -27,7 +27,7 @@ from ..models.pretrained import with_tag
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
+from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
 from .expected import expected, shown
 from .keys import Key
 from .overrides import override
@@ -60,13 +60,17 @@ class Model(_Section):
         kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
             of weights.
-        init_from: a popup artifact to start from. The run takes its seed, and scores that begin with its mask. With
-            `surgery: none`, it takes the weights and trains those that take part.
+        init_from: a popup artifact to start from, as a file or an address on the Hub such as `hf://user/repo`. The run
+            takes its seed, and scores that begin with its mask. With `surgery: none`, it takes the weights and trains
+            those that take part.
+        init_commit: the commit that an address in `init_from` stands for. A run fills it in when it begins, so that it
+            resumes with the same file, whatever is pushed to the Hub meanwhile.
     """
 
     name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
     pretrained: bool | str = False
     init_from: str | None = None
+    init_commit: Annotated[str | None, AfterValidator(commit), Key(affects_result=False)] = None
     kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
 
     @model_validator(mode="before")

@@ -16,6 +16,7 @@ from .. import __version__
 from ..artifact import inspect, load, save
 from ..atomic import write_atomically
 from ..config import Recipe
+from ..hub import is_address
 from ..learners import get_learner
 from ..masking.bake import bake
 from ..masking.ranking import parameter_of, score_name
@@ -138,7 +139,7 @@ def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, 
     values["data"]["root"] = None
     if isinstance(weights := values["model"]["pretrained"], str):
         values["model"]["pretrained"] = Path(weights).name
-    if file := values["model"]["init_from"]:
+    if (file := values["model"]["init_from"]) and not is_address(file):
         values["model"]["init_from"] = Path(file).name
     software = {
         "popup_surgery": __version__,

@@ -1,5 +1,6 @@
 """A run from recipe to file."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,9 @@ from ..training.metrics import Epoch, Steps
 from ..training.run_folder import RunFolder
 from ..training.trackers import add, add_steps, add_table, tracked
 from .results import Result, finished_result, mask_counts, write_results
-from .setup import prepare, run_folder, with_seed
+from .setup import as_begun, prepare, run_folder, with_first_file
+
+log = logging.getLogger("popup_surgery")
 
 
 def train(
@@ -59,11 +62,15 @@ def train(
         PopupError: the folder cannot be written.
     """
     recipe, name = _loaded(recipe, overrides)
-    recipe = with_seed(recipe)
+    folder = Path(output) if output is not None else Path("runs") / name
+    given = recipe.model.init_commit
+    recipe = with_first_file(as_begun(recipe, folder) if resume else recipe)
+    if given is not None and given != recipe.model.init_commit:
+        began = f"{recipe.model.init_commit} of {recipe.model.init_from}"
+        log.warning("the run in %s began with the commit %s and resumes with it, not with %s", folder, began, given)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     recipe = recipe.model_copy(update={"data": recognised(recipe.data)})
-    folder = Path(output) if output is not None else Path("runs") / name
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
     if resume and run.finished:
         return finished_result(run)

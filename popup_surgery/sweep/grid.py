@@ -17,7 +17,7 @@ from ..config.schema import with_plugins
 from ..config.yaml import read_yaml
 from ..data.folders import recognised
 from ..errors import PopupError, RecipeError, nearest
-from ..experiment.setup import run_folder, with_seed
+from ..experiment.setup import run_folder, with_first_file
 from ..plugins import load_plugins
 from ..training.run_folder import RunFolder
 from .names import as_text, find_folder, titles
@@ -273,7 +273,7 @@ def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None)
             surgery["seed"] = seed
             if isinstance(model, dict) and model.get("init_from"):
                 del surgery["seed"]  # the seed is that of the file
-    recipe = with_seed(Recipe.parse(values))
+    recipe = with_first_file(Recipe.parse(values))
     return recipe.model_copy(update={"data": recognised(recipe.data)})
 
 
