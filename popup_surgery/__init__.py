@@ -35,6 +35,9 @@ _HOMES = {
     "masking.planning": ("plan",),
     "models.architecture": ("Architecture",),
     "models.build": ("build",),
+    "sharing.card": ("model_card",),
+    "sharing.listing": ("Listing", "list_repo"),
+    "sharing.push": ("Pushed", "push_to_hub"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from .masking.planning import plan
     from .models.architecture import Architecture
     from .models.build import build
+    from .sharing.card import model_card
+    from .sharing.listing import Listing, list_repo
+    from .sharing.push import Pushed, push_to_hub
 
 
 install()

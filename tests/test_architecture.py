@@ -17,7 +17,7 @@ ROWS = (
     ("models", "learners", "codecs"),
     ("masking",),
     ("artifact", "config"),
-    ("data", "bank"),
+    ("data", "bank", "sharing"),
     ("training",),
     ("experiment",),
     ("analysis",),

@@ -26,7 +26,7 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing picture.")] = False,
 ) -> None:
-    """Measure what an artifact's accuracy owes to weights, mask and statistics; print a table and write a picture.
+    """Measure what an artifact's accuracy owes to weights, mask and statistics; print and write a table and a picture.
 
     \b
     $ popup-surgery sanity digits.popup.safetensors
@@ -42,23 +42,28 @@ def run(
     all weights 1      8.64 %
     all weights 2      8.64 %
     359 validation images of digits; chance is 10.00 %
-    wrote digits.sanity.png
+    wrote digits.sanity.png and digits.sanity.json, which push puts into the model card
     """
     file = Path(Address.parse(str(artifact)).name) if is_address(artifact) else Path(artifact)
     name = file.name.partition(".")[0]
     picture = output or file.with_name(f"{name}.sanity.png")
+    table = picture.with_suffix(".json")
     new_file(picture, force, PICTURES, reads=[artifact, base, data_dir])
+    new_file(table, force, reads=[artifact, base, data_dir])
     with busy("loading"):
         from ..analysis.sanity import VALUES, sanity
         from ..artifact import Artifact
         from ..experiment.evaluate import recorded_data
         from ..plots import draw_sanity
+        from ..sharing.sanity_table import write_sanity
 
         opened = Artifact.open(artifact)
         data = recorded_data(opened, set_ or [])
         if data.root is not None:
             new_file(picture, force, reads=[Path(data.root)])
+            new_file(table, force, reads=[Path(data.root)])
     values = value or VALUES
     found = sanity(opened, data=data, data_dir=data_dir, base=base, repeats=repeats, values=values, progress=progress)
     draw_sanity(picture, name, found.groups(), found.chance)
-    show(str(found), f"wrote {picture}")
+    write_sanity(table, opened.manifest, found.rows(), found.notes())
+    show(str(found), f"wrote {picture} and {table}, which push puts into the model card")

@@ -20,7 +20,8 @@ from ..plugins import load_plugins
 
 messages = Console(stderr=True, highlight=False)
 
-STOPPED = "POPUP_SURGERY_STOPPED"  # names the file by which a run's processes tell their launcher that it is resumable
+# names the file by which the processes of a run tell their launcher that it is resumable, or else their status
+STOPPED = "POPUP_SURGERY_STOPPED"
 
 
 if TYPE_CHECKING:
@@ -156,5 +157,9 @@ def refuse_file(name: str, wanted: str) -> None:
 
 def size(path: Path) -> str:
     """Return the size of a file in human-readable form."""
-    count = path.stat().st_size
+    return amount(path.stat().st_size)
+
+
+def amount(count: int) -> str:
+    """Return a number of bytes in human-readable form."""
     return f"{count:,} bytes" if count < 10_000 else f"{count / 1000:,.0f} kB"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
@@ -32,9 +32,9 @@ from .expected import expected, shown
 from .keys import Key
 from .overrides import override
 from .schedule import rates
+from .sections import STRICT, Hub, LotteryTicket, Share, hub_section
 from .yaml import read_yaml
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -45,7 +45,7 @@ class _Missing(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = STRICT
 
 
 _S = TypeVar("_S", bound=_Section)
@@ -293,26 +293,6 @@ class Training(_Section):
         return self
 
 
-class LotteryTicket(_Section):
-    """Iterative magnitude pruning with rewinding of a dense network (Frankle and Carbin, 2019).
-
-    Attributes:
-        k: share of each layer's weights that is kept in the end.
-        rounds: number of prunings, each by the same share. The first comes after `training.epochs` epochs. After each
-            pruning, the network is trained for `training.epochs` less `rewind_epoch` epochs.
-        rewind_epoch: after each pruning, the remaining weights return to their values after this many epochs of the
-            first training; 0 is the start.
-    """
-
-    k: Share
-    rounds: Annotated[int, Field(ge=1, le=1000)]
-    rewind_epoch: Annotated[int, Field(ge=0)] = 0
-
-    def epochs(self, epochs: int) -> int:
-        """Return the epochs of the whole run, if one training has `epochs`."""
-        return epochs + self.rounds * (epochs - self.rewind_epoch)
-
-
 class Recipe(_Section):
     """Everything that decides a run: network, surgery (`none` trains the network densely), data and training.
 
@@ -327,6 +307,7 @@ class Recipe(_Section):
     lottery_ticket: LotteryTicket | None = None
     data: Data = Data()
     training: Training
+    hub: Annotated[Hub | None, BeforeValidator(hub_section), Key(affects_result=False, affects_speed=False)] = None
 
     @model_validator(mode="after")
     def _weights(self) -> "Recipe":
@@ -357,6 +338,12 @@ class Recipe(_Section):
                 )
         if self.training.keep_scores and self.surgery == "none":
             raise ValueError("training.keep_scores is true; with surgery: none there are no scores to keep")
+        return self
+
+    @model_validator(mode="after")
+    def _artifact(self) -> "Recipe":
+        if self.hub is not None and (self.surgery == "none" or get_learner(self.surgery.learner).learns_weights):
+            raise ValueError("hub is there, and the run ends with dense weights; only artifacts are pushed: remove hub")
         return self
 
     @model_validator(mode="after")
@@ -444,7 +431,7 @@ def _validated(cls: type[_S], values: Any, name: str) -> _S:
 
 _SURGERY = f"function-wrap[{Surgery._of_pretrained.__name__}()]"  # what pydantic puts into the path of its keys
 _SECTIONS: dict[str, type[BaseModel]] = {
-    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
+    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training, "hub": Hub
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -32,6 +32,9 @@ from ..training.trainer import Trainer
 from .dense import write_dense
 from .setup import start_masks
 
+if TYPE_CHECKING:
+    from ..sharing.push import Pushed
+
 log = logging.getLogger("popup_surgery")
 
 
@@ -47,6 +50,7 @@ class Result:
         output: the run's folder.
         file: the artifact in that folder; or the file of dense weights, if weights were trained.
         weights, kept: number of masked weights, and how many of them take part. A dense run keeps all.
+        pushed: where on the Hub the artifact is; None if the recipe does not ask for it, or if the push failed.
     """
 
     model: nn.Module
@@ -56,6 +60,7 @@ class Result:
     file: Path
     weights: int
     kept: int
+    pushed: "Pushed | None" = None
 
 
 def counts(run: RunFolder) -> tuple[int, int]:
@@ -136,6 +141,7 @@ def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, 
 
     values = recipe.dump()
     values.pop("plugins", None)  # a file names no code
+    values.pop("hub", None)  # where it goes is no part of how it was made
     values["data"]["root"] = None
     if isinstance(weights := values["model"]["pretrained"], str):
         values["model"]["pretrained"] = Path(weights).name

@@ -1,8 +1,10 @@
 """A run from recipe to file."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ..training.distributed import numerics, resume_threads, start, warn_of_othe
 from ..training.metrics import Epoch, Steps
 from ..training.run_folder import RunFolder
 from ..training.trackers import add, add_steps, add_table, tracked
+from .pushing import check_hub, push_result
 from .results import Result, finished_result, mask_counts, write_results
 from .setup import as_begun, prepare, run_folder, with_first_file
 
@@ -58,6 +61,8 @@ def train(
             the loader died.
         RunError: `output` already has a run in it and `resume` is False, or it has a run of another recipe; another
             process runs in it; or the loss is not finite.
+        HubError: the recipe has a section `hub`, and nothing can be pushed there. A push that fails when the run is
+            finished is a warning.
         Stopped: SIGTERM, SIGINT or SIGUSR1 arrived. A checkpoint was written.
         PopupError: the folder cannot be written.
     """
@@ -73,7 +78,8 @@ def train(
     recipe = recipe.model_copy(update={"data": recognised(recipe.data)})
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
     if resume and run.finished:
-        return finished_result(run)
+        result = finished_result(run)
+        return replace(result, pushed=push_result(run) if os.environ.get("RANK", "0") == "0" else None)
     return _train_in(run, resume, progress, after_epoch, after_steps)
 
 
@@ -97,6 +103,8 @@ def _train_in(
     recipe = run.recipe
     accelerator = start(recipe.training, run.path)
     main = accelerator.is_main_process
+    if main:
+        check_hub(recipe.hub)
     with (
         asked_to_stop() as stop,
         run.claimed(resume) if main else nullcontext(),
@@ -135,7 +143,8 @@ def _train_in(
             add_table(accelerator, {"accuracy": accuracy, "weights": weights, "kept": kept, "file": run.final.name})
             run.finish()
         accelerator.wait_for_everyone()
-    return Result(bake(model).eval(), accuracy, tuple(history), run.path, run.final, weights, kept)
+    pushed = push_result(run) if main else None
+    return Result(bake(model).eval(), accuracy, tuple(history), run.path, run.final, weights, kept, pushed)
 
 
 def _nothing(numbers: Epoch | Steps) -> None:

@@ -153,7 +153,8 @@ class Sweep:
             head = f"{name} has {len(mistakes)} mistakes:\n" if len(mistakes) > 1 else f"{name}: "
             raise RecipeError(head + "\n".join(mistakes))
         _check_distinct(runs, name)
-        return cls(_stem(name), tuple(replace(run, title=title) for run, title in zip(runs, titles(runs), strict=True)))
+        titled = [replace(run, title=title) for run, title in zip(runs, titles(runs), strict=True)]
+        return cls(_stem(name), tuple(_with_places(titled, name)))
 
 
 class _Grid:
@@ -294,6 +295,25 @@ def _check_distinct(runs: Sequence[Run], name: str) -> None:
         if other is not run:
             same = "is there twice" if str(run) == str(other) else f"is the same run as {other}"
             raise RecipeError(f"{name}: {run} {same}; remove one of them")
+
+
+def _with_places(runs: Sequence[Run], name: str) -> Iterator[Run]:
+    """Yield the runs, each with a file of its own in the repository on the Hub that it is pushed to."""
+    seen: set[Any] = set()
+    for run in runs:
+        if (hub := run.recipe.hub) is None:
+            yield run
+            continue
+        if hub.path is None:
+            path = f"{'-'.join(filter(None, [run.title, run.name]))}.popup.safetensors"
+            hub = hub.model_copy(update={"path": path})
+        place = hub.repo, hub.revision, hub.path
+        if place in seen:
+            raise RecipeError(
+                f"{name}: hub.path is {hub.path!r} for several runs; remove it, and each run goes to a file of its own"
+            )
+        seen.add(place)
+        yield replace(run, recipe=run.recipe.model_copy(update={"hub": hub}))
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:
