@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -12,14 +12,13 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from ..codecs import get_codec
-from ..errors import ConversionError, RecipeError, UnknownName, nearest
+from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
 from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
@@ -28,8 +27,9 @@ from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
 from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
-from .expected import expected, shown
+from .expected import shown
 from .keys import Key
+from .mistakes import Missing, validated
 from .overrides import override
 from .schedule import rates
 from .sections import STRICT, Hub, LotteryTicket, Share, hub_section
@@ -40,15 +40,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class _Missing(ValueError):
-    """A missing key that the value of another key requires. The text is what was expected."""
-
-
 class _Section(BaseModel):
     model_config = STRICT
-
-
-_S = TypeVar("_S", bound=_Section)
 
 
 class Model(_Section):
@@ -142,7 +135,7 @@ class Surgery(_Section):
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
             raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise _Missing(SHARES)
+            raise Missing(SHARES)
         return value
 
 
@@ -370,7 +363,7 @@ class Recipe(_Section):
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
         """Build a recipe from plain values. A `RecipeError` lists all mistakes."""
-        return _validated(cls, values, name)
+        return validated(cls, values, name)
 
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
@@ -408,48 +401,8 @@ def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> 
     overrides = list(overrides)
     if other := [setting for setting in overrides if not setting.startswith("data.")]:
         raise RecipeError(f"--set {other[0]!r} is not a key of the data section; expected data.key=value")
-    return _validated(_DataOnly, override({"data": section}, overrides), name).data
+    return validated(_DataOnly, override({"data": section}, overrides), name).data
 
 
 class _DataOnly(_Section):
     data: Data
-
-
-def _validated(cls: type[_S], values: Any, name: str) -> _S:
-    """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        by_key: dict[tuple[Any, ...], list[Any]] = {}
-        for each in error.errors():
-            if each["loc"][-1:] != ("literal['none']",):
-                by_key.setdefault(tuple(part for part in each["loc"] if part != _SURGERY)[:2], []).append(each)
-        found = [_sentence(key, errors, values) for key, errors in by_key.items()]
-        head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
-        raise RecipeError(head + "\n".join(found)) from None
-
-
-_SURGERY = f"function-wrap[{Surgery._of_pretrained.__name__}()]"  # what pydantic puts into the path of its keys
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training, "hub": Hub
-}  # fmt: skip
-
-
-def _sentence(path: tuple[Any, ...], errors: list[Any], values: Any) -> str:
-    """Turn pydantic's errors about one key into a sentence that names the key, its value and what was expected."""
-    section = _SECTIONS[path[0]] if len(path) > 1 else Recipe
-    key = ".".join(map(str, path)) or "the recipe"
-    if errors[0]["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{key} is not a key of a recipe; nearest: {nearest(str(path[-1]), section.model_fields)}"
-    own = next((error["ctx"]["error"] for error in errors if error["type"] == "value_error"), None)
-    if own is not None and len(path) < 2:
-        return str(own)  # it concerns several keys, and names them
-    wanted = expected(section.model_fields[path[-1]]) if path else "the sections model, surgery, data and training"
-    if errors[0]["type"] == "missing" or isinstance(own, _Missing):
-        return f"{key} is missing; expected {own or wanted}"
-    for part in path:
-        values = values[part]
-    has = "has no value" if values is None else f"is {shown(values)}"
-    if own is None:
-        return f"{key} {has}; expected {wanted}"
-    return f"{key} {has}{';' if str(own).startswith('expected') else ':'} {own}"
