@@ -16,6 +16,7 @@ _HOMES = {
     "analysis.overlap": ("LayerOverlap", "Overlap", "overlap"),
     "analysis.sanity": ("Sanity", "sanity"),
     "artifact": ("Artifact", "inspect", "load", "masks", "save", "start_from", "verify"),
+    "bank": ("Inference", "MaskBank"),
     "config": ("Recipe",),
     "errors": (
         "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
@@ -23,6 +24,7 @@ _HOMES = {
     ),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.results": ("Result",),
+    "experiment.tasks": ("TaskResult", "TaskTable", "evaluate_tasks"),
     "experiment.train": ("train",),
     "learners": ("sampled",),
     "masking.bake": ("bake",),
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from .analysis.overlap import LayerOverlap, Overlap, overlap
     from .analysis.sanity import Sanity, sanity
     from .artifact import Artifact, inspect, load, masks, save, start_from, verify
+    from .bank import Inference, MaskBank
     from .config import Recipe
     from .errors import (
         ArtifactError,
@@ -54,6 +57,7 @@ if TYPE_CHECKING:
     )
     from .experiment.evaluate import Evaluation, evaluate, predict
     from .experiment.results import Result
+    from .experiment.tasks import TaskResult, TaskTable, evaluate_tasks
     from .experiment.train import train
     from .learners import sampled
     from .masking.bake import bake

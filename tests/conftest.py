@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import popup_surgery
+from hub_server import Hub
 from popup_surgery.selection import Selection
 from popup_surgery.signals import SIGNALS
 from support import Outcome, short, write_images
@@ -70,6 +71,13 @@ def ten(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_images(root / "train", tuple("abcdefghij"), count=4, size=(32, 32), seed=1)
     write_images(root / "validation", tuple("abcdefghij"), count=2, size=(32, 32), seed=2)
     return root
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    """A Hub of this test alone, in a process of its own."""
+    with Hub() as running:
+        yield running
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""A popup artifact on disk, which is read only once, however often it is used."""
+"""A popup artifact on disk or in memory, which is read only once, however often it is used."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -8,30 +9,34 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..codecs.bitpack import unpack_mask
+from ..atomic import write_atomically
+from ..codecs.bitpack import ones, unpack_mask
 from ..errors import ArtifactError, ConversionError
 from ..masking.bake import masks as network_masks
+from .assemble import assemble
 from .container import Container, Header, open_file, read_safetensors
 from .manifest import Manifest
-from .reader import Contents, naming, read_contents, read_front
+from .reader import Contents, Parts, naming, read_contents, read_front
+from .rebuild import Packed, masks_digest, stored_tensor
 from .restore import fill_network
 
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """A popup artifact on disk, from `Artifact.open(path)`.
+    """A popup artifact on disk, from `Artifact.open(path)`, or in memory, from `Artifact.of(…)`.
 
     Opening reads and checks the header and the manifest. The tensors are read, checked and digested when they are
     first needed. Both happen only once. A file that changes in between is refused.
 
     Attributes:
-        path: the file's path, as given.
+        path: the file's path, as given; of an artifact in memory, what messages call it.
         manifest: what the file says about its network, including provenance, probe and base.
+        container: the file's header; None for an artifact in memory.
     """
 
     path: str | Path
     manifest: Manifest = field(repr=False)
-    container: Container = field(repr=False)
+    container: Container | None = field(repr=False)
 
     @classmethod
     def open(cls, source: "str | Path | Artifact") -> "Artifact":
@@ -46,10 +51,50 @@ class Artifact:
             container, manifest = read_front(source)
         return cls(source, manifest, container)
 
+    @classmethod
+    def of(
+        cls, manifest: Manifest, masks: Mapping[str, Packed], stored: Parts, path: str | Path = "the artifact in memory"
+    ) -> "Artifact":
+        """Make an artifact in memory, of other masks for the weights that a manifest lists.
+
+        Args:
+            manifest: its numbers of kept weights and its `masks_sha256` are replaced by those of `masks`; everything
+                else, such as `weights_sha256` and the probe, must be right already.
+            masks: the packed mask of each masked weight, by name.
+            stored: the tensors that no seed gives, as in another artifact's `contents.stored`.
+            path: what messages call it.
+        """
+        decoded = {entry.name: masks[entry.name] for entry in manifest.masked}
+        entries = tuple(replace(entry, kept=ones(decoded[entry.name])) for entry in manifest.masked)
+        manifest = replace(manifest, masked=entries, masks_sha256=masks_digest(list(decoded.values())))
+        artifact = cls(path, manifest, None)
+        artifact.__dict__["contents"] = Contents(manifest, {}, stored, decoded)
+        return artifact
+
     @cached_property
     def contents(self) -> Contents:
         """The tensors, still packed. Errors raised here do not name the file; use this inside `naming`."""
+        assert self.container is not None, "an artifact in memory has its contents from the beginning"
         return read_contents(self.path, self.container, self.manifest)
+
+    def write(self, path: str | Path, encoding: str | None = None) -> Manifest:
+        """Write the same network to a file, perhaps with its masks in another encoding; return the manifest written.
+
+        Args:
+            path: the file to write. An existing file is replaced atomically.
+            encoding: the codec of the masks. Default: as they are.
+
+        Raises:
+            ArtifactError: this artifact's file is damaged.
+            UnknownName: there is no such codec.
+            PopupError: the file cannot be written. An existing file is unchanged.
+        """
+        with naming(self.path):
+            contents = self.contents
+            stored = {name: stored_tensor(*part) for name, part in contents.stored.items()}
+            manifest, data = assemble(self.manifest, contents.masks, stored, encoding)
+        write_atomically(path, data)
+        return manifest
 
     def masks(self) -> dict[str, Tensor]:
         """Return the mask of each masked weight, by `state_dict` key: bool, of the weight's shape.
@@ -71,12 +116,7 @@ class Artifact:
             ArtifactError: as for `load`.
         """
         with naming(self.path):
-            contents = self.contents
-            if not masked:
-                contents = replace(
-                    contents, masks={name: np.full_like(bits, 255) for name, bits in contents.masks.items()}
-                )
-            return fill_network(contents, model, base)
+            return fill_network(self.contents, model, base, masked)
 
 
 def inspect(path: str | Path) -> Manifest:

@@ -3,9 +3,9 @@
 Everything is checked before memory is allocated whose size the file decides.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,32 @@ from .rebuild import Packed, masks_digest, tensors_digest
 Parts = dict[str, tuple[Stored, memoryview]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contents:
-    """A file that has passed all checks that need no network: manifest, and packed masks and stored tensors by name."""
+    """The manifest and the tensors of a file, by name. The stored ones are checked; masks are when they are decoded.
+
+    Attributes:
+        encoded: each mask's bytes as the file has them.
+    """
 
     manifest: Manifest
-    masks: dict[str, Packed]
+    encoded: Mapping[str, memoryview]
     stored: Parts
+    _decoded: dict[str, Packed] = field(default_factory=dict, repr=False)
+
+    def decode(self) -> dict[str, Packed]:
+        """Return the packed masks, decoded and checked once. The file must have been compared with a network before."""
+        if not self._decoded:
+            masks = {entry.name: _mask(entry, self.encoded[entry.name]) for entry in self.manifest.masked}
+            if masks_digest(list(masks.values())) != self.manifest.masks_sha256:
+                raise ArtifactError("masks_sha256 does not match: a mask is damaged")
+            self._decoded.update(masks)
+        return self._decoded
+
+    @property
+    def masks(self) -> dict[str, Packed]:
+        """The packed masks, where no network is at hand: of a file that asks for little memory."""
+        return self.decode()
 
 
 @contextmanager
@@ -50,7 +69,7 @@ def read_front(path: str | Path) -> tuple[Container, Manifest]:
 
 
 def read_contents(path: str | Path, container: Container, manifest: Manifest) -> Contents:
-    """Read the tensors of a file whose header and manifest `read_front` has read, and check them and their digests."""
+    """Read the tensors of a file whose header and manifest `read_front` has read, and check those that are no masks."""
     with open_file(path) as file:
         if stamp_of(file) != container.stamp:
             raise ArtifactError("the file changed while it was being read; try again")
@@ -60,15 +79,13 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
             raise ArtifactError("the file changed while it was being read; try again")
     data = memoryview(buffer)
     parts: Parts = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in container.tensors.items()}
-    masks = {entry.name: _mask(entry, parts.pop(f"{entry.name}.mask")[1]) for entry in manifest.masked}
-    if masks_digest(list(masks.values())) != manifest.masks_sha256:
-        raise ArtifactError("masks_sha256 does not match: a mask is damaged")
+    encoded = {entry.name: parts.pop(f"{entry.name}.mask")[1] for entry in manifest.masked}
     for name, (tensor, part) in parts.items():
         if tensor.dtype == "BOOL" and np.frombuffer(part, np.uint8).max(initial=0) > 1:
             raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
     if tensors_digest({name: (t.dtype, t.shape, part) for name, (t, part) in parts.items()}) != manifest.tensors_sha256:
         raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
-    return Contents(manifest, masks, parts)
+    return Contents(manifest, encoded, parts)
 
 
 def _check_masks(manifest: Manifest, container: Container) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..codecs.bitpack import unpack
 from ..weights.source import source_of
 from ..weights.streams import BITS, CHUNK, draw, words
-from .container import DTYPES
+from .container import DTYPES, Stored
 from .manifest import TensorSpec
 
 Packed = NDArray[np.uint8]
@@ -79,3 +79,10 @@ def tensors_digest(tensors: dict[str, tuple[str, tuple[int, ...], memoryview]]) 
         digest.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
         digest.update(data)
     return digest.hexdigest()
+
+
+def stored_tensor(stored: Stored, data: memoryview) -> Tensor:
+    """Return a stored tensor over its bytes of the file."""
+    if not len(data):
+        return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    return torch.frombuffer(data, dtype=torch.uint8).view(DTYPES[stored.dtype]).view(stored.shape)

@@ -54,45 +54,43 @@ def verify(
     manifest = artifact.manifest
     with naming(artifact.path):
         contents = artifact.contents
-        checks = [("manifest, masks, stored tensors", True, "match their digests")]
+        library, name = manifest.architecture.library, manifest.architecture.name
+        custom = model is None and library == "custom"
+        lacks_base = model is None and base is None and manifest.base is not None and (custom or not manifest.base.tag)
+        network = failed = None
+        if not custom and not lacks_base:
+            try:
+                network = fill_network(contents, model, base)  # first, as masks wait for shapes that match
+            except ArtifactError as error:
+                failed = error
         entries = [(entry, contents.masks[entry.name]) for entry in manifest.masked]
+        checks = [("manifest, masks, stored tensors", True, "match their digests")]
         word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
         if manifest.base is None:
             same = weights_digest(entries, manifest.seed, {}) == manifest.weights_sha256
             checks.append(_weights_check(same, f"{word}seed {manifest.seed}"))
-        library, name = manifest.architecture.library, manifest.architecture.name
-        if model is None and library == "custom":
-            if manifest.base is not None and base is None:
-                checks.append(
-                    (
-                        "masked weights",
-                        True,
-                        "on a pretrained base: not checked; pass the base with --base to check them",
-                    )
-                )
-            elif manifest.base is not None:
-                weights = base_weights(manifest, None, base)
-                same = weights_digest(entries, manifest.seed, weights) == manifest.weights_sha256
-                checks.append(_weights_check(same, f"{word}the base"))
-            checks.append(("architecture", True, f"custom ({name}): not checked, because no library builds it"))
-            return Verification(tuple(checks))
-        if model is None and base is None and manifest.base is not None and not manifest.base.tag:
-            checks.append(
-                ("masked weights", True, "on a pretrained base: not checked; pass the base with --base to check them")
-            )
-            return Verification(tuple(checks))
-        try:
-            network = fill_network(contents, model, base)
-        except ArtifactError as error:
-            return Verification((*checks, ("architecture", False, str(error))))
-        if manifest.base is not None:
+        elif lacks_base:
+            checks.append(_NO_BASE)
+        elif custom:
+            weights = base_weights(manifest, None, base)
+            same = weights_digest(entries, manifest.seed, weights) == manifest.weights_sha256
+            checks.append(_weights_check(same, f"{word}the base"))
+        elif network is not None:
             tensors = unwrap(network).state_dict()
             same = values_digest(tensors[entry.name] for entry in manifest.masked) == manifest.weights_sha256
             checks.append(_weights_check(same, f"{word}the base {manifest.base.name} {manifest.base.tag}".rstrip()))
-        checks.append(("architecture", True, f"{library}/{name} takes every tensor"))
-        if (probe := manifest.probe) is not None:
-            checks.append(("probe", *check_probe(network, manifest.seed, probe)))
+        if custom:
+            checks.append(("architecture", True, f"custom ({name}): not checked, because no library builds it"))
+        elif failed is not None:
+            checks.append(("architecture", False, str(failed)))
+        elif network is not None:
+            checks.append(("architecture", True, f"{library}/{name} takes every tensor"))
+            if (probe := manifest.probe) is not None:
+                checks.append(("probe", *check_probe(network, manifest.seed, probe)))
         return Verification(tuple(checks))
+
+
+_NO_BASE = ("masked weights", True, "on a pretrained base: not checked; pass the base with --base to check them")
 
 
 def _weights_check(same: bool, word: str) -> tuple[str, bool, str]:

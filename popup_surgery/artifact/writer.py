@@ -3,17 +3,16 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
-from ..codecs import Codec, get_codec
+from ..codecs import get_codec
 from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError
 from ..learners.sampling import as_saved
@@ -26,13 +25,14 @@ from ..masking.walk import ranked_within, unwrap
 from ..weights.fill import equals, fill, pieces_of
 from ..weights.source import source_of
 from ..weights.streams import draw
+from .assemble import assemble
 from .base_record import base_record, tell_moved
-from .container import DTYPE_NAMES, METADATA
+from .container import DTYPE_NAMES
 from .description import describe_network
-from .manifest import MANIFEST_LIMIT, Constant, Manifest, TensorSpec, read_manifest
+from .manifest import Constant, Manifest, TensorSpec
 from .probe import take_probe
+from .reader import naming
 from .rebuild import Packed, effective_pieces, masks_digest, tensors_digest, weights_digest
-from .strict_json import canonical
 
 log = logging.getLogger("popup_surgery")
 
@@ -72,25 +72,20 @@ def save(
         UnknownName: there is no such codec.
         PopupError: the file cannot be written. An existing file is unchanged.
     """
-    core, codec = unwrap(model), get_codec(encoding)
+    core = unwrap(model)
+    get_codec(encoding)
     with as_saved(), ranked_within(core):
-        manifest, tensors = _describe(core, codec, provenance or {}, probe)
-    try:
-        text = canonical(manifest.text())
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"{path}: the provenance cannot be written as JSON: {error}") from error
-    if len(text) > MANIFEST_LIMIT:
-        raise ArtifactError(f"{path}: the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
-    read_manifest(text)  # make sure that what is written can be read
-    data = serialize(tensors, metadata={METADATA: text})
+        manifest, masks, stored = _describe(core, provenance or {}, probe)
+    with naming(path):
+        manifest, data = assemble(manifest, masks, stored, encoding)
     write_atomically(path, data)
     return manifest
 
 
 def _describe(
-    core: nn.Module, codec: Codec, provenance: dict[str, Any], probe: tuple[int, ...] | None
-) -> tuple[Manifest, dict[str, Tensor]]:
-    """Return the manifest of a converted network, and the tensors that the file holds."""
+    core: nn.Module, provenance: dict[str, Any], probe: tuple[int, ...] | None
+) -> tuple[Manifest, dict[str, Packed], dict[str, Tensor]]:
+    """Return the manifest of a converted network, its packed masks, and the tensors that the file stores."""
     slots, generated = _origins(core)
     seed = _check_whole(core, slots)
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
@@ -98,7 +93,7 @@ def _describe(
         provenance = provenance | {"mask": ", ".join(sorted(shown))}
     entries = _entries(core)
     places = _sort(entries, slots, generated, seed)
-    masked = [(replace(entry, encoding=codec.name), packed) for entry, packed in places.masked]
+    masked = places.masked
     own = {name: tensor for name, tensor in entries.items() if slots.get(id(tensor), tensor) is not None}
     architecture, reason = describe_network(core, own)
     if architecture.library == "custom":
@@ -121,8 +116,7 @@ def _describe(
         probe=take_probe(_as_restored(core, masked, seed, weights), seed, probe) if probe is not None else None,
         base=base,
     )
-    masks = {f"{entry.name}.mask": torch.from_numpy(codec.encode(packed, entry.shape)) for entry, packed in masked}
-    return manifest, masks | places.stored
+    return manifest, {entry.name: packed for entry, packed in masked}, places.stored
 
 
 def _entries(core: nn.Module) -> dict[str, Any]:

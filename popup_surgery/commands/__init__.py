@@ -16,7 +16,22 @@ from .. import __version__
 from ..errors import PopupError, Stopped
 from ..signals import command
 from ..typer_compat import UsageError
-from . import convert, diff, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
+from . import (
+    bank,
+    convert,
+    diff,
+    evaluate,
+    export,
+    inspect,
+    predict,
+    recipes,
+    reproduce,
+    sanity,
+    sweep,
+    train,
+    verify,
+    zoo,
+)
 from .shared import STOPPED, printable, replace_unprintable, shown_by, with_import
 
 
@@ -60,6 +75,7 @@ for each in (
     inspect,
     verify,
     diff,
+    bank,
     export,
     recipes,
     zoo,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConversionError, PopupError
-from ..masking.settings import DEFAULT
+from ..masking.settings import DEFAULT, OF_PRETRAINED
 from .shared import busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
@@ -22,6 +22,17 @@ class Rest(StrEnum):
     train = "train"
 
 
+LearnerOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How the mask is learned; default: {DEFAULT.learner.value}, or {OF_PRETRAINED} with --scheme pretrained "
+        "and no --k."
+    ),
+]
+TrainOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
+]
 SCOPE, OTHERS, NORM = Scope(DEFAULT.scope.value), Rest(DEFAULT.others.value), Rest(DEFAULT.norm.value)
 
 
@@ -39,7 +50,7 @@ def run(
     ] = None,
     scaled: Annotated[bool | None, typer.Option(help="Multiply the weights by √(1/k); default: on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = DEFAULT.seed.value,
-    learner: Annotated[str, typer.Option(help="How the mask is learned.")] = DEFAULT.learner.value,
+    learner: LearnerOption = None,
     scope: Annotated[
         Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
     ] = SCOPE,
@@ -49,6 +60,7 @@ def run(
     exclude: Annotated[
         list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
     ] = None,
+    train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
     img_size: Annotated[
@@ -77,14 +89,10 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k,
-        "scheme": scheme,
-        "scaled": scaled,
-        "seed": seed,
-        "learner": learner,
-        "scope": scope.value,
-    }
-    given |= {"include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value}
+        "k": k, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope.value,
+        "include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value,
+        "train": train or None,
+    }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
         planned = _convert(arch, _without_none(kwargs), weights, _without_none(given), None if dry_run else file)
@@ -105,7 +113,7 @@ def _convert(
 ) -> "Plan":
     """Convert a network and write it to `file`; without `file` only plan. Returns the plan."""
     from ..artifact import save
-    from ..masking.convert import convert_as_given
+    from ..masking.convert import convert_as_given, seeded
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
     from ..models.libraries import architecture_and_tag
@@ -123,7 +131,8 @@ def _convert(
             f"{arch} names the pretrained weights {tag}, which the scheme {scheme} would replace; "
             f"expected {name}, or --scheme {PRETRAINED}"
         )
-    model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+    with seeded(given["seed"]):
+        model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
     if file is None:
         return plan_as_given(model or build_meta(architecture), given)
     converted, planned = convert_as_given(model or architecture, given)

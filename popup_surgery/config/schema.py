@@ -10,6 +10,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainValidator,
     ValidationError,
     ValidationInfo,
@@ -19,7 +20,7 @@ from pydantic import (
 
 from ..errors import ConversionError, RecipeError, UnknownName, nearest
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, WITHOUT_K
+from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
@@ -86,7 +87,10 @@ class Model(_Section):
 
 
 class Surgery(_Section):
-    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one."""
+    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
+
+    With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
+    """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
@@ -101,6 +105,17 @@ class Surgery(_Section):
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
+    train: str | list[str] | None = DEFAULT.train.value
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
+        """Set the learner that the scheme brings, which does not count as set, since another k would change it."""
+        if not isinstance(values, dict) or (completed := with_learner(values)) == values:
+            return validate(values)
+        surgery = validate(completed)
+        surgery.model_fields_set.discard("learner")
+        return surgery
 
     @field_validator("k", "scaled", "scope")
     @classmethod
@@ -110,10 +125,7 @@ class Surgery(_Section):
         if learner is None:
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
-            wanted = json.dumps(WITHOUT_K[name])
-            raise ValueError(
-                f"expected {wanted}; {learner} takes no k, because its scores decide how many weights are kept"
-            )
+            raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
             raise _Missing(SHARES)
         return value
@@ -402,12 +414,13 @@ def _validated(cls: type[_S], values: Any, name: str) -> _S:
         by_key: dict[tuple[Any, ...], list[Any]] = {}
         for each in error.errors():
             if each["loc"][-1:] != ("literal['none']",):
-                by_key.setdefault(tuple(part for part in each["loc"] if part != "Surgery")[:2], []).append(each)
+                by_key.setdefault(tuple(part for part in each["loc"] if part != _SURGERY)[:2], []).append(each)
         found = [_sentence(key, errors, values) for key, errors in by_key.items()]
         head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
         raise RecipeError(head + "\n".join(found)) from None
 
 
+_SURGERY = f"function-wrap[{Surgery._of_pretrained.__name__}()]"  # what pydantic puts into the path of its keys
 _SECTIONS: dict[str, type[BaseModel]] = {
     "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
 }  # fmt: skip

@@ -1,0 +1,47 @@
+"""Put a file together: a manifest, packed masks and stored tensors become bytes."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from ..codecs import get_codec
+from ..errors import ArtifactError
+from .container import METADATA
+from .manifest import MANIFEST_LIMIT, Manifest, read_manifest
+from .rebuild import Packed
+from .strict_json import canonical
+
+
+def assemble(
+    manifest: Manifest, masks: Mapping[str, Packed], stored: Mapping[str, Tensor], encoding: str | None = None
+) -> tuple[Manifest, bytes]:
+    """Return the manifest as the file has it, and the bytes of the file.
+
+    Args:
+        manifest: what the file says; its digests and the numbers of kept weights are those of `masks` and `stored`.
+        masks: the packed mask of each masked weight, by name.
+        stored: the tensors that no seed gives, by name, on the CPU.
+        encoding: the codec of all masks; None: of each mask the one that the manifest names.
+
+    Raises:
+        ArtifactError: the manifest cannot be written.
+        UnknownName: there is no such codec.
+    """
+    if encoding is not None:
+        get_codec(encoding)
+        manifest = replace(manifest, masked=tuple(replace(entry, encoding=encoding) for entry in manifest.masked))
+    try:
+        text = canonical(manifest.text())
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the provenance cannot be written as JSON: {error}") from error
+    if len(text) > MANIFEST_LIMIT:
+        raise ArtifactError(f"the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
+    read_manifest(text)  # make sure that what is written can be read
+    tensors = {
+        f"{entry.name}.mask": torch.from_numpy(get_codec(entry.encoding).encode(masks[entry.name], entry.shape))
+        for entry in manifest.masked
+    }
+    return manifest, serialize(tensors | dict(stored), metadata={METADATA: text})
