@@ -226,7 +226,8 @@ class MaskBank:
 
         SupSup (Wortsman et al., NeurIPS 2020, section 3.3): all masks are averaged, heads and norms too, and the
         gradient of the outputs' entropy says which mask's share should grow. Batch norms take their statistics from the
-        images meanwhile. The network afterwards has the weights that it had before. Call it for each image alone if a batch has images of several tasks.
+        images meanwhile. The network afterwards has the weights that it had before. Call it for each image alone if a
+        batch has images of several tasks.
 
         Args:
             images: as the network takes them, the batch first, all of one task.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, unknown
+from ..torch_compat import BatchNorm
 from ..weights.streams import CHUNK
 from .base import Place
 from .heads import Heads
@@ -140,13 +141,12 @@ class Mixing:
                 raise ConversionError("the network's outputs have no gradient; expected how='each'")
             found = torch.autograd.grad(entropy, asked, allow_unused=True)
         by_tensor = {id(tensor): gradient for tensor, gradient in zip(asked, found, strict=True)}
-        return {key: by_tensor[id(t)] for key, t in tensors.items() if by_tensor[id(t)] is not None}  # type: ignore[misc]
+        return {key: by_tensor[id(t)] for key, t in tensors.items() if by_tensor[id(t)] is not None}
 
 
 def batch_norms(network: nn.Module) -> list[nn.Module]:
     """Return the batch norms of a network that normalise by running statistics."""
-    kind = nn.modules.batchnorm._BatchNorm
-    return [module for module in network.modules() if isinstance(module, kind) and module.running_mean is not None]
+    return [norm for norm in network.modules() if isinstance(norm, BatchNorm) and norm.running_mean is not None]
 
 
 @contextmanager

@@ -78,13 +78,18 @@ class Sweep:
 
     Attributes:
         base: the run of a dense network, which comes first. All others start from its weights.
-        bank: put the masks of all runs in one bank at the end (`sweep.tasks`).
+        bank: put the masks of all runs in one bank at the end (`evaluate_bank`).
     """
 
     name: str
     runs: tuple[Run, ...]
     base: Run | None = None
     bank: bool = False
+
+    @property
+    def everything(self) -> tuple[Run, ...]:
+        """All runs, the base first."""
+        return (self.base, *self.runs) if self.base is not None else self.runs
 
     @classmethod
     def load(
@@ -333,11 +338,15 @@ def check_bank(runs: Sequence[Run], name: str) -> None:
 
 
 def _network(run: Run) -> dict[str, Any]:
-    """Return the keys of a recipe that say which weights its mask is for."""
+    """Return the keys of a recipe that decide which weights its mask is for, except for the head's size."""
     model, surgery = run.recipe.model, run.recipe.surgery
     assert surgery != "none"
-    found = {"model.name": model.name, "model.pretrained": model.pretrained, "surgery.scheme": surgery.scheme}
-    return found if model.pretrained else found | {"surgery.seed": surgery.seed}
+    kwargs = {key: value for key, value in model.kwargs.items() if key != "num_classes"}
+    found: dict[str, Any] = {"model.name": model.name, "model.kwargs": kwargs, "model.pretrained": model.pretrained}
+    if not model.pretrained:
+        found |= {"surgery.seed": surgery.seed, "surgery.scheme": surgery.scheme, "surgery.scaled": surgery.scaled}
+        found |= {"surgery.k": surgery.k} if surgery.scaled else {}  # it scales the weights
+    return found
 
 
 def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None) -> Recipe:
