@@ -17,7 +17,7 @@ from ..config.schema import with_plugins
 from ..config.yaml import read_yaml
 from ..data.folders import recognised
 from ..errors import PopupError, RecipeError, nearest
-from ..experiment.setup import run_folder, with_seed
+from ..experiment.setup import run_folder, with_first_file
 from ..plugins import load_plugins
 from ..training.run_folder import Kind, RunFolder
 from .names import as_text, find_folder, titles
@@ -153,6 +153,8 @@ class Sweep:
         runs: list[Run] = []
         mistakes: dict[str, None] = {}
         for where, entry in _entries(values, name):
+            if base is not None and WEIGHTS in (_mapping(entry, "set", where) | _mapping(entry, "grid", where)):
+                raise RecipeError(f"{where}: {WEIGHTS} and base are given, and base sets it too; leave out one of them")
             grid = _Grid(where, entry, given, seeds)
             if len(runs) + grid.size > LIMIT:
                 raise RecipeError(f"{where} makes {grid.size:,} runs; expected at most {LIMIT:,} in a sweep")
@@ -169,13 +171,13 @@ class Sweep:
             head = f"{name} has {len(mistakes)} mistakes:\n" if len(mistakes) > 1 else f"{name}: "
             raise RecipeError(head + "\n".join(mistakes))
         _check_distinct(runs, name)
-        runs = [replace(run, title=title) for run, title in zip(runs, titles(runs), strict=True)]
+        titled = [replace(run, title=title) for run, title in zip(runs, titles(runs), strict=True)]
         bank = values.get("bank", False)
         if not isinstance(bank, bool):
             raise RecipeError(f"{name}: bank is {bank!r}; expected true or false")
         if bank:
-            check_bank(runs, name)
-        return cls(_stem(name), tuple(runs), base, bank)
+            check_bank(titled, name)
+        return cls(_stem(name), tuple(_with_places(titled, name)), base, bank)
 
 
 class _Grid:
@@ -361,7 +363,7 @@ def _recipe(base: dict[str, Any], settings: Mapping[str, Any], seed: int | None)
             surgery["seed"] = seed
             if isinstance(model, dict) and model.get("init_from"):
                 del surgery["seed"]  # the seed is that of the file
-    recipe = with_seed(Recipe.parse(values))
+    recipe = with_first_file(Recipe.parse(values))
     return recipe.model_copy(update={"data": recognised(recipe.data)})
 
 
@@ -382,6 +384,25 @@ def _check_distinct(runs: Sequence[Run], name: str) -> None:
         if other is not run:
             same = "is there twice" if str(run) == str(other) else f"is the same run as {other}"
             raise RecipeError(f"{name}: {run} {same}; remove one of them")
+
+
+def _with_places(runs: Sequence[Run], name: str) -> Iterator[Run]:
+    """Yield the runs, each with a file of its own in the repository on the Hub that it is pushed to."""
+    seen: set[Any] = set()
+    for run in runs:
+        if (hub := run.recipe.hub) is None:
+            yield run
+            continue
+        if hub.path is None:
+            path = f"{'-'.join(filter(None, [run.title, run.name]))}.popup.safetensors"
+            hub = hub.model_copy(update={"path": path})
+        place = hub.repo, hub.revision, hub.path
+        if place in seen:
+            raise RecipeError(
+                f"{name}: hub.path is {hub.path!r} for several runs; remove it, and each run goes to a file of its own"
+            )
+        seen.add(place)
+        yield replace(run, recipe=run.recipe.model_copy(update={"hub": hub}))
 
 
 def _settings(values: Mapping[str, Any]) -> list[str]:
