@@ -3,12 +3,12 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
     ModelWrapValidatorHandler,
     PlainValidator,
@@ -26,25 +26,22 @@ from ..models.pretrained import with_tag
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
+from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
 from .expected import shown
 from .keys import Key
+from .mistakes import Missing, validated
 from .overrides import override
 from .schedule import rates
-from .sentences import Missing, validated
+from .sections import STRICT, Hub, LotteryTicket, Share, hub_section
 from .yaml import read_yaml
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-_S = TypeVar("_S", bound=_Section)
+    model_config = STRICT
 
 
 class Model(_Section):
@@ -56,13 +53,17 @@ class Model(_Section):
         kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
             of weights.
-        init_from: a popup artifact to start from. The run takes its seed, and scores that begin with its mask. With
-            `surgery: none`, it takes the weights and trains those that take part.
+        init_from: a popup artifact to start from, as a file or an address on the Hub such as `hf://user/repo`. The run
+            takes its seed, and scores that begin with its mask. With `surgery: none`, it takes the weights and trains
+            those that take part.
+        init_commit: the commit that an address in `init_from` stands for. A run fills it in when it begins, so that it
+            resumes with the same file, whatever is pushed to the Hub meanwhile.
     """
 
     name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
     pretrained: bool | str = False
     init_from: str | None = None
+    init_commit: Annotated[str | None, AfterValidator(commit), Key(affects_result=False)] = None
     kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
 
     @model_validator(mode="before")
@@ -135,15 +136,6 @@ class Surgery(_Section):
             raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
             raise Missing(SHARES)
-        return value
-
-    @field_validator("encoding")
-    @classmethod
-    def _for_a_file_of_masks(cls, value: str, info: ValidationInfo) -> str:
-        """Check that the run's file has masks, if the key says how they are stored."""
-        learner = info.data.get("learner")
-        if value != "bitpack" and learner is not None and get_learner(learner).learns_weights:
-            raise ValueError(f"expected bitpack; {learner} trains the weights, so that the run's file has no masks")
         return value
 
 
@@ -294,26 +286,6 @@ class Training(_Section):
         return self
 
 
-class LotteryTicket(_Section):
-    """Iterative magnitude pruning with rewinding of a dense network (Frankle and Carbin, 2019).
-
-    Attributes:
-        k: share of each layer's weights that is kept in the end.
-        rounds: number of prunings, each by the same share. The first comes after `training.epochs` epochs. After each
-            pruning, the network is trained for `training.epochs` less `rewind_epoch` epochs.
-        rewind_epoch: after each pruning, the remaining weights return to their values after this many epochs of the
-            first training; 0 is the start.
-    """
-
-    k: Share
-    rounds: Annotated[int, Field(ge=1, le=1000)]
-    rewind_epoch: Annotated[int, Field(ge=0)] = 0
-
-    def epochs(self, epochs: int) -> int:
-        """Return the epochs of the whole run, if one training has `epochs`."""
-        return epochs + self.rounds * (epochs - self.rewind_epoch)
-
-
 class Recipe(_Section):
     """Everything that decides a run: network, surgery (`none` trains the network densely), data and training.
 
@@ -328,6 +300,7 @@ class Recipe(_Section):
     lottery_ticket: LotteryTicket | None = None
     data: Data = Data()
     training: Training
+    hub: Annotated[Hub | None, BeforeValidator(hub_section), Key(affects_result=False, affects_speed=False)] = None
 
     @model_validator(mode="after")
     def _weights(self) -> "Recipe":
@@ -361,6 +334,12 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _artifact(self) -> "Recipe":
+        if self.hub is not None and (self.surgery == "none" or get_learner(self.surgery.learner).learns_weights):
+            raise ValueError("hub is there, and the run ends with dense weights; only artifacts are pushed: remove hub")
+        return self
+
+    @model_validator(mode="after")
     def _ticket(self) -> "Recipe":
         """Check that a lottery ticket's network is dense, and that it rewinds to an epoch of its training."""
         if (ticket := self.lottery_ticket) is not None:
@@ -384,7 +363,7 @@ class Recipe(_Section):
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
         """Build a recipe from plain values. A `RecipeError` lists all mistakes."""
-        return _validated(cls, values, name)
+        return validated(cls, values, name)
 
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
@@ -422,17 +401,8 @@ def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> 
     overrides = list(overrides)
     if other := [setting for setting in overrides if not setting.startswith("data.")]:
         raise RecipeError(f"--set {other[0]!r} is not a key of the data section; expected data.key=value")
-    return _validated(_DataOnly, override({"data": section}, overrides), name).data
+    return validated(_DataOnly, override({"data": section}, overrides), name).data
 
 
 class _DataOnly(_Section):
     data: Data
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
-}  # fmt: skip
-
-
-def _validated(cls: type[_S], values: Any, name: str) -> _S:
-    return validated(cls, values, name, {"": Recipe, **_SECTIONS})
