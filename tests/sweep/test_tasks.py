@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from popup_surgery import ConversionError, MaskBank, PopupError, RecipeError, RunError, Stopped, evaluate, inspect
+from popup_surgery import ConversionError, MaskBank, PopupError, RecipeError, RunError, evaluate, inspect
 from popup_surgery.config.catalog import find, shipped_sweeps
+from popup_surgery.errors import Stopped
 from popup_surgery.sweep import Outcome, State, Sweep, evaluate_bank, execute
 from support import GREY, Here, joined, opened
 
