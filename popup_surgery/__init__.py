@@ -20,8 +20,8 @@ _HOMES = {
     "bank.combine": ("combine",),
     "config": ("Recipe",),
     "errors": (
-        "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
-        "RecipeError", "RunError", "UnknownName",
+        "ArtifactError", "ConversionError", "DataError", "HubError", "MaskedWeightError", "NothingToConvert",
+        "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.results": ("Result",),
@@ -35,6 +35,9 @@ _HOMES = {
     "masking.planning": ("plan",),
     "models.architecture": ("Architecture",),
     "models.build": ("build",),
+    "sharing.card": ("model_card",),
+    "sharing.listing": ("Listing", "list_repo"),
+    "sharing.push": ("Pushed", "push_to_hub"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
         ArtifactError,
         ConversionError,
         DataError,
+        HubError,
         MaskedWeightError,
         NothingToConvert,
         PopupError,
@@ -69,6 +73,9 @@ if TYPE_CHECKING:
     from .masking.planning import plan
     from .models.architecture import Architecture
     from .models.build import build
+    from .sharing.card import model_card
+    from .sharing.listing import Listing, list_repo
+    from .sharing.push import Pushed, push_to_hub
 
 
 install()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, TensorSpec, read_manifest
 from .rebuild import Packed, masks_digest, tensors_digest
+
+if TYPE_CHECKING:
+    from ..hub.files import HubFile
 
 LIMIT = 1 << 33  # weights whose masks are decoded without a network to compare them with
 Parts = dict[str, tuple[Stored, memoryview]]
@@ -59,7 +63,7 @@ class Contents:
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming(path: object) -> Iterator[None]:
     """Context manager: put the file's name in front of an `ArtifactError`."""
     try:
         yield
@@ -68,7 +72,7 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: {text[:1000]}{'…' if len(text) > 1000 else ''}") from error.__cause__
 
 
-def read_front(path: str | Path) -> tuple[Container, Manifest]:
+def read_front(path: "str | Path | HubFile") -> tuple[Container, Manifest]:
     """Read and check a file's header and manifest, also against each other. The tensors stay unread."""
     with open_file(path) as file:
         container = read_header(file)

@@ -226,15 +226,17 @@ class MaskBank:
     def infer(self, images: Tensor, *, how: str | None = None) -> Inference:
         """Find out which task a batch of images belongs to, from the network's certainty alone.
 
-        SupSup (Wortsman et al., NeurIPS 2020, section 3.3): all masks are averaged, heads, norms and statistics too,
-        and the gradient of the outputs' entropy says which mask's share should grow. The network afterwards has the
-        weights that it had before. Call it for each image alone if a batch has images of several tasks.
+        SupSup (Wortsman et al., NeurIPS 2020, section 3.3): all masks are averaged, heads and norms too, and the
+        gradient of the outputs' entropy says which mask's share should grow. Batch norms take their statistics from the
+        images meanwhile. The network afterwards has the weights that it had before. Call it for each image alone if a
+        batch has images of several tasks.
 
         Args:
             images: as the network takes them, the batch first, all of one task.
             how: `one_step` takes the task whose share lowers the entropy most. `halving` drops half of the tasks at a
                 time. `each` runs every task, and takes the one whose entropy is lowest, relative to the logarithm of
-                its number of classes. Default: `halving`, or `each` where heads have several shapes.
+                its number of classes. Default: `halving`, or `each` where heads have several shapes, or for fewer than
+                32 images if the network has batch norms.
 
         Raises:
             ConversionError: there is no task; there is no such `how`; the tasks cannot be averaged; the network returns

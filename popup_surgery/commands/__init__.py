@@ -18,13 +18,16 @@ from ..signals import command
 from ..typer_compat import UsageError
 from . import (
     bank,
+    card,
     combine,
     convert,
     diff,
     evaluate,
     export,
     inspect,
+    list_,
     predict,
+    push,
     recipes,
     repack,
     reproduce,
@@ -81,11 +84,14 @@ for each in (
     combine,
     export,
     repack,
+    push,
+    list_,
+    card,
     recipes,
     zoo,
 ):
     text, _, example = (each.run.__doc__ or "").partition("\b")
-    name = each.__name__.rsplit(".", 1)[-1]
+    name = each.__name__.rsplit(".", 1)[-1].removesuffix("_")
     app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(with_import(each.run))
 
 

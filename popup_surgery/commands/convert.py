@@ -31,6 +31,13 @@ LearnerOption = Annotated[
         "and no --k."
     ),
 ]
+IncludeOption = Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
+]
+EncodingOption = Annotated[
+    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
+]
 TrainOption = Annotated[
     list[str] | None,
     typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
@@ -58,19 +65,15 @@ def run(
     ] = SCOPE,
     others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
     norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
-    include: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
-    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Height and width of its images, for networks that need it.")
     ] = None,
-    encoding: Annotated[
-        str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
-    ] = "bitpack",
+    encoding: EncodingOption = "bitpack",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
     ] = None,

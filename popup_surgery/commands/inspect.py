@@ -1,15 +1,14 @@
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from .shared import show
+from .shared import File, a_file, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     json_: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Print what an artifact says about itself, without building anything.

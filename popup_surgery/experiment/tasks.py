@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..artifact import Artifact
 from ..bank import MaskBank
+from ..config.schema import Data
 from ..data.batches import Batches, Progress, quiet
 from ..errors import ArtifactError, ConversionError, PopupError
 from ..training.evaluation import accuracy_of
@@ -85,6 +87,7 @@ def evaluate_tasks(
     files: Mapping[str, str | Path | Artifact],
     *,
     base: nn.Module | str | Path | None = None,
+    data: Mapping[str, Data] = MappingProxyType({}),
     data_dir: str | Path | None = None,
     how: str | None = None,
     strict: bool = True,
@@ -99,6 +102,7 @@ def evaluate_tasks(
     Args:
         files: popup artifacts by the names of their tasks. The first gives the network and the base.
         base: for masks on pretrained weights: the network or the file that has these weights. Default: the library's.
+        data: the data sets of tasks, in place of those that their files name.
         data_dir: folder of all data sets. Default: where each is by itself.
         how: as for `infer`.
         strict: raise an error for a file that cannot be used. Otherwise the table says why.
@@ -130,7 +134,9 @@ def evaluate_tasks(
         results[name] = TaskResult(name, kept, problem=problems.get(name, ""))
         if bank is not None and name in bank:
             try:
-                results[name] = _measure(bank, name, opened, kept, data_dir, how, hows, progress)
+                results[name] = _measure(
+                    bank, name, opened, kept, data_of(opened[name], data.get(name), data_dir), how, hows, progress
+                )
             except PopupError as error:
                 if strict:
                     raise
@@ -143,13 +149,12 @@ def _measure(
     name: str,
     files: Mapping[str, Artifact],
     kept: float | None,
-    data_dir: str | Path | None,
+    data: Data,
     how: str | None,
     hows: set[str],
     progress: Progress,
 ) -> TaskResult:
     """Return the row of one task, and add the way in which its task was inferred to `hows`."""
-    data = data_of(files[name], None, data_dir)
     with bank.using(name) as network:
         batches = open_for(network, data, progress, train=False, classes=class_names(files[name]))
         accuracy, images = accuracy_of(network, batches.validation(), nullcontext)
