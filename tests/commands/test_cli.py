@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 
 import popup_surgery
 from popup_surgery import build, convert, load, save
-from popup_surgery.config.catalog import find, shipped
+from popup_surgery.config.catalog import find, shipped, shipped_sweeps
 from support import PATIENCE, slow_except, write_digit
 
 COMMANDS = (
@@ -433,7 +433,7 @@ def test_export_onto_the_artifact_itself(cli: Cli, artifact: Path) -> None:
 
 
 def test_recipes_are_listed_shown_and_copied(cli: Cli, tmp_path: Path) -> None:
-    assert cli("recipes").out.split() == shipped()
+    assert cli("recipes").out.split() == shipped() + shipped_sweeps()
     assert cli("recipes", "cifar10/conv6").out == find("cifar10/conv6").read_text()
     copy = tmp_path / "mine.yaml"
     assert cli("recipes", "digits", "-o", copy).status == 0
