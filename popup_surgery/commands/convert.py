@@ -9,6 +9,8 @@ from ..masking.settings import DEFAULT, OF_PRETRAINED
 from .shared import busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..masking.plan import Plan
 
 
@@ -28,6 +30,13 @@ LearnerOption = Annotated[
         help=f"How the mask is learned; default: {DEFAULT.learner.value}, or {OF_PRETRAINED} with --scheme pretrained "
         "and no --k."
     ),
+]
+IncludeOption = Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
+]
+EncodingOption = Annotated[
+    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
 ]
 TrainOption = Annotated[
     list[str] | None,
@@ -56,16 +65,15 @@ def run(
     ] = SCOPE,
     others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
     norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
-    include: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
-    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
     train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Height and width of its images, for networks that need it.")
     ] = None,
+    encoding: EncodingOption = "bitpack",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
     ] = None,
@@ -95,7 +103,14 @@ def run(
     }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
-        planned = _convert(arch, _without_none(kwargs), weights, _without_none(given), None if dry_run else file)
+        from ..codecs import get_codec
+
+        get_codec(encoding)
+        planned, converted = _convert(arch, _without_none(kwargs), weights, _without_none(given), dry_run)
+        if converted is not None:
+            from ..artifact import save
+
+            save(converted, file, encoding=encoding)
     if json_:
         print(planned.to_json(indent=2))
     elif dry_run:
@@ -109,10 +124,9 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(
-    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], file: Path | None
-) -> "Plan":
-    """Convert a network and write it to `file`; without `file` only plan. Returns the plan."""
-    from ..artifact import save
+    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], dry_run: bool
+) -> "tuple[Plan, nn.Module | None]":
+    """Convert a network, or only plan that. Returns the plan, and the network if it was converted."""
     from ..masking.convert import convert_as_given, seeded
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
@@ -133,8 +147,7 @@ def _convert(
         )
     with seeded(given["seed"]):
         model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-    if file is None:
-        return plan_as_given(model or build_meta(architecture), given)
+    if dry_run:
+        return plan_as_given(model or build_meta(architecture), given), None
     converted, planned = convert_as_given(model or architecture, given)
-    save(converted, file)
-    return planned
+    return planned, converted

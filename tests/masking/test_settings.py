@@ -36,7 +36,8 @@ def test_a_signature_shows_every_argument_with_its_default(verb: Callable[..., A
 
 
 def test_the_recipe_and_the_command_have_the_same_defaults() -> None:
-    assert Surgery.model_fields.keys() == DEFAULTS.keys()
+    assert Surgery.model_fields.keys() == DEFAULTS.keys() | {"encoding"}, "which is an argument of save"
+    assert Surgery.model_fields["encoding"].default == inspect.signature(run).parameters["encoding"].default
     options = inspect.signature(run).parameters
     for name, value in DEFAULTS.items():
         if name not in BY_LEARNER:
