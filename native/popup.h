@@ -1,9 +1,8 @@
-/* Read popup artifacts: the subnetwork of a random network, from a seed and one bit per weight. C99.
+/* Read popup artifacts, the subnetworks of random networks that docs/artifact-format.md describes. C99.
  *
- * Written from docs/artifact-format.md. It needs the C library and its maths alone, allocates nothing, and has no state:
- * all that it holds lies in `popup_file`, `popup_cursor` and the memory that the caller gives. Files are taken to be
- * hostile. Functions return POPUP_OK or an error; then `message` of the `popup_file` says in one sentence what is
- * wrong. One `popup_file` belongs to one thread at a time. Strings are UTF-8.
+ * It needs the C library and its maths alone, allocates nothing, and has no state: all that it holds is in `popup_file`,
+ * `popup_cursor` and the memory that the caller gives. Files are taken to be hostile. Functions return POPUP_OK or an
+ * error; then `message` says in a sentence what is wrong. One `popup_file` belongs to one thread at a time.
  *
  *     popup_open(&file, popup_stdio, stream, size, memory, sizeof memory);  header, manifest, sizes: all but the data
  *     popup_check(&file, POPUP_LIMIT);                                      the data's digests
@@ -32,13 +31,9 @@ typedef enum {
 
 typedef enum { POPUP_MASKED, POPUP_GENERATED, POPUP_CONSTANT, POPUP_ALIAS, POPUP_STORED } popup_kind;
 
+/* POPUP_BASE: pretrained weights, which the file does not have. Only their mask can be read. */
 typedef enum {
-    POPUP_SIGNED_CONSTANT,
-    POPUP_UNSIGNED_CONSTANT,
-    POPUP_NORMAL,
-    POPUP_UNIFORM,
-    POPUP_BASE, /* pretrained weights, which the file does not have: only the mask can be read */
-    POPUP_NOT_DRAWN
+    POPUP_SIGNED_CONSTANT, POPUP_UNSIGNED_CONSTANT, POPUP_NORMAL, POPUP_UNIFORM, POPUP_BASE, POPUP_NOT_DRAWN
 } popup_distribution;
 
 /* How elements are written. A masked tensor is 0 where its mask is. */
@@ -52,23 +47,21 @@ typedef enum {
 
 /* One entry of the network's state_dict. */
 typedef struct popup_tensor {
-    const char *name; /* `name_size` bytes and a NUL */
+    const char *name; /* UTF-8: `name_size` bytes and a NUL */
     size_t name_size;
     popup_kind kind;
     popup_distribution distribution;
     const char *dtype;                 /* as safetensors calls it; "" for an alias */
-    size_t element_size;               /* in bytes */
-    const uint64_t *shape;             /* `dimensions` sizes, at most 64 */
-    size_t dimensions;
-    uint64_t count;                    /* their product */
-    uint64_t kept;                     /* ones of the mask */
+    size_t element_size, dimensions;   /* bytes of an element; sizes of the shape, at most 64 */
+    const uint64_t *shape;
+    uint64_t count, kept;              /* elements; ones of the mask */
     float scale;                       /* of masked constants: the one magnitude of the weights; otherwise 0 */
     const struct popup_tensor *target; /* of an alias: the tensor that it is; otherwise NULL */
     /* private */
     const char *stream;
     size_t stream_size;
     double std;
-    uint64_t start, stop, value; /* bytes of a stored tensor or a mask in the data; a constant's element */
+    uint64_t start, stop, value; /* the bytes of a stored tensor or a mask, in the data; a constant's element */
     unsigned type;
     int range_coded;
 } popup_tensor;
@@ -77,39 +70,35 @@ typedef struct popup_tensor {
 typedef int popup_reader(void *from, uint64_t offset, void *to, size_t size);
 
 typedef struct {
-    char message[320];            /* what went wrong last */
-    const popup_tensor **tensors; /* the state_dict, `count` entries sorted by name */
-    size_t count;
-    const popup_tensor *masked; /* the masked ones, `masked_count`, in the manifest's order */
-    size_t masked_count;
-    const char *library, *architecture; /* the network's, such as "timm" and "resnet50" */
-    const char *provenance;             /* the manifest's free part, a JSON object of `provenance_size` bytes */
-    size_t provenance_size;
-    const char *base; /* the network whose pretrained weights the masks are for, or NULL */
+    char message[320];                         /* what went wrong last */
+    size_t count, masked_count, memory_used;   /* `memory_used` bytes of the caller's */
+    const popup_tensor **tensors;              /* the state_dict: `count` entries, sorted by name */
+    const popup_tensor *masked;                /* the `masked_count` masked ones, in the manifest's order */
+    const char *library, *architecture, *base; /* "timm", "resnet50"; the network that masks are on, or NULL */
     char base_sha256[65];
-    size_t memory_used; /* of the caller's */
+    const char *provenance; /* the manifest's free part: a JSON object of `provenance_size` bytes */
+    size_t provenance_size;
     /* private */
     popup_reader *read;
     void *from;
     char *memory, seed[24], digests[4][65];
     size_t memory_size, part_count;
-    uint64_t data, data_size;
+    uint64_t data;
     popup_tensor *parts;
     const popup_tensor **part_names;
     const float *quantiles;
 } popup_file;
 
-#define POPUP_LIMIT ((uint64_t)1 << 33) /* weights in all masks, for a caller who does not know how many to expect */
-
 /* Open a file of `size` bytes: check its header and manifest, and that all in them fits. No tensor is read.
  *
- * `memory` has to stay while the file is used. It takes the header (at most 16 MiB), about 250 bytes a tensor, and
- * 128 KiB if a distribution is normal. Where it is too small, the error is POPUP_MEMORY: try again with twice as much. */
+ * `memory` has to stay while the file is used. It takes the header (at most 16 MiB), about 300 bytes a tensor, and 128
+ * KiB if a distribution is normal. Where it is too small, the error is POPUP_MEMORY: try again with twice as much. */
 int popup_open(popup_file *file, popup_reader *read, void *from, uint64_t size, void *memory, size_t memory_size);
 
 /* Read all of the file, and check its masks, its stored tensors and their digests. Masks of more than `limit` weights
  * in all are refused: a coded one may have very many in very few bytes. */
 int popup_check(popup_file *file, uint64_t limit);
+#define POPUP_LIMIT ((uint64_t)1 << 33) /* for a caller who does not know how many weights to expect */
 
 /* Draw all masked weights, and check their digest. Those of a base are not at hand: refused. */
 int popup_verify(popup_file *file, uint64_t limit);
@@ -123,25 +112,24 @@ size_t popup_size(const popup_tensor *tensor, popup_format format, uint64_t coun
 /* Write a whole tensor into `size` bytes, which `popup_size` gives. Its mask is checked, but not its digest. */
 int popup_read(popup_file *file, const popup_tensor *tensor, popup_format format, void *buffer, size_t size);
 
-/* The same piece by piece, for a buffer smaller than a layer: `popup_begin`, and then each `popup_next` writes the next
- * `count` elements, a multiple of 64 or what is left. The whole is private. */
-typedef struct {
+typedef struct { /* private */
     uint64_t lower, range, point, offset, stop;
     uint8_t window[256];
-    size_t at, end;
-    unsigned missing;
+    size_t at, end, missing;
 } popup_coder;
 
-typedef struct {
+typedef struct { /* private */
     popup_file *file;
     const popup_tensor *tensor;
-    uint64_t position, ones, key[2], counter, words[4]; /* of the stream */
-    uint64_t gaps, gap, group; /* gaps that are to come, what is left of this one, and how many of its group are left */
-    unsigned word, digits;     /* of a gap: 0 if bytes are coded, or nothing */
-    popup_coder coders[5];
-    uint32_t symbols[5][257]; /* cumulative frequencies for each digit, or for bytes */
+    uint64_t position, ones, key[2], counter, words[4]; /* the last three are the stream's */
+    uint64_t gaps, gap, group;    /* gaps that are to come, what is left of this one, how many of its group are left */
+    unsigned word, digits;        /* digits of a gap; 0 if bytes are coded, or nothing */
+    popup_coder coders[5];        /* for each digit, or for bytes */
+    uint32_t symbols[5][257];     /* their cumulative frequencies */
 } popup_cursor;
 
+/* The same piece by piece, for a buffer smaller than a layer: `popup_begin`, and then each `popup_next` writes the next
+ * `count` elements, a multiple of 64 or what is left. A cursor has about 7 KiB. */
 int popup_begin(popup_cursor *cursor, popup_file *file, const popup_tensor *tensor);
 int popup_next(popup_cursor *cursor, popup_format format, void *buffer, uint64_t count);
 
