@@ -3,13 +3,13 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, new_file, show, size
+from .shared import Base, File, a_file, busy, new_file, show, size
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Dense safetensors file to write.")],
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    base: Base = None,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Write an artifact's network as a dense safetensors file for timm.create_model(…, checkpoint_path=…).
