@@ -13,10 +13,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from popup_surgery import ConversionError, DataError, bake, build, convert, evaluate, load, masks, sanity, save, train
+from popup_surgery import (
+    ConversionError,
+    DataError,
+    bake,
+    build,
+    convert,
+    evaluate,
+    inspect,
+    load,
+    masks,
+    sanity,
+    save,
+    train,
+)  # fmt: skip
 from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
 from popup_surgery.config.schema import Data
+from popup_surgery.sharing.sanity_table import SanityTable
 from support import ROOT
 
 # timm's readers hand out open files and leave the closing to the garbage collector
