@@ -20,7 +20,6 @@ from popup_surgery import (
     build,
     convert,
     evaluate,
-    inspect,
     load,
     masks,
     sanity,
@@ -30,7 +29,6 @@ from popup_surgery import (
 from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
 from popup_surgery.config.schema import Data
-from popup_surgery.sharing.sanity_table import SanityTable
 from support import ROOT
 
 # timm's readers hand out open files and leave the closing to the garbage collector
