@@ -65,8 +65,12 @@ def weights_of_features(network: str, dense: Path, folder: Path) -> Path:
 
 
 def sizes(file: Path) -> dict[str, int]:
-    """Return the bytes of a file as it is."""
-    return {"file": file.stat().st_size}
+    """Return the bytes of a file, by the encoding of its masks."""
+    if not file.name.endswith(".popup.safetensors"):
+        return {"dense": file.stat().st_size}
+    coded = file.with_suffix(".coded")
+    ps.repack(file, coded, encoding="range_coded")
+    return {"bitpack": file.stat().st_size, "range_coded": coded.stat().st_size}
 
 
 def probe(values: dict[str, Any], weights: Path) -> float:
