@@ -107,7 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fashion", help="folder with FashionMNIST/raw in it")
     parser.add_argument("--network", default="timm/resnet10t")
     parser.add_argument("--base", type=Path, help="weights of an earlier dense run to start from")
-    parser.add_argument("--base-epochs", type=int, default=4)
+    parser.add_argument("--base-epochs", type=int, default=6)
     parser.add_argument("--keep-base", type=Path, help="file to copy the base's weights to")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=2000, help="of the task, to train with")
