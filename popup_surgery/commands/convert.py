@@ -37,6 +37,10 @@ TrainOption = Annotated[
     list[str] | None,
     typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
 ]
+ImgSizeOption = Annotated[int | None, typer.Option(help="Height and width of its images, for networks that need it.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
+]
 SCOPE, OTHERS, NORM = Scope(DEFAULT.scope.value), Rest(DEFAULT.others.value), Rest(DEFAULT.norm.value)
 
 
@@ -65,13 +69,9 @@ def run(
     train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
-    img_size: Annotated[
-        int | None, typer.Option(help="Height and width of its images, for networks that need it.")
-    ] = None,
+    img_size: ImgSizeOption = None,
     encoding: EncodingOption = "bitpack",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
-    ] = None,
+    output: OutputOption = None,
     dry_run: Annotated[bool, typer.Option(help="Print the whole plan and write nothing.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
