@@ -256,8 +256,8 @@ static uint64_t narrow(unsigned type, float value) {
     rest &= 2 * half - 1;
     rounded += rest > half || (rest == half && rounded & 1);
     rounded += (uint32_t)(place - 1) << m;
-    uint32_t infinity = (((1u << e) - 1) << m) + (e == 4 ? 7 : 0); /* F8_E4M3 has NaN alone, which is all ones */
-    return (rounded < infinity ? rounded : infinity) | bits >> 31 << (e + m);
+    uint32_t most = (((1u << e) - 1) << m) + (e == 4 ? 6 : 0); /* infinity; F8_E4M3 has none, but 448 */
+    return (rounded < most ? rounded : most) | bits >> 31 << (e + m);
 }
 
 /* Return the value of an element of a floating type of at most 32 bits. */
