@@ -15,7 +15,7 @@ from ..errors import ConversionError, PopupError, unknown
 from .base import open_base
 from .heads import Heads, put
 from .inference import Inference, Mixing
-from .parts import Part, Whole
+from .parts import Part
 from .tasks import Task, read_task
 
 
@@ -201,6 +201,8 @@ class MaskBank:
             UnknownName: there is no such task.
             ConversionError: there are not as many names as images, or the network returns something else than a tensor.
         """
+        if not isinstance(images, Tensor):
+            raise ConversionError(f"images is a {type(images).__name__}; expected one tensor, the batch first")
         names = [tasks] * len(images) if isinstance(tasks, str) else list(tasks)
         if len(names) != len(images):
             raise ConversionError(f"there are {len(names)} tasks for {len(images)} images; expected one for each")
@@ -252,13 +254,12 @@ class MaskBank:
         heads = {id(task.heads): task.heads for task in self._tasks.values()}.values()
         modules = [self._base.core, *(layer for each in heads for layer in each.layers.values())]
         tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-        base = {id(source): source.nbytes for source in self._base.sources.values()}
-        held = {id(getattr(source, "values", source)) for source in self._base.sources.values()}
-        rest = [p for p in self._base.parts.values() if isinstance(p, Whole) and id(p.values) not in held]
+        sources = self._base.sources
+        rest = {id(part): part for name, part in self._base.parts.items() if name not in sources}
         sizes = {name: task.nbytes for name, task in self._tasks.items()}
         return Memory(
             network=sum(tensor.nbytes for tensor in tensors.values()),
-            base=sum(base.values()) + sum(part.nbytes for part in rest),
+            base=sum(source.nbytes for source in sources.values()) + sum(part.nbytes for part in rest.values()),
             masks={name: masks for name, (masks, _) in sizes.items()},
             own={name: own for name, (_, own) in sizes.items()},
         )

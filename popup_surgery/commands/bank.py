@@ -8,7 +8,9 @@ from .shared import busy, progress, show
 
 
 def run(
-    folder: Annotated[str, typer.Argument(help="A folder of popup artifacts, or of runs' folders.")],
+    folder: Annotated[
+        str, typer.Argument(help="A folder of popup artifacts, or of runs' folders; or a repository, hf://user/repo.")
+    ],
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the masks.")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
     how: Annotated[

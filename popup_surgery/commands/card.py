@@ -2,11 +2,11 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, printable
+from .shared import File, a_file, busy, printable
 
 
 def run(
-    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     repo: Annotated[
         str | None, typer.Option(help="The repository user/name that the lines which load the file name.")
     ] = None,

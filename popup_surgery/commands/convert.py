@@ -6,7 +6,7 @@ import typer
 
 from ..errors import ConversionError, PopupError
 from ..masking.settings import DEFAULT, OF_PRETRAINED
-from .shared import busy, new_file, refuse_file, show, size
+from .shared import EncodingOption, busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -34,9 +34,6 @@ LearnerOption = Annotated[
 IncludeOption = Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")]
 ExcludeOption = Annotated[
     list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
-]
-EncodingOption = Annotated[
-    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
 ]
 TrainOption = Annotated[
     list[str] | None,

@@ -13,7 +13,19 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from popup_surgery import ConversionError, DataError, bake, build, convert, evaluate, load, masks, sanity, save, train
+from popup_surgery import (
+    ConversionError,
+    DataError,
+    bake,
+    build,
+    convert,
+    evaluate,
+    load,
+    masks,
+    sanity,
+    save,
+    train,
+)  # fmt: skip
 from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
 from popup_surgery.config.schema import Data
