@@ -8,7 +8,6 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
 #pragma STDC FP_CONTRACT OFF /* each product is rounded on its own; GCC needs -ffp-contract=off, or -std=c99 */
 
 #define CODED_LIMIT ((uint64_t)1 << 40) /* weights of one coded mask: `big` has room for fewer */
@@ -18,7 +17,6 @@
 #define REFUSE(what, ...) do { if (what) return INVALID(__VA_ARGS__); } while (0)
 #define TAKE(to, count) do { if (!((to) = take(file, count, sizeof *(to)))) return POPUP_MEMORY; } while (0)
 #define TRY(call) do { int code_ = (call); if (code_) return code_; } while (0)
-
 enum { MANIFEST, MASKS, TENSORS, WEIGHTS }; /* the digests */
 enum { HEADER_LIMIT = 16 << 20, MANIFEST_LIMIT = 8 << 20, PROBE_LIMIT = 4 << 20 };
 
@@ -211,20 +209,24 @@ static int make_quantiles(popup_file *file) {
     return fail(file, POPUP_UNSUPPORTED, NULL, "this machine's logarithm gives other normal quantiles than the format");
 }
 
-/* Draw n of at most 64 values, in float32. */
-static void draw(popup_cursor *cursor, float *values, unsigned n) {
+/* Draw n of at most 64 values in float32, of which those that the mask drops are 0. */
+static void draw(popup_cursor *cursor, float *values, uint64_t mask, unsigned n) {
     const popup_tensor *tensor = cursor->tensor;
     const float s = (float)tensor->std, bound = (float)(tensor->std * ROOT3), *quantiles = cursor->file->quantiles;
     uint64_t word = tensor->distribution == POPUP_SIGNED_CONSTANT ? next_word(cursor) : UINT64_MAX;
-    for (unsigned i = 0; i < n; i++)
-        if (tensor->distribution == POPUP_NORMAL) {
-            word = i % 4 ? word >> 16 : next_word(cursor);
+    if (tensor->distribution == POPUP_NORMAL)
+        for (unsigned i = 0; i < n; i++, word >>= 16) {
+            word = i % 4 ? word : next_word(cursor);
             values[i] = s * (word & 0x8000 ? -quantiles[~word & 0x7FFF] : quantiles[word & 0x7FFF]);
-        } else if (tensor->distribution == POPUP_UNIFORM) {
-            word = i % 2 ? word >> 32 : next_word(cursor);
+        }
+    else if (tensor->distribution == POPUP_UNIFORM)
+        for (unsigned i = 0; i < n; i++, word >>= 32) {
+            word = i % 2 ? word : next_word(cursor);
             values[i] = bound * ((float)(2 * (int32_t)(word >> 8 & 0xFFFFFF) + 1 - (1 << 24)) * 0x1p-24f);
-        } else
-            values[i] = bits_float(float_bits(s) | (uint32_t)(~word >> i & 1) << 31);
+        }
+    else
+        for (unsigned i = 0; i < n; i++) values[i] = bits_float(float_bits(s) | (uint32_t)(~word >> i & 1) << 31);
+    for (unsigned i = 0; i < n; i++) values[i] = bits_float(float_bits(values[i]) & -(uint32_t)(mask >> i & 1));
 }
 
 /* ---- dtypes ---- */
@@ -925,31 +927,28 @@ static int next_mask(popup_cursor *cursor, unsigned n, uint64_t *mask) {
 
 /* Write n of at most 64 elements. */
 static int write_elements(popup_cursor *cursor, popup_format format, uint64_t mask, unsigned n, uint8_t *to) {
-    popup_file *file = cursor->file;
     const popup_tensor *tensor = cursor->tensor;
     size_t size = tensor->element_size;
     uint8_t stored[64 * 8];
     float values[64] = {0};
     if (format == POPUP_MASK) return store_le(to, mask, (n + 7) / 8), POPUP_OK;
     if (tensor->kind == POPUP_STORED)
-        TRY(read_at(file, file->data + tensor->start + cursor->position * size, stored, n * size));
-    else if (tensor->kind != POPUP_CONSTANT) draw(cursor, values, n);
-    for (unsigned i = 0; i < n; i++) {
-        float value = mask >> i & 1 ? values[i] : 0;
-        int ternary = (value > 0) - (value < 0);
-        if (format == POPUP_INT8) to[i] = (uint8_t)ternary;
-        else if (format == POPUP_2BIT)
-            to[i / 4] = (uint8_t)((i % 4 ? to[i / 4] : 0) | (ternary + 1) << i % 4 * 2);
-        else {
-            uint64_t bits = tensor->kind == POPUP_STORED   ? load_le(stored + i * size, size)
-                          : tensor->kind == POPUP_CONSTANT ? tensor->value : narrow(tensor->type, value);
-            if (format == POPUP_BYTES) store_le(to + i * size, bits, size);
-            else {
-                value = size < 8 ? widen(tensor->type, bits) : value;
-                memcpy(to + 4 * i, &value, 4);
-            }
+        TRY(read_at(cursor->file, cursor->file->data + tensor->start + cursor->position * size, stored, n * size));
+    else if (tensor->kind != POPUP_CONSTANT) draw(cursor, values, mask, n);
+    if (format == POPUP_INT8)
+        for (unsigned i = 0; i < n; i++) to[i] = (uint8_t)((values[i] > 0) - (values[i] < 0));
+    else if (format == POPUP_2BIT)
+        for (unsigned i = 0; i < n; i++)
+            to[i / 4] = (uint8_t)((i % 4 ? to[i / 4] : 0) | (1 + (values[i] > 0) - (values[i] < 0)) << i % 4 * 2);
+    else if (format == POPUP_F32 && size == 4 && tensor->kind <= POPUP_GENERATED) memcpy(to, values, 4 * n);
+    else
+        for (unsigned i = 0; i < n; i++) {
+            uint64_t bits = tensor->kind == POPUP_STORED ? load_le(stored + i * size, size)
+                : tensor->kind == POPUP_CONSTANT ? tensor->value : narrow(tensor->type, values[i]);
+            if (format == POPUP_F32 && size < 8) values[i] = widen(tensor->type, bits);
+            if (format == POPUP_F32) memcpy(to + 4 * i, values + i, 4);
+            else store_le(to + i * size, bits, size);
         }
-    }
     return POPUP_OK;
 }
 
