@@ -22,6 +22,7 @@ _HOMES = {
         "RecipeError", "RunError", "UnknownName",
     ),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
+    "experiment.export": ("Exported", "export"),
     "experiment.results": ("Result",),
     "experiment.train": ("train",),
     "learners": ("sampled",),
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
         UnknownName,
     )
     from .experiment.evaluate import Evaluation, evaluate, predict
+    from .experiment.export import Exported, export
     from .experiment.results import Result
     from .experiment.train import train
     from .learners import sampled

@@ -17,7 +17,7 @@ ROWS = (
     ("models", "learners", "codecs"),
     ("masking",),
     ("artifact", "config"),
-    ("data",),
+    ("data", "exporting"),
     ("training",),
     ("experiment",),
     ("analysis",),

@@ -8,7 +8,7 @@ from .shared import busy, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact, or dense weights, that train wrote.")],
+    artifact: Annotated[Path, typer.Argument(help="A popup artifact that train wrote, or an export of it.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
 ) -> None:
