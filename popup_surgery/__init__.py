@@ -15,15 +15,18 @@ __version__ = "0.1.0"
 _HOMES = {
     "analysis.overlap": ("LayerOverlap", "Overlap", "overlap"),
     "analysis.sanity": ("Sanity", "sanity"),
-    "artifact": ("Artifact", "inspect", "load", "masks", "save", "start_from", "verify"),
+    "artifact": ("Artifact", "inspect", "load", "masks", "repack", "save", "start_from", "verify"),
+    "bank": ("Inference", "MaskBank"),
+    "bank.combine": ("combine",),
     "config": ("Recipe",),
     "errors": (
-        "ArtifactError", "ConversionError", "DataError", "MaskedWeightError", "NothingToConvert", "PopupError",
-        "RecipeError", "RunError", "UnknownName",
+        "ArtifactError", "ConversionError", "DataError", "HubError", "MaskedWeightError", "NothingToConvert",
+        "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.export": ("Exported", "export"),
     "experiment.results": ("Result",),
+    "experiment.tasks": ("TaskResult", "TaskTable", "evaluate_tasks"),
     "experiment.train": ("train",),
     "learners": ("sampled",),
     "masking.bake": ("bake",),
@@ -33,6 +36,9 @@ _HOMES = {
     "masking.planning": ("plan",),
     "models.architecture": ("Architecture",),
     "models.build": ("build",),
+    "sharing.card": ("model_card",),
+    "sharing.listing": ("Listing", "list_repo"),
+    "sharing.push": ("Pushed", "push_to_hub"),
 }  # fmt: skip
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = sorted(_HOME)
@@ -40,12 +46,15 @@ __all__ = sorted(_HOME)
 if TYPE_CHECKING:
     from .analysis.overlap import LayerOverlap, Overlap, overlap
     from .analysis.sanity import Sanity, sanity
-    from .artifact import Artifact, inspect, load, masks, save, start_from, verify
+    from .artifact import Artifact, inspect, load, masks, repack, save, start_from, verify
+    from .bank import Inference, MaskBank
+    from .bank.combine import combine
     from .config import Recipe
     from .errors import (
         ArtifactError,
         ConversionError,
         DataError,
+        HubError,
         MaskedWeightError,
         NothingToConvert,
         PopupError,
@@ -56,6 +65,7 @@ if TYPE_CHECKING:
     from .experiment.evaluate import Evaluation, evaluate, predict
     from .experiment.export import Exported, export
     from .experiment.results import Result
+    from .experiment.tasks import TaskResult, TaskTable, evaluate_tasks
     from .experiment.train import train
     from .learners import sampled
     from .masking.bake import bake
@@ -65,6 +75,9 @@ if TYPE_CHECKING:
     from .masking.planning import plan
     from .models.architecture import Architecture
     from .models.build import build
+    from .sharing.card import model_card
+    from .sharing.listing import Listing, list_repo
+    from .sharing.push import Pushed, push_to_hub
 
 
 install()

@@ -28,6 +28,10 @@ class ArtifactError(PopupError, ValueError):
     """A file is not a popup artifact, is damaged, or does not belong to the given network."""
 
 
+class HubError(PopupError, RuntimeError):
+    """A repository or file on the Hugging Face Hub cannot be read or written; the message says what to do."""
+
+
 class RecipeError(PopupError, ValueError):
     """A recipe has unknown keys or bad values. The message lists all of them."""
 

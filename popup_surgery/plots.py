@@ -50,6 +50,27 @@ def draw_masks(
     write_figure(figure, path)
 
 
+def draw_mask(path: Path, title: str, names: Sequence[str], density: Sequence[float], piece: Any, what: str) -> None:
+    """Draw the share of weights that each layer keeps, and beside it a piece of a mask, as a PNG.
+
+    Args:
+        density: for each layer, the share of its weights that is kept, 0 … 1.
+        piece: bool [rows, columns]; kept weights are dark.
+        what: says which piece it is.
+    """
+    figure, (shares, picture) = canvas(8, 3.2, panels=2, share=False)
+    places = range(len(names))
+    shares.bar(places, [100 * share for share in density], color="#0072b2", width=0.8)
+    step = -(-len(names) // 24)
+    shares.set_xticks(places[::step], names[::step], rotation=60, ha="right", fontsize=6)
+    shares.set(ylabel="weights kept (%)", ylim=(0, 105), title=title)
+    shares.grid(axis="y", alpha=0.3)
+    picture.imshow(piece, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    picture.set(xticks=[], yticks=[])
+    picture.set_xlabel(what, fontsize=8)
+    write_figure(figure, path)
+
+
 @dataclass(frozen=True)
 class Group:
     """Accuracies, 0 … 1, of networks that have something in common.
@@ -118,13 +139,13 @@ def draw_groups(path: Path, title: str, groups: Sequence[Group]) -> None:
     write_figure(figure, path)
 
 
-def canvas(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
-    """Return a figure of that size in inches, and its panels side by side, which share a y axis."""
+def canvas(width: float, height: float, panels: int = 1, share: bool = True) -> tuple[Any, list[Any]]:
+    """Return a figure of that size in inches, and its panels side by side; they share a y axis if `share` is true."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(FigureCanvasAgg(figure).figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+    return figure, list(FigureCanvasAgg(figure).figure.subplots(1, panels, sharey=share, squeeze=False)[0])
 
 
 def write_figure(figure: Any, path: Path) -> None:

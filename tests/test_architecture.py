@@ -13,11 +13,11 @@ PACKAGE = Path(popup_surgery.__file__).parent
 ROWS = (
     ("errors", "deprecated", "signals"),
     ("atomic", "plugins", "torch_compat", "accelerate_compat", "timm_compat", "typer_compat"),
-    ("plots", "selection", "weights"),
+    ("plots", "selection", "weights", "hub"),
     ("models", "learners", "codecs"),
     ("masking",),
     ("artifact", "config"),
-    ("data", "exporting"),
+    ("data", "bank", "sharing", "exporting"),
     ("training",),
     ("experiment",),
     ("analysis",),

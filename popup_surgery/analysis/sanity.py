@@ -66,19 +66,29 @@ class Sanity:
             recalibrated += [] if one.recalibrated is None else [one.recalibrated]
         return [Group(name, *both) for name, both in found.items()]
 
-    def __str__(self) -> str:
-        """Return the table, with a line for each group."""
+    def rows(self) -> list[tuple[str, ...]]:
+        """Return the table: its head, and a row for each group."""
         groups = self.groups()
-        lines = [("network", "accuracy", "with new statistics" if groups[0].recalibrated else "")]
+        lines: list[tuple[str, ...]] = [("network", "accuracy", "with new statistics")]
         for group in groups:
             several = f" ({len(group.accuracies)})" if len(group.accuracies) > 1 else ""
             lines.append((group.name + several, _percent(group.accuracies), _percent(group.recalibrated)))
+        return lines if groups[0].recalibrated else [line[:2] for line in lines]
+
+    def notes(self) -> list[str]:
+        """Return what stands below the table."""
+        chance = f"; chance is {100 * self.chance:.2f} %" if self.chance else ""
+        notes = [f"{self.images:,} validation images of {self.data}{chance}"]
+        if all(one.change != SEEDS for one in self.variations):
+            notes.insert(0, f"{SEEDS}: not measured, because the weights are pretrained and no seed draws them")
+        return notes
+
+    def __str__(self) -> str:
+        """Return the table, with a line for each group."""
+        lines = self.rows()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         text = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
-        chance = f"; chance is {100 * self.chance:.2f} %" if self.chance else ""
-        if all(one.change != SEEDS for one in self.variations):
-            text.append(f"{SEEDS}: not measured, because the weights are pretrained and no seed draws them")
-        return "\n".join([*text, f"{self.images:,} validation images of {self.data}{chance}"])
+        return "\n".join([*text, *self.notes()])
 
 
 def _percent(shares: Sequence[float]) -> str:

@@ -1,6 +1,6 @@
 """The popup artifact: a seed and one bit per weight in a safetensors file. Format: docs/artifact-format.md."""
 
-from .file import Artifact, inspect, load, masks, stored_masks
+from .file import Artifact, inspect, load, masks, repack, stored_masks
 from .manifest import Manifest
 from .verification import Verification, verify
 from .warm_start import start_from
@@ -13,6 +13,7 @@ __all__ = [
     "inspect",
     "load",
     "masks",
+    "repack",
     "save",
     "start_from",
     "stored_masks",

@@ -41,7 +41,7 @@ def assemble(
         raise ArtifactError(f"the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
     tensors = {
-        f"{entry.name}.mask": torch.from_numpy(get_codec(entry.encoding).encode(masks[entry.name], entry.shape))
-        for entry in manifest.masked
+        f"{e.name}.mask": torch.from_numpy(get_codec(e.encoding).to_bytes(masks[e.name], e.shape, e.kept or 0))
+        for e in manifest.masked
     }
     return manifest, serialize(tensors | dict(stored), metadata={METADATA: text})

@@ -1,10 +1,11 @@
 """Checks that a file and a network fit each other."""
 
 import re
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from ..errors import ArtifactError, PopupError
 from ..models.architecture import KWARGS, Architecture, check_kwargs
@@ -56,10 +57,13 @@ def entries_of(contents: Contents) -> dict[str, Entry]:
     return {name: Entry(DTYPES[dtype], shape) for name, (dtype, shape) in file.items()}
 
 
-def compare(contents: Contents, core: nn.Module) -> None:
-    """Check that file and network have the same `state_dict` entries, with the same shapes, dtypes and ties."""
+def compare(contents: Contents, entries: Mapping[str, Tensor]) -> None:
+    """Check that file and network have the same `state_dict` entries, with the same shapes, dtypes and ties.
+
+    Args:
+        entries: the network's `state_dict`. Keys of one tensor have one object.
+    """
     manifest, file = contents.manifest, entries_of(contents)
-    entries = core.state_dict(keep_vars=True)
     if missing := [name for name in entries if name not in file]:
         raise ArtifactError(f"the network has {missing[0]!r} (and {len(missing) - 1} more) that the file does not hold")
     if extra := [name for name in file if name not in entries]:

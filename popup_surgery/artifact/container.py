@@ -3,14 +3,19 @@
 import math
 import os
 from dataclasses import dataclass
+from io import UnsupportedOperation
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
 from ..errors import ArtifactError
+from ..hub import is_address, suggestion
 from .kinds import ARTIFACT, METADATA, folder_kind, other_kind, safetensors_kind
 from .strict_json import parse
+
+if TYPE_CHECKING:
+    from ..hub.files import HubFile
 
 HEADER_LIMIT = 16 << 20
 DIMENSIONS_LIMIT = 64  # the same limit as in NumPy and PyTorch
@@ -94,7 +99,8 @@ def read_safetensors(file: BinaryIO) -> Header:
     Raises:
         ArtifactError: the file is not a safetensors file, or damaged.
     """
-    size = os.fstat(file.fileno()).st_size
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
@@ -145,18 +151,60 @@ def _stored(name: str, entry: Any) -> Stored:
 
 
 def stamp_of(file: BinaryIO) -> tuple[int, int, int]:
-    """Return a file's inode, size and modification time, which change when it is replaced or written to."""
-    found = os.fstat(file.fileno())
+    """Return a file's inode, size and modification time, which change when it is replaced or written to.
+
+    All are zero for a file on the Hub: there is only one with its address.
+    """
+    try:
+        found = os.fstat(file.fileno())
+    except UnsupportedOperation:
+        return 0, 0, 0
     return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def open_file(path: str | Path) -> BinaryIO:
-    """Open `path` for reading bytes. If that fails, an `ArtifactError` says why."""
+def located(path: "str | Path | HubFile") -> "str | Path | HubFile":
+    """Find the file of an address on the Hub, at one commit. Other paths are returned unchanged.
+
+    Raises:
+        HubError: the file cannot be found, or not be read.
+    """
+    if not is_address(path):
+        return path
+    from ..hub.files import locate
+
+    return locate(str(path))
+
+
+def local(path: "str | Path | HubFile") -> str | Path:
+    """Return a file on this machine, downloaded into huggingface_hub's cache if it is one of the Hub.
+
+    Raises:
+        HubError: it cannot be downloaded.
+        ArtifactError: it is no whole safetensors file, by its header and the size that the Hub states.
+    """
+    path = located(path)
+    if isinstance(path, str | Path):
+        return path
+    if path.cached is None:
+        with path.open() as file:
+            read_safetensors(file)
+    return path.download()
+
+
+def open_file(path: "str | Path | HubFile") -> BinaryIO:
+    """Open `path` for reading bytes. If that fails, an `ArtifactError` says why.
+
+    Of a file on the Hub that is not in the cache, only what is read is fetched.
+    """
+    path = located(path)
+    if not isinstance(path, str | Path):
+        return path.open()
     try:
         if Path(path).is_dir():
             raise ArtifactError(f"this is {folder_kind(Path(path))}; expected a file")
         if not Path(path).is_file():
-            raise ArtifactError("this is not a file" if Path(path).exists() else "the file does not exist")
+            there = Path(path).exists()
+            raise ArtifactError("this is not a file" if there else f"the file does not exist{suggestion(path)}")
         return open(path, "rb")
     except OSError as error:
         raise ArtifactError(f"cannot be read: {error.strerror or error}") from error
@@ -164,7 +212,7 @@ def open_file(path: str | Path) -> BinaryIO:
 
 def what_is(path: str | Path) -> str:
     """Return what a file or folder is, and what takes it."""
-    if Path(path).is_dir():
+    if not is_address(path) and Path(path).is_dir():
         return folder_kind(Path(path))
     with open_file(path) as file:
         if kind := other_kind(file.read(256)):

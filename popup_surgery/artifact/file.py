@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import torch
@@ -14,11 +15,14 @@ from ..codecs.bitpack import ones, unpack_mask
 from ..errors import ArtifactError, ConversionError
 from ..masking.bake import masks as network_masks
 from .assemble import assemble
-from .container import Container, Header, open_file, read_safetensors
+from .container import Container, Header, local, located, open_file, read_safetensors
 from .manifest import Manifest
 from .reader import Contents, Parts, naming, read_contents, read_front
 from .rebuild import Packed, masks_digest, stored_tensor
 from .restore import fill_network
+
+if TYPE_CHECKING:
+    from ..hub.files import HubFile
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,24 +36,35 @@ class Artifact:
         path: the file's path, as given; of an artifact in memory, what messages call it.
         manifest: what the file says about its network, including provenance, probe and base.
         container: the file's header; None for an artifact in memory.
+        remote: the file on the Hub, at one commit, if `path` is an address there. Its tensors are downloaded into
+            huggingface_hub's cache when they are first needed.
     """
 
     path: str | Path
     manifest: Manifest = field(repr=False)
     container: Container | None = field(repr=False)
+    remote: "HubFile | None" = field(default=None, repr=False)
 
     @classmethod
-    def open(cls, source: "str | Path | Artifact") -> "Artifact":
+    def open(cls, source: "str | Path | HubFile | Artifact") -> "Artifact":
         """Open a file, which is treated as hostile. An `Artifact` that is already open is returned unchanged.
+
+        Args:
+            source: a file, or an address on the Hub: `hf://user/repo`, `hf://user/repo/name.popup.safetensors` or
+                `hf://user/repo@revision/…`. Of a file there, only the header is fetched.
 
         Raises:
             ArtifactError: the file is missing, or its header or manifest does not follow the format.
+            HubError: the address names no file, or the Hub does not give it.
         """
         if isinstance(source, Artifact):
             return source
+        file = located(source)
         with naming(source):
-            container, manifest = read_front(source)
-        return cls(source, manifest, container)
+            container, manifest = read_front(file)
+        if isinstance(file, str | Path):
+            return cls(file, manifest, container)
+        return cls(file.shown, manifest, container, file)
 
     @classmethod
     def of(
@@ -71,11 +86,25 @@ class Artifact:
         artifact.__dict__["contents"] = Contents(manifest, {}, stored, decoded)
         return artifact
 
+    @property
+    def mask_bits(self) -> int | None:
+        """How many bits all masks take in the file; None for an artifact in memory."""
+        if self.container is None:
+            return None
+        tensors = self.container.tensors
+        return sum(8 * tensors[f"{entry.name}.mask"].shape[0] for entry in self.manifest.masked)
+
     @cached_property
     def contents(self) -> Contents:
         """The tensors, still packed. Errors raised here do not name the file; use this inside `naming`."""
         assert self.container is not None, "an artifact in memory has its contents from the beginning"
-        return read_contents(self.path, self.container, self.manifest)
+        if self.remote is None:
+            return read_contents(self.path, self.container, self.manifest)
+        path = self.remote.download()
+        container, manifest = read_front(path)
+        if replace(container, stamp=self.container.stamp) != self.container:
+            raise ArtifactError("the file changed between its header and its data; try again")
+        return read_contents(path, container, manifest)
 
     def write(self, path: str | Path, encoding: str | None = None) -> Manifest:
         """Write the same network to a file, perhaps with its masks in another encoding; return the manifest written.
@@ -119,11 +148,34 @@ class Artifact:
             return fill_network(self.contents, model, base, masked)
 
 
+def repack(path: str | Path | Artifact, output: str | Path, *, encoding: str) -> Manifest:
+    """Write a popup artifact again, with its masks in another encoding. No bit of the network changes.
+
+    Only `encoding`, `requires` and `manifest_sha256` differ in the manifest. Without a network to compare with, a file
+    with at most 2³³ weights under masks in `range_coded` is read.
+
+    Args:
+        path: the file, or an open `Artifact`.
+        output: the file to write; it may be `path`. An existing file is replaced atomically.
+        encoding: `bitpack`, one bit a weight; or `range_coded`, as few bits as the masks' shares of ones allow.
+
+    Returns:
+        The manifest of the new file.
+
+    Raises:
+        ArtifactError: the file is damaged.
+        UnknownName: there is no such encoding.
+        PopupError: the file cannot be written. An existing file is unchanged.
+    """
+    return Artifact.open(path).write(output, encoding)
+
+
 def inspect(path: str | Path) -> Manifest:
-    """Read the manifest of a popup artifact, but not its tensors.
+    """Read the manifest of a popup artifact, but not its tensors. `path` may be an address such as `hf://user/repo`.
 
     Raises:
         ArtifactError: the file is missing, or its header or manifest does not follow the format.
+        HubError: the file is on the Hub, and cannot be read.
     """
     return Artifact.open(path).manifest
 
@@ -132,8 +184,9 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
     """Rebuild the plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
 
     Args:
-        path: the file. It is treated as hostile: nothing in it is unpickled or run. Memory use is at most twice the
-            file's size, plus the network, plus 256 MiB.
+        path: the file, or its address on the Hub, such as `hf://user/repo`. It is treated as hostile: nothing in it
+            is unpickled or run. Memory use is at most twice the file's size, plus the network, plus one bit a masked
+            weight, plus 256 MiB.
         model: a network to fill that is not converted. Needed only if the file's architecture is `custom`, which no
             library builds. It is changed only after all checks have passed.
         base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the
@@ -145,6 +198,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
     Raises:
         ArtifactError: the file is damaged, or does not fit `model` or `base`. The message names the file, the tensor,
             and what was expected.
+        HubError: the file is on the Hub, and cannot be found or downloaded.
     """
     return Artifact.open(path).network(model, base)
 
@@ -170,16 +224,21 @@ def masks(source: nn.Module | str | Path | Artifact) -> dict[str, Tensor]:
         )
     if isinstance(source, Artifact):
         return source.masks()
-    with naming(source), open_file(source) as file:
-        header = read_safetensors(file)
+    path = located(source)
+    with naming(source):
+        with open_file(path) as file:
+            header = read_safetensors(file)
         if header.metadata is None and {tensor.dtype for tensor in header.tensors.values()} == {"BOOL"}:
-            return _bool_tensors(file.read(), header)
-    return stored_masks(source)
+            with open_file(local(path)) as file:
+                return _bool_tensors(file, read_safetensors(file))
+    return Artifact.open(path).masks()
 
 
-def _bool_tensors(data: bytes, header: Header) -> dict[str, Tensor]:
-    """Return the tensors of a file that has only those of bool."""
-    values = np.frombuffer(data, np.uint8)
+def _bool_tensors(file: BinaryIO, header: Header) -> dict[str, Tensor]:
+    """Return the tensors of a file that has only those of bool. The header was just read from it."""
+    if {tensor.dtype for tensor in header.tensors.values()} != {"BOOL"}:
+        raise ArtifactError("the file changed while it was being read; try again")
+    values = np.frombuffer(file.read(), np.uint8)
     if values.max(initial=0) > 1:
         raise ArtifactError("a mask has bytes other than 0 and 1")
     return {

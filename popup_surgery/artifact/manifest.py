@@ -19,6 +19,7 @@ from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
+FEATURES = ("range_coded",)  # what `requires` may name: encodings that readers of the first files do not know
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
@@ -104,13 +105,18 @@ class Manifest:
         """Number of masked weights that take part."""
         return sum(entry.kept or 0 for entry in self.masked)
 
+    @property
+    def requires(self) -> list[str]:
+        """What a reader must know beyond the first version of the format."""
+        return [feature for feature in FEATURES if any(entry.encoding == feature for entry in self.masked)]
+
     def text(self) -> dict[str, Any]:
         """Return the JSON object, including `manifest_sha256`."""
         architecture = self.architecture
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "format_version": VERSION,
-            "requires": [],
+            "requires": self.requires,
             "architecture": {
                 "library": architecture.library,
                 "version": architecture.version,
@@ -161,6 +167,10 @@ def read_manifest(text: str) -> Manifest:
         probe=_probe(manifest["probe"]) if "probe" in manifest else None,
         base=_base(manifest["base"]) if "base" in manifest else None,
     )
+    if manifest["requires"] != result.requires:
+        raise ArtifactError(
+            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings say"
+        )
     _check_names(result)
     return result
 
@@ -177,10 +187,9 @@ def _parse_whole(text: str) -> dict[str, Any]:
     version = _get(manifest, "format_version", "an integer", lambda v: type(v) is int)
     if version != VERSION:
         raise ArtifactError(f"format_version is {version}; this reader knows {VERSION}")
-    if requires := _get(manifest, "requires", "a list of strings", _strings):
-        raise ArtifactError(
-            f"the file requires {', '.join(map(_short, requires[:3]))}, which this reader does not know"
-        )
+    requires = _get(manifest, "requires", "a list of strings", _strings)
+    if unknown := [name for name in requires if name not in FEATURES]:
+        raise ArtifactError(f"the file requires {', '.join(map(_short, unknown[:3]))}, which this reader does not know")
     if canonical(manifest) != text:
         raise ArtifactError("the manifest is not in its canonical form")
     digest = _get(manifest, "manifest_sha256", "a SHA-256", _sha256)

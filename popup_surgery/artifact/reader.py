@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, TensorSpec, read_manifest
 from .rebuild import Packed, masks_digest, tensors_digest
 
+if TYPE_CHECKING:
+    from ..hub.files import HubFile
+
+LIMIT = 1 << 33  # weights whose masks are decoded without a network to compare them with
 Parts = dict[str, tuple[Stored, memoryview]]
 
 
@@ -44,12 +49,21 @@ class Contents:
 
     @property
     def masks(self) -> dict[str, Packed]:
-        """The packed masks, where no network is at hand: of a file that asks for little memory."""
+        """The packed masks where no network is at hand, whose bits a file of almost no bytes may ask for.
+
+        Raises:
+            ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
+        """
+        entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).needs_kept]
+        if not self._decoded and (weights := sum(entry.numel for entry in entries)) > LIMIT:
+            raise ArtifactError(
+                f"the masks are for {weights:,} weights, which no network at hand confirms; expected at most {LIMIT:,}"
+            )
         return self.decode()
 
 
 @contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def naming(path: object) -> Iterator[None]:
     """Context manager: put the file's name in front of an `ArtifactError`."""
     try:
         yield
@@ -58,7 +72,7 @@ def naming(path: str | Path) -> Iterator[None]:
         raise ArtifactError(f"{path}: {text[:1000]}{'…' if len(text) > 1000 else ''}") from error.__cause__
 
 
-def read_front(path: str | Path) -> tuple[Container, Manifest]:
+def read_front(path: "str | Path | HubFile") -> tuple[Container, Manifest]:
     """Read and check a file's header and manifest, also against each other. The tensors stay unread."""
     with open_file(path) as file:
         container = read_header(file)
@@ -92,7 +106,7 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
     """Check that each masked tensor has a mask, and that its size is possible."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
-        sizes = get_codec(entry.encoding).bound(entry.shape)
+        sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0)
         if mask is None:
             raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
         if mask.dtype != "U8" or len(mask.shape) != 1 or mask.shape[0] not in sizes:
@@ -116,7 +130,7 @@ def _check_places(manifest: Manifest, container: Container) -> None:
 def _mask(entry: TensorSpec, part: memoryview) -> Packed:
     """Decode the bits of a mask, and check that the number of ones is the manifest's."""
     try:
-        packed = get_codec(entry.encoding).decode(np.frombuffer(part, np.uint8), entry.shape)
+        packed = get_codec(entry.encoding).to_bits(np.frombuffer(part, np.uint8), entry.shape, entry.kept or 0)
     except ValueError as error:
         raise ArtifactError(f"'{entry.name}.mask' {error}") from error
     if ones(packed) != entry.kept:

@@ -38,7 +38,7 @@ def fill_network(
             with as_libraries_build():
                 bare = build_meta(manifest.architecture)
                 cast_like(bare, entries)
-                compare(contents, bare)
+                compare(contents, bare.state_dict(keep_vars=True))
                 contents.decode()
                 network = (
                     build_architecture(manifest.architecture, tag)
@@ -56,8 +56,8 @@ def fill_network(
         if any(True for _ in masked_weights(core)):
             raise ArtifactError("the network to fill is converted; expected a plain one")
     if model is not None:
-        _check_memory(core)
-    compare(contents, core)
+        check_memory(core)
+    compare(contents, core.state_dict(keep_vars=True))
     masks = contents.decode()
     if not masked:
         masks = {name: np.full_like(bits, 255) for name, bits in masks.items()}
@@ -65,14 +65,14 @@ def fill_network(
     return network.eval()
 
 
-def _check_memory(core: nn.Module) -> None:
+def check_memory(core: nn.Module, what: str = "the network to fill") -> None:
     """Raise `ArtifactError` if filling one entry of the network would change another."""
     entries = core.state_dict(keep_vars=True).items()
     named = list({id(tensor): (key, tensor) for key, tensor in entries if isinstance(tensor, Tensor)}.values())
     for one, other in overlapping([tensor for _, tensor in named]):
         raise ArtifactError(
-            f"{named[one][0]!r} and {named[other][0]!r} of the network to fill share memory and are not the same "
-            "tensor; give one a copy of its own with clone()"
+            f"{named[one][0]!r} and {named[other][0]!r} of {what} share memory and are not the same tensor; "
+            "give one a copy of its own with clone()"
         )
 
 
@@ -83,8 +83,8 @@ def _fill(contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base
     meta = [name for name, tensor in entries.items() if tensor.is_meta]
     if meta:
         raise ArtifactError(f"{meta[0]!r} of the network to fill is on the meta device and cannot hold values")
-    derived = _derived(core, entries)
-    for name in derived:
+    made = derived(core, entries)
+    for name in made:
         entry = entries_of(contents)[name]
         entries[name] = torch.empty(entry.shape, dtype=entry.dtype)
     with torch.no_grad():
@@ -102,14 +102,14 @@ def _fill(contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base
         for name, target in manifest.aliases.items():
             if entries[name] is not entries[target]:
                 entries[name].detach().copy_(entries[target].detach())
-    if derived:
+    if made:
         try:
             core.load_state_dict(entries)
         except Exception as error:  # a module may raise anything for a state that does not fit it
-            raise ArtifactError(f"the network does not take {derived[0]!r} of the file: {error}") from error
+            raise ArtifactError(f"the network does not take {made[0]!r} of the file: {error}") from error
 
 
-def _derived(core: nn.Module, entries: Mapping[str, Tensor]) -> list[str]:
+def derived(core: nn.Module, entries: Mapping[str, Tensor]) -> list[str]:
     """Return the `state_dict` entries that are no tensors of the network, but made when they are read."""
     own = {
         id(tensor) for module in core.modules() for tensor in (*module._parameters.values(), *module._buffers.values())

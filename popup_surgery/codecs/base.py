@@ -25,12 +25,28 @@ class Codec:
             bytes that `encode` does not write; its message is appended to the tensor's name.
         bound: gives the possible numbers of bytes for the mask of a shape. It is called before anything is allocated,
             so it must not accept a file that is much smaller than the bits decoded from it.
+        needs_kept: whether the three also take the number of ones, as their last argument. `bound` may then accept a
+            file that is smaller than the bits: they are decoded only after the shape has matched a network's, or if
+            there are at most 2³³ of them in the file.
     """
 
     name: str
-    encode: Callable[[Bytes, Shape], Bytes]
-    decode: Callable[[Bytes, Shape], Bytes]
-    bound: Callable[[Shape], range]
+    encode: Callable[..., Bytes]
+    decode: Callable[..., Bytes]
+    bound: Callable[..., range]
+    needs_kept: bool = False
+
+    def to_bytes(self, packed: Bytes, shape: Shape, kept: int) -> Bytes:
+        """Return the bytes of a mask that has `kept` ones."""
+        return self.encode(packed, shape, kept) if self.needs_kept else self.encode(packed, shape)
+
+    def to_bits(self, data: Bytes, shape: Shape, kept: int) -> Bytes:
+        """Return the packed mask whose bytes these are; `ValueError` if no mask has them."""
+        return self.decode(data, shape, kept) if self.needs_kept else self.decode(data, shape)
+
+    def sizes(self, shape: Shape, kept: int) -> range:
+        """Return the possible numbers of bytes for a mask of a shape that has `kept` ones."""
+        return self.bound(shape, kept) if self.needs_kept else self.bound(shape)
 
 
 CODECS: dict[str, Codec] = {}

@@ -16,7 +16,27 @@ from .. import __version__
 from ..errors import PopupError, Stopped
 from ..signals import command
 from ..typer_compat import UsageError
-from . import convert, diff, evaluate, export, inspect, predict, recipes, reproduce, sanity, sweep, train, verify, zoo
+from . import (
+    bank,
+    card,
+    combine,
+    convert,
+    diff,
+    evaluate,
+    export,
+    inspect,
+    list_,
+    predict,
+    push,
+    recipes,
+    repack,
+    reproduce,
+    sanity,
+    sweep,
+    train,
+    verify,
+    zoo,
+)
 from .shared import STOPPED, printable, replace_unprintable, shown_by, with_import
 
 
@@ -60,12 +80,18 @@ for each in (
     inspect,
     verify,
     diff,
+    bank,
+    combine,
     export,
+    repack,
+    push,
+    list_,
+    card,
     recipes,
     zoo,
 ):
     text, _, example = (each.run.__doc__ or "").partition("\b")
-    name = each.__name__.rsplit(".", 1)[-1]
+    name = each.__name__.rsplit(".", 1)[-1].removesuffix("_")
     app.command(name, cls=_Command, help=text, epilog="\b\n" + cleandoc(example))(with_import(each.run))
 
 

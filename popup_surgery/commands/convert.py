@@ -5,10 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConversionError, PopupError
-from ..masking.settings import DEFAULT
+from ..masking.settings import DEFAULT, OF_PRETRAINED
 from .shared import busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..masking.plan import Plan
 
 
@@ -22,6 +24,24 @@ class Rest(StrEnum):
     train = "train"
 
 
+LearnerOption = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How the mask is learned; default: {DEFAULT.learner.value}, or {OF_PRETRAINED} with --scheme pretrained "
+        "and no --k."
+    ),
+]
+IncludeOption = Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
+]
+EncodingOption = Annotated[
+    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
+]
+TrainOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
+]
 SCOPE, OTHERS, NORM = Scope(DEFAULT.scope.value), Rest(DEFAULT.others.value), Rest(DEFAULT.norm.value)
 
 
@@ -39,21 +59,21 @@ def run(
     ] = None,
     scaled: Annotated[bool | None, typer.Option(help="Multiply the weights by √(1/k); default: on.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and scores, 0 to 2**64 - 1.")] = DEFAULT.seed.value,
-    learner: Annotated[str, typer.Option(help="How the mask is learned.")] = DEFAULT.learner.value,
+    learner: LearnerOption = None,
     scope: Annotated[
         Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
     ] = SCOPE,
     others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
     norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
-    include: Annotated[list[str] | None, typer.Option(help="Glob pattern of layers to convert; repeatable.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
-    ] = None,
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
     img_size: Annotated[
         int | None, typer.Option(help="Height and width of its images, for networks that need it.")
     ] = None,
+    encoding: EncodingOption = "bitpack",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
     ] = None,
@@ -77,17 +97,20 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k,
-        "scheme": scheme,
-        "scaled": scaled,
-        "seed": seed,
-        "learner": learner,
-        "scope": scope.value,
-    }
-    given |= {"include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value}
+        "k": k, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope.value,
+        "include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value,
+        "train": train or None,
+    }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
-        planned = _convert(arch, _without_none(kwargs), weights, _without_none(given), None if dry_run else file)
+        from ..codecs import get_codec
+
+        get_codec(encoding)
+        planned, converted = _convert(arch, _without_none(kwargs), weights, _without_none(given), dry_run)
+        if converted is not None:
+            from ..artifact import save
+
+            save(converted, file, encoding=encoding)
     if json_:
         print(planned.to_json(indent=2))
     elif dry_run:
@@ -101,11 +124,10 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(
-    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], file: Path | None
-) -> "Plan":
-    """Convert a network and write it to `file`; without `file` only plan. Returns the plan."""
-    from ..artifact import save
-    from ..masking.convert import convert_as_given
+    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], dry_run: bool
+) -> "tuple[Plan, nn.Module | None]":
+    """Convert a network, or only plan that. Returns the plan, and the network if it was converted."""
+    from ..masking.convert import convert_as_given, seeded
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
     from ..models.libraries import architecture_and_tag
@@ -123,9 +145,9 @@ def _convert(
             f"{arch} names the pretrained weights {tag}, which the scheme {scheme} would replace; "
             f"expected {name}, or --scheme {PRETRAINED}"
         )
-    model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-    if file is None:
-        return plan_as_given(model or build_meta(architecture), given)
+    with seeded(given["seed"]):
+        model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
+    if dry_run:
+        return plan_as_given(model or build_meta(architecture), given), None
     converted, planned = convert_as_given(model or architecture, given)
-    save(converted, file)
-    return planned
+    return planned, converted

@@ -1,15 +1,14 @@
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .shared import busy, show
+from .shared import File, a_file, busy, show
 
 
 def run(
-    a: Annotated[Path, typer.Argument(help="A popup artifact, or the masks that a run wrote beside dense weights.")],
-    b: Annotated[Path, typer.Argument(help="Another one, of the same network.")],
+    a: Annotated[File, a_file("A popup artifact, or the masks that a run wrote beside dense weights.")],
+    b: Annotated[File, a_file("Another one, of the same network.")],
     json_: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Compare the masks of two files: the shares of each layer's weights that both keep, one, or neither.

@@ -5,18 +5,16 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, progress, show
+from .shared import Base, File, a_file, busy, progress, show
 
 
 def run(
-    artifact: Annotated[
-        Path, typer.Argument(help="A popup artifact, or dense weights or an ONNX file of a run or an export.")
-    ],
+    artifact: Annotated[File, a_file("A popup artifact, or dense weights or an ONNX file of a run or an export.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="data.key=value, in place of the value in the file; repeatable.")
     ] = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    base: Base = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Print the accuracy of a file's network on the data set that it was trained on, or on another.

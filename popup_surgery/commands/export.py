@@ -3,15 +3,15 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, new_file, show, size
+from .shared import Base, File, a_file, busy, new_file, show, size
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="File to write; its suffix, .safetensors, .onnx or .pt2, decides.")
     ],
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    base: Base = None,
     input_size: Annotated[
         tuple[int, int, int] | None,
         typer.Option(help="Channels, height and width of the images, if the file does not say them."),

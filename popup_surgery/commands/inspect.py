@@ -1,15 +1,14 @@
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
-from .shared import show
+from .shared import File, a_file, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     json_: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
     """Print what an artifact says about itself, without building anything.
@@ -24,11 +23,13 @@ def run(
     classifier.3.weight  64 × 64          2,048  4,096   50.0%  signed_constant, std 0.17678
     classifier.5.weight  10 × 64          320    640     50.0%  signed_constant, std 0.17678
     5 layers, 11,784 of 23,568 weights kept (50.0%), seed 0
+    masks: bitpack, 1.000 bits a weight
     accuracy when it was saved: 98.33%; popup-surgery verify checks the weights
     """
-    from ..artifact import inspect
+    from ..artifact import Artifact
 
-    manifest = inspect(artifact)
+    opened = Artifact.open(artifact)
+    manifest = opened.manifest
     if json_:
         print(json.dumps(manifest.text(), indent=2, sort_keys=True))
         return
@@ -47,6 +48,8 @@ def run(
     share = manifest.kept / manifest.weights
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
+    encodings = ", ".join(sorted({entry.encoding for entry in manifest.masked}))
+    show(f"masks: {encodings}, {(opened.mask_bits or 0) / manifest.weights:.3f} bits a weight")
     if (base := manifest.base) is not None:
         show(f"base: {base.library}/{base.name} {base.tag or '(no tag)'}, SHA-256 {base.sha256}")
     accuracy = manifest.provenance.get("accuracy")

@@ -4,13 +4,13 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from .shared import busy, show
+from .shared import Base, File, a_file, busy, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact that train wrote, or an export of it.")],
+    artifact: Annotated[File, a_file("A popup artifact that train wrote, or an export of it.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    base: Base = None,
 ) -> None:
     """Print the five most probable classes of each image, according to an artifact's network.
 

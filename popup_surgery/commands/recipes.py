@@ -13,21 +13,21 @@ def run(
     ] = None,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """List the recipes, show one, or copy one.
+    """List the recipes and sweeps, show one, or copy one.
 
     \b
     $ popup-surgery recipes digits -o mine.yaml
     wrote mine.yaml, 601 bytes; run it with popup-surgery train mine.yaml
     """
     from ..atomic import write_atomically
-    from ..config.catalog import find, is_sweep, shipped
+    from ..config.catalog import find, is_sweep, shipped, shipped_sweeps
     from ..config.yaml import read_yaml
     from ..errors import PopupError
 
     if name is None:
         if output is not None:
             raise PopupError(f"-o {output} needs a recipe to copy; expected its name, such as digits")
-        for each in shipped():
+        for each in shipped() + shipped_sweeps():
             show(each)
         return
     refuse_file(name, "recipe")

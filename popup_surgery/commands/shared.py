@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +20,27 @@ from ..plugins import load_plugins
 
 messages = Console(stderr=True, highlight=False)
 
-STOPPED = "POPUP_SURGERY_STOPPED"  # names the file by which a run's processes tell their launcher that it is resumable
+# names the file by which the processes of a run tell their launcher that it is resumable, or else their status
+STOPPED = "POPUP_SURGERY_STOPPED"
+
+
+if TYPE_CHECKING:
+    File = str | Path
+else:
+    File = type("file", (), {})  # typer takes no union, and shows this name
+
+
+def as_file(text: str) -> str | Path:
+    """Return a file's path; an address such as `hf://user/repo` as it is, because a Path would take a slash from it."""
+    return text if "://" in text else Path(text)
+
+
+def a_file(help: str) -> Any:
+    """Return the argument of a command that takes a file, which may be on the Hub; its annotation is `File`."""
+    return typer.Argument(parser=as_file, help=help)
+
+
+Base = Annotated[File | None, typer.Option(parser=as_file, help="File of the pretrained weights under the mask.")]
 
 
 def show(*things: object) -> None:
@@ -93,7 +113,7 @@ def busy(what: str) -> Iterator[None]:
         yield
 
 
-def new_file(path: Path, force: bool, suffixes: Iterable[str] = (), *, reads: Iterable[Path | None] = ()) -> Path:
+def new_file(path: Path, force: bool, suffixes: Iterable[str] = (), *, reads: Iterable[str | Path | None] = ()) -> Path:
     """Return `path` if a command may write it. Called before the work, so that no work is lost.
 
     Args:
@@ -111,8 +131,8 @@ def new_file(path: Path, force: bool, suffixes: Iterable[str] = (), *, reads: It
         named = " or ".join(suffix for suffix in expected if suffix)
         raise PopupError(f"-o is {path}; expected a name that ends in {named}")
     for source in reads:
-        if source is not None and _is_or_is_in(path, source):
-            how = "is in" if source.is_dir() else "is"
+        if source is not None and _is_or_is_in(path, Path(source)):
+            how = "is in" if os.path.isdir(source) else "is"
             raise PopupError(f"-o {path} {how} {source}, which the command reads; choose another name with -o")
     if os.path.exists(path) and not force:
         raise PopupError(f"{path} exists already; pass --force to replace it, or choose another name with -o")
@@ -137,5 +157,9 @@ def refuse_file(name: str, wanted: str) -> None:
 
 def size(path: Path) -> str:
     """Return the size of a file in human-readable form."""
-    count = path.stat().st_size
+    return amount(path.stat().st_size)
+
+
+def amount(count: int) -> str:
+    """Return a number of bytes in human-readable form."""
     return f"{count:,} bytes" if count < 10_000 else f"{count / 1000:,.0f} kB"

@@ -79,11 +79,12 @@ def run(
     with busy("starting"):
         from .. import sweep as sweeps
         from ..config.yaml import parse_yaml
+        from ..sweep.grid import default_folder
 
         engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
-        loaded = sweeps.Sweep.load(sweep, set_ or (), seeds=number, data_dir=data_dir)
-    folder = output or Path("runs/sweeps") / loaded.name
+        loaded = sweeps.Sweep.load(sweep, set_ or (), seeds=number, data_dir=data_dir, output=output)
+    folder = output or default_folder(loaded.name)
     if dry_run:
         estimate(loaded, folder, engine)
         return 0
@@ -94,7 +95,11 @@ def run(
         messages.print(f"{error}; run the same command again to resume", markup=False, soft_wrap=True)
         return error.status
     show(_table(sweeps.points(outcomes)))
-    show(f"wrote {folder}/results.csv, runs.csv, results.json and results.png")
+    more = ""
+    if loaded.bank and (tasks := sweeps.evaluate_bank(outcomes, folder, progress)) is not None:
+        show(f"\n{tasks}")
+        more = "tasks.csv, "
+    show(f"wrote {folder}/results.csv, runs.csv, {more}results.json and results.png")
     return 1 if any(outcome.state is sweeps.State.FAILED for outcome in outcomes) else 0
 
 
@@ -206,6 +211,9 @@ def estimate(sweep: "Sweep", folder: Path, engine: "Local | OnRay") -> None:
 
     todo = [run for run in sweep.runs if not run.folder(folder).finished]
     show(f"{len(sweep.runs)} runs, {len(sweep.runs) - len(todo)} of them finished")
+    if sweep.base is not None and not sweep.base.folder(folder).finished:
+        show(f"they start from the weights of {sweep.base}; once it is finished, they can be measured too")
+        todo = [sweep.base]
     table = Table("runs", "such as", "start", "step", "each run", box=None, header_style="", padding=(0, 2, 0, 0))
     total = 0.0
     for kind in measure(todo, engine.threads, progress):

@@ -13,9 +13,10 @@ from rich.table import Table
 
 from ..errors import RunError, Stopped
 from ..signals import asked_to_stop
-from .shared import STOPPED, busy, progress, refuse_file, show, size
+from .shared import STOPPED, busy, printable, progress, refuse_file, show, size
 
 if TYPE_CHECKING:
+    from ..config.sections import Hub
     from ..experiment.results import Result
     from ..training.metrics import Epoch, Steps
 
@@ -63,6 +64,19 @@ def run(
     if first:
         before = resume and not lines.ends
         _show_result(result, None if before else time.perf_counter() - began)
+        if loaded.hub is not None and result.pushed is None:
+            return _not_pushed(result.file, loaded.hub)
+    return 0
+
+
+def _not_pushed(file: Path, hub: "Hub") -> int:
+    """Say how to push by hand. Return the status; a launcher is told it, since it takes another one for a crash."""
+    from ..experiment.pushing import by_hand
+
+    print(printable(f"error: the file was not pushed; to do so: {by_hand(file, hub)}"), file=sys.stderr)
+    if STOPPED not in os.environ:
+        return 1
+    Path(os.environ[STOPPED]).write_text("1")
     return 0
 
 
@@ -104,6 +118,8 @@ def _show_result(result: "Result", seconds: float | None) -> None:
     if seconds is not None:
         table.add_row("time", f"{seconds:.1f} s")
     table.add_row("speed", f"{speed:,.0f} images/s in training")
+    if result.pushed is not None:
+        table.add_row("pushed", result.pushed.url)
     show(table)
 
 
@@ -132,4 +148,5 @@ def launch(processes: int, arguments: list[str]) -> int:
 
         with asked_to_stop(pass_on):
             status = child.wait()
-        return Stopped.status if status == 0 and Path(stopped).exists() else status
+        told = Path(stopped).read_text() if status == 0 and Path(stopped).exists() else None
+        return status if told is None else int(told or Stopped.status)

@@ -1,15 +1,13 @@
 import os
-from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from .shared import busy, show
+from ..hub import is_address
+from .shared import Base, File, a_file, busy, show
 
 
 def run(
-    artifact: Annotated[Path, typer.Argument(help="A popup artifact.")],
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the mask.")] = None,
+    artifact: Annotated[File, a_file("A popup artifact.")],
+    base: Base = None,
 ) -> int:
     """Rebuild everything in an artifact and compare it with its digests. The exit status is 1 if something differs.
 
@@ -21,17 +19,18 @@ def run(
     ok    probe                            output differs by 0.0e+00 of its largest value; allowed 0.001
     """
     with busy("rebuilding"):
-        from ..artifact import verify
-        from ..artifact.container import open_file
+        from ..artifact import Artifact, verify
+        from ..artifact.container import located, open_file
         from ..artifact.reader import naming
         from ..errors import ArtifactError, PopupError
 
+        found = located(artifact)
         with naming(artifact):
-            open_file(artifact).close()
-        if base is not None and not os.path.isfile(base):
+            open_file(found).close()
+        if base is not None and not is_address(base) and not os.path.isfile(base):
             raise PopupError(f"--base is {base}, which does not exist")
         try:
-            result = verify(artifact, base=base)
+            result = verify(Artifact.open(found), base=base)
         except ArtifactError as error:
             show(f"FAIL  {error}")
             return 1

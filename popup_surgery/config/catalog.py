@@ -12,7 +12,7 @@ SHIPPED = next(
     if folder.is_dir()
 )
 
-SWEEPS = "paper/"  # the names of sweeps begin with it
+SWEEPS = ("paper/", "many_tasks/")  # the names of sweeps begin with one of them
 
 
 def find(name: str | Path) -> Path:

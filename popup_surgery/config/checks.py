@@ -1,5 +1,6 @@
 """Checks of single recipe keys. Each returns the value, or raises a ValueError that says what was expected."""
 
+import re
 from typing import Any
 
 from pydantic import AfterValidator, ValidationInfo
@@ -54,6 +55,13 @@ def options(options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
     if "learner" in info.data:
         known(lambda name: get_learner(name, options)).func(info.data["learner"])
     return options
+
+
+def commit(name: str | None) -> str | None:
+    """Check the name of a commit."""
+    if name is not None and re.fullmatch("[0-9a-f]{40}", name) is None:
+        raise ValueError("expected a commit of 40 digits from 0 to f, or null")
+    return name
 
 
 SHARES = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"

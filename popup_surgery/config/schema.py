@@ -3,50 +3,45 @@
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
+    ModelWrapValidatorHandler,
     PlainValidator,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from ..errors import ConversionError, RecipeError, UnknownName, nearest
+from ..codecs import get_codec
+from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, WITHOUT_K
+from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, known, look_up_optimizer, options, recordable, schemes, shares
-from .expected import expected, shown
+from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
+from .expected import shown
 from .keys import Key
+from .mistakes import Missing, validated
 from .overrides import override
 from .schedule import rates
+from .sections import STRICT, Hub, LotteryTicket, Share, hub_section
 from .yaml import read_yaml
 
-Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
-class _Missing(ValueError):
-    """A missing key that the value of another key requires. The text is what was expected."""
-
-
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-_S = TypeVar("_S", bound=_Section)
+    model_config = STRICT
 
 
 class Model(_Section):
@@ -58,13 +53,17 @@ class Model(_Section):
         kwargs: its arguments, such as `{num_classes: 10}`.
         pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
             of weights.
-        init_from: a popup artifact to start from. The run takes its seed, and scores that begin with its mask. With
-            `surgery: none`, it takes the weights and trains those that take part.
+        init_from: a popup artifact to start from, as a file or an address on the Hub such as `hf://user/repo`. The run
+            takes its seed, and scores that begin with its mask. With `surgery: none`, it takes the weights and trains
+            those that take part.
+        init_commit: the commit that an address in `init_from` stands for. A run fills it in when it begins, so that it
+            resumes with the same file, whatever is pushed to the Hub meanwhile.
     """
 
     name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
     pretrained: bool | str = False
     init_from: str | None = None
+    init_commit: Annotated[str | None, AfterValidator(commit), Key(affects_result=False)] = None
     kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
 
     @model_validator(mode="before")
@@ -86,7 +85,14 @@ class Model(_Section):
 
 
 class Surgery(_Section):
-    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one."""
+    """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
+
+    With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
+
+    Attributes:
+        encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
+            share of ones allows. The network is the same.
+    """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
@@ -101,6 +107,23 @@ class Surgery(_Section):
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
+    train: str | list[str] | None = DEFAULT.train.value
+    encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
+        """Set the learner that the scheme brings, which does not count as set, since another k would change it."""
+        if not isinstance(values, dict) or (completed := with_learner(values)) == values:
+            return validate(values)
+        surgery = validate(completed)
+        surgery.model_fields_set.discard("learner")
+        return surgery
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `convert`."""
+        return self.model_dump(exclude={"encoding"})
 
     @field_validator("k", "scaled", "scope")
     @classmethod
@@ -110,12 +133,9 @@ class Surgery(_Section):
         if learner is None:
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
-            wanted = json.dumps(WITHOUT_K[name])
-            raise ValueError(
-                f"expected {wanted}; {learner} takes no k, because its scores decide how many weights are kept"
-            )
+            raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
-            raise _Missing(SHARES)
+            raise Missing(SHARES)
         return value
 
 
@@ -142,6 +162,8 @@ class Data(_Section):
         same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
             size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
             versions before this key: `keep` if images are held in memory, and otherwise `crop`.
+        permute_seed: permute the pixels of every image, its last step before the network, in one way that this seed
+            decides: a task of permuted MNIST (Goodfellow et al., 2013). All channels move together. Null for none.
         image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
             `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
         workers: processes that decode images, for each process that trains.
@@ -174,6 +196,7 @@ class Data(_Section):
     crop_pct: Share = 0.875
     interpolation: str = "bilinear"
     same_size: Literal["keep", "crop"] | None = "keep"
+    permute_seed: Annotated[Annotated[int, Field(ge=0, lt=2**64)] | None, Key(affects_speed=False)] = None
     image_key: str | None = None
     label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
@@ -263,26 +286,6 @@ class Training(_Section):
         return self
 
 
-class LotteryTicket(_Section):
-    """Iterative magnitude pruning with rewinding of a dense network (Frankle and Carbin, 2019).
-
-    Attributes:
-        k: share of each layer's weights that is kept in the end.
-        rounds: number of prunings, each by the same share. The first comes after `training.epochs` epochs. After each
-            pruning, the network is trained for `training.epochs` less `rewind_epoch` epochs.
-        rewind_epoch: after each pruning, the remaining weights return to their values after this many epochs of the
-            first training; 0 is the start.
-    """
-
-    k: Share
-    rounds: Annotated[int, Field(ge=1, le=1000)]
-    rewind_epoch: Annotated[int, Field(ge=0)] = 0
-
-    def epochs(self, epochs: int) -> int:
-        """Return the epochs of the whole run, if one training has `epochs`."""
-        return epochs + self.rounds * (epochs - self.rewind_epoch)
-
-
 class Recipe(_Section):
     """Everything that decides a run: network, surgery (`none` trains the network densely), data and training.
 
@@ -297,6 +300,7 @@ class Recipe(_Section):
     lottery_ticket: LotteryTicket | None = None
     data: Data = Data()
     training: Training
+    hub: Annotated[Hub | None, BeforeValidator(hub_section), Key(affects_result=False, affects_speed=False)] = None
 
     @model_validator(mode="after")
     def _weights(self) -> "Recipe":
@@ -318,8 +322,21 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _scores(self) -> "Recipe":
+        if self.surgery != "none" and self.surgery.encoding != "bitpack":
+            learner = self.surgery.learner
+            if get_learner(learner, self.surgery.learner_options).learns_weights:
+                raise ValueError(
+                    f"surgery.encoding is {self.surgery.encoding}; {learner} trains the weights, so that the run's "
+                    "file is dense and has no masks; remove the key"
+                )
         if self.training.keep_scores and self.surgery == "none":
             raise ValueError("training.keep_scores is true; with surgery: none there are no scores to keep")
+        return self
+
+    @model_validator(mode="after")
+    def _artifact(self) -> "Recipe":
+        if self.hub is not None and (self.surgery == "none" or get_learner(self.surgery.learner).learns_weights):
+            raise ValueError("hub is there, and the run ends with dense weights; only artifacts are pushed: remove hub")
         return self
 
     @model_validator(mode="after")
@@ -346,7 +363,7 @@ class Recipe(_Section):
     @classmethod
     def parse(cls, values: Any, name: str = "recipe") -> "Recipe":
         """Build a recipe from plain values. A `RecipeError` lists all mistakes."""
-        return _validated(cls, values, name)
+        return validated(cls, values, name)
 
     @classmethod
     def load(cls, name: str | Path, overrides: Iterable[str] = ()) -> "Recipe":
@@ -384,47 +401,8 @@ def parse_data(section: dict[str, Any], overrides: Iterable[str], name: str) -> 
     overrides = list(overrides)
     if other := [setting for setting in overrides if not setting.startswith("data.")]:
         raise RecipeError(f"--set {other[0]!r} is not a key of the data section; expected data.key=value")
-    return _validated(_DataOnly, override({"data": section}, overrides), name).data
+    return validated(_DataOnly, override({"data": section}, overrides), name).data
 
 
 class _DataOnly(_Section):
     data: Data
-
-
-def _validated(cls: type[_S], values: Any, name: str) -> _S:
-    """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
-    try:
-        return cls.model_validate(values)
-    except ValidationError as error:
-        by_key: dict[tuple[Any, ...], list[Any]] = {}
-        for each in error.errors():
-            if each["loc"][-1:] != ("literal['none']",):
-                by_key.setdefault(tuple(part for part in each["loc"] if part != "Surgery")[:2], []).append(each)
-        found = [_sentence(key, errors, values) for key, errors in by_key.items()]
-        head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
-        raise RecipeError(head + "\n".join(found)) from None
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "model": Model, "surgery": Surgery, "lottery_ticket": LotteryTicket, "data": Data, "training": Training
-}  # fmt: skip
-
-
-def _sentence(path: tuple[Any, ...], errors: list[Any], values: Any) -> str:
-    """Turn pydantic's errors about one key into a sentence that names the key, its value and what was expected."""
-    section = _SECTIONS[path[0]] if len(path) > 1 else Recipe
-    key = ".".join(map(str, path)) or "the recipe"
-    if errors[0]["type"] in ("extra_forbidden", "invalid_key"):
-        return f"{key} is not a key of a recipe; nearest: {nearest(str(path[-1]), section.model_fields)}"
-    own = next((error["ctx"]["error"] for error in errors if error["type"] == "value_error"), None)
-    if own is not None and len(path) < 2:
-        return str(own)  # it concerns several keys, and names them
-    wanted = expected(section.model_fields[path[-1]]) if path else "the sections model, surgery, data and training"
-    if errors[0]["type"] == "missing" or isinstance(own, _Missing):
-        return f"{key} is missing; expected {own or wanted}"
-    for part in path:
-        values = values[part]
-    has = "has no value" if values is None else f"is {shown(values)}"
-    if own is None:
-        return f"{key} {has}; expected {wanted}"
-    return f"{key} {has}{';' if str(own).startswith('expected') else ':'} {own}"

@@ -1,4 +1,4 @@
-"""From an image to a normalised tensor."""
+"""From an image to the network's input."""
 
 from typing import Any
 
@@ -8,21 +8,40 @@ from torch import Tensor
 
 from ..config.schema import Data
 from ..errors import DataError
+from ..weights.streams import words
 
 DEFAULT_MEAN, DEFAULT_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Normalise:
-    """Convert uint8 images [..., channels, height, width] to float32, mean about 0, std about 1; keep other dtypes."""
+    """Convert images [..., channels, height, width] to the network's input: the last step, whatever the data set.
+
+    uint8 becomes float32, mean about 0, std about 1; other dtypes stay. Then `data.permute_seed` permutes the pixels.
+    """
 
     def __init__(self, config: Data, input_size: tuple[int, int, int], device: torch.device) -> None:
-        mean, std = mean_std(config, input_size[0])
+        channels, height, width = input_size
+        mean, std = mean_std(config, channels)
         self.mean, self.std = (torch.tensor(values, device=device).view(-1, 1, 1) * 255 for values in (mean, std))
+        self.order: Tensor | None = None
+        if config.permute_seed is not None:
+            self.order = pixel_order(config.permute_seed, height, width).to(device)
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
-            return images
-        return images.float().sub_(self.mean).div_(self.std)
+        if images.dtype == torch.uint8:
+            images = images.float().sub_(self.mean).div_(self.std)
+        if self.order is not None:
+            images = images.flatten(-2)[..., self.order].view(images.shape)
+        return images
+
+
+def pixel_order(seed: int, height: int, width: int) -> Tensor:
+    """Return which pixel of an image each pixel of the input is: int64 [height · width], both in row-major order.
+
+    It is the order of random words: section 4 of docs/artifact-format.md.
+    """
+    drawn = words(seed, "pixels", f"{height}x{width}").random_raw(height * width)
+    return torch.from_numpy(np.argsort(drawn, kind="stable"))
 
 
 class ToBytes:

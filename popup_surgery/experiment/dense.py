@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
 from safetensors.torch import save as serialize
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..artifact.about import About, read_about
 from ..artifact.compare import check_architecture
-from ..artifact.container import open_file, read_safetensors
+from ..artifact.container import local, open_file, read_safetensors
 from ..artifact.description import as_libraries_build, cast_like, describe_network
 from ..artifact.kinds import DENSE
 from ..artifact.reader import naming
@@ -24,18 +24,23 @@ from ..models.architecture import Architecture
 from ..models.build import build_architecture, build_meta
 from ..models.libraries import resolve
 
+if TYPE_CHECKING:
+    from ..hub.files import HubFile
+
 
 @dataclass(frozen=True)
 class Dense:
-    """A file of dense weights that a run or an export wrote, from `open_dense(path)`.
+    """A file of dense weights that a run or an export wrote, from `open_result(path)`.
 
     Attributes:
         path: the file's path, as given.
         manifest: what the file says about its network; for a file of version 0.1.0, what the recipe in its folder says.
+        file: where it is: `path`, or a file on the Hub.
     """
 
     path: str | Path
     manifest: About = field(repr=False)
+    file: "str | Path | HubFile" = field(repr=False)
 
     def network(self, *, base: object = None) -> nn.Module:
         """Return the plain network, in eval mode.
@@ -47,7 +52,7 @@ class Dense:
             if base is not None:
                 raise ArtifactError("a base was given, and these weights are dense")
             check_architecture(self.manifest.architecture)
-            state = load_file(self.path)
+            state = load_file(local(self.file))
             shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
             meta = build_meta(self.manifest.architecture).state_dict()
             expected = {key: tuple(tensor.shape) for key, tensor in meta.items()}
@@ -85,19 +90,22 @@ def _ordered(data: bytes) -> bytes:
     return data[:8] + text.ljust(stop - 8) + data[stop:]
 
 
-def open_dense(source: str | Path) -> Dense | None:
+def open_dense(source: "str | Path | HubFile") -> Dense | None:
     """Open dense weights that this library wrote; None if the file holds something else."""
     with naming(source):
         with open_file(source) as file:
             header = read_safetensors(file)
         metadata = header.metadata if isinstance(header.metadata, dict) else {}
+        shown = source if isinstance(source, str | Path) else source.shown
         if DENSE in metadata:
-            return Dense(source, read_about(metadata[DENSE], DENSE))
+            return Dense(shown, read_about(metadata[DENSE], DENSE), source)
+        if not isinstance(source, str | Path):
+            return None
         recipe = Path(source).parent / "recipe.yaml"
         if metadata.get("format") != "pt" or not recipe.is_file():
             return None
         try:
-            return Dense(source, _from_recipe(read_yaml(recipe)))
+            return Dense(source, _from_recipe(read_yaml(recipe)), source)
         except PopupError as error:
             raise ArtifactError(f"its run's {recipe} cannot be read: {error}") from error
 

@@ -87,11 +87,12 @@ def export(
     check_writable(path)
     if path.suffix.lower() == ".onnx":
         check_packages()
-    artifact = None if isinstance(source, nn.Module) else Artifact.open(source)
-    model = _plain(source) if isinstance(source, nn.Module) else Artifact.open(source).network(base=base)
-    if artifact is None:
+    if isinstance(source, nn.Module):
+        artifact, model = None, _plain(source)
         about = About(describe_network(model, model.state_dict(keep_vars=True))[0], {})
     else:
+        artifact = Artifact.open(source)
+        model = artifact.network(base=base)
         about = About(artifact.manifest.architecture, artifact.manifest.provenance)
     name = f"{about.architecture.library}/{about.architecture.name}"
     if path.suffix.lower() == ".safetensors":

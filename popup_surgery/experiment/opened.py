@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..artifact import Artifact
-from ..artifact.container import open_file
+from ..artifact.container import located, open_file
 from ..artifact.kinds import is_onnx
 from ..artifact.reader import naming
 from ..errors import ArtifactError
@@ -18,19 +18,18 @@ def open_result(source: str | Path | Opened) -> Opened:
 
     Raises:
         ArtifactError: the file is none of these. The message says what it is.
+        HubError: the file is on the Hub, and cannot be read.
     """
     if isinstance(source, Opened):
         return source
+    file = located(source)
     try:
-        return Artifact.open(source)
+        return Artifact.open(file)
     except ArtifactError:
-        if _is_onnx(source):
-            return OnnxFile.open(source)
-        if (found := open_dense(source)) is None:
+        with naming(file), open_file(file) as start:
+            onnx = is_onnx(start.read(16))
+        if onnx:
+            return OnnxFile.open(file if isinstance(file, str | Path) else file.download(), shown=source)
+        if (found := open_dense(file)) is None:
             raise
         return found
-
-
-def _is_onnx(path: str | Path) -> bool:
-    with naming(path), open_file(path) as file:
-        return is_onnx(file.read(16))

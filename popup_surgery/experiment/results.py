@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -16,6 +16,7 @@ from .. import __version__
 from ..artifact import inspect, load, save
 from ..atomic import write_atomically
 from ..config import Recipe
+from ..hub import is_address
 from ..learners import get_learner
 from ..masking.bake import bake
 from ..masking.ranking import parameter_of, score_name
@@ -30,6 +31,9 @@ from ..training.run_folder import Kind, RunFolder
 from ..training.trainer import Trainer
 from .dense import write_dense
 from .setup import start_masks
+
+if TYPE_CHECKING:
+    from ..sharing.push import Pushed
 
 log = logging.getLogger("popup_surgery")
 
@@ -46,6 +50,7 @@ class Result:
         output: the run's folder.
         file: the artifact in that folder; or the file of dense weights, if weights were trained.
         weights, kept: number of masked weights, and how many of them take part. A dense run keeps all.
+        pushed: where on the Hub the artifact is; None if the recipe does not ask for it, or if the push failed.
     """
 
     model: nn.Module
@@ -55,6 +60,7 @@ class Result:
     file: Path
     weights: int
     kept: int
+    pushed: "Pushed | None" = None
 
 
 def counts(run: RunFolder) -> tuple[int, int]:
@@ -74,7 +80,8 @@ def write_results(run: RunFolder, model: nn.Module, trainer: Trainer, size: tupl
         write_atomically(run.scores, serialize(_scores(model), metadata={"format": "pt"}))
     provenance = _provenance(run.recipe, _file_accuracy(run.recipe, model, trainer), trainer)
     if run.kind is Kind.ARTIFACT:
-        save(model, run.final, provenance=provenance, probe=(1, *size))
+        encoding = run.recipe.surgery.encoding if run.recipe.surgery != "none" else "bitpack"
+        save(model, run.final, provenance=provenance, probe=(1, *size), encoding=encoding)
         return
     if run.masks is not None:
         write_atomically(run.masks, serialize({key: mask.cpu() for key, mask in trainer.masks().items()}))
@@ -134,10 +141,11 @@ def _provenance(recipe: Recipe, accuracy: float, trainer: Trainer) -> dict[str, 
 
     values = recipe.dump()
     values.pop("plugins", None)  # a file names no code
+    values.pop("hub", None)  # where it goes is no part of how it was made
     values["data"]["root"] = None
     if isinstance(weights := values["model"]["pretrained"], str):
         values["model"]["pretrained"] = Path(weights).name
-    if file := values["model"]["init_from"]:
+    if (file := values["model"]["init_from"]) and not is_address(file):
         values["model"]["init_from"] = Path(file).name
     software = {
         "popup_surgery": __version__,

@@ -1,17 +1,20 @@
 """Build what a recipe describes: network, data, trainer and folder."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..artifact import inspect, load, start_from, stored_masks
+from ..artifact import Artifact, load, start_from, stored_masks
 from ..config import Recipe
 from ..config.schema import Data
+from ..config.yaml import read_yaml
 from ..data.batches import TRAIN, Batches, Progress
 from ..data.open import open_data
 from ..errors import DataError, RecipeError
+from ..hub import Address, is_address
 from ..learners import get_learner
 from ..masking.convert import convert
 from ..models.architecture import input_size
@@ -45,7 +48,7 @@ def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
     dense = recipe.surgery == "none" or get_learner(recipe.surgery.learner).learns_weights
     masked = recipe.surgery != "none" or recipe.lottery_ticket is not None
     kind = Kind.ARTIFACT if not dense else Kind.MASKED_WEIGHTS if masked else Kind.WEIGHTS
-    return RunFolder(path, recipe, kind, stem)
+    return RunFolder(path, as_begun(recipe, path), kind, stem)
 
 
 def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:
@@ -68,12 +71,40 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     return Trainer(*parts, start_masks(recipe)), size
 
 
-def with_seed(recipe: Recipe) -> Recipe:
-    """Return the recipe with the seed of the file that it starts from."""
-    file, surgery = recipe.model.init_from, recipe.surgery
-    if file is None or surgery == "none":
+def first_file(recipe: Recipe) -> str | None:
+    """Return the file that a recipe starts from, an address on the Hub with the commit if that is known."""
+    file, commit = recipe.model.init_from, recipe.model.init_commit
+    if commit is None:
+        return file
+    if not is_address(file):
+        raise RecipeError(f"model.init_commit is {commit}, and model.init_from is {file}; expected an address hf://…")
+    return str(replace(Address.parse(str(file)), revision=commit))
+
+
+def as_begun(recipe: Recipe, folder: Path) -> Recipe:
+    """Return the recipe with the commit of `model.init_from` that the run in `folder` began with, if there is one."""
+    if not is_address(recipe.model.init_from) or not (folder / "recipe.yaml").is_file():
         return recipe
-    seed = inspect(file).seed
+    recorded = read_yaml(folder / "recipe.yaml").get("model")
+    if not isinstance(recorded, dict) or recorded.get("init_from") != recipe.model.init_from:
+        return recipe
+    return recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"init_commit": recorded.get("init_commit")})}
+    )
+
+
+def with_first_file(recipe: Recipe) -> Recipe:
+    """Return the recipe with the seed of the file that it starts from, and with its commit if it is on the Hub."""
+    file, surgery = first_file(recipe), recipe.surgery
+    if file is None or (surgery == "none" and not is_address(file)):
+        return recipe
+    opened = Artifact.open(file)
+    if opened.remote is not None:
+        commit = opened.remote.address.revision
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"init_commit": commit})})
+    if surgery == "none":
+        return recipe
+    seed = opened.manifest.seed
     if "seed" in surgery.model_fields_set and surgery.seed != seed:
         raise RecipeError(f"surgery.seed is {surgery.seed}; expected {seed}, the seed of model.init_from, {file}")
     return recipe.model_copy(update={"surgery": surgery.model_copy(update={"seed": seed})})
@@ -81,7 +112,7 @@ def with_seed(recipe: Recipe) -> Recipe:
 
 def _network(recipe: Recipe) -> nn.Module:
     """Build a recipe's network: converted, or plain for `surgery: none`; filled from `model.init_from` if it is set."""
-    model, file = _fresh_network(recipe), recipe.model.init_from
+    model, file = _fresh_network(recipe), first_file(recipe)
     if file is not None:
         base = weights_file(recipe.model.pretrained)
         if recipe.surgery == "none":
@@ -95,8 +126,8 @@ def _fresh_network(recipe: Recipe) -> nn.Module:
     described = recipe.model
     if recipe.surgery == "none" or described.pretrained:
         model = build(described.name, pretrained=described.pretrained, **described.kwargs)
-        return convert(model, **recipe.surgery.model_dump()) if recipe.surgery != "none" else model
-    return convert(architecture_of(described.name, **described.kwargs), **recipe.surgery.model_dump())
+        return convert(model, **recipe.surgery.arguments) if recipe.surgery != "none" else model
+    return convert(architecture_of(described.name, **described.kwargs), **recipe.surgery.arguments)
 
 
 def image_size(data: Data, model: nn.Module) -> tuple[int, int, int]:
@@ -133,5 +164,5 @@ def _check_batches(data: Batches, config: Data) -> None:
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:
     """Return the masks that a dense run keeps its weights in if it starts from a file; otherwise none."""
-    file = recipe.model.init_from
+    file = first_file(recipe)
     return stored_masks(file) if file is not None and recipe.surgery == "none" else {}

@@ -1,7 +1,10 @@
 """A run from recipe to file."""
 
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,11 @@ from ..training.distributed import numerics, resume_threads, start, warn_of_othe
 from ..training.metrics import Epoch, Steps
 from ..training.run_folder import RunFolder
 from ..training.trackers import add, add_steps, add_table, tracked
+from .pushing import check_hub, push_result
 from .results import Result, finished_result, mask_counts, write_results
-from .setup import prepare, run_folder, with_seed
+from .setup import as_begun, prepare, run_folder, with_first_file
+
+log = logging.getLogger("popup_surgery")
 
 
 def train(
@@ -55,18 +61,25 @@ def train(
             the loader died.
         RunError: `output` already has a run in it and `resume` is False, or it has a run of another recipe; another
             process runs in it; or the loss is not finite.
+        HubError: the recipe has a section `hub`, and nothing can be pushed there. A push that fails when the run is
+            finished is a warning.
         Stopped: SIGTERM, SIGINT or SIGUSR1 arrived. A checkpoint was written.
         PopupError: the folder cannot be written.
     """
     recipe, name = _loaded(recipe, overrides)
-    recipe = with_seed(recipe)
+    folder = Path(output) if output is not None else Path("runs") / name
+    given = recipe.model.init_commit
+    recipe = with_first_file(as_begun(recipe, folder) if resume else recipe)
+    if given is not None and given != recipe.model.init_commit:
+        began = f"{recipe.model.init_commit} of {recipe.model.init_from}"
+        log.warning("the run in %s began with the commit %s and resumes with it, not with %s", folder, began, given)
     if data_dir is not None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"root": str(data_dir)})})
     recipe = recipe.model_copy(update={"data": recognised(recipe.data)})
-    folder = Path(output) if output is not None else Path("runs") / name
     run = run_folder(folder, recipe, name.rsplit("/", 1)[-1])
     if resume and run.finished:
-        return finished_result(run)
+        result = finished_result(run)
+        return replace(result, pushed=push_result(run) if os.environ.get("RANK", "0") == "0" else None)
     return _train_in(run, resume, progress, after_epoch, after_steps)
 
 
@@ -90,6 +103,8 @@ def _train_in(
     recipe = run.recipe
     accelerator = start(recipe.training, run.path)
     main = accelerator.is_main_process
+    if main:
+        check_hub(recipe.hub)
     with (
         asked_to_stop() as stop,
         run.claimed(resume) if main else nullcontext(),
@@ -128,7 +143,8 @@ def _train_in(
             add_table(accelerator, {"accuracy": accuracy, "weights": weights, "kept": kept, "file": run.final.name})
             run.finish()
         accelerator.wait_for_everyone()
-    return Result(bake(model).eval(), accuracy, tuple(history), run.path, run.final, weights, kept)
+    pushed = push_result(run) if main else None
+    return Result(bake(model).eval(), accuracy, tuple(history), run.path, run.final, weights, kept, pushed)
 
 
 def _nothing(numbers: Epoch | Steps) -> None:

@@ -33,14 +33,19 @@ class OnnxFile:
     _network: "OnnxNetwork" = field(repr=False)
 
     @classmethod
-    def open(cls, path: str | Path) -> "OnnxFile":
+    def open(cls, path: str | Path, shown: str | Path | None = None) -> "OnnxFile":
         """Open a file in ONNX Runtime.
+
+        Args:
+            path: a file on this machine.
+            shown: what messages call it, if not `path`.
 
         Raises:
             ArtifactError: `export` did not write it, or it is damaged.
             PopupError: ONNX Runtime is missing or too old.
         """
-        with naming(path):
+        shown = path if shown is None else shown
+        with naming(shown):
             with open_file(path) as file:
                 if not is_onnx(file.read(16)):
                     raise ArtifactError(f"this is not an ONNX file: {what_is(path)}")
@@ -49,7 +54,7 @@ class OnnxFile:
             if text is None:
                 raise ArtifactError("popup-surgery export did not write this ONNX file; expected one that it wrote")
             about = read_about(text, ABOUT)
-        return cls(path, about, network)
+        return cls(shown, about, network)
 
     def network(self, *, base: object = None) -> nn.Module:
         """Return the network, which runs on the CPU. Raises `ArtifactError` if there is a `base`."""

@@ -55,14 +55,17 @@ def strip(model: "onnx_ir.Model") -> None:
 
 def _name_batch(model: "onnx_ir.Model") -> None:
     """Call the free first axis `batch` in every shape; torch.export gives it a number."""
+    import onnx_ir
+
     (given,) = model.graph.inputs
     assert given.shape is not None
     old = given.shape[0]
     values = [value for node in model.graph.all_nodes() for value in node.outputs]
     for value in (given, *values):
-        for axis, size in enumerate(value.shape or ()):
+        shape = value.shape if value.shape is not None else onnx_ir.Shape(())
+        for axis, size in enumerate(shape):
             if size == old:
-                value.shape[axis] = "batch"
+                shape[axis] = "batch"
 
 
 def onnx_bytes(model: "onnx_ir.Model", metadata: Mapping[str, str]) -> bytes:

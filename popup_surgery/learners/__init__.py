@@ -10,6 +10,7 @@ from ..plugins import load_entry_points
 from .base import Learner
 from .dnw import DNW
 from .edge_popup import EdgePopup
+from .piggyback import Piggyback
 from .random_mask import RandomMask
 from .sampling import sampled
 from .supermask import Supermask
@@ -19,6 +20,7 @@ __all__ = [
     "LEARNERS",
     "EdgePopup",
     "Learner",
+    "Piggyback",
     "RandomMask",
     "Supermask",
     "get_learner",
@@ -73,6 +75,7 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
 register_learner("edge_popup", EdgePopup())
 register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
+register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
 
 

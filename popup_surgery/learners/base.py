@@ -54,6 +54,8 @@ class Learner(ABC):
             wider.
         redraws: whether `after_step` changes the weights. Checkpoints then store the weights too. Needs
             `learns_weights`.
+        starts_whole: whether all weights take part at first, so that training begins with the network as it is. Layers
+            of a pretrained network that have no pretrained weights, such as a new head, are then trained, not masked.
     """
 
     takes_k: bool = True
@@ -63,6 +65,7 @@ class Learner(ABC):
     learns_weights: bool = False
     rescale: bool = False
     redraws: bool = False
+    starts_whole: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

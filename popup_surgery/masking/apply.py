@@ -42,8 +42,12 @@ def apply(core: nn.Module, planned: Plan) -> None:
     _mask(masked, scores, learner, planned)
     for module in core.modules():
         module.__dict__.setdefault(STATE, ModuleState())
+    rules = {id(place.tensor): other.treatment for other, place in rest}
     for other, place in rest:
         _treat(other, place, settings.seed)
+    for place in places.values():
+        if (rule := rules.get(id(place.tensor))) is not None:  # in all modules that share a parameter
+            place.module.__dict__[STATE].others.setdefault(place.name, rule)
     for norm in norms:
         norm.reset_running_stats()
     core.__dict__[STATE].settings = settings

@@ -1,7 +1,8 @@
 """Turn a network into a hidden one: `convert` makes a plan and applies it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Never
 
 import torch
@@ -38,6 +39,7 @@ def convert(
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
     norm: Choice = DEFAULT.norm,
+    train: Patterns = DEFAULT.train,
     architecture: Architecture | str | None = None,
     **unknown: Never,
 ) -> nn.Module:
@@ -59,17 +61,23 @@ def convert(
             pattern that matches counts; a layer that none matches gets the default. Learners whose scores decide how
             many weights are kept, such as `supermask`, take no k.
         scheme: how weights are made: a key of `weights.SCHEMES`, such as `kaiming_normal`, for random ones; or
-            `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al., ECCV 2018), except those for which
-            `build` found no pretrained values; or schemes by pattern, as for k.
+            `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al., ECCV 2018), except those to mask for
+            which `build` found no pretrained values; or schemes by pattern, as for k.
         scaled: whether random weights are multiplied by √(1/k), which keeps the variance of a layer's output.
         seed: the seed of random weights and initial scores, 0 … 2⁶⁴ − 1.
         learner, learner_options: how scores become a mask and are trained: a key of `learners.LEARNERS`, and options of
-            that learner by name, documented in its class.
+            that learner by name, documented in its class. With the one scheme `pretrained`, and neither a learner nor
+            k, the learner is `piggyback`, which starts with the whole pretrained network.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
             A layer that came frozen, in a network that did not, stays as it is unless `include` names it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the
             scales and biases of normalisation layers.
+        train: glob patterns on names of modules and parameters, such as `fc`, `*.bias` or `layer4.1.bn2.weight`: what
+            they match is trained and stored. A pattern that matches a module covers all parameters inside it. A weight
+            that one matches is not masked; it keeps its values and is trained. By default, `piggyback` trains the
+            layers that `build` found no pretrained weights for, such as a new head, unless `include` or a pattern of
+            `scheme` names them; if `train` is given, its patterns alone count, so `[]` has such layers masked.
         architecture: the name that `save` records, such as `torchvision/resnet50`. Networks from `build` and from timm
             bring theirs with them; those from torchvision do not.
 
@@ -117,15 +125,15 @@ def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.
     architecture, tag = architecture_and_tag(described) if isinstance(described, str) else (described, "")
     name, settings = f"{architecture.library}/{architecture.name}", MaskingSettings.of(given)
     if is_pretrained(settings.scheme):
-        model = build(name, pretrained=tag or True, **architecture.kwargs)
+        with seeded(settings.seed):
+            model = build(name, pretrained=tag or True, **architecture.kwargs)
         return model, plan_as_given(model, given)
     if tag:
         raise ConversionError(
             f"{described} names the pretrained weights {tag}, which the scheme {settings.scheme} would replace; "
             f"expected {name}, or scheme='pretrained'"
         )
-    with torch.random.fork_rng():
-        torch.manual_seed(settings.seed)
+    with seeded(settings.seed):
         model, blank = build_uninitialised(architecture)
         planned = plan_as_given(model, given)
         left = {other.key for other in planned.rest if other.treatment.action == "left"}
@@ -133,6 +141,14 @@ def _build(described: str | Architecture, given: Mapping[str, Any]) -> tuple[nn.
             torch.manual_seed(settings.seed)
             model = build_architecture(architecture)
     return model, planned
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Context manager: what is random in a network that is built, such as a new head, follows from the seed."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 def _tell(planned: Plan, level: int) -> None:

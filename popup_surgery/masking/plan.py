@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from ..errors import ConversionError
 from ..weights.source import source_of
 from .settings import MaskingSettings
-from .unmasked import UnmaskedRule
+from .unmasked import FRESH, NAMED, UnmaskedRule
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,9 @@ class PlannedRest:
 class Coverage:
     """A network's parameters, grouped by what happens to them: in each group, numbers of elements by `state_dict` key.
 
-    Parameters in `left` keep their values. `missed` are those among them that look like weights, with two or more
-    dimensions above 1, but belong to no known type of layer.
+    Parameters in `left` keep their values, unless they are trained. `missed` are those among them that look like
+    weights, with two or more dimensions above 1, but belong to no known type of layer. What `train` names, or has no
+    pretrained weights and is trained instead of masked, is not among them.
     """
 
     masked: dict[str, int]
@@ -161,7 +162,9 @@ class Plan:
         missed = {
             other.key: other.numel
             for other in self.rest
-            if other.treatment.action == "left" and sum(size > 1 for size in other.shape) > 1
+            if other.treatment.action == "left"
+            and sum(size > 1 for size in other.shape) > 1
+            and other.treatment not in (NAMED, FRESH)
         }
         masked = self.before | {weight.key: weight.numel for weight in self.masked}
         return Coverage(masked, **groups, missed=missed)
@@ -169,6 +172,8 @@ class Plan:
     def totals(self) -> str:
         """Return the totals in three lines."""
         rest = sum(other.numel for other in self.rest)
+        learning = sum(other.numel for other in self.rest if other.train)
+        trained = f", of which {learning:,} are trained" if learning else ""
         settings, coverage = self.settings, self.coverage
         scheme = settings.scheme
         schemes = scheme if isinstance(scheme, str) else ", ".join(f"{p}: {name}" for p, name in scheme.items())
@@ -180,7 +185,7 @@ class Plan:
             kept = "the scores decide how many are kept"
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
-            f"{len(self.rest)} tensors not masked, {rest:,} parameters; {coverage.share('masked'):.2%} of all "
+            f"{len(self.rest)} tensors not masked, {rest:,} parameters{trained}; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
             f"{schemes}, seed {settings.seed}, {settings.learner}, "
             f"ranked {'over all layers' if settings.scope == 'global' else 'layer by layer'}"

@@ -4,14 +4,13 @@
 records the decisions for all parameters in a `Plan`.
 """
 
-import fnmatch
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Never
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..errors import ConversionError, NothingToConvert, nearest, some
+from ..errors import ConversionError, NothingToConvert, some
 from ..learners import get_learner
 from ..models.architecture import origin_of
 from ..models.layer_types import Fans, layer_type_of
@@ -19,11 +18,12 @@ from ..selection import kept_count
 from ..weights import PRETRAINED
 from ..weights.source import source_of, source_of_scheme
 from .memory import overlapping, overlaps_itself
+from .patterns import check_patterns, last_match, matches, several
 from .plan import Plan, PlannedRest, PlannedWeight
 from .ranking import parameter_of, score_name, score_of
 from .settings import DEFAULT, Choice, MaskingSettings, Patterns, Schemes, Scope, Shares, given_in, own_copy
 from .state import slots_of, state_of
-from .unmasked import FROZEN, UnmaskedRule, is_norm, treatment
+from .unmasked import FRESH, FROZEN, NAMED, UnmaskedRule, is_norm, treatment
 from .walk import Place, masked_weights, places_of, unwrap
 
 
@@ -41,6 +41,7 @@ def plan(
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
     norm: Choice = DEFAULT.norm,
+    train: Patterns = DEFAULT.train,
     **unknown: Never,
 ) -> Plan:
     """Return what `convert` with the same arguments would do. Changes nothing; works on the meta device.
@@ -77,7 +78,7 @@ def unconverted(core: nn.Module) -> list[str]:
         if state is not None and state.settings is not None:
             for name, parameter in _chosen(_fans(module), state.settings):
                 layer = module.get_submodule(name)
-                if parameter not in slots_of(layer) and not _left_frozen(layer, parameter):
+                if parameter not in slots_of(layer) and _recorded(layer, parameter) not in (FROZEN, FRESH, NAMED):
                     found.append(".".join(filter(None, (prefix, name, parameter))))
     return found
 
@@ -87,50 +88,120 @@ def unconverted(core: nn.Module) -> list[str]:
 Matched = dict[tuple[str, str], Fans]  # by the names of a module and of its parameter
 
 
-def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> tuple[Matched, "_Frozen"]:
-    """Return the maskable weights that the settings choose, and what stays because it came frozen."""
+def _match(core: nn.Module, settings: MaskingSettings, first: bool) -> tuple[Matched, "_Trained", "_Frozen"]:
+    """Return the maskable weights that the settings choose, what is trained instead, and what stays as it came."""
     fans = _fans(core)
-    frozen = _Frozen(core, settings, fans, first)
-    if not first:
-        return frozen.without(_chosen(fans, settings)), frozen
-    if not fans:
+    if first and not fans:
         raise NothingToConvert(
             f"{type(core).__name__} has no layer whose weight could be masked (Conv, Linear, attention, recurrent)"
         )
     layers = [name for name, _ in fans]
-    for what in ("include", "exclude"):
-        _check_patterns(getattr(settings, what), layers, what)
-    for what in ("k", "scheme"):
-        _check_patterns([p for p in settings.by_pattern(what) if p != "*"], layers, what)  # type: ignore[arg-type]
+    if first:
+        for what in ("include", "exclude"):
+            check_patterns(getattr(settings, what), layers, what)
+        for what in ("k", "scheme"):
+            check_patterns([p for p in settings.by_pattern(what) if p != "*"], layers, what)  # type: ignore[arg-type]
+    trained = _Trained(core, settings, first)
+    frozen = _Frozen(core, settings, trained.without(fans), first)
+    trained.yield_to(frozen)
     chosen = _chosen(fans, settings)
-    if not chosen:
+    maskable = trained.without(chosen)
+    masked = frozen.without(maskable)
+    if first and not chosen:
         raise NothingToConvert(
             f"include={settings.include!r} and exclude={settings.exclude!r} leave none of the {len(layers)} layers to "
             "convert"
         )
-    if not (masked := frozen.without(chosen)):
+    if first and not maskable:
+        raise NothingToConvert(
+            f"{some(name or 'the network' for name, _ in chosen)}: all that could be masked is trained, because "
+            + (NAMED.why if settings.train is not None else f"it {FRESH.why}")
+        )
+    if first and not masked:
         raise NothingToConvert(
             f"exclude={settings.exclude!r} leaves only layers that came frozen: {some(name for name, _ in chosen)}; "
             "include masks them"
         )
-    return masked, frozen
+    return masked, trained, frozen
+
+
+class _Trained:
+    """Tells which unmasked parameters are trained by themselves, and why: not because of `others` or `norm`.
+
+    They are those that `train` names, frozen ones included. If `train` is not given, and the learner starts with the
+    whole pretrained network, they are those of layers that have no pretrained weights, which `include` can name.
+    """
+
+    def __init__(self, core: nn.Module, settings: MaskingSettings, first: bool) -> None:
+        self.core, self.settings, self.first = core, settings, first
+        self.places = [place for place in places_of(core) if place.tensor.is_floating_point()]
+        self.fresh = origin_of(core).fresh
+        named = several(settings.train)
+        if first:
+            self._check()
+        loaded = {id(place.tensor) for place in self.places if not self._is_fresh(place)}
+        self.rules = {id(place.tensor): FRESH for place in self.places if id(place.tensor) not in loaded}
+        self.rules |= {id(p.tensor): NAMED for p in self.places if any(matches(p.key, pattern) for pattern in named)}
+
+    def get(self, tensor: Tensor) -> UnmaskedRule | None:
+        """Return `NAMED` or `FRESH` for a parameter that is trained by itself, else None."""
+        return self.rules.get(id(tensor))
+
+    def without(self, weights: Matched) -> Matched:
+        """Return the weights except those that are trained by themselves."""
+        return {
+            (n, p): f
+            for (n, p), f in weights.items()
+            if id(self.core.get_submodule(n)._parameters[p]) not in self.rules
+        }
+
+    def yield_to(self, frozen: "_Frozen") -> None:
+        """Take out what came frozen, unless `train` names it."""
+        for place in self.places:
+            if self.get(place.tensor) == FRESH and place in frozen:
+                del self.rules[id(place.tensor)]
+
+    def _is_fresh(self, place: Place) -> bool:
+        """Return whether `place` has no pretrained weights, for a learner that starts with the whole network."""
+        settings = self.settings
+        if state_of(place.module) is not None:
+            return _recorded(place.module, place.name) == FRESH
+        learner, schemes = get_learner(settings.learner, settings.learner_options), settings.by_pattern("scheme")
+        return (
+            learner.starts_whole
+            and settings.train is None
+            and not any(matches(place.layer, pattern) for pattern in several(settings.include))
+            and (place.layer in self.fresh or not self.first)
+            and _keeps(place.layer, schemes)
+        )
+
+    def _check(self) -> None:
+        """Raise `ConversionError` if a pattern of `train` matches nothing that could be trained."""
+        masked = {key: name for key, _, name, _ in masked_weights(self.core)}
+        scores = {f"{key.removesuffix(name)}{score_name(name)}" for key, name in masked.items()}
+        keys = [place.key for place in self.places if place.key not in scores]
+        names = dict.fromkeys(name for key in keys for name in (key.rpartition(".")[0], key) if name)
+        check_patterns(self.settings.train, names, "train", "module and parameter", "parameter")
+        for pattern in several(self.settings.train):
+            if key := next((key for key in masked if matches(key, pattern)), None):
+                raise ConversionError(f"train has {pattern!r}, and {key} is masked already; bake its layer first")
 
 
 class _Frozen:
     """Tells what stays as it is because it came frozen, such as a convolution whose weights are fixed numbers.
 
     Nothing does in a network whose maskable layers are all frozen, as a pretrained one often is, nor what `include`
-    names.
+    names. What is trained by itself, such as a new head, does not count as maskable.
     """
 
     def __init__(self, core: nn.Module, settings: MaskingSettings, fans: Matched, first: bool) -> None:
-        self.core, self.named, self.first = core, _several(settings.include), first
+        self.core, self.named, self.first = core, several(settings.include), first
         self.any = any(self._trainable(core.get_submodule(layer), name) for layer, name in fans)
 
     def __contains__(self, place: Place) -> bool:
-        if not self.any or any(_matches(place.layer, pattern) for pattern in self.named):
+        if not self.any or any(matches(place.layer, pattern) for pattern in self.named):
             return False
-        if _left_frozen(place.module, place.name):
+        if _recorded(place.module, place.name) == FROZEN:
             return True
         # new layers of a converted network do not count: timm makes them as frozen as the masked ones before them
         new = self.first and state_of(place.module) is None
@@ -145,10 +216,16 @@ class _Frozen:
         return (score_of if name in slots_of(module) else parameter_of)(module, name).requires_grad
 
 
-def _left_frozen(module: nn.Module, name: str) -> bool:
-    """Return whether an earlier conversion left the parameter `name` of `module` because it came frozen."""
+def _recorded(module: nn.Module, name: str) -> UnmaskedRule | None:
+    """Return what an earlier conversion did with the unmasked parameter `name` of `module`; None if nothing."""
     state = state_of(module)
-    return state is not None and state.others.get(name) == FROZEN
+    return None if state is None else state.others.get(name)
+
+
+def _keeps(layer: str, schemes: Mapping[str, str]) -> bool:
+    """Return whether a layer's scheme is the network's, and keeps pretrained weights."""
+    pattern = last_match(layer, schemes)
+    return (pattern, schemes[pattern]) == ("*", PRETRAINED)
 
 
 def _fans(core: nn.Module) -> Matched:
@@ -192,38 +269,13 @@ def check_writable(key: str, tensor: Tensor) -> None:
 
 
 def _chosen(fans: Matched, settings: MaskingSettings) -> Matched:
-    include, exclude = _several(settings.include), _several(settings.exclude)
+    include, exclude = several(settings.include), several(settings.exclude)
     return {
         (name, parameter): fan
         for (name, parameter), fan in fans.items()
-        if (settings.include is None or any(_matches(name, pattern) for pattern in include))
-        and not any(_matches(name, pattern) for pattern in exclude)
+        if (settings.include is None or any(matches(name, pattern) for pattern in include))
+        and not any(matches(name, pattern) for pattern in exclude)
     }
-
-
-def _check_patterns(given: Any, layers: list[str], what: str) -> None:
-    patterns = _several(given)
-    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise ConversionError(f"{what} is {given!r}; expected glob patterns on module names")
-    for pattern in patterns:
-        if not any(_matches(layer, pattern) for layer in layers):
-            raise ConversionError(
-                f"{what} has {pattern!r}, which matches no layer; nearest: {nearest(pattern, layers)}"
-            )
-
-
-def _several(patterns: Patterns) -> Sequence[str]:
-    return [patterns] if isinstance(patterns, str) else patterns or ()
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """Return whether `pattern` matches the module `name` or one that contains it."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[: i + 1]), pattern) for i in range(len(parts)))
-
-
-def _last_match(name: str, patterns: Collection[str]) -> str:
-    return [pattern for pattern in patterns if _matches(name, pattern)][-1]
 
 
 # decide
@@ -235,12 +287,21 @@ class _Decision:
     Args:
         settings: the checked arguments of `convert`.
         chosen: the weights to mask, if they are not masked yet.
+        trained: what is trained by itself.
         frozen: what stays because it came frozen.
         fresh: names of layers that have no pretrained weights.
     """
 
-    def __init__(self, settings: MaskingSettings, chosen: Matched, frozen: _Frozen, fresh: Collection[str]) -> None:
-        self.settings, self.chosen, self.frozen, self.fresh = settings, chosen, frozen, fresh
+    def __init__(
+        self,
+        settings: MaskingSettings,
+        chosen: Matched,
+        trained: _Trained,
+        frozen: _Frozen,
+        fresh: Collection[str],
+    ) -> None:
+        self.settings, self.chosen, self.fresh = settings, chosen, fresh
+        self.trained, self.frozen = trained, frozen
         self.layers = {layer for layer, _ in chosen}
         self.shares, self.schemes = settings.by_pattern("k"), settings.by_pattern("scheme")
         self.learner = get_learner(settings.learner, settings.learner_options)
@@ -253,7 +314,7 @@ class _Decision:
     def _weight(self, held: Sequence[Place], chosen: Place) -> PlannedWeight:
         """Plan a weight to mask; `ConversionError` if it cannot be masked as the settings ask."""
         key, tensor, fans = held[0].key, held[0].tensor, self.chosen[chosen.layer, chosen.name]
-        share = self.shares[_last_match(chosen.layer, self.shares)]
+        share = self.shares[last_match(chosen.layer, self.shares)]
         kept = None if share is None else kept_count(tensor.numel(), share)
         if kept == 0 and self.settings.scope == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
@@ -271,9 +332,9 @@ class _Decision:
 
     def _scheme(self, layer: str) -> str:
         """Return a layer's scheme. Without pretrained weights it is drawn, unless its own pattern says otherwise."""
-        pattern = _last_match(layer, self.schemes)
-        scheme = self.schemes[pattern]
-        return DEFAULT.scheme.value if layer in self.fresh and (pattern, scheme) == ("*", PRETRAINED) else scheme
+        if layer in self.fresh and _keeps(layer, self.schemes):
+            return str(DEFAULT.scheme.value)
+        return self.schemes[last_match(layer, self.schemes)]
 
     def _rest(self, held: Sequence[Place]) -> PlannedRest:
         """Plan a parameter that is not masked; one that was converted before keeps its rule."""
@@ -286,19 +347,23 @@ class _Decision:
         of_norm = is_norm(first.module) and first.name in ("weight", "bias")
         train = self.settings.others == "train" or (self.settings.norm == "train" and of_norm)
         train = train and tensor.is_floating_point() and rule != FROZEN
+        train = train or self.trained.get(tensor) is not None
         planned = PlannedRest(first.key, tuple(tensor.shape), rule, train, done=state is not None)
         check_rest(planned, tensor)
         return planned
 
     def _rule(self, held: Sequence[Place]) -> UnmaskedRule:
+        """Return the rule for a parameter that no earlier conversion has covered."""
+        own = self.trained.get(held[0].tensor)
         of_masked = [place for place in held if place.layer in self.layers]
-        if not of_masked and all(place in self.frozen for place in held):
+        if own is None and not of_masked and all(place in self.frozen for place in held):
             return FROZEN
         drawn = any(self._scheme(place.layer) != PRETRAINED for place in of_masked)
         if PRETRAINED in self.schemes.values() and not drawn:
-            return UnmaskedRule("left", "pretrained")
+            return own or UnmaskedRule("left", "pretrained")
         place = next(iter(of_masked), held[0])  # a bias may belong to several modules, one of which is masked
-        return treatment(place.module, place.name, swapped=bool(of_masked))
+        rule = treatment(place.module, place.name, swapped=bool(of_masked))
+        return own if own is not None and rule.action == "left" else rule
 
 
 def check_score_name(place: Place) -> None:
@@ -320,11 +385,12 @@ def check_rest(planned: PlannedRest, tensor: Tensor) -> None:
 
 def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
     """Return the plan for a network's first conversion, or for completing a converted one."""
-    chosen, frozen = _match(core, settings, first)
+    chosen, trained, frozen = _match(core, settings, first)
     before = {key: module._parameters[name].numel() for key, module, name, _ in masked_weights(core)}  # type: ignore[union-attr]
     if before and first and settings.scope == "global":
         raise ConversionError(f"scope='global' ranks all layers together, and {len(before)} are masked already")
-    decide = _Decision(settings, chosen, frozen, origin_of(core).fresh if first else {layer for layer, _ in chosen})
+    fresh = origin_of(core).fresh if first else {layer for layer, _ in chosen}
+    decide = _Decision(settings, chosen, trained, frozen, fresh)
     decided = [decide(held) for held in _unmasked(core)]
     planned = Plan(
         tuple(each for each in decided if isinstance(each, PlannedWeight)),

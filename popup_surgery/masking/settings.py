@@ -17,6 +17,7 @@ Schemes = str | Mapping[str, str]
 Scope = Literal["layer", "global"]
 Choice = Literal["frozen", "train"]
 
+OF_PRETRAINED = "piggyback"  # the learner of the scheme `pretrained` if neither a learner nor k is given
 WITHOUT_K: dict[str, Any] = {"k": None, "scaled": False, "scope": "layer"}  # the only values for learners without k
 _WORDS = {"scope": get_args(Scope), "others": get_args(Choice), "norm": get_args(Choice)}
 
@@ -41,12 +42,14 @@ class MaskingSettings:
     exclude: Patterns = None
     others: Choice = "frozen"
     norm: Choice = "frozen"
+    train: Patterns = None
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "MaskingSettings":
         """Return the given arguments, checked and converted to their types, with defaults for all others.
 
-        If k or the scheme is given by pattern without `*`, `*` gets the default.
+        If k or the scheme is given by pattern without `*`, `*` gets the default. With the scheme `pretrained`, the
+        learner is `piggyback` if neither a learner nor k is given.
 
         Raises:
             ConversionError: an argument has a bad value.
@@ -56,13 +59,12 @@ class MaskingSettings:
         from ..weights import PRETRAINED, get_scheme
         from ..weights.streams import check_seed
 
-        asked = cls(**given)
+        asked = cls(**with_learner(given))
         if not get_learner(asked.learner, asked.learner_options).takes_k:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
                     raise ConversionError(
-                        f"{name} is {given[name]!r}; expected {expected!r}; {asked.learner} takes no k, because its "
-                        "scores decide how many weights are kept"
+                        f"{name} is {given[name]!r}; expected {expected!r}; {without_k(asked.learner)}"
                     )
             asked = replace(asked, **WITHOUT_K)
         for name, words in _WORDS.items():
@@ -84,6 +86,20 @@ class MaskingSettings:
             if not isinstance(pattern, str):
                 raise ConversionError(f"{name} has the key {pattern!r}; expected a glob pattern on layer names")
         return dict(value) if "*" in value else {"*": getattr(DEFAULT, name).value, **value}
+
+
+def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings, with a learner if their scheme is `pretrained` and they have neither learner nor k."""
+    from ..weights import PRETRAINED
+
+    brings = given.get("scheme") == PRETRAINED and "learner" not in given and given.get("k") is None
+    return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
+
+
+def without_k(learner: str) -> str:
+    """Return why `learner` does not take a setting that comes with k, for a message."""
+    why = f"{learner} takes no k, because its scores decide how many weights are kept"
+    return f"{why}; scheme pretrained brings it unless k or a learner is given" if learner == OF_PRETRAINED else why
 
 
 def _checked_shares(asked: MaskingSettings) -> Shares:

@@ -25,6 +25,8 @@ class UnmaskedRule:
 
 
 FROZEN = UnmaskedRule("left", "came frozen, and include does not name it")
+NAMED = UnmaskedRule("left", "train names it")
+FRESH = UnmaskedRule("left", "has no pretrained weights")
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class ConvNet(nn.Module):
         img_size: H and W, or one number for both.
         width: factor of all `convs` and `hidden`, which are rounded to the nearest integer, at least 1 (paper, section
             4.3).
+        norm: put a batch norm before each ReLU.
 
     Raises:
         ConversionError: the image is too small for the pooling layers.
@@ -44,6 +45,7 @@ class ConvNet(nn.Module):
         in_chans: int = 3,
         img_size: int | Sequence[int] = 32,
         width: float = 1.0,
+        norm: bool = False,
     ) -> None:
         super().__init__()
         height, breadth = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -57,14 +59,16 @@ class ConvNet(nn.Module):
         hidden = [max(1, round(h * width)) for h in hidden]
         layers: list[nn.Module] = []
         for i, (inputs, outputs) in enumerate(pairwise([in_chans, *convs])):
-            layers += [nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.ReLU(inplace=True)]
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
+            layers += [*([nn.BatchNorm2d(outputs)] if norm else []), nn.ReLU(inplace=True)]
             if i % 2:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
         flat = (convs[-1] if convs else in_chans) * (height >> pools) * (breadth >> pools)
         layers = [nn.Flatten()]
         for inputs, outputs in pairwise([flat, *hidden]):
-            layers += [nn.Linear(inputs, outputs, bias=False), nn.ReLU(inplace=True)]
+            layers.append(nn.Linear(inputs, outputs, bias=False))
+            layers += [*([nn.BatchNorm1d(outputs)] if norm else []), nn.ReLU(inplace=True)]
         self.classifier = nn.Sequential(*layers, nn.Linear([flat, *hidden][-1], num_classes, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -96,6 +100,11 @@ def fc(num_classes: int = 10, in_chans: int = 1, img_size: int | Sequence[int] =
     return ConvNet([], [300, 100], num_classes, in_chans, img_size, width)
 
 
+def fc_bn(num_classes: int = 10, in_chans: int = 1, img_size: int | Sequence[int] = 28, width: float = 1.0) -> ConvNet:
+    """`fc` with a batch norm before each ReLU, for many tasks: each has its own mask and statistics (SupSup, 2020)."""
+    return ConvNet([], [300, 100], num_classes, in_chans, img_size, width, norm=True)
+
+
 def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, img_size: int | Sequence[int] = 32) -> nn.Module:
     """ResNet-18 for small images: torchvision's, with a 3 × 3 stem of stride 1 and no max-pool; 11,164,352 weights.
 
@@ -112,4 +121,4 @@ def cifar_resnet18(num_classes: int = 10, in_chans: int = 3, img_size: int | Seq
     return model
 
 
-NETS = {net.__name__: net for net in (conv2, conv4, conv6, conv8, fc, cifar_resnet18)}
+NETS = {net.__name__: net for net in (conv2, conv4, conv6, conv8, fc, fc_bn, cifar_resnet18)}

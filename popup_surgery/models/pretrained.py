@@ -72,7 +72,8 @@ def read_weights(path: Path) -> dict[str, Any]:
     from timm.models import load_state_dict
 
     if not path.is_file():
-        raise ConversionError(f"the file of weights {path} does not exist")
+        where = "; weights are not read from the Hub: download the file first" if str(path).startswith("hf:") else ""
+        raise ConversionError(f"the file of weights {path} does not exist{where}")
     try:
         state: dict[str, Any] = load_state_dict(str(path))
     except Exception as error:

@@ -19,8 +19,12 @@ from .grid import Run, Sweep
 from .names import as_text
 from .picture import draw
 from .results import Outcome, Point, State, points, write
+from .tasks import evaluate_bank
 
-__all__ = ["Engine", "Local", "OnRay", "Outcome", "Point", "Run", "State", "Sweep", "as_text", "execute", "points"]
+__all__ = [
+    "Engine", "Local", "OnRay", "Outcome", "Point", "Run", "State", "Sweep", "as_text", "evaluate_bank", "execute",
+    "points",
+]  # fmt: skip
 
 Report = Callable[[Sequence[Outcome], Outcome | None], None]
 
@@ -33,8 +37,8 @@ def execute(
 ) -> list[Outcome]:
     """Run the unfinished runs of a sweep.
 
-    results.json, results.csv and runs.csv are written at the start and whenever a run ends, and results.png at the end.
-    A run that fails does not stop the others.
+    The sweep's base comes first. results.json, results.csv and runs.csv are written at the start and whenever a run
+    ends, and results.png at the end. A run that fails does not stop the others.
 
     Args:
         output: the sweep's folder, with one folder in it for each run. Several sweeps can use it, one after another.
@@ -46,13 +50,16 @@ def execute(
 
     Raises:
         DataError: a run's data set needs a folder, and none is given.
-        RunError: another sweep runs in `output`, or `output` is a run's folder.
+        RunError: another sweep runs in `output`, or `output` is a run's folder; or the base failed, or the sweep was
+            loaded for another folder than `output`, where its base would be.
         Stopped: SIGTERM, SIGINT or SIGUSR1 came. The runs have saved checkpoints, and the next call resumes them.
         PopupError: `output` cannot be written, or the engine is not available.
     """
     output, engine = Path(output), engine or Local()
-    for run in sweep.runs:
+    for run in sweep.everything:
         check_root(run.recipe.data)
+    if sweep.base is not None and sweep.runs[0].recipe.model.pretrained != str(sweep.base.folder(output).final):
+        raise RunError(f"the sweep has a base, and was loaded for another folder; load it with output={str(output)!r}")
     if os.path.exists(output / "recipe.yaml"):
         raise RunError(f"{output} is the folder of a run; expected the folder of a sweep, which holds run folders")
     lock = FileLock(output / "lock", timeout=0)
@@ -69,6 +76,8 @@ def execute(
             outcomes = {run.name: Outcome.read(run, output) for run in sweep.runs}
             write(sweep.name, list(outcomes.values()), output)
             report(list(outcomes.values()), None)
+            if sweep.base is not None and outcomes:
+                _train_base(sweep.base, output, engine, stop, lambda changed: report(list(outcomes.values()), changed))
             todo = [outcome.run for outcome in outcomes.values() if outcome.state is State.WAITING]
             with closing(engine.run(todo, output, stop)) as events:
                 for event in events:
@@ -87,6 +96,22 @@ def execute(
     if {State.STOPPED, State.WAITING} & set(states):
         raise Stopped(f"stopped with {states.count(State.FINISHED)} of {len(states)} runs finished")
     return list(outcomes.values())
+
+
+def _train_base(
+    run: Run, output: Path, engine: Engine, stop: Callable[[], bool], report: Callable[[Outcome | None], None]
+) -> None:
+    """Run a sweep's base, unless it is finished. `RunError` if it fails, `Stopped` if it is stopped."""
+    outcome = Outcome.read(run, output)
+    if outcome.state is State.WAITING:
+        with closing(engine.run([run], output, stop)) as events:
+            for event in events:
+                outcome = outcome if event is None else _after(*event, output)
+                report(None if event is None or outcome.state is State.FAILED else outcome)
+    if outcome.state is State.FAILED:
+        raise RunError(f"{run} failed: {outcome.error}; its folder is {run.folder(output).path}")
+    if outcome.state is not State.FINISHED:
+        raise Stopped(f"stopped before the end of {run}")
 
 
 def _after(run: Run, state: State, error: str, output: Path) -> Outcome:

@@ -34,14 +34,14 @@ def changed(recipe: BaseModel, section: str, **values: Any) -> BaseModel:
 def test_the_keys_that_no_result_depends_on() -> None:
     assert {path for path, key in KEYS.items() if not key.affects_result} == {
         "data.root", "data.workers", "data.download", "data.on_error", "training.checkpoint_minutes",
-        "training.trackers", "training.keep_scores", "training.log_every", "training.threads",
+        "training.trackers", "training.keep_scores", "training.log_every", "training.threads", "surgery.encoding",
     }  # fmt: skip
 
 
 def test_the_keys_that_no_step_takes_longer_for() -> None:
     words = "epochs lr momentum weight_decay schedule warmup_epochs label_smoothing seed"
     assert {path for path, key in KEYS.items() if not key.affects_speed} == {
-        *(f"surgery.{name}" for name in ("k", "scheme", "scaled", "seed")),
+        *(f"surgery.{name}" for name in ("k", "scheme", "scaled", "seed", "encoding")),
         *(f"training.{name}" for name in words.split()),
         "training.keep_scores",
     }

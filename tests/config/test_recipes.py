@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from popup_surgery import PopupError, Recipe, RecipeError, UnknownName
 from popup_surgery.config.catalog import find, shipped
-from popup_surgery.config.schema import _SECTIONS
+from popup_surgery.config.mistakes import section_of
 from popup_surgery.config.yaml import read_yaml, to_yaml
 from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.settings import WITHOUT_K
@@ -196,7 +196,8 @@ OF_THE_VALIDATOR = re.compile(
 )
 
 
-EVERY_KEY = [*_SECTIONS, *(f"{name}.{key}" for name, section in _SECTIONS.items() for key in section.model_fields)]
+SECTIONS = {name: section_of(Recipe, name) for name in Recipe.model_fields if name != "plugins"}
+EVERY_KEY = [*SECTIONS, *(f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields)]
 
 
 @pytest.mark.parametrize("path", EVERY_KEY)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from popup_surgery import DataError, PopupError, evaluate, train
 from popup_surgery.data.batches import ProcessShard
+from popup_surgery.data.transforms import pixel_order
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.evaluate import recorded_data
 from support import AUGMENTED, PATIENCE, cli_run, joined, lines, opened, recipe, started, stopping
@@ -84,6 +85,16 @@ def known(images: Path, split: str) -> list[bytes]:
 
 
 # order
+
+
+def test_shards_and_rows_are_permuted(walked: dict[str, Any]) -> None:
+    config = {**walked, "batch_size": 4, **PLAIN}
+    plain, task = opened(**config), opened(permute_seed=3, **config)
+    place = pixel_order(3, 16, 16)
+    for one, other in ((plain.train(0), task.train(0)), (plain.validation(), task.validation())):
+        before, after = joined(one)[0].flatten(-2), joined(other)[0].flatten(-2)
+        assert torch.equal(after, before[..., place])
+        assert not torch.equal(after, before)
 
 
 @pytest.mark.parametrize("shuffled", [5, 4096])

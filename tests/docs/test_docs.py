@@ -1,5 +1,7 @@
 """The reader in docs/artifact-format.md reads what this library writes."""
 
+import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -21,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_the_numpy_reader_rebuilds_a_trained_network(digits_run: Result, tmp_path: Path) -> None:
     reader = tmp_path / "reader.py"
-    (code,) = blocks("docs/artifact-format.md", "python")
+    code, _ = blocks("docs/artifact-format.md", "python")
     reader.write_text(code)
     script = f"import reader, numpy; numpy.savez('state.npz', **reader.read({str(digits_run.file)!r}))"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
@@ -32,15 +34,45 @@ def test_the_numpy_reader_rebuilds_a_trained_network(digits_run: Result, tmp_pat
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
-def reader() -> dict[str, Any]:
-    (code,) = blocks("docs/artifact-format.md", "python")
+def reader(decoder: bool = False) -> dict[str, Any]:
     space: dict[str, Any] = {"__name__": "reader"}
-    exec(code, space)
+    for code in blocks("docs/artifact-format.md", "python")[: 1 + decoder]:
+        exec(code, space)
     return space
 
 
+@pytest.mark.parametrize("k", [0.5, 0.3, 0.97, 0.01, 0.999, 1e-9, 1.0])
+def test_the_page_decodes_what_the_library_writes(k: float, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Linear(101, 3), torch.nn.Linear(3, 1))
+    model = ps.convert(net, {"*": k, "1": 0.3}, seed=4)
+    ps.save(model, tmp_path / "net", encoding="range_coded")
+    with pytest.raises(ValueError, match="needs a newer reader, or for range_coded the second part of this one"):
+        reader()["read"](tmp_path / "net")
+    state = reader(decoder=True)["read"](tmp_path / "net")
+    for name, tensor in ps.bake(model).state_dict().items():
+        assert state[name].tobytes() == tensor.numpy().tobytes()
+
+
+def test_the_page_decodes_the_vectors() -> None:
+    space = reader(decoder=True)
+    for vector in json.loads((ROOT / "tests/golden/range_coded.json").read_text())["vectors"]:
+        n, kept = vector["n"], vector["kept"]
+        if "bytes" not in vector:  # only their digest, which tests/codecs/test_range_coded.py checks
+            continue
+        packed = space["UNPACK"]["range_coded"](np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8), n, kept)
+        assert hashlib.sha256(packed.tobytes()).hexdigest() == vector["mask_sha256"], vector["mask"]
+
+
+def test_the_page_reads_the_golden_artifact() -> None:
+    file = ROOT / "tests/golden/range_coded.popup.safetensors"
+    state = reader(decoder=True)["read"](file)
+    for name, tensor in ps.load(file).state_dict().items():
+        assert state[name].tobytes() == tensor.numpy().tobytes()
+
+
 def test_the_numpy_reader_needs_numpy_alone_and_as_many_lines_as_the_pages_say() -> None:
-    (code,) = blocks("docs/artifact-format.md", "python")
+    code, decoder = blocks("docs/artifact-format.md", "python")
+    assert re.findall(r"^(?:import|from) (.*)", decoder, re.MULTILINE) == ["bisect"]
     imported = set(re.findall(r"^(?:import|from) (.*)", code, re.MULTILINE))
     assert imported == {"hashlib, json, math, statistics", "numpy as np"}
     lines = len([line for line in code.splitlines() if line.strip()])

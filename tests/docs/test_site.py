@@ -45,7 +45,7 @@ def whole(page: str) -> str:
 
 def keys() -> list[str]:
     """Every key of a recipe, as a dump has them: from a recipe that has all sections."""
-    hidden = Recipe.load("digits").dump()
+    hidden = Recipe.load("digits", ["hub=me/digits"]).dump()
     ticket = Recipe.load("digits", ["surgery=none", "lottery_ticket={k: 0.5, rounds: 1}"]).dump()["lottery_ticket"]
     return [f"{name}.{key}" for name, section in (hidden | {"lottery_ticket": ticket}).items() for key in section]
 

@@ -36,17 +36,21 @@ def test_a_signature_shows_every_argument_with_its_default(verb: Callable[..., A
 
 
 def test_the_recipe_and_the_command_have_the_same_defaults() -> None:
-    assert Surgery.model_fields.keys() == DEFAULTS.keys()
+    assert Surgery.model_fields.keys() == DEFAULTS.keys() | {"encoding"}, "which is an argument of save"
+    assert Surgery.model_fields["encoding"].default == inspect.signature(run).parameters["encoding"].default
     options = inspect.signature(run).parameters
     for name, value in DEFAULTS.items():
         if name not in BY_LEARNER:
             assert Surgery.model_fields[name].default == value
-    for name in DEFAULTS.keys() - {*BY_LEARNER, "learner_options"}:
+    for name in DEFAULTS.keys() - {*BY_LEARNER, "learner", "learner_options"}:
         default = options[name].default
         assert (default.value if isinstance(default, Enum) else default) == DEFAULTS[name]
-    assert all(options[name].default is None for name in BY_LEARNER)
-    (option,) = (each for each in options["k"].annotation.__metadata__ if isinstance(each, typer.models.OptionInfo))
-    assert str(DEFAULTS["k"]) in str(option.help)
+    assert all(options[name].default is None for name in (*BY_LEARNER, "learner"))
+    for name in ("k", "learner"):
+        (option,) = (
+            each for each in options[name].annotation.__metadata__ if isinstance(each, typer.models.OptionInfo)
+        )
+        assert str(DEFAULTS[name]) in str(option.help)
     assert Surgery.model_fields["scaled"].is_required()
     assert convert(nn.Linear(8, 4)).extra_repr().endswith("k=0.3")
 

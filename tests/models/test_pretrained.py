@@ -75,7 +75,7 @@ def test_everything_but_the_mask_stays(weights: Path) -> None:
 
 def test_a_head_of_another_size_is_drawn_and_masked(weights: Path, tmp_path: Path) -> None:
     model: Any = build(NAME, pretrained=weights, num_classes=7)
-    planned = {weight.key: weight for weight in plan(model, scheme="pretrained", seed=5).masked}
+    planned = {weight.key: weight for weight in plan(model, 0.5, scheme="pretrained", seed=5).masked}
     assert {key for key, weight in planned.items() if weight.distribution != "base"} == {"fc.weight"}
     convert(model, 0.5, scheme="pretrained", seed=5)
     slot = slots_of(model.fc)["weight"]
@@ -259,7 +259,7 @@ def test_torchvision_weights_come_from_its_cache(classes: int, tmp_path: Path, m
     plain = torchvision.models.squeezenet1_1()
     torch.save(plain.state_dict(), tmp_path / "hub" / "checkpoints" / Path(weights.url).name)
     model: Any = build("torchvision/squeezenet1_1", pretrained="IMAGENET1K_V1", num_classes=classes)
-    convert(model, scheme="pretrained")
+    convert(model, 0.5, scheme="pretrained")
     assert torch.equal(model.features[0]._parameters["weight"], plain.features[0].weight)
     assert (slots_of(model.classifier[1])["weight"].distribution == "base") == (classes == 1000)
     save(model, tmp_path / FILE)
@@ -349,7 +349,7 @@ def test_a_head_that_was_trained_stays_if_it_is_named(
     kept: Any = convert(model, 0.5, scheme={"*": "pretrained", "fc": "pretrained"})
     assert torch.equal(kept.fc._parameters["weight"], before)
     assert not caplog.text
-    convert(build(NAME, pretrained=weights, num_classes=4), scheme="pretrained")
+    convert(build(NAME, pretrained=weights, num_classes=4), 0.5, scheme="pretrained")
     assert "replaced the weights of 1 layer with random ones (seed 0)" in caplog.text
 
 
@@ -397,7 +397,7 @@ def test_the_command_line_plans_what_it_writes(
     cli: Callable[..., Outcome], weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    call = ("convert", "test_resnet", "--scheme", "pretrained", "--weights", weights, "--num-classes", 10)
+    call = ("convert", "test_resnet", "--k", 0.3, "--scheme", "pretrained", "--weights", weights, "--num-classes", 10)
     planned = cli(*call, "--dry-run")
     assert planned.status == 0, planned.err
     assert next(line for line in planned.out.splitlines() if line.strip().startswith("fc.weight")).split()[-1] != (

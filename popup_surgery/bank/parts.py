@@ -1,0 +1,206 @@
+"""What one tensor of the network is under one task, as it is kept in memory, and how it is written into the network.
+
+Values are moved as words, unsigned integers of the dtype's size, so that every dtype is exact to the bit. A masked
+weight is the bitwise AND of the base and its mask, piece by piece in the processor's cache.
+"""
+
+from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..weights.streams import BITS, CHUNK, words
+
+Words = NDArray[np.unsignedinteger[Any]]
+Packed = NDArray[np.uint8]
+
+_UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ON_DEVICE = 1 << 24  # weights unpacked at a time on a device that is not the CPU
+
+
+def words_of(tensor: Tensor) -> Words:
+    """Return the elements of a contiguous tensor on the CPU as words, in row-major order, in the same memory."""
+    size = tensor.dtype.itemsize
+    return tensor.detach().reshape(-1).view(_INTEGER[size]).numpy().view(_UNSIGNED[size])
+
+
+@lru_cache
+def _rows(size: int) -> Words:
+    """Return eight words for each byte of a mask, all ones where its bit is 1, lowest bit first: [256, 8]."""
+    return np.repeat(-BITS.astype(np.int8), size, axis=1).view(_UNSIGNED[size])
+
+
+class Source(ABC):
+    """The values that a masked weight has in the base."""
+
+    @abstractmethod
+    def masked(self, mask: Packed, start: int, stop: int, out: Words) -> None:
+        """Write the elements from `start` to `stop` under a packed mask into `out`. `start` is a multiple of 8."""
+
+    @abstractmethod
+    def masked_on(self, mask: Packed, start: int, stop: int, device: torch.device) -> Tensor:
+        """Return the same elements on a device that is not the CPU."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory of the values in bytes."""
+
+
+class Held(Source):
+    """Values that are kept as numbers, such as pretrained weights.
+
+    Args:
+        values: the weight, of any shape, in the network's dtype.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.detach().contiguous().view(-1)
+
+    def masked(self, mask: Packed, start: int, stop: int, out: Words) -> None:
+        rows, whole = _rows(self.values.dtype.itemsize), (stop - start) // 8 * 8
+        np.take(rows, mask[start // 8 : (start + whole) // 8], axis=0, out=out[:whole].reshape(-1, 8), mode="clip")
+        if whole < stop - start:
+            out[whole:] = rows[mask[stop // 8], : stop - start - whole]
+        np.bitwise_and(words_of(self.values[start:stop].cpu()), out, out=out)
+
+    def masked_on(self, mask: Packed, start: int, stop: int, device: torch.device) -> Tensor:
+        if self.values.device != device:
+            self.values = self.values.to(device)
+        integer = _INTEGER[self.values.dtype.itemsize]
+        rows = torch.from_numpy(_rows(self.values.dtype.itemsize)).view(integer).to(device)
+        bits = torch.from_numpy(mask[start // 8 : -(-stop // 8)]).to(device).int()
+        kept = rows.index_select(0, bits).view(-1)[: stop - start]
+        return (self.values[start:stop].view(integer) & kept).view(self.values.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+class Signs(Source):
+    """The values +std and −std, of which only the signs are kept, one bit for each.
+
+    Args:
+        numel, std, seed, stream: of the weight, as its file describes it.
+        dtype: the network's.
+    """
+
+    def __init__(self, numel: int, std: float, seed: int, stream: str, dtype: torch.dtype) -> None:
+        raw = words(seed, "weight", stream).random_raw(-(-numel // 64)).astype("<u8", copy=False)
+        self.signs: Packed = raw.view(np.uint8)[: -(-numel // 8)]
+        # Row 16 · mask + signs has four weights, for half a byte of each, lowest bit first.
+        signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
+        values = np.where(kept, np.where(signs, np.float32(std), np.float32(-std)), np.float32(0))
+        self.four = torch.from_numpy(values).to(dtype)
+
+    def _halves(self, mask: Packed, start: int, stop: int) -> Packed:
+        """Return the rows of `four` for the elements from `start` to `stop`, two for each byte."""
+        bytes_ = slice(start // 8, -(-stop // 8))
+        bits, signs = mask[bytes_], self.signs[bytes_]
+        halves = np.empty((len(bits), 2), np.uint8)
+        np.bitwise_or(bits << 4, signs & 15, out=halves[:, 0])
+        np.bitwise_or(bits & 240, signs >> 4, out=halves[:, 1])
+        return halves.reshape(-1)
+
+    def masked(self, mask: Packed, start: int, stop: int, out: Words) -> None:
+        halves, four, whole = self._halves(mask, start, stop), words_of(self.four), (stop - start) // 4 * 4
+        np.take(four.reshape(-1, 4), halves[: whole // 4], axis=0, out=out[:whole].reshape(-1, 4), mode="clip")
+        if whole < stop - start:
+            out[whole:] = four.reshape(-1, 4)[halves[whole // 4], : stop - start - whole]
+
+    def masked_on(self, mask: Packed, start: int, stop: int, device: torch.device) -> Tensor:
+        rows = torch.from_numpy(self._halves(mask, start, stop)).to(device).int()
+        return self.four.to(device).index_select(0, rows).view(-1)[: stop - start]
+
+    @property
+    def nbytes(self) -> int:
+        return self.signs.nbytes + self.four.nbytes
+
+
+class Part(ABC):
+    """One tensor of the network under one task."""
+
+    @abstractmethod
+    def piece(self, start: int, stop: int, out: Words) -> None:
+        """Write the elements from `start`, a multiple of CHUNK, to `stop` into `out`."""
+
+    @abstractmethod
+    def write(self, target: Tensor) -> None:
+        """Write the whole tensor into `target`, of the same shape and dtype and without gradient, in place."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Memory that the task takes for it, in bytes: without the base."""
+
+
+class Kept(Part):
+    """A masked weight: a source in the base, and the packed mask."""
+
+    def __init__(self, source: Source, mask: Packed) -> None:
+        self.source = source
+        self.mask = mask
+
+    def piece(self, start: int, stop: int, out: Words) -> None:
+        self.source.masked(self.mask, start, stop, out)
+
+    def write(self, target: Tensor) -> None:
+        n = target.numel()
+        if target.device.type == "cpu":
+            flat = target if target.is_contiguous() else torch.empty(n, dtype=target.dtype)
+            out = words_of(flat)
+            for start in range(0, n, CHUNK):
+                self.piece(start, min(start + CHUNK, n), out[start : start + CHUNK])
+            torch.autograd.graph.increment_version(flat)
+        else:
+            flat = target.detach().view(-1) if target.is_contiguous() else torch.empty_like(target.reshape(-1))
+            for start in range(0, n, _ON_DEVICE):
+                stop = min(start + _ON_DEVICE, n)
+                flat[start:stop] = self.source.masked_on(self.mask, start, stop, target.device)
+        if not target.is_contiguous():
+            target.copy_(flat.view(target.shape))
+
+    @property
+    def nbytes(self) -> int:
+        return self.mask.nbytes
+
+
+class Whole(Part):
+    """A tensor that is the task's own, kept as it is."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values.detach()
+
+    def piece(self, start: int, stop: int, out: Words) -> None:
+        out[:] = words_of(self.values.cpu())[start:stop]
+
+    def write(self, target: Tensor) -> None:
+        target.copy_(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+class Filled(Part):
+    """A tensor whose elements all have one value."""
+
+    def __init__(self, value: bool | int | float, dtype: torch.dtype) -> None:
+        self.value = value
+        self.dtype = dtype
+
+    def piece(self, start: int, stop: int, out: Words) -> None:
+        out[:] = words_of(torch.tensor([self.value], dtype=self.dtype))
+
+    def write(self, target: Tensor) -> None:
+        target.fill_(self.value)
+
+    @property
+    def nbytes(self) -> int:
+        return 0

@@ -1,0 +1,43 @@
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .shared import busy, progress, show
+
+
+def run(
+    folder: Annotated[str, typer.Argument(help="A folder of popup artifacts, or of runs' folders.")],
+    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the masks.")] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
+    how: Annotated[
+        str | None, typer.Option(help="How to find a task: one_step, halving or each. Default: halving if possible.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> int:
+    """Put all masks of a folder on one network, and evaluate each, with and without being told the task.
+
+    The exit status is 1 if a file is damaged or is for another network or base than the first.
+
+    \b
+    $ popup-surgery bank tasks
+    task    kept    accuracy  not told  task found  images  data
+    digits  50.0 %  98.3 %    98.3 %    100.0 %     359     digits
+    turned  50.0 %  97.8 %    97.5 %    99.7 %      359     digits
+    mean    50.0 %  98.1 %    97.9 %    99.9 %
+    """
+    with busy("loading"):
+        from ..bank.files import files_of
+        from ..errors import unknown
+        from ..experiment.tasks import evaluate_tasks
+
+        if how is not None and how not in ("one_step", "halving", "each"):
+            raise unknown("--how", how, ("one_step", "halving", "each"))
+        files = files_of(folder)
+    table = evaluate_tasks(files, base=base, data_dir=data_dir, how=how, strict=False, progress=progress)
+    if json_:
+        print(json.dumps(table.to_json(), indent=2))
+    else:
+        show(str(table))
+    return 0 if table.fits else 1

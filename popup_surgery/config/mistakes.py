@@ -1,0 +1,62 @@
+"""What is wrong with a recipe: for each key with a mistake, one sentence made from pydantic's errors."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from ..errors import RecipeError, nearest
+from .expected import expected, shown
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class Missing(ValueError):
+    """A missing key that the value of another key requires. The text is what was expected."""
+
+
+def validated(cls: type[_M], values: Any, name: str) -> _M:
+    """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        by_key: dict[tuple[Any, ...], list[Any]] = {}
+        for each in error.errors():
+            if each["loc"][-1:] != ("literal['none']",):
+                by_key.setdefault(tuple(_keys(each["loc"]))[:2], []).append(each)
+        found = [_sentence(cls, key, errors, values) for key, errors in by_key.items()]
+        head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
+        raise RecipeError(head + "\n".join(found)) from None
+
+
+def _keys(path: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield the keys of an error's path, without pydantic's names for a member of a union and for a validator."""
+    for i, part in enumerate(path):
+        if not (i == 1 and isinstance(part, str) and (part[:1].isupper() or part.startswith("function-"))):
+            yield part
+
+
+def section_of(root: type[BaseModel], key: Any) -> type[BaseModel]:
+    """Return the section under a key, perhaps a member of a union."""
+    kind = root.model_fields[key].annotation
+    return next(each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel))
+
+
+def _sentence(root: type[BaseModel], path: tuple[Any, ...], errors: list[Any], values: Any) -> str:
+    """Turn pydantic's errors about one key into a sentence that names the key, its value and what was expected."""
+    section = section_of(root, path[0]) if len(path) > 1 else root
+    key = ".".join(map(str, path)) or "the recipe"
+    if errors[0]["type"] in ("extra_forbidden", "invalid_key"):
+        return f"{key} is not a key of a recipe; nearest: {nearest(str(path[-1]), section.model_fields)}"
+    own = next((error["ctx"]["error"] for error in errors if error["type"] == "value_error"), None)
+    if own is not None and len(path) < 2:
+        return str(own)  # it concerns several keys, and names them
+    wanted = expected(section.model_fields[path[-1]]) if path else "the sections model, surgery, data and training"
+    if errors[0]["type"] == "missing" or isinstance(own, Missing):
+        return f"{key} is missing; expected {own or wanted}"
+    for part in path:
+        values = values[part]
+    has = "has no value" if values is None else f"is {shown(values)}"
+    if own is None:
+        return f"{key} {has}; expected {wanted}"
+    return f"{key} {has}{';' if str(own).startswith('expected') else ':'} {own}"
