@@ -1,6 +1,7 @@
 """Pushes with the official client against a Hub in another process: what is there afterwards, and what is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -283,3 +284,16 @@ def test_the_commands(me: Hub, cli: Callable[..., Outcome], tmp_path: Path) -> N
         assert (done.status, done.out, done.err.count("\n")) == (2, "", 1)
         assert says in done.err
     assert "--token" not in cli("push", "--help").out, "a token would stay in the shell's history"
+
+
+def test_help_ends_with_real_calls_and_their_output(me: Hub, cli: Callable[..., Outcome], artifact: Path) -> None:
+    for command in ("push", "list", "card"):
+        line, *wanted = cli(command, "--help").out.partition("$ popup-surgery ")[2].rstrip().split("\n")
+        call, _, head = line.partition(" | head -n ")
+        done = cli(*call.split())
+        assert (done.status, done.err) == (0, "")
+        out = re.sub(r"commit/\w{40}", "commit/#", done.out.replace(me.url, "https://huggingface.co"))
+        said = out.splitlines()[: int(head) if head else None]
+        shown = [re.sub(r"commit/\w{40}", "commit/#", line.strip()) for line in wanted if line.strip()]
+        blurred = [[re.sub(r"\d[\d.,]*", "#", line).split() for line in lines] for lines in (said, shown)]
+        assert blurred[0] == blurred[1]
