@@ -41,7 +41,7 @@ LONG = {  # more than 10 seconds; tests run something shorter, or the same elsew
     "train digits": "the fixture `digits_run` is this run",
     "sweep digits --set 'surgery.k=[0.3, 0.5]' --seeds 5": "10 runs; the help's example has 4 short ones",
     "sweep digits --set 'surgery.k=[0.3, 0.5]' --set training.epochs=3 --seeds 5": "10 runs",
-    "sweep many_tasks/permuted_digits": "20 runs; tests/sweep/test_tasks.py has shorter ones",
+    "sweep many_tasks/permuted_digits": "20 runs; tests/sweep/test_many_tasks.py has shorter ones",
     "sweep many_tasks/piggyback_digits": "6 runs; as above",
     "convert resnet101": "44 million weights are drawn and checked",
     "zoo timm": "every network of timm",
