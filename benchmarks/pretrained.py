@@ -65,8 +65,12 @@ def weights_of_features(network: str, dense: Path, folder: Path) -> Path:
 
 
 def sizes(file: Path) -> dict[str, int]:
-    """Return the bytes of a file as it is."""
-    return {"file": file.stat().st_size}
+    """Return the bytes of a file, by the encoding of its masks."""
+    if not file.name.endswith(".popup.safetensors"):
+        return {"dense": file.stat().st_size}
+    coded = file.with_suffix(".coded")
+    ps.repack(file, coded, encoding="range_coded")
+    return {"bitpack": file.stat().st_size, "range_coded": coded.stat().st_size}
 
 
 def probe(values: dict[str, Any], weights: Path) -> float:
@@ -103,7 +107,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--fashion", help="folder with FashionMNIST/raw in it")
     parser.add_argument("--network", default="timm/resnet10t")
     parser.add_argument("--base", type=Path, help="weights of an earlier dense run to start from")
-    parser.add_argument("--base-epochs", type=int, default=4)
+    parser.add_argument("--base-epochs", type=int, default=6)
     parser.add_argument("--keep-base", type=Path, help="file to copy the base's weights to")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--images", type=int, default=2000, help="of the task, to train with")

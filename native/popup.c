@@ -8,10 +8,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#ifndef __GNUC__ /* GCC has -ffp-contract=off, which -std=c99 sets: every product is rounded on its own */
-#pragma STDC FP_CONTRACT OFF
-#endif
+#pragma STDC FP_CONTRACT OFF /* each product is rounded on its own; GCC needs -ffp-contract=off, or -std=c99 */
 
 #define CODED_LIMIT ((uint64_t)1 << 40) /* weights of one coded mask: `big` has room for fewer */
 #define ROOT3 1.7320508075688772
@@ -20,7 +17,6 @@
 #define REFUSE(what, ...) do { if (what) return INVALID(__VA_ARGS__); } while (0)
 #define TAKE(to, count) do { if (!((to) = take(file, count, sizeof *(to)))) return POPUP_MEMORY; } while (0)
 #define TRY(call) do { int code_ = (call); if (code_) return code_; } while (0)
-
 enum { MANIFEST, MASKS, TENSORS, WEIGHTS }; /* the digests */
 enum { HEADER_LIMIT = 16 << 20, MANIFEST_LIMIT = 8 << 20, PROBE_LIMIT = 4 << 20 };
 
@@ -101,7 +97,6 @@ static void sha256_block(uint32_t state[8], const uint8_t *block) {
     }
     for (int i = 0; i < 8; i++) state[i] += s[i];
 }
-
 static void sha256_add(sha256 *hash, const void *bytes, size_t size) {
     for (const uint8_t *from = bytes; size;) {
         size_t at = hash->size % 64, part = 64 - at < size ? 64 - at : size;
@@ -110,7 +105,6 @@ static void sha256_add(sha256 *hash, const void *bytes, size_t size) {
         hash->size += part, from += part, size -= part;
     }
 }
-
 static int sha256_is(sha256 *hash, const char *expected) {
     uint8_t end[72] = {0x80};
     char hex[65];
@@ -166,7 +160,6 @@ static uint64_t multiply_high(uint64_t a, uint64_t b) {
     uint64_t middle = ah * bl + (al * bl >> 32), low = al * bh + (middle & UINT32_MAX);
     return ah * bh + (middle >> 32) + (low >> 32);
 }
-
 static uint64_t next_word(popup_cursor *cursor) {
     uint64_t x[4] = {0}, k0 = cursor->key[0], k1 = cursor->key[1];
     if (cursor->word < 4) return cursor->words[cursor->word++];
@@ -216,20 +209,24 @@ static int make_quantiles(popup_file *file) {
     return fail(file, POPUP_UNSUPPORTED, NULL, "this machine's logarithm gives other normal quantiles than the format");
 }
 
-/* Draw n of at most 64 values, in float32. */
-static void draw(popup_cursor *cursor, float *values, unsigned n) {
+/* Draw n of at most 64 values in float32, of which those that the mask drops are 0. */
+static void draw(popup_cursor *cursor, float *values, uint64_t mask, unsigned n) {
     const popup_tensor *tensor = cursor->tensor;
     const float s = (float)tensor->std, bound = (float)(tensor->std * ROOT3), *quantiles = cursor->file->quantiles;
     uint64_t word = tensor->distribution == POPUP_SIGNED_CONSTANT ? next_word(cursor) : UINT64_MAX;
-    for (unsigned i = 0; i < n; i++)
-        if (tensor->distribution == POPUP_NORMAL) {
-            word = i % 4 ? word >> 16 : next_word(cursor);
+    if (tensor->distribution == POPUP_NORMAL)
+        for (unsigned i = 0; i < n; i++, word >>= 16) {
+            word = i % 4 ? word : next_word(cursor);
             values[i] = s * (word & 0x8000 ? -quantiles[~word & 0x7FFF] : quantiles[word & 0x7FFF]);
-        } else if (tensor->distribution == POPUP_UNIFORM) {
-            word = i % 2 ? word >> 32 : next_word(cursor);
+        }
+    else if (tensor->distribution == POPUP_UNIFORM)
+        for (unsigned i = 0; i < n; i++, word >>= 32) {
+            word = i % 2 ? word : next_word(cursor);
             values[i] = bound * ((float)(2 * (int32_t)(word >> 8 & 0xFFFFFF) + 1 - (1 << 24)) * 0x1p-24f);
-        } else
-            values[i] = bits_float(float_bits(s) | (uint32_t)(~word >> i & 1) << 31);
+        }
+    else
+        for (unsigned i = 0; i < n; i++) values[i] = bits_float(float_bits(s) | (uint32_t)(~word >> i & 1) << 31);
+    for (unsigned i = 0; i < n; i++) values[i] = bits_float(float_bits(values[i]) & -(uint32_t)(mask >> i & 1));
 }
 
 /* ---- dtypes ---- */
@@ -256,10 +253,9 @@ static uint64_t narrow(unsigned type, float value) {
     rest &= 2 * half - 1;
     rounded += rest > half || (rest == half && rounded & 1);
     rounded += (uint32_t)(place - 1) << m;
-    uint32_t infinity = (((1u << e) - 1) << m) + (e == 4 ? 7 : 0); /* F8_E4M3 has NaN alone, which is all ones */
-    return (rounded < infinity ? rounded : infinity) | bits >> 31 << (e + m);
+    uint32_t most = (((1u << e) - 1) << m) + (e == 4 ? 6 : 0); /* infinity; F8_E4M3 has none, but 448 */
+    return (rounded < most ? rounded : most) | bits >> 31 << (e + m);
 }
-
 /* Return the value of an element of a floating type of at most 32 bits. */
 static float widen(unsigned type, uint64_t bits) {
     int m = types[type].mantissa, e = types[type].exponent;
@@ -309,7 +305,6 @@ static long take_character(char **at) {
     *at = (char *)u;
     return c < least || c > 0x10FFFF || (c >= 0xD800 && c <= 0xDFFF) ? -1 : c;
 }
-
 /* Compare checked strings by code points, as Python sorts. */
 static int compare_strings(text a, text b) {
     while (a.at < a.end && b.at < b.end) {
@@ -342,7 +337,6 @@ static int take_string(char **at, text *body) {
     body->end = (*at)++;
     return 1;
 }
-
 static int take_number(char **at) {
     char *p = *at + (**at == '-');
     size_t count = strspn(p, DIGITS), more = 1, zeros = *p == '0' && count > 1;
@@ -401,9 +395,7 @@ static int next_item(text *rest, text *key, text *value) {
     if (rest->at == rest->end) return 0;
     if (key) key->at = rest->at, take_string(&rest->at, value), key->end = rest->at; /* in its quotes */
     value->at = rest->at += strspn(rest->at, SPACE ":");
-    take_value(&rest->at, 0, 0);
-    value->end = rest->at;
-    return 1;
+    return take_value(&rest->at, 0, 0), value->end = rest->at, 1;
 }
 /* What is between a value's quotes or brackets. */
 static text inside(text value) { return (text){value.at + 1, value.end - 1}; }
@@ -428,15 +420,11 @@ static int find(text object, const char *name, const char *sorts, text *value) {
         }
     return 0;
 }
-
 /* Return whether a text is an integer from 0 to 2**64 - 1. */
 static int whole_number(text value, uint64_t *number) {
     int valid = value.at < value.end;
-    for (*number = 0; valid && value.at < value.end; value.at++) {
-        uint64_t digit = (uint64_t)(*value.at - '0');
-        valid = digit <= 9 && *number <= (UINT64_MAX - digit) / 10;
-        *number = 10 * *number + digit;
-    }
+    for (*number = 0; valid && value.at < value.end; *number = 10 * *number + (uint64_t)(*value.at++ - '0'))
+        valid = strchr(DIGITS, *value.at) && *number <= (UINT64_MAX - (uint64_t)(*value.at - '0')) / 10;
     return valid;
 }
 
@@ -449,14 +437,12 @@ static size_t unescape(text quoted, char *start) {
         *to++ = (uint8_t)((const uint8_t *)"\0\xC0\xE0\xF0")[more] | (uint8_t)(c >> 6 * more);
         while (more--) *to++ = (uint8_t)(0x80 | (c >> 6 * more & 0x3F));
     }
-    *to = 0;
-    return (size_t)((char *)to - start);
+    return *to = 0, (size_t)((char *)to - start);
 }
 static int copy_string(popup_file *file, text quoted, const char **copy, size_t *size) {
     char *to;
     TAKE(to, (size_t)(quoted.end - quoted.at));
-    *size = unescape(quoted, to), *copy = to;
-    return POPUP_OK;
+    return *size = unescape(quoted, to), *copy = to, POPUP_OK;
 }
 
 /* ---- 2. the header: tensors, their names and places ---- */
@@ -587,7 +573,6 @@ static int need(popup_file *file, const popup_tensor *about, text object, size_t
             about, "has no %s in the manifest, or one of a wrong type", keys[i][0]);
     return POPUP_OK;
 }
-
 static int take_mask(popup_file *file, text entry, popup_tensor *tensor) {
     static const char *const keys[][2] = {{"kept", "i"}, {"encoding", "\""}};
     text v[COUNT(keys)];
@@ -721,7 +706,6 @@ static int take_probe(popup_file *file, text probe) {
         valid = whole_number(item, &size) && size && size <= PROBE_LIMIT / count;
     return valid ? POPUP_OK : fail(file, POPUP_INVALID, &input, "has a shape, an output or an rtol that none can have");
 }
-
 /* Take a string that is a SHA-256. */
 static int take_digest(popup_file *file, const char *name, text quoted, char digest[65]) {
     REFUSE(quoted.end - quoted.at != 66 || strspn(quoted.at + 1, HEX) != 64, NULL, "%s is not a SHA-256", name);
@@ -785,7 +769,6 @@ static int at_most(const big *a, const big *b) {
     while (i && a->limb[i] == b->limb[i]) i--;
     return a->limb[i] <= b->limb[i];
 }
-
 /* 1 + weight * (2**24 - 256) // sum */
 static uint32_t frequency(big weight, big sum) {
     uint32_t quotient = 0;
@@ -796,7 +779,6 @@ static uint32_t frequency(big weight, big sum) {
     }
     return 1 + quotient;
 }
-
 /* Make frequencies cumulative. The one with the largest weight gets what they lack to 2**24. */
 static void accumulate(uint32_t table[257], unsigned largest) {
     uint32_t sum = 0;
@@ -817,10 +799,7 @@ static void model_bytes(uint32_t table[257], uint64_t n, uint64_t kept) {
         for (int j = 0; j < 8; j++) weight = times(weight, j < i ? kept : n - kept);
         by_count[i] = frequency(weight, sum);
     }
-    for (unsigned i = 0; i < 256; i++) {
-        ones[i] = (uint8_t)(ones[i / 2] + i % 2);
-        table[i] = by_count[ones[i]];
-    }
+    for (unsigned i = 0; i < 256; i++) ones[i] = (uint8_t)(ones[i / 2] + i % 2), table[i] = by_count[ones[i]];
     accumulate(table, 2 * kept > n ? 255 : 0);
 }
 
@@ -845,7 +824,6 @@ static void model_gaps(popup_cursor *cursor, uint64_t n, uint64_t others) {
         x = weights[256];
     } while (others >> 8 * cursor->digits);
 }
-
 /* Have bytes in the window if any are left. */
 static int fill_window(popup_file *file, popup_coder *coder) {
     if (coder->at < coder->end || coder->offset == coder->stop) return POPUP_OK;
@@ -863,7 +841,6 @@ static int shift_coder(popup_cursor *cursor, popup_coder *coder) {
     coder->point = coder->point << 32 | word, coder->lower <<= 32, coder->range <<= 32;
     return POPUP_OK;
 }
-
 static int next_symbol(popup_cursor *cursor, popup_coder *coder, const uint32_t table[257], uint64_t *symbol) {
     popup_file *file = cursor->file;
     uint64_t scale = coder->range >> 24, place = (coder->point - coder->lower) / scale;
@@ -896,7 +873,6 @@ static int next_gap(popup_cursor *cursor) {
     }
     return POPUP_OK;
 }
-
 static int begin_coded(popup_cursor *cursor) {
     popup_coder *coder = cursor->coders;
     uint64_t n = cursor->tensor->count, kept = cursor->tensor->kept, rare = kept < n - kept ? kept : n - kept;
@@ -909,13 +885,12 @@ static int begin_coded(popup_cursor *cursor) {
     cursor->gaps = rare;
     return next_gap(cursor);
 }
-
 /* Check that the words are those that a writer ends with: a mask has one encoding. */
 static int end_coded(popup_cursor *cursor) {
     popup_file *file = cursor->file;
     const popup_coder *coder = cursor->coders + (cursor->digits ? cursor->digits - 1 : 0);
     uint64_t last = (coder->lower + UINT32_MAX) >> 32, one_more = (coder->lower + coder->range) >> 32 == last;
-    if (!cursor->gaps && coder->at == coder->end && coder->offset == coder->stop && coder->missing + one_more == 1 &&
+    if (!cursor->gaps && coder->at == coder->end && coder->offset == coder->stop && coder->missing == !one_more &&
         coder->point == last << 32)
         return POPUP_OK;
     return INVALID(cursor->tensor, "has a mask of other bytes than a writer gives it");
@@ -952,31 +927,28 @@ static int next_mask(popup_cursor *cursor, unsigned n, uint64_t *mask) {
 
 /* Write n of at most 64 elements. */
 static int write_elements(popup_cursor *cursor, popup_format format, uint64_t mask, unsigned n, uint8_t *to) {
-    popup_file *file = cursor->file;
     const popup_tensor *tensor = cursor->tensor;
     size_t size = tensor->element_size;
     uint8_t stored[64 * 8];
     float values[64] = {0};
     if (format == POPUP_MASK) return store_le(to, mask, (n + 7) / 8), POPUP_OK;
     if (tensor->kind == POPUP_STORED)
-        TRY(read_at(file, file->data + tensor->start + cursor->position * size, stored, n * size));
-    else if (tensor->kind != POPUP_CONSTANT) draw(cursor, values, n);
-    for (unsigned i = 0; i < n; i++) {
-        float value = mask >> i & 1 ? values[i] : 0;
-        int ternary = (value > 0) - (value < 0);
-        if (format == POPUP_INT8) to[i] = (uint8_t)ternary;
-        else if (format == POPUP_2BIT)
-            to[i / 4] = (uint8_t)((i % 4 ? to[i / 4] : 0) | (ternary + 1) << i % 4 * 2);
-        else {
-            uint64_t bits = tensor->kind == POPUP_STORED   ? load_le(stored + i * size, size)
-                          : tensor->kind == POPUP_CONSTANT ? tensor->value : narrow(tensor->type, value);
-            if (format == POPUP_BYTES) store_le(to + i * size, bits, size);
-            else {
-                value = size < 8 ? widen(tensor->type, bits) : value;
-                memcpy(to + 4 * i, &value, 4);
-            }
+        TRY(read_at(cursor->file, cursor->file->data + tensor->start + cursor->position * size, stored, n * size));
+    else if (tensor->kind != POPUP_CONSTANT) draw(cursor, values, mask, n);
+    if (format == POPUP_INT8)
+        for (unsigned i = 0; i < n; i++) to[i] = (uint8_t)((values[i] > 0) - (values[i] < 0));
+    else if (format == POPUP_2BIT)
+        for (unsigned i = 0; i < n; i++)
+            to[i / 4] = (uint8_t)((i % 4 ? to[i / 4] : 0) | (1 + (values[i] > 0) - (values[i] < 0)) << i % 4 * 2);
+    else if (format == POPUP_F32 && size == 4 && tensor->kind <= POPUP_GENERATED) memcpy(to, values, 4 * n);
+    else
+        for (unsigned i = 0; i < n; i++) {
+            uint64_t bits = tensor->kind == POPUP_STORED ? load_le(stored + i * size, size)
+                : tensor->kind == POPUP_CONSTANT ? tensor->value : narrow(tensor->type, values[i]);
+            if (format == POPUP_F32 && size < 8) values[i] = widen(tensor->type, bits);
+            if (format == POPUP_F32) memcpy(to + 4 * i, values + i, 4);
+            else store_le(to + i * size, bits, size);
         }
-    }
     return POPUP_OK;
 }
 
@@ -1010,7 +982,6 @@ static int check_masked(popup_file *file, popup_format format, uint64_t limit) {
     return fail(file, POPUP_DIGEST, NULL, "%s_sha256 does not match: the file is damaged",
         format == POPUP_F32 ? "weights" : "masks");
 }
-
 int popup_check(popup_file *file, uint64_t limit) {
     uint8_t bytes[1024];
     sha256 hash = sha256_start;
@@ -1034,7 +1005,6 @@ int popup_check(popup_file *file, uint64_t limit) {
     return fail(file, POPUP_DIGEST, NULL, "tensors_sha256 does not match: a stored tensor is damaged");
 }
 int popup_verify(popup_file *file, uint64_t limit) { return check_masked(file, POPUP_F32, limit); }
-
 const popup_tensor *popup_find(const popup_file *file, const char *name) {
     return search(file->tensors, file->count, name, strlen(name), "");
 }
@@ -1082,7 +1052,6 @@ int popup_next(popup_cursor *cursor, popup_format format, void *buffer, uint64_t
     if (cursor->ones == tensor->kept) return POPUP_OK;
     return INVALID(tensor, "keeps %" PRIu64 " weights; expected %" PRIu64, cursor->ones, tensor->kept);
 }
-
 int popup_read(popup_file *file, const popup_tensor *tensor, popup_format format, void *buffer, size_t size) {
     popup_cursor cursor;
     if (tensor->target) tensor = tensor->target;

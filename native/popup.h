@@ -1,19 +1,16 @@
 /* Read popup artifacts, the subnetworks of random networks that docs/artifact-format.md describes. C99.
  *
- * It needs the C library and its maths alone, allocates nothing, and has no state: all that it holds is in `popup_file`,
+ * It needs the C library and its maths alone, allocates nothing and has no state: all that it holds is in `popup_file`,
  * `popup_cursor` and the memory that the caller gives. Files are taken to be hostile. Functions return POPUP_OK or an
  * error; then `message` says in a sentence what is wrong. One `popup_file` belongs to one thread at a time.
- *
  *     popup_open(&file, popup_stdio, stream, size, memory, sizeof memory);  header, manifest, sizes: all but the data
  *     popup_check(&file, POPUP_LIMIT);                                      the data's digests
  *     popup_read(&file, popup_find(&file, "conv1.weight"), POPUP_F32, weights, sizeof weights);
  */
 #ifndef POPUP_H
 #define POPUP_H
-
 #include <stddef.h>
 #include <stdint.h>
-
 #ifdef __cplusplus
 extern "C" {
 #endif
@@ -99,25 +96,18 @@ int popup_open(popup_file *file, popup_reader *read, void *from, uint64_t size, 
  * in all are refused: a coded one may have very many in very few bytes. */
 int popup_check(popup_file *file, uint64_t limit);
 #define POPUP_LIMIT ((uint64_t)1 << 33) /* for a caller who does not know how many weights to expect */
-
 /* Draw all masked weights, and check their digest. Those of a base are not at hand: refused. */
 int popup_verify(popup_file *file, uint64_t limit);
 
 /* Return the tensor of a name, or NULL. */
 const popup_tensor *popup_find(const popup_file *file, const char *name);
-
 /* Return the bytes that `count` elements of a tensor take in a format; 0 if it has none such, or they overflow. */
 size_t popup_size(const popup_tensor *tensor, popup_format format, uint64_t count);
 
 /* Write a whole tensor into `size` bytes, which `popup_size` gives. Its mask is checked, but not its digest. */
 int popup_read(popup_file *file, const popup_tensor *tensor, popup_format format, void *buffer, size_t size);
 
-typedef struct { /* private */
-    uint64_t lower, range, point, offset, stop;
-    uint8_t window[256];
-    size_t at, end, missing;
-} popup_coder;
-
+typedef struct { uint64_t lower, range, point, offset, stop, at, end; uint8_t window[256]; int missing; } popup_coder;
 typedef struct { /* private */
     popup_file *file;
     const popup_tensor *tensor;

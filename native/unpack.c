@@ -121,7 +121,7 @@ int main(int count, char **arguments) {
     } while (code == POPUP_MEMORY && size < (size_t)1 << 30);
     if (memory && !code)
         code = popup_check(&file, POPUP_LIMIT);
-    if (memory && !code && !file.base)
+    if (memory && !code && count == 2 && !file.base)
         code = popup_verify(&file, POPUP_LIMIT);
     if (memory && !code && count > 2) {
         out = fopen(arguments[2], "wb");

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..errors import ArtifactError
-from ..hub import is_address
+from ..hub import is_address, suggestion
 
 SUFFIX = ".popup.safetensors"
 
@@ -29,7 +29,7 @@ def files_of(folder: str | Path) -> dict[str, str | Path]:
     root = Path(folder)
     if not root.is_dir():
         what = "not a folder" if os.path.exists(root) else "not there"
-        raise ArtifactError(f"{folder} is {what}; expected a folder of popup artifacts")
+        raise ArtifactError(f"{folder} is {what}; expected a folder of popup artifacts{suggestion(folder)}")
     files = sorted(path for path in root.rglob(f"*{SUFFIX}") if path.is_file())
     if not files:
         raise ArtifactError(f"{folder} has no file that ends in {SUFFIX}, nor have its folders")

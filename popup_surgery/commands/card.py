@@ -2,7 +2,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import File, a_file, busy, printable
+from .shared import File, a_file, busy
 
 
 def run(
@@ -27,4 +27,4 @@ def run(
         from ..sharing.card import model_card
 
         text = model_card(artifact, repo, license=license_)
-    print(printable(text), end="")
+    print(text, end="")  # with nothing that a terminal would take for more than text

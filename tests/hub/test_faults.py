@@ -28,7 +28,7 @@ def refused(address: str, words: str, call: Callable[[str], Any] = ps.load) -> N
     assert text.startswith(f"{address}: "), text
     assert words in text
     assert "\n" not in text
-    assert "hf_" not in text.replace("hf_hub", "")
+    assert "hf_" not in text
     assert "http" not in text.replace(constants.ENDPOINT, "")
 
 
@@ -118,6 +118,20 @@ def test_no_answer(here: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     refused("hf://me/digits", "cannot be reached; check the connection, and HF_ENDPOINT if it is set")
     refused(FILE, "cannot be reached; check the connection, and HF_ENDPOINT if it is set")
     assert not left(home)
+
+
+@pytest.mark.parametrize("where", ["/_xorb/", "/_xet/v1/reconstructions/"])
+def test_xet_fails(here: Hub, data: bytes, home: Path, where: str) -> None:
+    from huggingface_hub import HfApi
+
+    api = HfApi(token="hf_me")
+    api.create_repo("me/xet")
+    api.upload_file(path_or_fileobj=data, path_in_repo="a.popup.safetensors", repo_id="me/xet")
+    here.fail(f"GET {where}", status=404)
+    refused("hf://me/xet", "the transfer by Xet failed; try again, or set HF_HUB_DISABLE_XET=1 to do without it")
+    assert not left(home)
+    here.clear()
+    assert ps.load("hf://me/xet")
 
 
 @pytest.mark.parametrize("header_too", [True, False])
