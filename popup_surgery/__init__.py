@@ -24,6 +24,7 @@ _HOMES = {
         "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
+    "experiment.export": ("Exported", "export"),
     "experiment.results": ("Result",),
     "experiment.tasks": ("TaskResult", "TaskTable", "evaluate_tasks"),
     "experiment.train": ("train",),
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         UnknownName,
     )
     from .experiment.evaluate import Evaluation, evaluate, predict
+    from .experiment.export import Exported, export
     from .experiment.results import Result
     from .experiment.tasks import TaskResult, TaskTable, evaluate_tasks
     from .experiment.train import train

@@ -37,6 +37,11 @@ NOT_DETERMINISTIC = "deterministic"
 
 torch raises a plain RuntimeError. Tried on torch 2.11 and 2.14."""
 
+DATA_DEPENDENT = "data-dependent"
+"""In the message of torch.export where a network's code decides by the values of tensors, in small letters.
+
+The classes of these errors are private. Tried on torch 2.11 and 2.14."""
+
 WORKER_DIED = "DataLoader worker (pid"
 """How a DataLoader's message starts when one of its worker processes died.
 

@@ -17,7 +17,7 @@ ROWS = (
     ("models", "learners", "codecs"),
     ("masking",),
     ("artifact", "config"),
-    ("data", "bank", "sharing"),
+    ("data", "bank", "sharing", "exporting"),
     ("training",),
     ("experiment",),
     ("analysis",),

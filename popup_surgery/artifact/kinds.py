@@ -52,8 +52,15 @@ def safetensors_kind(metadata: Any, tensors: Mapping[str, Any]) -> str:
     )
 
 
+def is_onnx(start: bytes) -> bool:
+    """Return whether a file begins as an ONNX file does: the version of the format, then a later field of the model."""
+    return len(start) > 2 and start[0] == 0x08 and start[1] < 0x20 and start[2] in (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A)
+
+
 def other_kind(start: bytes) -> str:
     """Return what a file of another format is by how it begins, and what takes it; empty if nothing is known."""
+    if is_onnx(start):
+        return "an ONNX file; popup-surgery evaluate and predict take those that popup-surgery export wrote"
     if int.from_bytes(start[:8], "little") < 1 << 32:
         return ""  # the length of a safetensors header
     for beginning, kind in _BEGINNINGS:

@@ -12,6 +12,11 @@ VALUES = 16
 RTOL = 1e-3  # float32 sums in a different order stay well within it, even through a hundred layers
 
 
+def probe_input(seed: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return the input of a probe: standard normal numbers drawn from the seed, float32."""
+    return fill(torch.empty(shape), draw("normal", int(np.prod(shape)), 1.0, seed, "other", "probe"))
+
+
 def take_probe(model: nn.Module, seed: int, shape: tuple[int, ...]) -> Probe | None:
     """Return a plain network's probe for an input of `shape`; None if the output is not finite or not a tensor."""
     output = _first_outputs(model, seed, shape, VALUES)
@@ -33,9 +38,8 @@ def check_probe(model: nn.Module, seed: int, probe: Probe) -> tuple[bool, str]:
 
 def _first_outputs(model: nn.Module, seed: int, shape: tuple[int, ...], count: int) -> np.ndarray | None:
     parameter = next(model.parameters())
-    x = fill(torch.empty(shape), draw("normal", int(np.prod(shape)), 1.0, seed, "other", "probe"))
     with torch.no_grad():
-        output = model.eval()(x.to(parameter.device, parameter.dtype))
+        output = model.eval()(probe_input(seed, shape).to(parameter.device, parameter.dtype))
     if not isinstance(output, torch.Tensor):
         return None
     first = output.float().cpu().reshape(-1)[:count].double().numpy()

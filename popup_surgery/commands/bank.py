@@ -9,7 +9,7 @@ from .shared import Base, busy, progress, show
 
 def run(
     folder: Annotated[
-        str, typer.Argument(help="A folder of popup artifacts, or of runs' folders; or a repository: hf://user/repo.")
+        str, typer.Argument(help="A folder of popup artifacts, or of runs' folders; or a repository, hf://user/repo.")
     ],
     base: Base = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
@@ -30,22 +30,14 @@ def run(
     mean    50.0 %  98.1 %    97.9 %    99.9 %
     """
     with busy("loading"):
-        from ..bank.files import files_of, named
+        from ..bank.files import files_of
         from ..bank.inference import HOW
-        from ..errors import PopupError, unknown
+        from ..errors import unknown
         from ..experiment.tasks import evaluate_tasks
-        from ..hub import is_address
 
         if how is not None and how not in HOW:
             raise unknown("--how", how, HOW)
-        if is_address(folder):
-            from ..sharing.listing import list_repo
-
-            files = named({one.path: one.address for one in list_repo(folder).artifacts})
-            if not files:
-                raise PopupError(f"{folder} has no popup artifact")
-        else:
-            files = files_of(folder)
+        files = files_of(folder)
     table = evaluate_tasks(files, base=base, data_dir=data_dir, how=how, strict=False, progress=progress)
     if json_:
         print(json.dumps(table.to_json(), indent=2))

@@ -9,7 +9,7 @@ from .shared import Base, File, a_file, busy, progress, show
 
 
 def run(
-    artifact: Annotated[File, a_file("A popup artifact, or dense weights of a run or an export.")],
+    artifact: Annotated[File, a_file("A popup artifact, or dense weights or an ONNX file of a run or an export.")],
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="data.key=value, in place of the value in the file; repeatable.")
     ] = None,
@@ -24,8 +24,8 @@ def run(
     98.33 % of 359 validation images of digits
     """
     with busy("loading"):
-        from ..experiment.dense import open_result
         from ..experiment.evaluate import evaluate, recorded_data
+        from ..experiment.opened import open_result
 
         opened = open_result(artifact)
         data = recorded_data(opened, set_ or [])

@@ -8,7 +8,7 @@ from .shared import Base, File, a_file, busy, show
 
 
 def run(
-    artifact: Annotated[File, a_file("A popup artifact, or dense weights, that train wrote.")],
+    artifact: Annotated[File, a_file("A popup artifact that train wrote, or an export of it.")],
     images: Annotated[list[Path], typer.Argument(help="Image files.")],
     base: Base = None,
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +10,12 @@ from safetensors.torch import load_file
 from safetensors.torch import save as serialize
 from torch import nn
 
-from ..artifact import Artifact
+from ..artifact.about import About, read_about
 from ..artifact.compare import check_architecture
-from ..artifact.container import local, located, open_file, read_safetensors
+from ..artifact.container import local, open_file, read_safetensors
 from ..artifact.description import as_libraries_build, cast_like, describe_network
 from ..artifact.kinds import DENSE
 from ..artifact.reader import naming
-from ..artifact.strict_json import canonical, parse
 from ..atomic import write_atomically
 from ..config.schema import Model
 from ..config.yaml import read_yaml
@@ -27,14 +26,6 @@ from ..models.libraries import resolve
 
 if TYPE_CHECKING:
     from ..hub.files import HubFile
-
-
-@dataclass(frozen=True)
-class About:
-    """What a file of dense weights says about its network: how it is built, and how it was made."""
-
-    architecture: Architecture
-    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,9 +75,8 @@ def write_dense(model: nn.Module, path: Path, provenance: Mapping[str, Any]) -> 
     The metadata says how the network is built, if a library builds it, and how it was made.
     """
     tensors = {key: tensor.contiguous().clone() for key, tensor in model.state_dict().items()}
-    architecture = asdict(describe_network(model, model.state_dict(keep_vars=True))[0])
-    about = {DENSE: canonical({"architecture": architecture, "provenance": dict(provenance)})}
-    known = about if architecture["library"] != "custom" else {}
+    about = About(describe_network(model, model.state_dict(keep_vars=True))[0], provenance)
+    known = {DENSE: about.text()} if about.architecture.library != "custom" else {}
     write_atomically(path, _ordered(serialize(tensors, metadata={"format": "pt"} | known)))
     return len(tensors)
 
@@ -100,25 +90,7 @@ def _ordered(data: bytes) -> bytes:
     return data[:8] + text.ljust(stop - 8) + data[stop:]
 
 
-def open_result(source: str | Path | Artifact | Dense) -> Artifact | Dense:
-    """Open a popup artifact, or dense weights that this library wrote. The file is treated as hostile.
-
-    Raises:
-        ArtifactError: the file is neither. The message says what it is.
-        HubError: the file is on the Hub, and cannot be read.
-    """
-    if isinstance(source, Artifact | Dense):
-        return source
-    found = located(source)
-    try:
-        return Artifact.open(found)
-    except ArtifactError:
-        if (dense := _open_dense(found)) is None:
-            raise
-        return dense
-
-
-def _open_dense(source: "str | Path | HubFile") -> Dense | None:
+def open_dense(source: "str | Path | HubFile") -> Dense | None:
     """Open dense weights that this library wrote; None if the file holds something else."""
     with naming(source):
         with open_file(source) as file:
@@ -126,7 +98,7 @@ def _open_dense(source: "str | Path | HubFile") -> Dense | None:
         metadata = header.metadata if isinstance(header.metadata, dict) else {}
         shown = source if isinstance(source, str | Path) else source.shown
         if DENSE in metadata:
-            return Dense(shown, _about(metadata[DENSE]), source)
+            return Dense(shown, read_about(metadata[DENSE], DENSE), source)
         if not isinstance(source, str | Path):
             return None
         recipe = Path(source).parent / "recipe.yaml"
@@ -136,20 +108,6 @@ def _open_dense(source: "str | Path | HubFile") -> Dense | None:
             return Dense(source, _from_recipe(read_yaml(recipe)), source)
         except PopupError as error:
             raise ArtifactError(f"its run's {recipe} cannot be read: {error}") from error
-
-
-def _about(text: Any) -> About:
-    """Read the description in a file's metadata."""
-    values = parse(text, f"the metadata {DENSE}") if isinstance(text, str) else None
-    values = values if isinstance(values, dict) else {}
-    found, provenance = values.get("architecture"), values.get("provenance")
-    if not isinstance(found, dict) or not isinstance(provenance, dict):
-        raise ArtifactError(f"the metadata {DENSE} has no architecture or no provenance")
-    texts = [found.get(key) for key in ("library", "name", "version")]
-    if not all(isinstance(value, str) for value in texts) or not isinstance(found.get("kwargs"), dict):
-        raise ArtifactError(f"the metadata {DENSE} has an architecture of {json.dumps(found)[:60]}")
-    library, name, version = map(str, texts)
-    return About(Architecture(library, name, found["kwargs"], version), provenance)
 
 
 def _from_recipe(values: Mapping[str, Any]) -> About:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..artifact import Artifact
 from ..config.schema import Data, parse_data
 from ..data.batches import Progress, quiet
 from ..data.folders import recognised
@@ -17,7 +16,7 @@ from ..data.open import held, open_image
 from ..data.reading import warn_of_skipped
 from ..errors import DataError, RecipeError
 from ..training.evaluation import accuracy_of
-from .dense import Dense, open_result
+from .opened import Opened, open_result
 from .setup import image_size, open_for
 
 
@@ -32,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(
-    path: str | Path | Artifact | Dense,
+    path: str | Path | Opened,
     *,
     data: Data | None = None,
     data_dir: str | Path | None = None,
@@ -45,7 +44,8 @@ def evaluate(
     the file's classes, in any order.
 
     Args:
-        path: a popup artifact, as a file or an open `Artifact`; or dense weights that a run or an export wrote.
+        path: a popup artifact, as a file or an open `Artifact`; or dense weights or an ONNX file that a run or an
+            export wrote. An ONNX file runs in ONNX Runtime, on the CPU.
         data: another data set. Default: the one that the network was trained on, which the file's provenance names.
         data_dir: the data set's folder.
         base: for a mask on pretrained weights: these weights, as for `load`.
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def predict(
-    path: str | Path | Artifact | Dense,
+    path: str | Path | Opened,
     images: Sequence[str | Path],
     *,
     base: str | Path | nn.Module | None = None,
@@ -82,8 +82,8 @@ def predict(
     Classes have names if the file has them.
 
     Args:
-        path: an artifact that `train` wrote, as a file or an open `Artifact`. It records how images are prepared for
-            its network.
+        path: an artifact that `train` wrote, as a file or an open `Artifact`, or an export of it. It records how images
+            are prepared for its network.
         images: files that Pillow reads.
         base: the weights under the mask, as for `load`.
 
@@ -109,13 +109,13 @@ def predict(
     ]
 
 
-def data_of(path: str | Path | Artifact | Dense, data: Data | None, data_dir: str | Path | None) -> Data:
+def data_of(path: str | Path | Opened, data: Data | None, data_dir: str | Path | None) -> Data:
     """Return `data`, or the data section in a file's provenance; with the folder `data_dir` if it is given."""
     data = recorded_data(path) if data is None else data
     return recognised(data if data_dir is None else data.model_copy(update={"root": str(data_dir)}))
 
 
-def class_names(artifact: Artifact | Dense) -> list[str]:
+def class_names(artifact: Opened) -> list[str]:
     """Return the names of a network's outputs, which its file's provenance has; empty if it has none."""
     names = artifact.manifest.provenance.get("classes")
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -123,7 +123,7 @@ def class_names(artifact: Artifact | Dense) -> list[str]:
     return names if len(set(names)) == len(names) else []
 
 
-def recorded_data(path: str | Path | Artifact | Dense, overrides: Sequence[str] = ()) -> Data:
+def recorded_data(path: str | Path | Opened, overrides: Sequence[str] = ()) -> Data:
     """Return the data section of the recipe in a file's provenance, with `data.key=value` overrides.
 
     The file may come from a stranger. Its folder and its permission to download are therefore ignored. If it was

@@ -102,10 +102,10 @@ def test_a_recipe_in_the_runs_own_folder_stays_as_it_is(cli: Cli, inputs: Path) 
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
-        (("export", "digits.popup.safetensors", "-o", "net.onnx"), r"\.safetensors"),
-        (("export", "digits.popup.safetensors", "-o", "net.pt"), r"\.safetensors"),
-        (("export", "digits.popup.safetensors", "-o", "net.safetensor"), r"\.safetensors"),
-        (("export", "digits.popup.safetensors", "-o", "net"), r"\.safetensors"),
+        (("export", "digits.popup.safetensors", "-o", "net.tflite"), r"\.safetensors or \.onnx or \.pt2"),
+        (("export", "digits.popup.safetensors", "-o", "net.pt"), r"\.safetensors or \.onnx or \.pt2"),
+        (("export", "digits.popup.safetensors", "-o", "net.safetensor"), r"\.safetensors or \.onnx or \.pt2"),
+        (("export", "digits.popup.safetensors", "-o", "net"), r"\.safetensors or \.onnx or \.pt2"),
         (("convert", "conv2", "-o", "net.pth"), r"\.safetensors"),
         (("sanity", "digits.popup.safetensors", "-o", "net.txt"), r"\.png or \.svg or \.pdf"),
         (("sanity", "digits.popup.safetensors", "-o", "net"), r"\.png or \.svg or \.pdf"),
@@ -140,6 +140,7 @@ NEVER: dict[str, Callable[[Path, str], Path]] = {
 }
 CALLS: dict[str, tuple[str, list[str]]] = {
     "export": (".safetensors", ["export", "digits.popup.safetensors"]),
+    "export to ONNX": (".onnx", ["export", "digits.popup.safetensors"]),
     "convert": (".safetensors", ["convert", "conv2"]),
     "sanity": (".png", ["sanity", "digits.popup.safetensors"]),
     "recipes": (".yaml", ["recipes", "digits"]),

@@ -43,6 +43,7 @@ def test_the_keys_that_no_step_takes_longer_for() -> None:
     assert {path for path, key in KEYS.items() if not key.affects_speed} == {
         *(f"surgery.{name}" for name in ("k", "scheme", "scaled", "seed", "encoding")),
         *(f"training.{name}" for name in words.split()),
+        "data.permute_seed",
         "training.keep_scores",
     }
 

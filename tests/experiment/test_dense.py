@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from popup_surgery import ArtifactError, build
-from popup_surgery.experiment.dense import open_result, write_dense
+from popup_surgery.experiment.dense import write_dense
+from popup_surgery.experiment.opened import open_result
 
 NAME = "timm/vit_small_patch16_rope_224"  # its buffers are computed when it is built
 

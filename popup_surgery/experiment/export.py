@@ -1,0 +1,189 @@
+"""Write a network for other runtimes: as dense weights, as a program of torch.export, or as an ONNX file."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..artifact import Artifact
+from ..artifact.about import About
+from ..artifact.description import describe_network
+from ..artifact.probe import probe_input
+from ..atomic import check_writable, write_atomically
+from ..config.schema import Data
+from ..data.pixels import MODES
+from ..data.transforms import mean_std
+from ..errors import ConversionError, DataError, RecipeError
+from ..exporting.check import check_export
+from ..exporting.needed import check_packages
+from ..exporting.onnx_file import OnnxNetwork, described
+from ..exporting.program import outputs_of, program_bytes, run_program, trace
+from ..exporting.to_onnx import onnx_bytes, to_onnx
+from ..masking.bake import bake
+from ..masking.walk import masked_weights, unwrap
+from ..models.architecture import input_size
+from .dense import write_dense
+from .evaluate import class_names, recorded_data
+
+SUFFIXES = (".safetensors", ".onnx", ".pt2")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        path: the file.
+        network: library and name of its network, or `custom` and the name of its class.
+        tensors: number of tensors, for dense weights.
+        difference: largest difference of its outputs from the network's, as a share of the largest output; None for
+            dense weights, which nothing runs.
+    """
+
+    path: Path
+    network: str
+    tensors: int | None = None
+    difference: float | None = None
+
+
+def export(
+    source: str | Path | Artifact | nn.Module,
+    path: str | Path,
+    *,
+    example: Tensor | None = None,
+    base: str | Path | nn.Module | None = None,
+) -> Exported:
+    """Write a network for a runtime that knows nothing of masks, in the format that the suffix of `path` names.
+
+    `.safetensors` are dense weights, for `timm.create_model(name, checkpoint_path=…)`. `.pt2` is a program for
+    `torch.export.load`. `.onnx` is a file for ONNX Runtime and the like. Of the last two, the batch size is free.
+    Before they are put in place, they are run, an ONNX file by ONNX Runtime, and compared with the network on random
+    inputs: a difference above 1e-4 of the largest output writes nothing. Weights of 16 bits are widened to float32.
+
+    The metadata of an ONNX file has `classes`, the names of the outputs (JSON), and `preparation`, how an image becomes
+    the input (JSON), if the artifact has them. `evaluate` and `predict` take the file.
+
+    Args:
+        source: a popup artifact, as a file or open; a converted network, which is baked; or any other network, which
+            computes what it does in eval mode. The network is not changed.
+        path: the file to write. An existing file is replaced atomically.
+        example: inputs of the network, the first axis is the batch. Default: random images of the size that the file
+            or the network names.
+        base: for a mask on pretrained weights: these weights, as for `load`.
+
+    Raises:
+        ArtifactError: the source is damaged, or not an artifact.
+        ConversionError: the suffix is another, the network cannot be exported, or the export computes something else.
+        PopupError: a package of the extra `[onnx]` is missing or too old, or the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise ConversionError(f"export writes {', '.join(SUFFIXES)} files, by suffix; the path is {path}")
+    check_writable(path)
+    if path.suffix.lower() == ".onnx":
+        check_packages()
+    if isinstance(source, nn.Module):
+        artifact, model = None, _plain(source)
+        about = About(describe_network(model, model.state_dict(keep_vars=True))[0], {})
+    else:
+        artifact = Artifact.open(source)
+        model = artifact.network(base=base)
+        about = About(artifact.manifest.architecture, artifact.manifest.provenance)
+    name = f"{about.architecture.library}/{about.architecture.name}"
+    if path.suffix.lower() == ".safetensors":
+        return Exported(path, name, tensors=write_dense(model, path, about.provenance))
+    data = None if artifact is None else _data(artifact)
+    with _running(model) as model:
+        inputs = example if example is not None else _example(model, artifact, data)
+        inputs = inputs.to(next(model.parameters(), torch.empty(0)).dtype) if inputs.is_floating_point() else inputs
+        program = trace(model, inputs)
+        if path.suffix.lower() == ".pt2":
+            contents = program_bytes(program)
+            off = check_export(model, lambda given: run_program(contents, given), inputs)
+        else:
+            graph = to_onnx(program, *_names(inputs, outputs_of(model, inputs)))
+            del program
+            size = tuple(inputs.shape[1:])
+            preparation = None if data is None else _preparation(data, size)
+            names = [] if artifact is None else class_names(artifact)
+            contents = onnx_bytes(graph, described(about, names, preparation))
+            del graph
+            off = check_export(model, OnnxNetwork(contents).outputs, inputs)
+    write_atomically(path, contents)
+    return Exported(path, name, difference=off)
+
+
+def random_images(size: tuple[int, int, int]) -> Tensor:
+    """Return an example for `export`: random images of channels, height and width."""
+    if min(size) < 1:
+        raise ConversionError(f"the input size is {' × '.join(map(str, size))}; expected three numbers from 1")
+    return probe_input(0, (1, *size))
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Return a plain network to export; a converted one is baked."""
+    core = unwrap(model)
+    return bake(model) if any(True for _ in masked_weights(core)) else core
+
+
+@contextmanager
+def _running(model: nn.Module) -> Iterator[nn.Module]:
+    """Context manager: the network on the CPU, in float32 or float64, in eval mode. The user's own one is as before."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(tensor.dtype in (torch.float16, torch.bfloat16) or tensor.device.type != "cpu" for tensor in tensors):
+        model = copy.deepcopy(model).to("cpu")
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.dtype in (torch.float16, torch.bfloat16):
+                tensor.data = tensor.data.float()
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _example(model: nn.Module, artifact: Artifact | None, data: Data | None) -> Tensor:
+    """Return random inputs of the size that the file's probe, its recipe or the network names."""
+    seed, shape = 0, None
+    if artifact is not None:
+        seed, probe = artifact.manifest.seed, artifact.manifest.probe
+        shape = None if probe is None else probe.shape
+    if shape is None and (size := (data and data.input_size) or input_size(model)):
+        shape = (1, *size)
+    if shape is None:
+        raise ConversionError(
+            f"the {type(model).__name__} does not say which inputs it takes; pass `example`, or --input-size on the "
+            "command line"
+        )
+    return probe_input(seed, shape)
+
+
+def _data(artifact: Artifact) -> Data | None:
+    """Return the data section of the recipe that a file records; None if it has none, or none that is known."""
+    try:
+        return recorded_data(artifact)
+    except (DataError, RecipeError):
+        return None
+
+
+def _names(inputs: Tensor, outputs: list[Tensor]) -> tuple[str, list[str]]:
+    """Return names for a graph's input and outputs."""
+    given = "images" if inputs.ndim == 4 and inputs.is_floating_point() else "input"
+    if len(outputs) == 1:
+        return given, ["logits" if outputs[0].ndim == 2 else "output"]
+    return given, [f"output_{i}" for i in range(len(outputs))]
+
+
+def _preparation(data: Data, size: tuple[int, ...]) -> dict[str, Any] | None:
+    """Return how an image becomes a network's input, as docs/artifact-format.md describes it; None without images."""
+    if len(size) != 3 or size[0] not in MODES:
+        return None
+    mean, std = mean_std(data, size[0])
+    keys = {key: getattr(data, key) for key in ("interpolation", "crop_pct", "same_size")}
+    return {"mode": MODES[size[0]], "height": size[1], "width": size[2], **keys, "mean": [*mean], "std": [*std]}

@@ -1,0 +1,61 @@
+"""Compare an export with its network before it is put in place."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConversionError
+from .program import BATCHES, outputs_of, repeated
+
+BOUND = 1e-4
+"""The largest difference of a float32 export from its network, as a share of the largest output."""
+
+
+def check_export(
+    model: nn.Module, run: Callable[[Tensor], list[Tensor]], example: Tensor, bound: float = BOUND
+) -> float:
+    """Run an export and its network on the same inputs, several numbers of them, and return the largest difference.
+
+    Args:
+        run: runs the export, and returns all of its outputs.
+        example: inputs, the first axis is the batch.
+
+    Raises:
+        ConversionError: the export fails for a number of inputs, or the difference is above `bound`.
+    """
+    worst = 0.0
+    for count in BATCHES:
+        inputs = repeated(example, count)
+        expected = outputs_of(model, inputs)
+        try:
+            found = run(inputs)
+        except Exception as error:  # the runtime's errors have no class of their own
+            why = " ".join(str(error).split())[:200]
+            raise ConversionError(f"nothing was written: the export does not run on {count} inputs: {why}") from error
+        worst = max(worst, difference(found, expected))
+    if worst > bound:
+        raise ConversionError(
+            f"nothing was written: the export's outputs differ from the network's by {worst:.1e} of the largest; "
+            f"allowed {bound:g}"
+        )
+    return worst
+
+
+def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of outputs, as a share of the largest expected one.
+
+    Raises:
+        ConversionError: the expected outputs are not finite, so that nothing can be compared.
+    """
+    if [each.shape for each in found] != [each.shape for each in expected]:
+        return float("inf")
+    worst = 0.0
+    for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = ours.double(), theirs.double().cpu()
+        if not bool(torch.isfinite(theirs).all()):
+            raise ConversionError("nothing was written: the network's outputs for random inputs are not finite")
+        if theirs.numel():
+            off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+            worst = max(worst, off if off == off else float("inf"))
+    return worst

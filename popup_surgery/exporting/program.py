@@ -1,0 +1,88 @@
+"""A plain network as a program of torch.export, whose batch size is free."""
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..errors import ConversionError
+from ..torch_compat import DATA_DEPENDENT
+
+BATCHES = (1, 3)  # the numbers of inputs with which an export is compared with its network
+
+
+def trace(model: nn.Module, example: Tensor) -> ExportedProgram:
+    """Export a plain network in eval mode for inputs like `example`, any number of them at a time.
+
+    Raises:
+        ConversionError: it does not take the example, or its Python code decides by the values of tensors.
+    """
+    pair = repeated(example, 2)  # torch.export takes a batch of 1 for a constant
+    outputs_of(model, pair)
+    try:
+        # attention by its formula: the result of other kernels has strides that ONNX's translation does not give it
+        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model, (pair,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+    except Exception as error:  # the tracer runs the network's own code, which may raise anything
+        name, why = type(model).__name__, " ".join(str(error).split())
+        if DATA_DEPENDENT in why.lower():
+            raise ConversionError(
+                f"the {name} cannot be exported: its code decides by the values of tensors (if, while, int(…)), "
+                f"which a graph cannot hold; {why[:200]}"
+            ) from error
+        raise ConversionError(f"torch.export cannot export the {name}: {why[:300]}") from error
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # it has the paths of this machine
+    return program
+
+
+def program_bytes(program: ExportedProgram) -> bytes:
+    """Return a program as torch.export.save writes it."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    return buffer.getvalue()
+
+
+def run_program(data: bytes, inputs: Tensor) -> list[Tensor]:
+    """Load a program as torch.export.load does, and run it."""
+    with torch.no_grad():
+        return list(_flat(torch.export.load(io.BytesIO(data)).module()(inputs)))
+
+
+def outputs_of(model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    """Return the tensors that a network returns, in order.
+
+    Raises:
+        ConversionError: the network does not take the inputs, or returns no tensor.
+    """
+    name, shape = type(model).__name__, " × ".join(map(str, inputs.shape))
+    try:
+        with torch.no_grad():
+            outputs = list(_flat(model(inputs)))
+    except Exception as error:  # a network may raise anything for an input that does not fit it
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ConversionError(f"the {name} does not take an input of {shape}: {why}") from error
+    if not outputs:
+        raise ConversionError(f"the {name} returns no tensor; expected one, or a list or mapping of them")
+    return outputs
+
+
+def repeated(example: Tensor, count: int) -> Tensor:
+    """Return `count` inputs: those of `example`, from the beginning again where it has fewer."""
+    return torch.cat([example] * -(-count // len(example)))[:count].contiguous()
+
+
+def _flat(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _flat(list(output.values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _flat(part)
