@@ -21,7 +21,7 @@ class UnknownName(PopupError, LookupError):
 
 
 class MaskedWeightError(PopupError, RuntimeError):
-    """A masked weight was assigned or written to. Only its scores can change it."""
+    """A masked weight was assigned or written to. Only its scores can change it, and one held as bits nothing can."""
 
 
 class ArtifactError(PopupError, ValueError):

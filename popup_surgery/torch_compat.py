@@ -126,8 +126,8 @@ def renew_reducer(wrapper: nn.parallel.DistributedDataParallel) -> None:
 class ModuleMethods:
     """Mixin in front of a module's class, with methods to override what nn.Module does in private methods.
 
-    There are public hooks for loading, but they are stored on each module and pickled with it. There are none for
-    casting. Tried on torch 2.11 and 2.14.
+    There are public hooks for loading and saving, but they are stored on each module and pickled with it. There are
+    none for casting. Tried on torch 2.11 and 2.14.
     """
 
     def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -139,6 +139,15 @@ class ModuleMethods:
     ) -> AbstractContextManager[None]:
         """Context manager: entered while `load_state_dict` fills this module. `missing` collects the missing keys."""
         return nullcontext()
+
+    def _popup_save(self, saved: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """Return what this module puts into a `state_dict`, in place of the entries `saved`."""
+        return saved
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        saved: dict[str, Any] = {}
+        super()._save_to_state_dict(saved, prefix, keep_vars)  # type: ignore[misc]
+        destination.update(self._popup_save(saved, prefix))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         return super()._apply(self._popup_cast(fn), recurse)  # type: ignore[misc]

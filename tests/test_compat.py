@@ -80,6 +80,7 @@ NAMES = (
     "torch.nn.Module._apply",
     "torch.nn.Module._load_from_state_dict",
     "torch.nn.Module._replicate_for_data_parallel",
+    "torch.nn.Module._save_to_state_dict",
     "torch.nn.Module()._replicate_for_data_parallel()._is_replica",
     "torch.nn.Parameter(torch.empty(0).as_subclass(type('Other', (torch.Tensor,), {})))._is_param",
     "torch.nn.modules.batchnorm._BatchNorm",

@@ -19,7 +19,7 @@ from .container import Container, Header, local, located, open_file, read_safete
 from .manifest import Manifest
 from .reader import Contents, Parts, naming, read_contents, read_front
 from .rebuild import Packed, masks_digest, stored_tensor
-from .restore import fill_network
+from .restore import check_packable, fill_network
 
 if TYPE_CHECKING:
     from ..hub.files import HubFile
@@ -145,7 +145,12 @@ class Artifact:
         return {name: torch.from_numpy(unpack_mask(bits, shapes[name])) for name, bits in packed.items()}
 
     def network(
-        self, model: nn.Module | None = None, base: nn.Module | str | Path | None = None, *, masked: bool = True
+        self,
+        model: nn.Module | None = None,
+        base: nn.Module | str | Path | None = None,
+        *,
+        masked: bool = True,
+        packed: bool = False,
     ) -> nn.Module:
         """Return the plain network, as `load` does. With `masked=False`, weights outside the mask keep their values.
 
@@ -153,7 +158,9 @@ class Artifact:
             ArtifactError: as for `load`.
         """
         with naming(self.path):
-            return fill_network(self.contents, model, base, masked)
+            if packed:
+                check_packable(self.manifest)
+            return fill_network(self.contents, model, base, masked, packed)
 
 
 def repack(path: str | Path | Artifact, output: str | Path, *, encoding: str) -> Manifest:
@@ -188,7 +195,13 @@ def inspect(path: str | Path) -> Manifest:
     return Artifact.open(path).manifest
 
 
-def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | str | Path | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | None = None,
+    *,
+    base: nn.Module | str | Path | None = None,
+    packed: bool = False,
+) -> nn.Module:
     """Rebuild the plain network that a popup artifact describes, in eval mode, its `state_dict` exact to the bit.
 
     Args:
@@ -199,6 +212,11 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
             library builds. It is changed only after all checks have passed.
         base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the
             weights of `model`, or without `model` the library's weights that the file names. Other weights are refused.
+        packed: hold each masked weight as two bits, and make its values when its layer runs. Under `torch.no_grad` or
+            `torch.inference_mode` the outputs are to the bit those of the plain network; the masked weights take a
+            sixteenth of the memory of float32. For masks on constants (`signed_constant`, `unsigned_constant`) alone.
+            The network is for inference: its masked weights have no gradient, and cannot be assigned or loaded. Its
+            `state_dict` makes the plain weights, in full.
 
     Returns:
         A network of ordinary layers, with float tensors in the file's dtypes; `model` itself if given.
@@ -208,7 +226,7 @@ def load(path: str | Path, model: nn.Module | None = None, *, base: nn.Module | 
             and what was expected.
         HubError: the file is on the Hub, and cannot be found or downloaded.
     """
-    return Artifact.open(path).network(model, base)
+    return Artifact.open(path).network(model, base, packed=packed)
 
 
 def masks(source: nn.Module | str | Path | Artifact) -> dict[str, Tensor]:

@@ -41,13 +41,39 @@ def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArr
     # −std +std 0 0. Of 0x6A the mask 6 is 0 1 1 0 and the signs A are − + − +: 0 +std −std 0.
     signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
     four = np.where(kept, np.where(signs, np.float32(entry.std), np.float32(-entry.std)), np.float32(0))
+    for start, rows in zip(range(0, entry.numel, CHUNK), _rows(entry, seed, mask), strict=True):
+        yield np.take(four, rows, axis=0).reshape(-1)[: entry.numel - start]
+
+
+def _rows(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[Packed]:
+    """Yield 16 · mask + signs of four signed constants in each byte, in pieces."""
     generator = words(seed, "weight", entry.stream)
     for start in range(0, entry.numel, CHUNK):
         count = min(CHUNK, entry.numel - start)
         bits = mask[start // 8 : -(-(start + count) // 8)]
         raw = generator.random_raw(-(-count // 64)).astype("<u8", copy=False).view(np.uint8)[: len(bits)]
-        halves = np.stack([bits << 4 | raw & 15, bits & 240 | raw >> 4], axis=1)
-        yield np.take(four, halves.reshape(-1), axis=0).reshape(-1)[:count]
+        yield np.stack([bits << 4 | raw & 15, bits & 240 | raw >> 4], axis=1).reshape(-1)
+
+
+CONSTANTS = ("signed_constant", "unsigned_constant")
+
+
+def codes(entry: TensorSpec, seed: int, mask: Packed) -> Packed:
+    """Return constants under a mask as bits, for `masking.ternary.unpack`: uint8 [ceil(n / 4)], four in each byte.
+
+    The high half of a byte says which are kept, the low half which are positive; lowest bit first.
+    """
+    out = np.empty(-(-entry.numel // 4), np.uint8)
+    if entry.distribution == "signed_constant":
+        pieces = _rows(entry, seed, mask)
+    else:
+        pieces = (np.stack([mask << 4 | 15, mask | 15], axis=1).reshape(-1) for _ in range(1))
+    start = 0
+    for piece in pieces:
+        piece = piece[: len(out) - start]
+        out[start : start + len(piece)] = piece
+        start += len(piece)
+    return out
 
 
 def weights_digest(entries: list[tuple[TensorSpec, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:

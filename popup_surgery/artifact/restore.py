@@ -9,23 +9,30 @@ from torch import Tensor, nn
 
 from ..errors import ArtifactError, ConversionError
 from ..masking.memory import overlapping
-from ..masking.walk import masked_weights, unwrap
+from ..masking.packed import pack, packed_class, refuse_packed
+from ..masking.walk import masked_weights, places_of, unwrap
 from ..models.build import build_architecture, build_meta, build_uninitialised
 from ..models.structure import is_extra_state
 from ..weights.fill import fill
 from .base_weights import base_weights, library_tag
 from .compare import check_architecture, compare, entries_of
 from .description import as_libraries_build, cast_like
+from .manifest import Manifest
 from .reader import Contents
-from .rebuild import Packed, effective_pieces, generated_pieces, stored_tensor
+from .rebuild import CONSTANTS, Packed, codes, effective_pieces, generated_pieces, stored_tensor
 
 
 def fill_network(
-    contents: Contents, model: nn.Module | None, base: nn.Module | str | Path | None, masked: bool = True
+    contents: Contents,
+    model: nn.Module | None,
+    base: nn.Module | str | Path | None,
+    masked: bool = True,
+    packed: bool = False,
 ) -> nn.Module:
     """Build and fill the network that `contents` describes, or fill `model` if it is given.
 
     Masks are decoded once the shapes have matched. With `masked=False`, weights outside the mask keep their values.
+    With `packed=True`, masked weights are held as bits; `check_packable` must have allowed it.
     """
     manifest = contents.manifest
     if base is not None and manifest.base is None:
@@ -55,13 +62,19 @@ def fill_network(
         network, core = model, unwrap(model)
         if any(True for _ in masked_weights(core)):
             raise ArtifactError("the network to fill is converted; expected a plain one")
+        refuse_packed(core, "be filled", ArtifactError)
     if model is not None:
         check_memory(core)
     compare(contents, core.state_dict(keep_vars=True))
     masks = contents.decode()
     if not masked:
         masks = {name: np.full_like(bits, 255) for name, bits in masks.items()}
-    _fill(contents, masks, core, base_weights(manifest, core, base))
+    if packed:
+        places = _places_to_pack(manifest, core)
+        _fill(contents, masks, core, {}, drawn=False)
+        _pack(manifest, masks, core, places)
+    else:
+        _fill(contents, masks, core, base_weights(manifest, core, base))
     return network.eval()
 
 
@@ -76,8 +89,59 @@ def check_memory(core: nn.Module, what: str = "the network to fill") -> None:
         )
 
 
-def _fill(contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base: dict[str, Tensor]) -> None:
-    """Write every tensor of the file into the network, in place."""
+def check_packable(manifest: Manifest) -> None:
+    """Raise `ArtifactError` if a masked weight's values are no constants."""
+    if manifest.base is not None:
+        raise ArtifactError(
+            "the file is a mask on pretrained weights, which are needed in full; packed=True takes masks on constants. "
+            "To share such weights among tasks, use MaskBank"
+        )
+    for entry in manifest.masked:
+        if entry.distribution not in CONSTANTS:
+            raise ArtifactError(
+                f"the values of {entry.name!r} are {entry.distribution}, not one constant; "
+                f"packed=True takes {' and '.join(CONSTANTS)}, so leave it out"
+            )
+
+
+Places = dict[nn.Module, dict[str, str]]  # of each module the keys in the file, by parameter name
+
+
+def _places_to_pack(manifest: Manifest, core: nn.Module) -> Places:
+    """Return where the masked weights are, in every module that has them."""
+    entries = core.state_dict(keep_vars=True)
+    keys = {id(entries[spec.name]): spec.name for spec in manifest.masked}
+    found: Places = {}
+    for place in places_of(core):
+        if (key := keys.get(id(place.tensor))) is not None:
+            found.setdefault(place.module, {})[place.name] = key
+    for module, names in found.items():
+        try:
+            packed_class(type(module), tuple(names))
+        except TypeError as error:  # its class allows no subclass
+            raise ArtifactError(f"a {type(module).__name__} cannot be packed: {error}") from error
+    held = {key for names in found.values() for key in names.values()}
+    if missing := [spec.name for spec in manifest.masked if spec.name not in held]:
+        raise ArtifactError(f"{missing[0]!r} is no parameter of the network, and cannot be packed; leave out packed")
+    return found
+
+
+def _pack(manifest: Manifest, masks: Mapping[str, Packed], core: nn.Module, places: Places) -> None:
+    """Replace the masked weights by bits; weights of several modules by the same ones."""
+    entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
+    bits: dict[str, tuple[Tensor, Tensor]] = {}
+    for spec in manifest.masked:
+        weight = entries[spec.name]
+        value = torch.tensor([np.float32(spec.std)]).to(weight.device, weight.dtype)
+        bits[spec.name] = torch.from_numpy(codes(spec, manifest.seed, masks[spec.name])).to(weight.device), value
+    for module, names in places.items():
+        pack(module, {name: bits[key] for name, key in names.items()})
+
+
+def _fill(
+    contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base: dict[str, Tensor], drawn: bool = True
+) -> None:
+    """Write every tensor of the file into the network, in place; with `drawn=False` all but the masked weights."""
     manifest = contents.manifest
     entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
     meta = [name for name, tensor in entries.items() if tensor.is_meta]
@@ -88,7 +152,7 @@ def _fill(contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base
         entry = entries_of(contents)[name]
         entries[name] = torch.empty(entry.shape, dtype=entry.dtype)
     with torch.no_grad():
-        for spec in manifest.masked:
+        for spec in manifest.masked if drawn else ():
             fill(
                 entries[spec.name],
                 effective_pieces(spec, manifest.seed, masks[spec.name], base.get(spec.name)),

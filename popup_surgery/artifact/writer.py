@@ -17,6 +17,7 @@ from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
+from ..masking.packed import refuse_packed
 from ..masking.planning import unconverted
 from ..masking.ranking import parameter_of, score_name, score_of
 from ..masking.state import MaskedParam, slots_of, state_of
@@ -73,6 +74,7 @@ def save(
         PopupError: the file cannot be written. An existing file is unchanged.
     """
     core = unwrap(model)
+    refuse_packed(core, "be saved, as the file has it", ArtifactError)
     get_codec(encoding)
     with as_saved(), ranked_within(core):
         manifest, masks, stored = _describe(core, provenance or {}, probe)

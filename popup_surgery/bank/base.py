@@ -14,6 +14,7 @@ from ..artifact.manifest import TensorSpec
 from ..artifact.reader import naming
 from ..artifact.restore import check_memory, derived
 from ..errors import ConversionError
+from ..masking.packed import refuse_packed
 from ..masking.walk import masked_weights, unwrap
 from ..models.architecture import origin_of
 from ..models.build import build
@@ -177,6 +178,7 @@ def _places(network: nn.Module) -> tuple[nn.Module, dict[str, Place], dict[str, 
         raise ConversionError(
             "the network is converted; a bank needs the plain network whose weights the masks select from"
         )
+    refuse_packed(core, "be switched between tasks", ConversionError)
     check_memory(core, "the network of the bank")
     entries: dict[str, Any] = core.state_dict(keep_vars=True)
     if made := derived(core, entries):

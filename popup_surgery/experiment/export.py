@@ -25,6 +25,7 @@ from ..exporting.onnx_file import OnnxNetwork, described
 from ..exporting.program import outputs_of, program_bytes, run_program, trace
 from ..exporting.to_onnx import onnx_bytes, to_onnx
 from ..masking.bake import bake
+from ..masking.packed import refuse_packed
 from ..masking.walk import masked_weights, unwrap
 from ..models.architecture import input_size
 from .dense import write_dense
@@ -128,6 +129,7 @@ def random_images(size: tuple[int, int, int]) -> Tensor:
 def _plain(model: nn.Module) -> nn.Module:
     """Return a plain network to export; a converted one is baked."""
     core = unwrap(model)
+    refuse_packed(core, "be exported", ConversionError)
     return bake(model) if any(True for _ in masked_weights(core)) else core
 
 

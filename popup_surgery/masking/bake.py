@@ -9,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..errors import ConversionError
 from ..learners.base import masked
 from ..learners.sampling import as_saved
 from ..weights.fill import equals, fill
 from ..weights.streams import draw
 from .layer import is_masked, unswap
+from .packed import refuse_packed
 from .ranking import RankGroup, drop_hooks, parameter_of, score_of
 from .state import MaskedParam, forget, slots_of
 from .walk import masked_weights, ranked_within, unwrap
@@ -26,6 +28,7 @@ def bake(model: nn.Module) -> nn.Module:
     the learner samples, the copy is the network that a file would store; inside `sampled` it is that sample.
     """
     core = unwrap(model)
+    refuse_packed(core, "be baked", ConversionError)
     replacements: list[tuple[object, object]] = []
     plain: dict[tuple[int, int], nn.Parameter] = {}  # by raw weight and score
     with torch.no_grad(), as_saved(), ranked_within(core):

@@ -103,9 +103,10 @@ class Masked(ModuleMethods):
 
 
 class _Guarded(dict[str, Any]):
-    """The parameters of a masked layer. Taking a masked weight out of them is refused, before anything has changed."""
+    """The parameters of a layer. Taking one of `kept` out of them is refused, before anything has changed."""
 
-    masked: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    why = ""  # with a gap for what cannot be done
 
     def __delitem__(self, name: str) -> None:
         self._check(name)
@@ -116,20 +117,24 @@ class _Guarded(dict[str, Any]):
         return super().pop(name, *default)
 
     def _check(self, name: str) -> None:
-        if name in self.masked:
-            raise MaskedWeightError(
-                f"{name} is masked, and nothing else can take its place (weight_norm and the like); bake(model) first"
-            )
+        if name in self.kept:
+            why = self.why.format("and nothing else can take its place (weight_norm and the like)")
+            raise MaskedWeightError(f"{name} {why}")
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return dict, (), None, None, iter(self.items())  # copies are guarded by their own layers
 
 
-def _guard(module: nn.Module) -> None:
+def guard(module: nn.Module, names: tuple[str, ...], why: str) -> None:
+    """Refuse that the parameters `names` are taken out of `module`; `why` has a gap for what cannot be done."""
     if not isinstance(module._parameters, _Guarded):
         guarded = _Guarded(module._parameters)
-        guarded.masked = type(module)._popup_masked  # type: ignore[attr-defined]
+        guarded.kept, guarded.why = names, why
         module.__dict__["_parameters"] = guarded
+
+
+def _guard(module: nn.Module) -> None:
+    guard(module, type(module)._popup_masked, "is masked, {}; bake(model) first")  # type: ignore[attr-defined]
 
 
 _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}

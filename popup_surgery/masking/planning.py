@@ -18,6 +18,7 @@ from ..selection import kept_count
 from ..weights import PRETRAINED
 from ..weights.source import source_of, source_of_scheme
 from .memory import overlapping, overlaps_itself
+from .packed import refuse_packed
 from .patterns import check_patterns, last_match, matches, several
 from .plan import Plan, PlannedRest, PlannedWeight
 from .ranking import parameter_of, score_name, score_of
@@ -57,6 +58,7 @@ def plan_as_given(model: nn.Module, given: Mapping[str, Any]) -> Plan:
     if not isinstance(model, nn.Module):
         raise ConversionError(f"model is {model!r}; expected a torch.nn.Module, or for convert also a network's name")
     core = unwrap(model)
+    refuse_packed(core, "be converted", ConversionError)
     state = state_of(core)
     before = state.settings if state is not None else None
     if before is None:

@@ -1,0 +1,54 @@
+"""Weights of the values −c, 0 and +c at two bits each: a byte for four of them, and a table of all bytes."""
+
+from functools import cache
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..weights.streams import BITS
+
+_PIECE = 1 << 16  # bytes made into weights at a time, so that NumPy's wide indices of them stay in cache
+
+
+@cache
+def _signs_of_bytes() -> Tensor:
+    """Return −1, 0 or 1 for each of the four weights in a byte, int8 [256, 4]: the low half is signs, the high half
+    says which are kept; lowest bit first."""
+    signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
+    return torch.from_numpy(np.where(kept, np.where(signs, 1, -1), 0).astype(np.int8))
+
+
+def unpack(codes: Tensor, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return the weights that `codes` stand for: a new contiguous tensor with the dtype and device of `value`.
+
+    The operator `popup_surgery::unpack`, so that a graph of `torch.compile` or `torch.export` has it as one node.
+
+    Args:
+        codes: uint8 [ceil(n / 4)], as `artifact.rebuild.codes` makes them.
+        value: the constant c > 0, [1], of any float dtype.
+        shape: of the weights, n in all.
+    """
+    return unpack_op(codes, value, shape)
+
+
+@torch.library.custom_op("popup_surgery::unpack", mutates_args=())
+def unpack_op(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
+    """The operator behind `unpack`."""
+    table = _signs_of_bytes().to(value.device).to(value.dtype) * value.detach()  # exact, and +0.0 where dropped
+    if codes.device.type != "cpu":
+        four = table.index_select(0, codes.int())
+    else:
+        four = torch.empty((len(codes), 4), dtype=value.dtype)
+        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.dtype.itemsize]  # NumPy has no bfloat16
+        rows, out, bytes_ = table.view(words).numpy(), four.view(words).numpy(), codes.numpy()
+        for start in range(0, len(bytes_), _PIECE):
+            piece = slice(start, start + _PIECE)
+            np.take(rows, bytes_[piece], axis=0, out=out[piece], mode="clip")
+    return four.view(-1)[: prod(shape)].view(shape)
+
+
+@unpack_op.register_fake
+def _unpack_fake(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
+    return value.new_empty(shape)
