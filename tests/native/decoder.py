@@ -13,15 +13,8 @@ from support import ROOT
 
 NATIVE = ROOT / "native"
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
-STRICT = [
-    "-std=c99",
-    "-pedantic",
-    "-Wall",
-    "-Wextra",
-    "-Werror",
-    "-Wno-missing-field-initializers",
-    "-Wno-unknown-pragmas",
-]
+STRICT = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror"]
+STRICT += ["-Wno-missing-field-initializers", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
