@@ -15,7 +15,7 @@ from ..errors import ConversionError, PopupError, unknown
 from .base import open_base
 from .heads import Heads, put
 from .inference import Inference, Mixing
-from .parts import Part
+from .parts import Part, write_all
 from .tasks import Task, read_task
 
 
@@ -293,12 +293,12 @@ class MaskBank:
 
     def _switch(self, name: str | None) -> None:
         """Write a task into the network. Whatever can fail comes first; if writing is interrupted, it is undone."""
-        before, after = self._state(self._in_use), self._state(name)
+        after = self._state(name)
         try:
             self._write(*after)
             self._in_use = name
         except BaseException:
-            self._write(*before)
+            self._write(*self._state(self._in_use))
             raise
         if any(module.training for module in self._base.core.modules()):
             self.network.eval()
@@ -332,8 +332,7 @@ class MaskBank:
         if self._swapped and base.classes is not None:
             setattr(base.core, "num_classes", base.classes if heads.outputs is None else heads.outputs)  # noqa: B010
         with torch.no_grad():
-            for part, tensor in found.values():
-                part.write(tensor.detach())
+            write_all((part, tensor.detach()) for part, tensor in found.values())
 
 
 def _shown(output: object) -> str:

@@ -1,5 +1,6 @@
 """Fixtures: masks of a small network of timm's, on a seed and on pretrained weights."""
 
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ def make(tmp_path_factory: pytest.TempPathFactory, weights: Path) -> Make:
             model = build(network, num_classes=classes, pretrained=weights if pretrained else False).to(dtype)
             settings = {"scheme": "pretrained", **settings} if pretrained else settings
             convert(model, k, seed=seed, **settings)
-            save(trained(model, len(made)), path, encoding=encoding)
+            save(trained(model, zlib.crc32(key.encode())), path, encoding=encoding)
             made[key] = path
         return made[key]
 

@@ -23,6 +23,7 @@ from popup_surgery import (
     load,
     save,
 )  # fmt: skip
+from popup_surgery.bank import parts
 from popup_surgery.bank.parts import Held, Kept, Signs, Whole
 from support import PATIENCE, equal_states, slow_except
 
@@ -259,6 +260,23 @@ def test_nothing_is_compiled_again(how: str, make: Make) -> None:
         bank.use("cats")
         net(X)
         assert len(compiled) <= graphs + 2
+
+
+def test_threads_of_pytorch_write_the_same(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several threads write at once, in pieces; small pieces here, so that each tensor has several."""
+    monkeypatch.setattr(parts, "_PARALLEL", 1000)
+    monkeypatch.setattr(parts, "_PIECE", 1 << 10)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for scheme in SCHEMES[0], SCHEMES[2]:
+        files = {name: make(name, scheme=scheme) for name in ("ants", "bees")}
+        bank = filled(MaskBank(files["ants"]), files)
+        for name in ("ants", "bees", None, "ants"):
+            bank.use(name)
+            if name is not None:
+                same(bank.network, load(files[name]))
+    versions = [tensor._version for tensor in bank.network.parameters()]
+    bank.use("bees")
+    assert all(a < b._version for a, b in zip(versions, bank.network.parameters(), strict=True))
 
 
 def test_what_a_device_computes_is_what_the_processor_does() -> None:

@@ -37,12 +37,13 @@ def test_the_gradient_of_the_entropy_in_each_share(scheme: str, make: Make) -> N
     assert unchanged(bank, before)
     third = dict.fromkeys(files, 1 / 3)
     for name in files:
-        step = 1e-6
-        with torch.no_grad():
-            more, less = (
-                float(_entropy(mixed(files, third | {name: 1 / 3 + sign * step}).train()(images))) for sign in (1, -1)
-            )
-        assert found.scores[name] == pytest.approx(-(more - less) / (2 * step), rel=2e-3)
+        slopes = []
+        for step in (1e-6, 1e-7, 1e-8):  # one of them may lie across a corner of a ReLU
+            with torch.no_grad():
+                nets = [mixed(files, third | {name: 1 / 3 + sign * step}).train() for sign in (1, -1)]
+                more, less = (float(_entropy(net(images))) for net in nets)
+            slopes.append(-(more - less) / (2 * step))
+        assert min(abs(found.scores[name] - slope) for slope in slopes) < 1e-5 * abs(found.scores[name])
     assert found.task == max(found.scores, key=lambda name: found.scores[name])
     assert found.how == "one_step"
 

@@ -159,6 +159,25 @@ def test_networks_open_artifacts_and_addresses(me: Hub, tmp_path: Path) -> None:
             push_to_hub(file, "me/d", **arguments)  # type: ignore[arg-type]
 
 
+def test_a_commit_in_between_is_kept(me: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    push_to_hub(TINY, "me/masks")
+    seen: list[str | None] = []
+    real = push.Contents.of
+
+    def then_somebody_commits(*arguments: Any) -> push.Contents:
+        there = real(*arguments)
+        if not seen:
+            me.add("me/masks", {"README.md": card(me).encode() + b"Written meanwhile.\n"})
+        seen.append(there.commit)
+        return there
+
+    monkeypatch.setattr(push.Contents, "of", then_somebody_commits)
+    push_to_hub(EDGE, "me/masks")
+    assert len(seen) == 2
+    assert "Written meanwhile." in card(me)
+    assert list(Card.read(card(me)).sections) == ["edge_popup.popup.safetensors", "tiny.popup.safetensors"]
+
+
 def test_pushes_at_the_same_time_lose_nothing(me: Hub, tmp_path: Path) -> None:
     names = [f"{i}.popup.safetensors" for i in range(4)]
     push_to_hub(TINY, "me/masks")
