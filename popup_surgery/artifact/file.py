@@ -100,11 +100,19 @@ class Artifact:
         assert self.container is not None, "an artifact in memory has its contents from the beginning"
         if self.remote is None:
             return read_contents(self.path, self.container, self.manifest)
-        path = self.remote.download()
+        path = self.local()
         container, manifest = read_front(path)
         if replace(container, stamp=self.container.stamp) != self.container:
             raise ArtifactError("the file changed between its header and its data; try again")
         return read_contents(path, container, manifest)
+
+    def local(self) -> Path:
+        """Return the file on this machine, which is in huggingface_hub's cache if `path` is an address on the Hub.
+
+        Raises:
+            HubError: it cannot be downloaded.
+        """
+        return Path(self.path) if self.remote is None else self.remote.download()
 
     def write(self, path: str | Path, encoding: str | None = None) -> Manifest:
         """Write the same network to a file, perhaps with its masks in another encoding; return the manifest written.

@@ -55,9 +55,9 @@ class Contents:
             ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
         """
         entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).needs_kept]
-        if not self._decoded and (weights := sum(entry.numel for entry in entries)) > LIMIT:
+        if not self._decoded and sum(entry.numel for entry in entries) > LIMIT:
             raise ArtifactError(
-                f"the masks are for {weights:,} weights, which no network at hand confirms; expected at most {LIMIT:,}"
+                f"the masks are for more than {LIMIT:,} weights, and no network is at hand to compare them with"
             )
         return self.decode()
 

@@ -15,7 +15,7 @@ from ..errors import ConversionError, PopupError, unknown
 from .base import open_base
 from .heads import Heads, put
 from .inference import Inference, Mixing
-from .parts import Part, Whole
+from .parts import Part, write_all
 from .tasks import Task, read_task
 
 
@@ -201,6 +201,8 @@ class MaskBank:
             UnknownName: there is no such task.
             ConversionError: there are not as many names as images, or the network returns something else than a tensor.
         """
+        if not isinstance(images, Tensor):
+            raise ConversionError(f"images is a {type(images).__name__}; expected one tensor, the batch first")
         names = [tasks] * len(images) if isinstance(tasks, str) else list(tasks)
         if len(names) != len(images):
             raise ConversionError(f"there are {len(names)} tasks for {len(images)} images; expected one for each")
@@ -252,13 +254,12 @@ class MaskBank:
         heads = {id(task.heads): task.heads for task in self._tasks.values()}.values()
         modules = [self._base.core, *(layer for each in heads for layer in each.layers.values())]
         tensors = {id(t): t for module in modules for t in (*module.parameters(), *module.buffers())}
-        base = {id(source): source.nbytes for source in self._base.sources.values()}
-        held = {id(getattr(source, "values", source)) for source in self._base.sources.values()}
-        rest = [p for p in self._base.parts.values() if isinstance(p, Whole) and id(p.values) not in held]
+        sources = self._base.sources
+        rest = {id(part): part for name, part in self._base.parts.items() if name not in sources}
         sizes = {name: task.nbytes for name, task in self._tasks.items()}
         return Memory(
             network=sum(tensor.nbytes for tensor in tensors.values()),
-            base=sum(base.values()) + sum(part.nbytes for part in rest),
+            base=sum(source.nbytes for source in sources.values()) + sum(part.nbytes for part in rest.values()),
             masks={name: masks for name, (masks, _) in sizes.items()},
             own={name: own for name, (_, own) in sizes.items()},
         )
@@ -292,12 +293,12 @@ class MaskBank:
 
     def _switch(self, name: str | None) -> None:
         """Write a task into the network. Whatever can fail comes first; if writing is interrupted, it is undone."""
-        before, after = self._state(self._in_use), self._state(name)
+        after = self._state(name)
         try:
             self._write(*after)
             self._in_use = name
         except BaseException:
-            self._write(*before)
+            self._write(*self._state(self._in_use))
             raise
         if any(module.training for module in self._base.core.modules()):
             self.network.eval()
@@ -331,8 +332,7 @@ class MaskBank:
         if self._swapped and base.classes is not None:
             setattr(base.core, "num_classes", base.classes if heads.outputs is None else heads.outputs)  # noqa: B010
         with torch.no_grad():
-            for part, tensor in found.values():
-                part.write(tensor.detach())
+            write_all((part, tensor.detach()) for part, tensor in found.values())
 
 
 def _shown(output: object) -> str:

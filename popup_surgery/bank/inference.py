@@ -233,10 +233,10 @@ def _bits(part: Part, start: int, stop: int) -> Packed:
 
 
 def _floats(part: Part, start: int, stop: int, dtype: torch.dtype) -> np.ndarray:
-    """Return a piece of a part as float32."""
+    """Return a piece of a part as float32, or as float64 if it is."""
     piece = torch.empty(stop - start, dtype=dtype)
     part.piece(start, stop, words_of(piece))
-    return piece.float().numpy()
+    return (piece if dtype == torch.float64 else piece.float()).numpy()
 
 
 def _unmasked(source: Source, numel: int) -> Kept:
@@ -251,15 +251,15 @@ def _write_mean(tensor: Tensor, parts: Sequence[Part]) -> None:
     groups = [(_unmasked(source, n), places) for source, places in together.values()]
     mean = tensor.view(-1) if tensor.is_contiguous() else torch.empty_like(tensor.reshape(-1))
     for start, stop in _pieces(n):
-        total = np.zeros(stop - start, np.float32)
+        total: np.ndarray = np.zeros(stop - start, np.float64 if tensor.dtype == torch.float64 else np.float32)
         for whole, places in groups:
             kept = np.zeros(stop - start, np.float32)
             for place in places:
                 kept += _bits(parts[place], start, stop)
-            total += _floats(whole, start, stop, tensor.dtype) * kept
+            total += _floats(whole, start, stop, tensor.dtype) * kept.astype(total.dtype, copy=False)
         for place in others:
             total += _floats(parts[place], start, stop, tensor.dtype)
-        mean[start:stop] = torch.from_numpy(total / np.float32(len(parts)))
+        mean[start:stop] = torch.from_numpy(total / len(parts))
     if not tensor.is_contiguous():
         tensor.copy_(mean.view(tensor.shape))
 
@@ -271,11 +271,11 @@ def _products(gradient: Tensor, parts: Sequence[Part], dtype: torch.dtype) -> np
     groups = [(_unmasked(source, flat.numel()), places) for source, places in together.values()]
     products = np.zeros(len(parts))
     for start, stop in _pieces(flat.numel()):
-        piece = flat[start:stop].float().cpu().numpy()
+        piece = (flat[start:stop] if dtype == torch.float64 else flat[start:stop].float()).cpu().numpy()
         for whole, places in groups:
             weighted = _floats(whole, start, stop, dtype) * piece
             for place in places:
-                products[place] += float(np.dot(weighted, _bits(parts[place], start, stop).astype(np.float32)))
+                products[place] += float(np.dot(weighted, _bits(parts[place], start, stop).astype(weighted.dtype)))
         for place in others:
             products[place] += float(np.dot(_floats(parts[place], start, stop, dtype), piece))
     return products

@@ -5,6 +5,8 @@ weight is the bitwise AND of the base and its mask, piece by piece in the proces
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any
 
@@ -13,13 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..weights.streams import BITS, CHUNK, words
+from ..weights.streams import BITS, words
 
 Words = NDArray[np.unsignedinteger[Any]]
 Packed = NDArray[np.uint8]
 
 _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_PIECE = 1 << 18  # weights written at a time, which fit in cache
+_PARALLEL = 1 << 21  # weights from which on threads pay
 _ON_DEVICE = 1 << 24  # weights unpacked at a time on a device that is not the CPU
 
 
@@ -61,17 +65,20 @@ class Held(Source):
 
     def __init__(self, values: Tensor) -> None:
         self.values = values.detach().contiguous().view(-1)
+        self._words: Words | None = None  # the values as words, in the same memory on the CPU
 
     def masked(self, mask: Packed, start: int, stop: int, out: Words) -> None:
+        if self._words is None:
+            self._words = words_of(self.values.cpu())
         rows, whole = _rows(self.values.dtype.itemsize), (stop - start) // 8 * 8
         np.take(rows, mask[start // 8 : (start + whole) // 8], axis=0, out=out[:whole].reshape(-1, 8), mode="clip")
         if whole < stop - start:
             out[whole:] = rows[mask[stop // 8], : stop - start - whole]
-        np.bitwise_and(words_of(self.values[start:stop].cpu()), out, out=out)
+        np.bitwise_and(self._words[start:stop], out, out=out)
 
     def masked_on(self, mask: Packed, start: int, stop: int, device: torch.device) -> Tensor:
         if self.values.device != device:
-            self.values = self.values.to(device)
+            self.values, self._words = self.values.to(device), None
         integer = _INTEGER[self.values.dtype.itemsize]
         rows = torch.from_numpy(_rows(self.values.dtype.itemsize)).view(integer).to(device)
         bits = torch.from_numpy(mask[start // 8 : -(-stop // 8)]).to(device).int()
@@ -81,6 +88,11 @@ class Held(Source):
     @property
     def nbytes(self) -> int:
         return self.values.nbytes
+
+
+# for each byte two, of its lower and its upper half, in their lower halves
+_LOW = np.array([[byte & 15, byte >> 4] for byte in range(256)], np.uint8).view(np.uint16).reshape(-1)
+_HIGH = _LOW << 4
 
 
 class Signs(Source):
@@ -102,11 +114,9 @@ class Signs(Source):
     def _halves(self, mask: Packed, start: int, stop: int) -> Packed:
         """Return the rows of `four` for the elements from `start` to `stop`, two for each byte."""
         bytes_ = slice(start // 8, -(-stop // 8))
-        bits, signs = mask[bytes_], self.signs[bytes_]
-        halves = np.empty((len(bits), 2), np.uint8)
-        np.bitwise_or(bits << 4, signs & 15, out=halves[:, 0])
-        np.bitwise_or(bits & 240, signs >> 4, out=halves[:, 1])
-        return halves.reshape(-1)
+        halves = np.take(_HIGH, mask[bytes_], mode="clip")
+        np.bitwise_or(halves, np.take(_LOW, self.signs[bytes_], mode="clip"), out=halves)
+        return halves.view(np.uint8)
 
     def masked(self, mask: Packed, start: int, stop: int, out: Words) -> None:
         halves, four, whole = self._halves(mask, start, stop), words_of(self.four), (stop - start) // 4 * 4
@@ -128,7 +138,7 @@ class Part(ABC):
 
     @abstractmethod
     def piece(self, start: int, stop: int, out: Words) -> None:
-        """Write the elements from `start`, a multiple of CHUNK, to `stop` into `out`."""
+        """Write the elements from `start`, a multiple of 8, to `stop` into `out`."""
 
     @abstractmethod
     def write(self, target: Tensor) -> None:
@@ -155,8 +165,8 @@ class Kept(Part):
         if target.device.type == "cpu":
             flat = target if target.is_contiguous() else torch.empty(n, dtype=target.dtype)
             out = words_of(flat)
-            for start in range(0, n, CHUNK):
-                self.piece(start, min(start + CHUNK, n), out[start : start + CHUNK])
+            for start in range(0, n, _PIECE):
+                self.piece(start, min(start + _PIECE, n), out[start : start + _PIECE])
             torch.autograd.graph.increment_version(flat)
         else:
             flat = target.detach().view(-1) if target.is_contiguous() else torch.empty_like(target.reshape(-1))
@@ -204,3 +214,35 @@ class Filled(Part):
     @property
     def nbytes(self) -> int:
         return 0
+
+
+def write_all(written: Iterable[tuple[Part, Tensor]]) -> None:
+    """Write parts into tensors without gradient, the masked weights on as many threads as PyTorch has."""
+    rest: list[tuple[Part, Tensor]] = []
+    shared: list[tuple[Part, Tensor]] = []
+    for part, target in written:
+        plain = target.device.type == "cpu" and target.is_contiguous()
+        (shared if isinstance(part, Kept) and plain else rest).append((part, target))
+    threads = torch.get_num_threads()
+    if threads == 1 or sum(target.numel() for _, target in shared) < _PARALLEL:
+        threads, rest, shared = 1, rest + shared, []
+    pieces = [
+        (part, start, out[start : start + _PIECE])
+        for part, target in shared
+        for out in [words_of(target)]
+        for start in range(0, len(out), _PIECE)
+    ]
+    pieces.sort(key=lambda piece: len(piece[2]), reverse=True)
+    with ThreadPoolExecutor(threads) as pool:  # which waits for all that was begun, also if it is interrupted
+        begun = [pool.submit(_write_pieces, pieces[i::threads]) for i in range(threads) if pieces]
+        for part, target in rest:
+            part.write(target)
+        for each in begun:
+            each.result()
+    for _, target in shared:
+        torch.autograd.graph.increment_version(target)
+
+
+def _write_pieces(pieces: Sequence[tuple[Part, int, Words]]) -> None:
+    for part, start, out in pieces:
+        part.piece(start, start + len(out), out)

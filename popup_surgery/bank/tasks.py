@@ -40,7 +40,7 @@ class Task:
         self._base = base
         self._contents: Contents | None = contents  # until the parts are made of it
         self._parts: dict[str, Part] = {}
-        if all(entry.encoding == "bitpack" for entry in self.manifest.masked):
+        if not contents.encoded or _is_packed(self.manifest):
             self.parts()
 
     def parts(self) -> dict[str, Part]:
@@ -91,6 +91,8 @@ def read_task(base: Base, source: str | Path | Artifact, others: Iterable[Task])
         if manifest.architecture.library != "custom":
             _check_network(base, contents, heads)
         _check_entries(base, contents, heads)
+        if not any(_shared(base, entry) for entry in manifest.masked):
+            raise ArtifactError(f"none of its masks is for a weight that the bank's base has from {base.what}")
         if base.seed is None:
             checked_base(manifest, _values(base), base.digests)
         return Task(base, artifact.path, contents, heads)
@@ -141,8 +143,6 @@ def _check_base(base: Base, manifest: Manifest) -> None:
                     raise ArtifactError(
                         f"the {what} of {entry.name!r} is {_shown(entry, what)}, the bank's is {_shown(spec, what)}"
                     )
-    if not any(_shared(base, entry) for entry in manifest.masked):
-        raise ArtifactError(f"none of its masks is for a weight that the bank's base has from {base.what}")
 
 
 def _shown(entry: TensorSpec, what: str) -> str:
@@ -193,7 +193,8 @@ def _check_network(base: Base, contents: Contents, heads: Heads) -> None:
         put(network, layer, base.core.get_submodule(layer))
     if differs := differs or difference(base.core, network):
         raise ArtifactError(
-            f"it is for {architecture.library}/{architecture.name}, which is not the bank's network: there, {differs}"
+            f"it is for {architecture.library}/{architecture.name}, which is not the bank's network: in the bank's, "
+            f"{differs}"
         )
     base.agreed.add(known)
 
@@ -207,7 +208,7 @@ def _parts(base: Base, contents: Contents) -> dict[str, Part]:
     """Return what each tensor of the network is under a file's masks. The file's packed masks are not copied."""
     manifest, masks = contents.manifest, contents.decode()
     parts: dict[str, Part] = {}
-    packed = all(entry.encoding == "bitpack" for entry in manifest.masked)
+    packed = _is_packed(manifest)
     for entry in manifest.masked:
         mask = masks[entry.name]
         parts[entry.name] = (
@@ -222,6 +223,10 @@ def _parts(base: Base, contents: Contents) -> dict[str, Part]:
         tensor = stored_tensor(stored, data)
         parts[name] = Whole(tensor if packed else tensor.clone())  # otherwise the coded masks would stay in memory
     return parts
+
+
+def _is_packed(manifest: Manifest) -> bool:
+    return all(entry.encoding == "bitpack" for entry in manifest.masked)
 
 
 def _own(entry: TensorSpec, manifest: Manifest, mask: Packed) -> Part:

@@ -116,6 +116,8 @@ def main() -> int:
     """
     for stream in (sys.stdout, sys.stderr):
         replace_unprintable(stream)
+    # huggingface_hub reads it when it is imported: one sentence says what went wrong, without a line for each try
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         with command():

@@ -4,19 +4,21 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, progress, show
+from .shared import Base, busy, progress, show
 
 
 def run(
-    folder: Annotated[str, typer.Argument(help="A folder of popup artifacts, or of runs' folders.")],
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the masks.")] = None,
+    folder: Annotated[
+        str, typer.Argument(help="A folder of popup artifacts, or of runs' folders; or a repository, hf://user/repo.")
+    ],
+    base: Base = None,
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data sets.")] = None,
     how: Annotated[
         str | None, typer.Option(help="How to find a task: one_step, halving or each. Default: halving if possible.")
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> int:
-    """Put all masks of a folder on one network, and evaluate each, with and without being told the task.
+    """Put all masks of a folder or repository on one network, and evaluate each, with and without its task's name.
 
     The exit status is 1 if a file is damaged or is for another network or base than the first.
 
@@ -29,11 +31,12 @@ def run(
     """
     with busy("loading"):
         from ..bank.files import files_of
+        from ..bank.inference import HOW
         from ..errors import unknown
         from ..experiment.tasks import evaluate_tasks
 
-        if how is not None and how not in ("one_step", "halving", "each"):
-            raise unknown("--how", how, ("one_step", "halving", "each"))
+        if how is not None and how not in HOW:
+            raise unknown("--how", how, HOW)
         files = files_of(folder)
     table = evaluate_tasks(files, base=base, data_dir=data_dir, how=how, strict=False, progress=progress)
     if json_:

@@ -2,11 +2,11 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, printable
+from .shared import File, a_file, busy
 
 
 def run(
-    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     repo: Annotated[
         str | None, typer.Option(help="The repository user/name that the lines which load the file name.")
     ] = None,
@@ -27,4 +27,4 @@ def run(
         from ..sharing.card import model_card
 
         text = model_card(artifact, repo, license=license_)
-    print(printable(text), end="")
+    print(text, end="")  # with nothing that a terminal would take for more than text

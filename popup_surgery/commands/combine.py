@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, new_file, show, size
+from .shared import Base, File, a_file, busy, new_file, show, size
 
 
 class How(StrEnum):
@@ -14,10 +14,10 @@ class How(StrEnum):
 
 
 def run(
-    files: Annotated[list[Path], typer.Argument(help="Two popup artifacts or more, of one network on one base.")],
+    files: Annotated[list[File], a_file("Two popup artifacts or more, of one network on one base.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Popup artifact to write.")],
     how: Annotated[How, typer.Option(help="Keep what any file keeps, what all keep, or what more than half keep.")],
-    base: Annotated[Path | None, typer.Option(help="File of the pretrained weights under the masks.")] = None,
+    base: Base = None,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
     """Combine the masks of several files into one, layer by layer. Everything else is that of the first file.

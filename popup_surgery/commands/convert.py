@@ -6,11 +6,9 @@ import typer
 
 from ..errors import ConversionError, PopupError
 from ..masking.settings import DEFAULT, OF_PRETRAINED
-from .shared import busy, new_file, refuse_file, show, size
+from .shared import EncodingOption, busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..masking.plan import Plan
 
 
@@ -35,12 +33,13 @@ IncludeOption = Annotated[list[str] | None, typer.Option(help="Glob pattern of l
 ExcludeOption = Annotated[
     list[str] | None, typer.Option(help="Glob pattern of layers to leave as they are; repeatable.")
 ]
-EncodingOption = Annotated[
-    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
-]
 TrainOption = Annotated[
     list[str] | None,
     typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
+]
+ImgSizeOption = Annotated[int | None, typer.Option(help="Height and width of its images, for networks that need it.")]
+OutputOption = Annotated[
+    Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
 ]
 SCOPE, OTHERS, NORM = Scope(DEFAULT.scope.value), Rest(DEFAULT.others.value), Rest(DEFAULT.norm.value)
 
@@ -70,13 +69,9 @@ def run(
     train: TrainOption = None,
     num_classes: Annotated[int | None, typer.Option(help="Number of the network's outputs.")] = None,
     in_chans: Annotated[int | None, typer.Option(help="Number of channels of its images.")] = None,
-    img_size: Annotated[
-        int | None, typer.Option(help="Height and width of its images, for networks that need it.")
-    ] = None,
+    img_size: ImgSizeOption = None,
     encoding: EncodingOption = "bitpack",
-    output: Annotated[
-        Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
-    ] = None,
+    output: OutputOption = None,
     dry_run: Annotated[bool, typer.Option(help="Print the whole plan and write nothing.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="With --dry-run: print the plan as JSON.")] = False,
     force: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
@@ -103,14 +98,8 @@ def run(
     }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
-        from ..codecs import get_codec
-
-        get_codec(encoding)
-        planned, converted = _convert(arch, _without_none(kwargs), weights, _without_none(given), dry_run)
-        if converted is not None:
-            from ..artifact import save
-
-            save(converted, file, encoding=encoding)
+        to = None if dry_run else file
+        planned = _convert(arch, _without_none(kwargs), weights, _without_none(given), to, encoding)
     if json_:
         print(planned.to_json(indent=2))
     elif dry_run:
@@ -124,15 +113,19 @@ def _without_none(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _convert(
-    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], dry_run: bool
-) -> "tuple[Plan, nn.Module | None]":
-    """Convert a network, or only plan that. Returns the plan, and the network if it was converted."""
+    arch: str, kwargs: dict[str, Any], weights: str | None, given: dict[str, Any], file: Path | None, encoding: str
+) -> "Plan":
+    """Convert a network and write it to `file`; without `file` only plan. Returns the plan."""
+    from ..artifact import save
+    from ..codecs import get_codec
     from ..masking.convert import convert_as_given, seeded
     from ..masking.planning import plan_as_given
     from ..models.build import build, build_meta
     from ..models.libraries import architecture_and_tag
     from ..weights import PRETRAINED
+    from ..weights.streams import check_seed
 
+    get_codec(encoding)
     scheme = given["scheme"]
     if weights is not None and scheme != PRETRAINED:
         raise ConversionError(
@@ -145,9 +138,10 @@ def _convert(
             f"{arch} names the pretrained weights {tag}, which the scheme {scheme} would replace; "
             f"expected {name}, or --scheme {PRETRAINED}"
         )
-    with seeded(given["seed"]):
+    with seeded(check_seed(given["seed"])):
         model = build(arch, pretrained=weights or True, **kwargs) if scheme == PRETRAINED else None
-    if dry_run:
-        return plan_as_given(model or build_meta(architecture), given), None
+    if file is None:
+        return plan_as_given(model or build_meta(architecture), given)
     converted, planned = convert_as_given(model or architecture, given)
-    return planned, converted
+    save(converted, file, encoding=encoding)
+    return planned

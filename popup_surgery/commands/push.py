@@ -2,11 +2,11 @@ from typing import Annotated
 
 import typer
 
-from .shared import busy, show
+from .shared import File, a_file, busy, show
 
 
 def run(
-    artifact: Annotated[str, typer.Argument(metavar="FILE", help="A popup artifact.")],
+    artifact: Annotated[File, a_file("A popup artifact.")],
     repo: Annotated[str, typer.Argument(help="The repository, user/name. It is made if it does not exist.")],
     path_in_repo: Annotated[
         str | None, typer.Option(help="Where the file goes in the repository; default: its own name.")

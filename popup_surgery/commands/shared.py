@@ -40,6 +40,9 @@ def a_file(help: str) -> Any:
     return typer.Argument(parser=as_file, help=help)
 
 
+EncodingOption = Annotated[
+    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
+]
 Base = Annotated[File | None, typer.Option(parser=as_file, help="File of the pretrained weights under the mask.")]
 
 

@@ -138,6 +138,15 @@ class Surgery(_Section):
             raise Missing(SHARES)
         return value
 
+    @field_validator("encoding")
+    @classmethod
+    def _for_masks(cls, value: str, info: ValidationInfo) -> str:
+        """Check that the run's file has masks, if the key says how they are stored."""
+        learner = info.data.get("learner")
+        if value != "bitpack" and learner is not None and get_learner(learner).learns_weights:
+            raise ValueError(f"expected bitpack; {learner} trains the weights, so that the run's file has no masks")
+        return value
+
 
 class Data(_Section):
     """A data set, and how its images become batches.
@@ -322,13 +331,6 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _scores(self) -> "Recipe":
-        if self.surgery != "none" and self.surgery.encoding != "bitpack":
-            learner = self.surgery.learner
-            if get_learner(learner, self.surgery.learner_options).learns_weights:
-                raise ValueError(
-                    f"surgery.encoding is {self.surgery.encoding}; {learner} trains the weights, so that the run's "
-                    "file is dense and has no masks; remove the key"
-                )
         if self.training.keep_scores and self.surgery == "none":
             raise ValueError("training.keep_scores is true; with surgery: none there are no scores to keep")
         return self

@@ -100,7 +100,8 @@ def evaluate_tasks(
     classes, and otherwise by number.
 
     Args:
-        files: popup artifacts by the names of their tasks. The first gives the network and the base.
+        files: popup artifacts by the names of their tasks. The first gives the network and the base; for masks on
+            pretrained weights, the first of those with most weights of the base, as heads of new sizes are not of it.
         base: for masks on pretrained weights: the network or the file that has these weights. Default: the library's.
         data: the data sets of tasks, in place of those that their files name.
         data_dir: folder of all data sets. Default: where each is by itself.
@@ -117,11 +118,17 @@ def evaluate_tasks(
     bank: MaskBank | None = None
     for name, file in files.items():
         try:
-            opened[name] = artifact = Artifact.open(file)
+            opened[name] = Artifact.open(file)
+        except ArtifactError as error:
+            if strict:
+                raise
+            problems[name] = str(error)
+    for name in sorted(opened, key=lambda name: _of_base(opened[name]), reverse=True):
+        try:
             if bank is None:
-                bank = MaskBank(base) if isinstance(base, nn.Module) else MaskBank(artifact, weights=base)
+                bank = MaskBank(base) if isinstance(base, nn.Module) else MaskBank(opened[name], weights=base)
                 bank.network.to("cuda" if torch.cuda.is_available() else "cpu")
-            bank.add(name, artifact)
+            bank.add(name, opened[name])
         except (ArtifactError, ConversionError) as error:
             if strict:
                 raise
@@ -142,6 +149,11 @@ def evaluate_tasks(
                     raise
                 results[name] = TaskResult(name, kept, problem=f"not evaluated: {error}")
     return TaskTable(tuple(results.values()), ", ".join(sorted(hows)), fits)
+
+
+def _of_base(artifact: Artifact) -> int:
+    """Return how many masked weights are those of a base."""
+    return sum(entry.numel for entry in artifact.manifest.masked if entry.distribution == "base")
 
 
 def _measure(

@@ -143,13 +143,40 @@ def locate(text: str) -> HubFile:
         return _ask(text, asked, patient=True)
 
 
+def artifacts(text: str) -> list[Address]:
+    """Return the addresses of a repository's artifacts, in alphabetical order. `text` names no file.
+
+    Raises:
+        HubError: there is no such repository or revision, or none that may be read; it has no artifact; or the Hub
+            cannot be reached and the cache has nothing of it.
+    """
+    asked = Address.parse(text)
+    if asked.path:
+        raise HubError(f"{text} names a file; expected a repository: {replace(asked, path='')}")
+    with explained(asked, text):
+        try:
+            _, paths = _list(text, asked)
+        except RevisionNotFoundError:
+            raise
+        except Exception:
+            if (found := _snapshot(asked)) is None:
+                raise
+            _, paths = found
+    return [replace(asked, path=path) for path in _artifacts(text, asked, paths)]
+
+
+def _list(text: str, asked: Address) -> tuple[str, list[str]]:
+    """Ask the Hub for a revision's commit and files."""
+    info = HfApi(**CALLER).model_info(asked.repo, revision=asked.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    return _commit(text, info.sha), [each.rfilename for each in info.siblings or []]
+
+
 def _ask(text: str, asked: Address, patient: bool) -> HubFile:
     """Ask the Hub for a file's commit, size and digest; `patient`: with huggingface_hub's pauses and repetitions."""
     address = asked
     if not address.path:
-        info = HfApi(**CALLER).model_info(asked.repo, revision=asked.revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-        path = _only(text, asked, [each.rfilename for each in info.siblings or []])
-        address = replace(asked, revision=_commit(text, info.sha), path=path)
+        commit, paths = _list(text, asked)
+        address = replace(asked, revision=commit, path=_only(text, asked, paths))
     url = hf_hub_url(address.repo, address.path, revision=address.revision)
     told = get_hf_file_metadata(url, retry_on_errors=patient, **CALLER)
     address = replace(address, revision=_commit(text, told.commit_hash))
@@ -170,12 +197,18 @@ def _commit(text: str, found: str | None) -> str:
     return cast(str, found)
 
 
-def _only(text: str, asked: Address, paths: Iterable[str]) -> str:
-    """Return the only artifact among the files of a repository."""
+def _artifacts(text: str, asked: Address, paths: Iterable[str]) -> list[str]:
+    """Return the artifacts among the files of a repository; if none is called so, its safetensors files."""
     files = sorted(path for path in paths if path.endswith(".safetensors"))
     found = [path for path in files if path.endswith(ARTIFACT)] or files
     if not found:
         raise HubError(f"{text}: {asked.repo} has no artifact; expected a file whose name ends in {ARTIFACT}")
+    return found
+
+
+def _only(text: str, asked: Address, paths: Iterable[str]) -> str:
+    """Return the only artifact among the files of a repository."""
+    found = _artifacts(text, asked, paths)
     if len(found) > 1:
         raise HubError(
             f"{text}: {asked.repo} has {len(found)} artifacts; name one, such as {replace(asked, path=found[0])}, of "
@@ -279,18 +312,23 @@ def _cached(address: Address) -> Path | None:
 
 def _from_cache(text: str, asked: Address) -> HubFile | None:
     """Return what an address named when the Hub was last asked, if the file is in the cache."""
-    commit, revision = asked.revision, asked.revision or "main"
+    found = _snapshot(asked)
+    if found is None:
+        return None
+    commit, paths = found
+    address = replace(asked, revision=commit, path=asked.path or _only(text, asked, paths))
+    cached = _cached(address)
+    return HubFile(text, address, cached=cached, revision=asked.revision or "main") if cached is not None else None
+
+
+def _snapshot(asked: Address) -> tuple[str, list[str]] | None:
+    """Return a revision's commit and the safetensors files of it that are in the cache; None if there are none."""
+    commit = asked.revision or "main"
     if not asked.pinned:
-        ref = _folder(asked.repo) / "refs" / revision
+        ref = _folder(asked.repo) / "refs" / commit
         if not ref.is_file():
             return None
         commit = ref.read_text().strip()
-    address = replace(asked, revision=commit)
-    if not asked.path:
-        snapshot = _folder(asked.repo) / "snapshots" / cast(str, commit)
-        files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.safetensors")]
-        if not files:
-            return None
-        address = replace(address, path=_only(text, asked, files))
-    cached = _cached(address)
-    return HubFile(text, address, cached=cached, revision=revision) if cached is not None else None
+    snapshot = _folder(asked.repo) / "snapshots" / commit
+    paths = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*.safetensors")]
+    return (commit, paths) if paths else None

@@ -135,12 +135,14 @@ class _Trained:
     def __init__(self, core: nn.Module, settings: MaskingSettings, first: bool) -> None:
         self.core, self.settings, self.first = core, settings, first
         self.places = [place for place in places_of(core) if place.tensor.is_floating_point()]
-        self.fresh = origin_of(core).fresh
-        named = several(settings.train)
+        self.fresh, named = origin_of(core).fresh, several(settings.train)
+        self.whole = settings.train is None and get_learner(settings.learner, settings.learner_options).starts_whole
         if first:
             self._check()
         loaded = {id(place.tensor) for place in self.places if not self._is_fresh(place)}
         self.rules = {id(place.tensor): FRESH for place in self.places if id(place.tensor) not in loaded}
+        before = {id(place.tensor): _recorded(place.module, place.name) for place in self.places}
+        self.rules |= {key: rule for key, rule in before.items() if rule in (FRESH, NAMED)}
         self.rules |= {id(p.tensor): NAMED for p in self.places if any(matches(p.key, pattern) for pattern in named)}
 
     def get(self, tensor: Tensor) -> UnmaskedRule | None:
@@ -163,16 +165,12 @@ class _Trained:
 
     def _is_fresh(self, place: Place) -> bool:
         """Return whether `place` has no pretrained weights, for a learner that starts with the whole network."""
-        settings = self.settings
-        if state_of(place.module) is not None:
-            return _recorded(place.module, place.name) == FRESH
-        learner, schemes = get_learner(settings.learner, settings.learner_options), settings.by_pattern("scheme")
         return (
-            learner.starts_whole
-            and settings.train is None
-            and not any(matches(place.layer, pattern) for pattern in several(settings.include))
+            self.whole
+            and state_of(place.module) is None
             and (place.layer in self.fresh or not self.first)
-            and _keeps(place.layer, schemes)
+            and not any(matches(place.layer, pattern) for pattern in several(self.settings.include))
+            and _keeps(place.layer, self.settings.by_pattern("scheme"))
         )
 
     def _check(self) -> None:

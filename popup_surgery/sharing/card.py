@@ -136,13 +136,20 @@ def model_card(file: str | Path | Artifact, repo: str | None = None, *, license:
         check_repo(repo)
     check_license(license)
     artifact = Artifact.open(file)
-    path, summary = Path(artifact.path), Summary.of(artifact)
-    name = repo.partition("/")[2] if repo else path.name.partition(".")[0]
-    sanity = SanityTable.beside(path, summary.sha256)
-    text = section(
-        path.name, artifact.manifest, summary, repo=repo, picture=picture_of(path.name), sanity=sanity
-    )  # fmt: skip
-    return renew(None, {path.name: text}, {}, metadata({path.name: summary}, name, license), name=name)
+    summary, path, sanity = Summary.of(artifact), name_of(artifact), None
+    if artifact.remote is None:
+        sanity = SanityTable.beside(Path(artifact.path), summary.sha256)
+    elif repo is None:
+        repo, path = artifact.remote.address.repo, artifact.remote.address.path
+    name = repo.partition("/")[2] if repo else path.partition(".")[0]
+    text = section(path, artifact.manifest, summary, repo=repo, picture=picture_of(path), sanity=sanity)
+    return renew(None, {path: text}, {}, metadata({path: summary}, name, license), name=name)
+
+
+def name_of(artifact: Artifact) -> str:
+    """Return the name of an artifact's file."""
+    path = artifact.path if artifact.remote is None else artifact.remote.address.path
+    return re.split(r"[/\\]", str(path))[-1]
 
 
 def picture_of(path: str) -> str:

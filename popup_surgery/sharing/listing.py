@@ -61,11 +61,11 @@ def list_repo(repo: str, *, revision: str | None = None, token: str | None = Non
         there = Contents.of(connect(token), asked.repo, revision)
         paths = [p for p in there.weights() if not asked.path or p == asked.path or p.startswith(f"{asked.path}/")]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            fronts = list(pool.map(there.front, paths))
-    found = [
-        Listed(path, str(Address(asked.repo, revision, path)), Summary.parse(front.manifest, front.container))
-        for path, front in zip(paths, fronts, strict=True)
-        if front is not None
+            found = list(pool.map(there.artifact, paths))
+    artifacts = [
+        Listed(path, str(Address(asked.repo, revision, path)), Summary.of(artifact))
+        for path, artifact in zip(paths, found, strict=True)
+        if artifact is not None
     ]
-    others = [path for path, front in zip(paths, fronts, strict=True) if front is None]
-    return Listing(asked.repo, there.commit or "", tuple(found), tuple(others))
+    others = [path for path, artifact in zip(paths, found, strict=True) if artifact is None]
+    return Listing(asked.repo, there.commit or "", tuple(artifacts), tuple(others))

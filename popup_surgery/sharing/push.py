@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, Revi
 from torch import nn
 
 from ..artifact import Artifact, save
-from ..artifact.container import local, open_file, stamp_of
+from ..artifact.container import open_file, stamp_of
 from ..artifact.reader import naming
 from ..errors import ArtifactError, HubError, PopupError
 from ..hub import Address
-from .card import Card, picture_of, renew
+from .card import Card, name_of, picture_of, renew
 from .config_json import Config, Recorded
 from .escape import clean
 from .metadata import metadata, to_yaml
@@ -73,14 +73,16 @@ class _New:
         if artifact.container is None:  # one in memory
             artifact.write(folder / "artifact.safetensors")
             artifact = Artifact.open(folder / "artifact.safetensors")
+        assert artifact.container is not None
         draw_picture(artifact, folder / "picture.png")  # reads and checks all of it
-        path = local(artifact.path)
-        with naming(artifact.path), open_file(path) as file:
-            data, stamp = file.read(), stamp_of(file)
-            if path == artifact.path and artifact.container is not None and stamp != artifact.container.stamp:
+        picture = (folder / "picture.png").read_bytes()
+        if artifact.remote is not None:
+            return cls(artifact, artifact.remote.download().read_bytes(), picture, None)
+        with naming(artifact.path), open_file(artifact.path) as file:
+            data = file.read()
+            if stamp_of(file) != artifact.container.stamp:
                 raise ArtifactError("the file changed while it was being read; try again")
-        sanity = SanityTable.beside(Path(path), Summary.of(artifact).sha256)
-        return cls(artifact, data, (folder / "picture.png").read_bytes(), sanity)
+        return cls(artifact, data, picture, SanityTable.beside(Path(artifact.path), Summary.of(artifact).sha256))
 
 
 def push_to_hub(
@@ -137,7 +139,7 @@ def push_to_hub(
         elif provenance is not None:
             raise PopupError("provenance is for a network; a file has its own already")
         artifact = Artifact.open(file)
-        target = Target.of(repo, path_in_repo or _name(artifact), revision, create_pr, private, license)
+        target = Target.of(repo, path_in_repo or name_of(artifact), revision, create_pr, private, license)
         check_ready(repo, token)
         return _Push(target, _New.of(artifact, Path(folder)), token, message).run()
 
@@ -192,10 +194,6 @@ def _check_private(target: Target, private: bool | None) -> None:
             f"{target.repo} exists and is public, and the push is to be private; make it private in its settings on "
             "the Hub, or choose another repository"
         )
-
-
-def _name(artifact: Artifact) -> str:
-    return str(artifact.path).replace("\\", "/").rpartition("/")[2]
 
 
 class _Push:
@@ -290,7 +288,7 @@ class _Push:
         """Raise `PopupError` if the push would replace a file that no push wrote."""
         target = self.target
         unknown = target.path in there.files and target.path not in config.artifacts
-        if unknown and there.front(target.path) is None:
+        if unknown and there.artifact(target.path) is None:
             raise PopupError(
                 f"{target.repo} has another {target.path}, which is not a popup artifact; choose another path in the "
                 "repository"
@@ -315,10 +313,10 @@ class _Push:
             if known and known.file_sha256 == there.files[path].sha256 and path in written:
                 recorded[path], sections[path] = known, written[path]
                 continue
-            if (found := there.front(path)) is None:
+            if (found := there.artifact(path)) is None:
                 continue  # dense weights or the like
             picture = known.picture if known is not None and known.picture in there.files else ""
-            summary = Summary.parse(found.manifest, found.container)
+            summary = Summary.of(found)
             recorded[path] = Recorded(summary, there.files[path].sha256, picture)
             sections[path] = section(
                 path, found.manifest, summary, repo=self.target.repo, revision=self.target.shown,

@@ -9,9 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, HfFileSystem, constants, get_token
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-from ..artifact.container import Container
-from ..artifact.manifest import Manifest
-from ..artifact.reader import read_front
+from ..artifact import Artifact
 from ..errors import ArtifactError, HubError
 from ..hub import Address
 from ..hub.faults import LOG_IN, explained
@@ -37,19 +35,11 @@ def check_ready(repo: str, token: str | None) -> None:
 
 @dataclass(frozen=True)
 class Stored:
-    """A file of a repository: its size in bytes, and its SHA-256; empty for a small file, which has another digest."""
+    """A file of a repository: its size in bytes, its SHA-256 if it is a large file, else empty, and git's digest."""
 
     size: int
     sha256: str
     etag: str
-
-
-@dataclass(frozen=True)
-class Front:
-    """The header of an artifact: its manifest, and where its tensors are."""
-
-    manifest: Manifest
-    container: Container
 
 
 @dataclass(frozen=True)
@@ -95,17 +85,16 @@ class Contents:
         """Return the paths of the files that may be artifacts."""
         return sorted(path for path in self.files if path.endswith(WEIGHTS))
 
-    def front(self, path: str) -> Front | None:
-        """Read the header of a file by ranges; None if it is no artifact, or a damaged one."""
+    def artifact(self, path: str) -> Artifact | None:
+        """Open a file, whose header is fetched by ranges; None if it is no artifact, or a damaged one."""
         stored, address = self.files[path], Address(self.repo, self.commit, path)
         file = HubFile(str(address), address, stored.size, stored.sha256 or stored.etag)
         if self.api.token is not None:
             file = _WithToken(str(address), address, stored.size, None, token=str(self.api.token))
         try:
-            container, manifest = read_front(file)
+            return Artifact.open(file)
         except ArtifactError:
             return None
-        return Front(manifest, container)
 
 
 @dataclass(eq=False)

@@ -61,8 +61,8 @@ def _what(manifest: Manifest, one: Summary) -> str:
     name = code(one.name if one.library != "custom" else one.network)
     pretrained = any(source_of(entry.distribution).in_base for entry in manifest.masked)
     weights = "pretrained weights stay as they were" if pretrained else f"weights are random, of seed {one.seed}"
-    took = f"{one.kept:,} of {one.weights:,} ({_percent(one.kept, one.weights)}) take part"
-    text = f"A hidden network: {name}, whose {weights}. A mask of one bit a weight was learned: {took}."
+    kept = f"{one.kept:,} of {one.weights:,} weights ({_percent(one.kept, one.weights)})"
+    text = f"A hidden network: {name}, whose {weights}. A mask says which of them take part: {kept}."
     if one.accuracy is not None:
         of = f" of {markdown(one.data)}" if one.data else ""
         text += f" Its accuracy is {100 * one.accuracy:.2f} % on the validation images{of}."

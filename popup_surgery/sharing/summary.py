@@ -61,13 +61,9 @@ class Summary:
 
     @classmethod
     def of(cls, artifact: Artifact) -> "Summary":
-        """Summarise an open artifact, whose tensors stay unread."""
-        assert artifact.container is not None, "an artifact in memory is written first"
-        return cls.parse(artifact.manifest, artifact.container)
-
-    @classmethod
-    def parse(cls, manifest: Manifest, container: Container) -> "Summary":
-        """Summarise a header that was read and checked."""
+        """Summarise an artifact that is in a file. Its tensors stay unread."""
+        manifest, container = artifact.manifest, artifact.container
+        assert container is not None, "an artifact in memory is written first"
         recipe = recipe_of(manifest)
         data, surgery = _object(recipe.get("data")), _object(recipe.get("surgery"))
         classes = manifest.provenance.get("classes")

@@ -13,10 +13,24 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from popup_surgery import ConversionError, DataError, bake, build, convert, evaluate, load, masks, sanity, save, train
+import popup_surgery
+from popup_surgery import (
+    ConversionError,
+    DataError,
+    bake,
+    build,
+    convert,
+    evaluate,
+    load,
+    masks,
+    sanity,
+    save,
+    train,
+)  # fmt: skip
 from popup_surgery.analysis import sanity as module
 from popup_surgery.artifact import stored_masks
 from popup_surgery.config.schema import Data
+from popup_surgery.sharing.sanity_table import SanityTable
 from support import ROOT
 
 # timm's readers hand out open files and leave the closing to the garbage collector
@@ -206,7 +220,14 @@ def test_the_command_prints_the_table_and_draws_it(cli: Callable[..., Any], arti
     ]  # fmt: skip
     assert re.fullmatch(r"as it is +9\d\.\d\d %", lines[1])
     assert re.fullmatch(r"other seeds \(2\) +\d+\.\d\d ± \d+\.\d\d %", lines[2])
-    assert lines[7:] == ["359 validation images of digits; chance is 10.00 %", f"wrote {drawn}"]
+    table = drawn.with_suffix(".json")
+    wrote = f"wrote {drawn} and {table}, which push puts into the model card"
+    assert lines[7:] == ["359 validation images of digits; chance is 10.00 %", wrote]
+    found = SanityTable.beside(artifact, popup_surgery.inspect(artifact).text()["manifest_sha256"])
+    assert found is not None
+    assert [row[0] for row in found.rows] == [re.split(r"  +", line)[0] for line in lines[:7]]
+    assert found.notes == (lines[7],)
+    assert SanityTable.beside(artifact, "of another artifact") is None
     with Image.open(drawn) as picture:
         assert picture.format == "PNG"
         pixels = np.array(picture.convert("RGB")).reshape(-1, 3).astype(int)

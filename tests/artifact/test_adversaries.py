@@ -108,16 +108,29 @@ def adversaries() -> dict[str, Callable[[File], bytes]]:
         file, lambda file: file.manifest["constants"].update({"x": {"shape": [2**40], "dtype": "F32", "value": 1.0}})
     )
     made["generated tensor of 2**40 elements"] = lambda file: apply(file, generated(shape=[2**40]))
+    made["coded mask of 2**40 weights"] = lambda file: coded(file, 2**40)
+    made["coded mask of 2**34 weights, verified"] = lambda file: coded(file, 2**34)
     made["probe of 2**40 elements"] = lambda file: apply(
         file, lambda file: file.manifest["probe"].update(shape=[2**40])
     )
     return made
 
 
+def coded(file: File, n: int) -> bytes:
+    """A file whose first mask has no bytes, and is for `n` weights, none of which is kept."""
+    file = file.copy()
+    for entry in file.manifest["masked"]:
+        entry.update(encoding="range_coded", kept=0)
+        file.tensors[f"{entry['name']}.mask"] = "U8", [0], b""
+    file.manifest["masked"][0]["shape"] = [n]
+    file.manifest["requires"] = ["range_coded"]
+    return file.bytes()
+
+
 ADVERSARIES = adversaries()
 QUICK = [
     "header of open escapes", "manifest of short strings", "manifest of aliases", "constant of 2**40 elements",
-    "probe of 2**40 elements",
+    "probe of 2**40 elements", "coded mask of 2**40 weights", "coded mask of 2**34 weights, verified",
 ]  # fmt: skip
 
 # Each file in a process of its own, forked after the imports and one load: its growth is the file's alone.
@@ -158,7 +171,7 @@ for index, name in enumerate(names):
 
 
 def reader_of(name: str) -> str:
-    return "verify" if name.startswith("probe") else "load"
+    return "verify" if name.startswith("probe") or name.endswith("verified") else "load"
 
 
 @pytest.fixture(scope="module")

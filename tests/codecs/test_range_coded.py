@@ -143,7 +143,7 @@ def test_vectors(vector: dict[str, Any]) -> None:
     else:
         mask[rule["first"] :: rule["step"]] = True
         mask ^= rule["inverted"]
-    assert hashlib.sha256(pack(mask)).hexdigest() == vector["mask_sha256"]
+    assert hashlib.sha256(pack(mask).tobytes()).hexdigest() == vector["mask_sha256"]
     assert mask.sum() == vector["kept"]
     data = encoded(mask)
     if "bytes" in vector:
@@ -163,8 +163,7 @@ def test_no_mask_takes_more_than_the_limit(mask: Mask) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", WAYS)
-@pytest.mark.parametrize("n", [2**24 + 3, 2**27])
+@pytest.mark.parametrize(("n", "how"), [(2**22 + 3, "random"), (2**24, "beginning"), (2**24, "end"), (2**27, "even")])
 def test_no_mask_of_a_large_layer_takes_more_than_the_limit(n: int, how: str) -> None:
     for kept in (1, 2, 10, 1000, n // 4000, n // 65, n // 64 + 1, n // 33):
         for mask in (found := arranged(n, kept, how), ~found):

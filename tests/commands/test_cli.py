@@ -18,12 +18,12 @@ from packaging.requirements import Requirement
 
 import popup_surgery
 from popup_surgery import build, convert, load, save
-from popup_surgery.config.catalog import find, shipped
+from popup_surgery.config.catalog import find, shipped, shipped_sweeps
 from support import PATIENCE, slow_except, write_digit
 
 COMMANDS = (
     "convert", "train", "evaluate", "predict", "sanity", "inspect", "verify", "diff", "export", "recipes", "zoo",
-    "sweep", "reproduce",
+    "sweep", "reproduce", "repack",
 )  # fmt: skip
 PACKAGE = Path(popup_surgery.__file__).parent
 ROOT = PACKAGE.parent
@@ -79,6 +79,8 @@ def test_help_has_a_real_call_and_its_real_output(cli: Cli, artifact: Path, comm
     if "other.popup.safetensors" in arguments:
         other = build("popup_surgery/conv2", width=0.25, in_chans=1, img_size=8)
         save(convert(other, 0.5, seed=1), artifact.parent / "other.popup.safetensors")
+    if "conv4.popup.safetensors" in arguments:
+        save(convert(build("popup_surgery/conv4"), 0.3), artifact.parent / "conv4.popup.safetensors")
     assert wanted, "no output below the call"
     outcome = cli(*arguments)
     assert outcome.status == 0, outcome.err
@@ -431,7 +433,7 @@ def test_export_onto_the_artifact_itself(cli: Cli, artifact: Path) -> None:
 
 
 def test_recipes_are_listed_shown_and_copied(cli: Cli, tmp_path: Path) -> None:
-    assert cli("recipes").out.split() == shipped()
+    assert cli("recipes").out.split() == shipped() + shipped_sweeps()
     assert cli("recipes", "cifar10/conv6").out == find("cifar10/conv6").read_text()
     copy = tmp_path / "mine.yaml"
     assert cli("recipes", "digits", "-o", copy).status == 0

@@ -207,6 +207,7 @@ def test_whatever_is_wrong_with_a_key_is_told_in_our_own_words(path: str) -> Non
         values = digits()
         if section == "lottery_ticket":
             values |= {"surgery": "none", "lottery_ticket": {"k": 0.5, "rounds": 1}}
+        values |= {"hub": {"repo": "me/digits"}} if section == "hub" else {}
         if key:
             values[section][key] = wrong
         else:

@@ -21,7 +21,7 @@ def test_every_path_in_contributing_exists() -> None:
     rooms = set()
     for file, test in (row.split(" | ")[-2:] for row in rows if row.count(" | ") == 2):
         for path in re.findall(r"`([^`]+)`", file):
-            outside = path.startswith(("recipes/", "docs/", "examples/", "README"))
+            outside = path.startswith(("recipes/", "docs/", "examples/", "native/", "README"))
             assert (ROOT / ("" if outside else "popup_surgery") / path).exists(), path
             rooms |= set() if outside else {path.split("/")[0]}
         for path in re.findall(r"`([^`]+)`", test):

@@ -133,6 +133,20 @@ def test_a_network_that_cannot_be_exported(model: nn.Module, example: Tensor, sa
     assert not list(tmp_path.iterdir())
 
 
+class Chaotic(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).tanh()
+        for _ in range(400):
+            y = 1 - 2 * y * y
+        return y
+
+
+def test_a_network_that_rounding_decides_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ps.ConversionError, match=r"nothing was written: .*; float32 alone changes this network's by"):
+        ps.export(Chaotic(4, 2), tmp_path / "net.onnx", example=torch.rand(1, 4))
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_export_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from popup_surgery.experiment import export as module
 

@@ -16,7 +16,8 @@ HOSTILE = [
     "[a](javascript:alert(1))", "![a](https://example.org/a.png)", "**bold**", "_it_", "__init__", "a_b_c", "~~no~~",
     "# head", "- list", "1. list", "> quote", "\\", "\\|", "&lt;", "&#124;", "https://example.org/a", "www.example.org",
     "<https://example.org>", "me@example.org", "$$x$$", "\\\\(x\\\\)", "line\nline", "\r\n---\r\n", "\x1b[31mred",
-    "\u202eevil", ":smile:", "^a^", "H~2~O", "{{ x }}", "@someone", "---", "***", "===", "+ a", "|", "a\\",
+    "\u202eevil", ":smile:", "^a^", "H~2~O", "{{ x }}", "@someone", "---", "***", "===", "+ a", "|",
+    "a\\",
     "    code",
 ]  # fmt: skip
 

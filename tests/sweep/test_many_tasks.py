@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from popup_surgery import ConversionError, MaskBank, PopupError, RecipeError, RunError, Stopped, evaluate, inspect
+from popup_surgery import ConversionError, MaskBank, PopupError, RecipeError, RunError, evaluate, inspect
 from popup_surgery.config.catalog import find, shipped_sweeps
+from popup_surgery.errors import Stopped
 from popup_surgery.sweep import Outcome, State, Sweep, evaluate_bank, execute
 from support import GREY, Here, joined, opened
 
 Cli = Callable[..., Any]
-SHORT = ["training.epochs=6"]
+SHORT = ["training.epochs=5"]
 DIGITS = {"recipe": "digits", "set": {"training.epochs": 1}}
 BASE = {"recipe": "digits", "set": {"surgery": "none", "training.epochs": 1}}
 MASKS = {"recipe": "digits", "set": {"surgery": {"scheme": "pretrained", "scaled": False}, "training.epochs": 1}}
@@ -24,18 +25,18 @@ MASKS = {"recipe": "digits", "set": {"surgery": {"scheme": "pretrained", "scaled
 
 @pytest.fixture(scope="module")
 def permuted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Outcome]]:
-    """Five tasks of the shipped sweep, six epochs each."""
+    """Three tasks of the shipped sweep, five epochs each."""
     output = tmp_path_factory.mktemp("permuted") / "out"
-    sweep = Sweep.load("many_tasks/permuted_digits", [*SHORT, "data.permute_seed=[0, 1, 2, 3, 4]"], output=output)
+    sweep = Sweep.load("many_tasks/permuted_digits", [*SHORT, "data.permute_seed=[0, 1, 2]"], output=output)
     assert sweep.bank
     return output, execute(sweep, output, Here())
 
 
 @pytest.fixture(scope="module")
 def piggyback(tmp_path_factory: pytest.TempPathFactory) -> tuple[Sweep, Path, list[Outcome]]:
-    """Three tasks of the shipped sweep on a base of six epochs."""
+    """Two tasks of the shipped sweep on a base of five epochs."""
     output = tmp_path_factory.mktemp("piggyback") / "out"
-    settings = [*SHORT, "base.training.epochs=6", "data.permute_seed=[null, 0, 1]"]
+    settings = [*SHORT, "base.training.epochs=5", "data.permute_seed=[null, 0]"]
     sweep = Sweep.load("many_tasks/piggyback_digits", settings, output=output)
     return sweep, output, execute(sweep, output, Here())
 
@@ -59,16 +60,16 @@ def test_permuted_digits_have_one_random_network(permuted: tuple[Path, list[Outc
     output, outcomes = permuted
     found = evaluate_bank(outcomes, output)
     assert found is not None
-    assert [task.task for task in found.tasks] == [f"permute_seed={seed}" for seed in range(5)]
+    assert [task.task for task in found.tasks] == [f"permute_seed={seed}" for seed in range(3)]
     assert found.how == "halving"
     for task, outcome in zip(found.tasks, outcomes, strict=True):
         assert outcome.numbers is not None
         assert task.accuracy == outcome.numbers.accuracy
-        assert task.accuracy > 0.9
+        assert task.accuracy > 0.85
         assert task.found == 1, "with the mean of the running statistics, few tasks are found"
         assert task.inferred == task.accuracy
         assert (task.images, task.data, task.problem) == (359, "digits", "")
-    rows = list(csv.DictReader((output / "tasks.csv").open()))
+    rows = list(csv.DictReader((output / "tasks.csv").read_text().splitlines()))
     assert [float(row["accuracy"]) for row in rows] == [task.accuracy for task in found.tasks]
 
 
@@ -79,15 +80,15 @@ def test_a_task_under_another_mask_is_told_apart(permuted: tuple[Path, list[Outc
     for name, file in files.items():
         bank.add(name, file)
     before = {key: tensor.clone() for key, tensor in bank.network.state_dict().items()}
-    digits = opened(GREY, name="digits", permute_seed=3, mean=[0.306], std=[0.376], train=False)
+    digits = opened(GREY, name="digits", permute_seed=1, mean=[0.306], std=[0.376], train=False)
     images, labels = joined(digits.validation())
     for how in ("one_step", "halving", "each"):
-        assert bank.infer(images[:128], how=how).task == "permute_seed=3", how
+        assert bank.infer(images[:128], how=how).task == "permute_seed=1", how
     assert bank.infer(images[:8]).how == "each", "the statistics of few images are poor"
     with pytest.raises(ConversionError, match=r"for 1 image; the network has batch norms, .* or how='each'"):
         bank.infer(images[:1], how="halving")
     assert all(torch.equal(tensor, before[key]) for key, tensor in bank.network.state_dict().items())
-    wrong = bank.predict(images, "permute_seed=2")
+    wrong = bank.predict(images, "permute_seed=0")
     assert isinstance(wrong, torch.Tensor)
     assert (wrong.argmax(1) == labels).float().mean() < 0.5
 
@@ -104,11 +105,11 @@ def test_piggyback_learns_masks_on_the_weights_of_the_base(piggyback: tuple[Swee
         assert manifest.base is not None
         assert manifest.provenance["recipe"]["surgery"]["learner"] == "piggyback"
         assert outcome.numbers is not None
-        assert evaluate(file, base=base).accuracy == outcome.numbers.accuracy > 0.9
+        assert evaluate(file, base=base).accuracy == outcome.numbers.accuracy > 0.85
     found = evaluate_bank(outcomes, output)
     assert found is not None
-    assert [task.task for task in found.tasks] == ["permute_seed=null", "permute_seed=0", "permute_seed=1"]
-    assert [task.found for task in found.tasks] == [1, 1, 1]
+    assert [task.task for task in found.tasks] == ["permute_seed=null", "permute_seed=0"]
+    assert [task.found for task in found.tasks] == [1, 1]
 
 
 def test_a_base_is_trained_once(piggyback: tuple[Sweep, Path, list[Outcome]]) -> None:
@@ -132,13 +133,13 @@ def test_the_command_prints_and_writes_the_table(
 ) -> None:
     output, outcomes = permuted
     monkeypatch.setattr("popup_surgery.commands.sweep.chosen", lambda *_: Here())
-    seeds = "data.permute_seed=[0, 1, 2, 3, 4]"
+    seeds = "data.permute_seed=[0, 1, 2]"
     done = cli("sweep", "many_tasks/permuted_digits", "--set", *SHORT, "--set", seeds, "-o", output)
     assert (done.status, done.err) == (0, "")
     lines = done.out.splitlines()
-    assert lines[0] == "5 of 5 runs had ended before"
-    assert re.fullmatch(r"task +kept +accuracy +not told +task found +images +data", lines[-8])
-    for seed, (line, outcome) in enumerate(zip(lines[-7:-2], outcomes, strict=True)):
+    assert lines[0] == "3 of 3 runs had ended before"
+    assert re.fullmatch(r"task +kept +accuracy +not told +task found +images +data", lines[-6])
+    for seed, (line, outcome) in enumerate(zip(lines[-5:-2], outcomes, strict=True)):
         assert outcome.numbers is not None
         accuracy = f"{100 * outcome.numbers.accuracy:.1f} %"
         assert re.fullmatch(rf"permute_seed={seed} +50.0 % +{accuracy} +{accuracy} +100.0 % +359 +digits", line), line
@@ -155,13 +156,14 @@ def test_the_whole_command(cli: Cli, tmp_path: Path, name: str, settings: list[s
     more = [word for setting in settings for word in ("--set", setting)]
     done = cli("sweep", f"many_tasks/{name}", *more, "-o", tmp_path / "out", "--jobs", "1")
     assert (done.status, done.err) == (0, "")
-    rows = list(csv.DictReader((tmp_path / "out" / "tasks.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "out" / "tasks.csv").read_text().splitlines()))
     assert len(rows) == 2
     assert all(float(row["accuracy"]) > 0.95 for row in rows)
     assert all(float(row["found"]) == 1 for row in rows)
     assert len(re.findall(r"^permute_seed=.*100\.0 % +359 +digits$", done.out, re.MULTILINE)) == 2
 
 
+@pytest.mark.slow
 def test_tasks_of_several_data_sets_have_heads_of_their_own(images: Path, ten: Path, tmp_path: Path) -> None:
     network = {"name": "popup_surgery/fc_bn", "kwargs": {"in_chans": 3, "img_size": 16, "width": 0.1}}
     data = {"name": "folder", "batch_size": 8, "workers": 0, "input_size": [3, 16, 16]}
@@ -264,6 +266,7 @@ def test_no_run_starts_without_its_base(ends: State, tmp_path: Path) -> None:
     assert states == ["waiting"]
 
 
+@pytest.mark.slow
 def test_a_dry_run_measures_the_base_first(cli: Cli, tmp_path: Path) -> None:
     done = cli("sweep", "many_tasks/piggyback_digits", "-o", tmp_path / "out", "--dry-run", "--jobs", "1")
     assert (done.status, done.err) == (0, "")
