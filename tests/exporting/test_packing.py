@@ -44,11 +44,13 @@ def test_two_bits_are_the_weights_to_the_bit(inner: int, block: int) -> None:
 
 def test_what_is_ternary() -> None:
     matrix = some_ternary(64, 3)
-    assert np.array_equal(ternary(matrix), np.abs(matrix).max(axis=0))
+    scale = ternary(matrix)
+    assert scale is not None
+    assert np.array_equal(scale, np.abs(matrix).max(axis=0))
     matrix[5, 1] = np.nextafter(np.abs(matrix[:, 1]).max(), np.float32(1))
     assert ternary(matrix) is None
-    codes, scale = eight_bits(matrix, None)
-    assert np.abs(codes * scale - matrix).max() <= scale.max() / 2
+    codes, step = eight_bits(matrix, None)
+    assert np.abs(codes * step - matrix).max() <= step.max() / 2
     assert np.abs(codes).max() == 64
 
 
@@ -68,13 +70,15 @@ class Mixed(nn.Sequential):
 
 
 @pytest.fixture
-def mixed() -> nn.Module:
-    return ps.bake(ps.convert(Mixed(), 0.5)).eval()
+def mixed() -> nn.Sequential:
+    model = ps.bake(ps.convert(Mixed(), 0.5)).eval()
+    assert isinstance(model, Mixed)
+    return model
 
 
-def test_each_layer_is_packed_or_has_a_reason(mixed: nn.Module, tmp_path: Path) -> None:
+def test_each_layer_is_packed_or_has_a_reason(mixed: nn.Sequential, tmp_path: Path) -> None:
     with torch.no_grad():
-        mixed[9].weight.add_(torch.rand(7, 40))  # as pretrained weights
+        mixed.get_parameter("9.weight").add_(torch.rand(7, 40))  # as pretrained weights
     example = torch.randn(2, 3, 12, 12)
     done = ps.export(mixed, tmp_path / "net.onnx", example=example, packed=True)
     assert {layer.name: (layer.how, layer.packed) for layer in done.layers} == {
@@ -92,13 +96,13 @@ def test_each_layer_is_packed_or_has_a_reason(mixed: nn.Module, tmp_path: Path) 
     assert done.difference is not None
     assert 1e-4 < done.difference < 0.1
     weights = {each.name: each for each in onnx.load(tmp_path / "net.onnx").graph.initializer}
-    assert np.array_equal(numpy_helper.to_array(weights["9.weight"]), mixed[9].weight.detach().numpy())
+    assert np.array_equal(numpy_helper.to_array(weights["9.weight"]), mixed.get_parameter("9.weight").detach().numpy())
 
 
 @pytest.mark.slow
-def test_options_of_packing(mixed: nn.Module, tmp_path: Path) -> None:
+def test_options_of_packing(mixed: nn.Sequential, tmp_path: Path) -> None:
     with torch.no_grad():
-        mixed[9].weight.add_(torch.rand(7, 40))
+        mixed.get_parameter("9.weight").add_(torch.rand(7, 40))
     example = torch.randn(2, 3, 12, 12)
     fast = ps.export(mixed, tmp_path / "fast.onnx", example=example, fast=True)
     assert [layer.how for layer in fast.layers if layer.name in "57"] == ["int8", "int8"]
@@ -106,7 +110,7 @@ def test_options_of_packing(mixed: nn.Module, tmp_path: Path) -> None:
     assert [layer.packed for layer in rounded.layers if layer.name in "29"] == [False, True]
 
 
-def test_a_packed_file_takes_any_number_of_inputs(mixed: nn.Module, tmp_path: Path) -> None:
+def test_a_packed_file_takes_any_number_of_inputs(mixed: nn.Sequential, tmp_path: Path) -> None:
     ps.export(mixed, tmp_path / "net.onnx", example=torch.randn(1, 3, 12, 12), packed=True)
     session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
     for count in (1, 2, 9):
@@ -138,7 +142,7 @@ def test_digits_keep_their_classes(how: str, cli: Cli, artifact: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_packed_file_is_the_same_each_time(mixed: nn.Module, tmp_path: Path) -> None:
+def test_a_packed_file_is_the_same_each_time(mixed: nn.Sequential, tmp_path: Path) -> None:
     example = torch.randn(1, 3, 12, 12)
     for name in ("a.onnx", "b.onnx"):
         ps.export(mixed, tmp_path / name, example=example, packed=True)
