@@ -137,26 +137,27 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2, help="epochs of Conv4")
     parser.add_argument("--output", type=Path, default=Path("encoding.json"))
     arguments = parser.parse_args()
-    rows = []
+    rows: list[dict[str, Any]] = []
+    device = f"{processor() or platform.machine()}, {torch.get_num_threads()} threads"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for k in SHARES:
-            rows.append(
-                compare(f"{arguments.network}, k = {k}", ps.convert(arguments.network, k), arguments.rounds, folder)
-            )
-        file = trained("digits", [], folder / "digits")
-        rows.append(compare("digits, trained", file, arguments.rounds, folder))
+
+        def add(name: str, model: torch.nn.Module | Path) -> None:
+            rows.append(compare(name, model, arguments.rounds, folder))
+            load = [round(each, 1) for each in os.getloadavg()]
+            found = {"device": device, "load_average": load, "torch": torch.__version__, "rounds": arguments.rounds}
+            arguments.output.write_text(json.dumps(found | {"files": rows}, indent=2) + "\n")
+
+        add("digits, trained", trained("digits", [], folder / "digits"))
         if arguments.cifar is not None:
             overrides = [
                 "data.name=folder", f"data.root={arguments.cifar}", f"data.max_train={arguments.train}",
                 f"training.epochs={arguments.epochs}", "data.max_validation=1000",
                 "surgery.k=0.3", "surgery.scaled=true",
             ]  # fmt: skip
-            file = trained("cifar10/conv4", overrides, folder / "conv4")
-            rows.append(compare("conv4, trained", file, arguments.rounds, folder))
-    device = f"{processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    found = {"device": device, "load_average": [round(each, 1) for each in os.getloadavg()], "torch": torch.__version__}
-    arguments.output.write_text(json.dumps(found | {"rounds": arguments.rounds, "files": rows}, indent=2) + "\n")
+            add("conv4, trained", trained("cifar10/conv4", overrides, folder / "conv4"))
+        for k in SHARES:
+            add(f"{arguments.network}, k = {k}", ps.convert(arguments.network, k))
 
 
 if __name__ == "__main__":

@@ -956,6 +956,7 @@ static int write_elements(popup_cursor *cursor, popup_format format, uint64_t ma
 int popup_open(popup_file *file, popup_reader *read, void *from, uint64_t size, void *memory, size_t memory_size) {
     text manifest;
     *file = (popup_file){.read = read, .from = from, .memory = memory, .memory_size = memory_size};
+    if (!memory) file->memory = file->message, file->memory_size = 0; /* nothing can be added to NULL */
     TRY(read_header(file, size, &manifest));
     return read_manifest(file, manifest);
 }

@@ -151,6 +151,7 @@ static void test_file(const char *path) {
     }
     compare_formats(&file);
     size_t used = file.memory_used + 16, step = file.quantiles ? 23 : 1; /* a table of quantiles takes its time */
+    assert(popup_open(&file, from_buffer, &source, source.size, NULL, 0) == POPUP_MEMORY);
     for (i = 0; i < used - 16; i += i < 4096 ? 16 : 997) { /* too little memory is said, and never exceeded */
         memset(memory + i, 0xA5, 16);
         assert(open_buffer(&file, &source, i) == POPUP_MEMORY && memory[i] == 0xA5 && memory[i + 15] == 0xA5);

@@ -1,5 +1,6 @@
 """A program of torch.export as an ONNX model."""
 
+import json
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ConversionError
 from .needed import check_packages
+from .packing import WEIGHTED
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -36,9 +38,21 @@ def to_onnx(program: ExportedProgram, inputs: str, outputs: list[str]) -> "onnx_
             cause = cause.__cause__
         raise ConversionError(f"the network cannot be written as ONNX: {' '.join(str(cause).split())[:300]}") from error
     model: onnx_ir.Model = translated.model
+    _name_layers(model)
     strip(model)
     _name_batch(model)
     return model
+
+
+def _name_layers(model: "onnx_ir.Model") -> None:
+    """Call each node with weights after its layer, as the exporter notes it."""
+    taken: set[str] = set()
+    for node in model.graph:
+        if node.op_type in WEIGHTED and (weight := node.inputs[1]) is not None and weight.const_value is not None:
+            scopes = json.loads(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]").replace("'", '"'))
+            name = scopes[-2] if len(scopes) > 1 and scopes[-2] not in ("", *taken) else f"{node.name}"
+            taken.add(name)
+            node.name = name
 
 
 def strip(model: "onnx_ir.Model") -> None:
@@ -68,21 +82,35 @@ def _name_batch(model: "onnx_ir.Model") -> None:
                 shape[axis] = "batch"
 
 
-def onnx_bytes(model: "onnx_ir.Model", metadata: Mapping[str, str]) -> bytes:
-    """Return the file of a model, with `metadata` as its `metadata_props`.
+def fits(model: "onnx_ir.Model") -> bool:
+    """Return whether a model's weights fit into one ONNX file."""
+    return _weights(model) <= LARGEST
+
+
+def _weights(model: "onnx_ir.Model") -> int:
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
+
+
+def to_proto(model: "onnx_ir.Model") -> Any:
+    """Return a model as onnx.ModelProto.
 
     Raises:
         ConversionError: it has more than 2 GiB, which no ONNX file can hold.
     """
     import onnx_ir
 
-    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if weights > LARGEST:
+    if not fits(model):
         raise ConversionError(
-            f"the network's weights take {weights / 1e9:.1f} GB, and an ONNX file holds 2.1; write a .pt2 or "
+            f"the network's weights take {_weights(model) / 1e9:.1f} GB, and an ONNX file holds 2.1; write a .pt2 or "
             ".safetensors file, or a packed one"
         )
-    model.producer_name, model.producer_version = "popup-surgery", None
-    model.metadata_props.clear()
-    model.metadata_props.update(sorted(metadata.items()))
-    return onnx_ir.to_proto(model).SerializeToString(deterministic=True)
+    return onnx_ir.to_proto(model)
+
+
+def onnx_bytes(model: Any, metadata: Mapping[str, str]) -> bytes:
+    """Return the file of an onnx.ModelProto, with `metadata` as its `metadata_props`."""
+    model.producer_name, model.producer_version = "popup-surgery", ""
+    del model.metadata_props[:]
+    for key, value in sorted(metadata.items()):
+        model.metadata_props.add(key=key, value=value)
+    return model.SerializeToString(deterministic=True)

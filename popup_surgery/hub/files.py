@@ -91,6 +91,7 @@ class HubFile:
                     raise HubError(f"{self}: the download is not the file that the Hub stated before; try again")
                 _record(self.address, self.revision)
             self.cached = path
+            _count(self.address)
         return self.cached
 
 
@@ -292,6 +293,13 @@ def _forget(path: Path) -> None:
 def _folder(repo: str) -> Path:
     """The folder of a repository in huggingface_hub's cache, whose layout its documentation describes."""
     return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
+
+
+def _count(address: Address) -> None:
+    """Ask for the head of the repository's config.json, by which the Hub counts a download."""
+    url = hf_hub_url(address.repo, constants.CONFIG_NAME, revision=address.revision)
+    with suppress(Exception):  # the repository may have none
+        get_hf_file_metadata(url, retry_on_errors=False, **CALLER)
 
 
 def _record(address: Address, revision: str) -> None:

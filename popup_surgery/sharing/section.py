@@ -60,7 +60,9 @@ def _what(manifest: Manifest, one: Summary) -> str:
     """Return a paragraph that says what the artifact is."""
     name = code(one.name if one.library != "custom" else one.network)
     pretrained = any(source_of(entry.distribution).in_base for entry in manifest.masked)
-    weights = "pretrained weights stay as they were" if pretrained else f"weights are random, of seed {one.seed}"
+    weights = (
+        "pretrained weights stay as they were" if pretrained else f"weights are random, drawn from seed {one.seed}"
+    )
     kept = f"{one.kept:,} of {one.weights:,} weights ({_percent(one.kept, one.weights)})"
     text = f"A hidden network: {name}, whose {weights}. A mask says which of them take part: {kept}."
     if one.accuracy is not None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -590,22 +591,21 @@ def test_twenty_tasks_of_a_vit(tmp_path: Path) -> None:
     """At most twice the base, of each task a bit a weight and its own tensors, and 5 %."""
     name = "timm/vit_base_patch16_224"
     model = convert(build(name, num_classes=100), 0.5, scheme="kaiming_normal")
-    manifests = {}
-    for i in range(20):
-        with torch.no_grad():
-            for module in model.modules():
-                if isinstance(module, nn.LayerNorm):
-                    module.weight.fill_(1).add_(torch.randn(module.weight.shape), alpha=0.01)
-        scores = [p for key, p in model.named_parameters() if key.endswith("_score")]
-        with torch.no_grad():
-            for score in scores[:: 1 if i < 2 else 12]:
-                score.copy_(torch.randn(score.shape))
-        manifests[i] = save(model, tmp_path / f"{i}")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.weight.add_(torch.randn(module.weight.shape), alpha=0.01)
+    manifest = save(model, tmp_path / "first")
     dense = sum(p.nbytes for key, p in model.state_dict().items() if not key.endswith("_score"))
-    weights = manifests[0].weights
-    del model, scores
-    own = sum(len(data) for _, data in Artifact.open(tmp_path / "0").contents.stored.values())
-    own += sum(entry.numel * 4 for entry in manifests[0].generated)
+    del model
+    first, generator = Artifact.open(tmp_path / "first"), np.random.default_rng(0)
+    stored = first.contents.stored
+    for i in range(20):
+        masks = {entry.name: generator.integers(0, 256, entry.numel // 8, np.uint8) for entry in manifest.masked}
+        Artifact.of(manifest, masks, stored).write(tmp_path / f"{i}")
+    own = sum(len(data) for _, data in stored.values()) + sum(entry.numel * 4 for entry in manifest.generated)
+    weights = manifest.weights
+    del first, stored, masks
     before = resident()
     bank = MaskBank(tmp_path / "0")
     for i in range(20):

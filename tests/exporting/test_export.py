@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import popup_surgery as ps
 from popup_surgery.exporting import onnx_file
+from popup_surgery.exporting.check import check_export
 from support import GOLDEN, Outcome, write_digit
 
 Cli = Callable[..., Outcome]
@@ -131,6 +132,20 @@ def test_a_network_that_cannot_be_exported(model: nn.Module, example: Tensor, sa
     with pytest.raises(ps.ConversionError, match=says):
         ps.export(model, tmp_path / "net.onnx", example=example)
     assert not list(tmp_path.iterdir())
+
+
+class Chaotic(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x).tanh()
+        for _ in range(400):
+            y = 1 - 2 * y * y
+        return y
+
+
+def test_a_network_that_rounding_decides_is_told_so() -> None:
+    model = Chaotic(4, 2)
+    with pytest.raises(ps.ConversionError, match=r"nothing was written: .*; float32 alone changes this network's by"):
+        check_export(model, lambda given: [model(given).detach() + 0.1], torch.rand(1, 4))
 
 
 def test_an_export_that_computes_something_else_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,7 +161,8 @@ def test_networks_open_artifacts_and_addresses(me: Hub, tmp_path: Path) -> None:
 
 def test_a_commit_in_between_is_kept(me: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push_to_hub(TINY, "me/masks")
-    real, seen = push.Contents.of, []
+    seen: list[str | None] = []
+    real = push.Contents.of
 
     def then_somebody_commits(*arguments: Any) -> push.Contents:
         there = real(*arguments)
