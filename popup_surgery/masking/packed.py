@@ -6,7 +6,7 @@ and what stays is a uint8 buffer of two bits a weight and the constant. `state_d
 keys.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,8 @@ from .layer import guard
 from .ternary import unpack
 
 _SHAPES = "_popup_packed"  # in a packed layer's __dict__: the shapes of its packed weights, by parameter name
+_ORDER = "_popup_order"  # their memory formats, by parameter name
+_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _TRAINED = "_popup_requires_grad"  # the names of those that would require a gradient in the plain layer
 _INSTEAD = "load the file without packed"
 
@@ -44,11 +46,22 @@ class Packed(ModuleMethods):
         if name in self.__dict__.get(_SHAPES, ()) and not is_replica(self):  # type: ignore[arg-type]
             raise MaskedWeightError(f"{name} of {type(self).__name__} is held as bits and cannot be {what}; {_INSTEAD}")
 
+    def _popup_cast(self, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Note the order in memory that `to(memory_format=…)` gives weights of four and five dimensions."""
+        order = self.__dict__[_ORDER]
+        for name, shape in self.__dict__[_SHAPES].items():
+            if len(shape) in _LAST:
+                value = self._buffers[_value_name(name)]  # type: ignore[attr-defined]
+                example = value.new_empty([2] * len(shape)).contiguous(memory_format=order[name])
+                last = fn(example).is_contiguous(memory_format=_LAST[len(shape)])
+                order[name] = _LAST[len(shape)] if last else torch.contiguous_format
+        return fn
+
     def _popup_save(self, saved: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Put the plain weights where the original layer has them."""
         found: dict[str, Any] = {}
         for name, parameter in self._parameters.items():  # type: ignore[attr-defined]
-            if name in self.__dict__[_SHAPES]:
+            if name in self.__dict__[_SHAPES] and parameter is None:
                 found[prefix + name] = read(self, name)  # type: ignore[arg-type]
             elif parameter is not None:
                 found[prefix + name] = saved[prefix + name]
@@ -98,12 +111,15 @@ def read(module: nn.Module, name: str) -> Tensor:
     codes, value = buffers[_codes_name(name)], buffers[_value_name(name)]
     assert codes is not None
     assert value is not None
-    return unpack(codes, value, module.__dict__[_SHAPES][name])
+    weight = unpack(codes, value, module.__dict__[_SHAPES][name])
+    return weight.to(memory_format=module.__dict__[_ORDER][name])
 
 
 def _property(name: str) -> property:
     def get(self: nn.Module) -> Tensor:
         try:
+            if (given := self._parameters[name]) is not None:  # by torch.func.functional_call, for the time of a call
+                return given
             if torch.compiler.is_compiling():
                 return read(self, name)
             # PyTorch multiplies by other kernels if a weight is a tensor of inference mode, or requires a gradient,
@@ -158,7 +174,8 @@ def pack(module: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) -> Non
         module._parameters[name] = None  # keeps its place in the state_dict
         module.register_buffer(_codes_name(name), codes, persistent=False)
         module.register_buffer(_value_name(name), value, persistent=False)
-    module.__dict__ |= {_SHAPES: shapes, _TRAINED: tuple(trained)}
+    order = dict.fromkeys(shapes, torch.contiguous_format)
+    module.__dict__ |= {_SHAPES: shapes, _TRAINED: tuple(trained), _ORDER: order}
     module.__class__ = cls
     _guard(module)
 

@@ -171,6 +171,31 @@ def test_files_of_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert equal_states(*both(saved(ps.build("timm/test_resnet").to(dtype), tmp_path / "net.safetensors")))
 
 
+@pytest.mark.parametrize(
+    ("make", "inputs", "last"),
+    [
+        (lambda: nn.Sequential(nn.Conv2d(5, 7, 3), nn.Conv2d(7, 6, 1)), given(2, 5, 8, 8), torch.channels_last),
+        (lambda: nn.Sequential(nn.Conv3d(5, 7, 3), nn.Conv3d(7, 6, 1)), given(2, 5, 8, 8, 8), torch.channels_last_3d),
+    ],
+)
+def test_memory_formats(make: Make, inputs: Tensor, last: torch.memory_format, tmp_path: Path) -> None:
+    plain, packed = both(saved(make(), tmp_path / "net.safetensors"), make)
+    for order in last, torch.preserve_format, torch.contiguous_format:
+        if order is not torch.preserve_format:
+            plain, packed = plain.to(memory_format=order), packed.to(memory_format=order)
+        plain, packed = copy.deepcopy(plain).to("cpu"), copy.deepcopy(packed).to("cpu")
+        for a, b in zip(plain.state_dict().values(), packed.state_dict().values(), strict=True):
+            assert a.stride() == b.stride()
+        assert same(plain, packed, inputs.contiguous(memory_format=last))
+
+
+def test_functional_calls_replace_weights(tmp_path: Path) -> None:
+    plain, packed = both(saved(Products(), tmp_path / "net.safetensors"), Products)
+    other = {"a.weight": given(6, 6), "b.bias": given(6)}
+    assert torch.equal(*(torch.func.functional_call(net, other, given(3, 6)) for net in (plain, packed)))
+    assert same(plain, packed, given(3, 6))
+
+
 def test_copies_and_pickles(tmp_path: Path) -> None:
     plain, packed = both(saved(Recurrent(), tmp_path / "net.safetensors"), Recurrent)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
