@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import tempfile
 from contextlib import suppress
@@ -18,7 +19,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         PopupError: the name is too long, a folder or a device has it, its folder does not exist, or is not writable.
     """
-    path = Path(path)
+    path = _here(path)
     try:
         with suppress(FileNotFoundError):
             mode = os.stat(path).st_mode
@@ -33,6 +34,13 @@ def check_writable(path: str | Path) -> None:
         raise PopupError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def _here(path: str | Path) -> Path:
+    """Return `path`; a `PopupError` if it is an address on the Hub, with both slashes or with one, as a Path has it."""
+    if re.match("hf:/", str(path)):
+        raise PopupError(f"{path} is an address on the Hub; write a file here, and publish it with popup-surgery push")
+    return Path(path)
+
+
 def _temporary(path: Path) -> tuple[int, str]:
     """Make a temporary file beside `path`. Its name begins like that of `path`, and is not too long if that is not."""
     return tempfile.mkstemp(prefix=f".{path.name[:40]}.", suffix=".part", dir=path.parent)
@@ -44,7 +52,7 @@ def write_atomically(path: str | Path, data: bytes) -> None:
     Raises:
         PopupError: the folder does not exist or cannot be written to, or the disk is full. `path` is unchanged.
     """
-    path = Path(path)
+    path = _here(path)
     temporary = None
     try:
         handle, temporary = _temporary(path)

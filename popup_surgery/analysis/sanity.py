@@ -145,7 +145,7 @@ def sanity(
             found.append(Variation(change, value, accuracy, recalibrated))
             advance()
     classes = len(batches.classes or manifest.provenance.get("classes") or [])
-    return Sanity(tuple(found), images, data.name, 1 / classes if classes else 0.0)
+    return Sanity(tuple(found), images, data.title, 1 / classes if classes else 0.0)
 
 
 def _changes(manifest: Manifest, repeats: int, values: Sequence[float]) -> list[tuple[str, float | None]]:

@@ -166,8 +166,13 @@ def located(path: "str | Path | HubFile") -> "str | Path | HubFile":
     """Find the file of an address on the Hub, at one commit. Other paths are returned unchanged.
 
     Raises:
+        ArtifactError: it is neither a path nor an address.
         HubError: the file cannot be found, or not be read.
     """
+    if not isinstance(path, str | Path) and not hasattr(path, "download"):
+        raise ArtifactError(
+            f"{path!r:.80} is no file; expected a path, or an address on the Hub such as hf://user/repo"
+        )
     if not is_address(path):
         return path
     from ..hub.files import locate

@@ -68,6 +68,8 @@ class Mixing:
         """Find the task of a batch of images, as `MaskBank.infer` says. The network is left with other weights."""
         if how is not None and how not in HOW:
             raise unknown("how", how, HOW)
+        if not len(images):
+            raise ConversionError("there are no images to infer a task from; expected one or more")
         obstacle = self._obstacle()
         if how is None:
             few = len(images) < FEWEST and bool(batch_norms(self.core))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import unknown
+from ..errors import UnknownName
 
 Bytes = NDArray[np.uint8]
 Shape = tuple[int, ...]
@@ -60,7 +60,7 @@ def register_codec(codec: Codec) -> None:
 
 
 def get_codec(name: str) -> Codec:
-    """Return the codec called `name`; `UnknownName` lists the nearest."""
+    """Return the codec called `name`; `UnknownName` lists all."""
     if not isinstance(name, str) or name not in CODECS:
-        raise unknown("codec", name, CODECS)
+        raise UnknownName(f"unknown encoding {name!r}; expected one of {', '.join(CODECS)}")
     return CODECS[name]

@@ -32,7 +32,7 @@ from .keys import Key
 from .mistakes import Missing, validated
 from .overrides import override
 from .schedule import rates
-from .sections import STRICT, Hub, LotteryTicket, Share, hub_section
+from .sections import STRICT, Hub, LotteryTicket, Share, data_title, hub_section
 from .yaml import read_yaml
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -210,6 +210,11 @@ class Data(_Section):
     label_key: str | None = None
     workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
     on_error: Annotated[Literal["stop", "skip"], Key(affects_result=False)] = "stop"
+
+    @property
+    def title(self) -> str:
+        """What tables call the data set."""
+        return data_title(self.name, self.permute_seed)
 
 
 class Training(_Section):

@@ -105,6 +105,11 @@ class Hub(BaseModel):
     license: Annotated[Annotated[str, AfterValidator(check_license)] | None, _QUIET] = None
 
 
+def data_title(name: str, permute_seed: int | None) -> str:
+    """Return what a data set is called in tables and cards: images whose pixels are permuted are others."""
+    return name if permute_seed is None else f"{name}, pixels permuted by seed {permute_seed}"
+
+
 def hub_section(value: Any) -> Any:
     """Return the section that the short form `hub: user/name` stands for."""
     if not isinstance(value, str):

@@ -67,7 +67,7 @@ def evaluate(
     accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
     if batches.skipped:
         warn_of_skipped(batches.skipped, batches.left_out)
-    return Evaluation(accuracy, images, data.name, images / (time.perf_counter() - began))
+    return Evaluation(accuracy, images, data.title, images / (time.perf_counter() - began))
 
 
 def predict(

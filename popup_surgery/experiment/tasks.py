@@ -71,6 +71,8 @@ class TaskTable:
 
     def __str__(self) -> str:
         shares = ("kept", "accuracy", "inferred", "found")
+        if all(each.accuracy is None for each in self.tasks):
+            return "\n".join(f"{each.task}: {each.problem}" for each in self.tasks)
         rows = [["task", "kept", "accuracy", "not told", "task found", "images", "data"]]
         for each in self.tasks:
             numbers = [_percent(getattr(each, what)) for what in shares]
@@ -171,9 +173,9 @@ def _measure(
         batches = open_for(network, data, progress, train=False, classes=class_names(files[name]))
         accuracy, images = accuracy_of(network, batches.validation(), nullcontext)
     if len(bank) == 1:
-        return TaskResult(name, kept, accuracy, images=images, data=data.name)
+        return TaskResult(name, kept, accuracy, images=images, data=data.title)
     right, found, seen = _untold(bank, name, batches, {other: class_names(files[other]) for other in bank}, how, hows)
-    return TaskResult(name, kept, accuracy, right / seen, found / seen, images, data.name)
+    return TaskResult(name, kept, accuracy, right / seen, found / seen, images, data.title)
 
 
 def _untold(

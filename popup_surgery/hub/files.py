@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -27,6 +28,8 @@ from ..atomic import write_atomically
 from ..errors import HubError, PopupError, listed
 from .address import Address
 from .faults import explained
+
+log = logging.getLogger("popup_surgery")
 
 CALLER: dict[str, Any] = {"library_name": "popup_surgery", "library_version": __version__}
 ARTIFACT = ".popup.safetensors"
@@ -319,14 +322,25 @@ def _cached(address: Address) -> Path | None:
 
 
 def _from_cache(text: str, asked: Address) -> HubFile | None:
-    """Return what an address named when the Hub was last asked, if the file is in the cache."""
-    found = _snapshot(asked)
-    if found is None:
+    """Return what an address named when the Hub was last asked, if the file is in the cache.
+
+    A file of the main branch may be there from an earlier commit, where another was asked for since.
+    """
+    revision, found = asked.revision or "main", _snapshot(asked)
+    if found is not None:
+        commit, paths = found
+        address = replace(asked, revision=commit, path=asked.path or _only(text, asked, paths))
+        if (cached := _cached(address)) is not None:
+            return HubFile(text, address, cached=cached, revision=revision)
+    if asked.revision is not None or not asked.path:
         return None
-    commit, paths = found
-    address = replace(asked, revision=commit, path=asked.path or _only(text, asked, paths))
-    cached = _cached(address)
-    return HubFile(text, address, cached=cached, revision=asked.revision or "main") if cached is not None else None
+    earlier = sorted((_folder(asked.repo) / "snapshots").glob("*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in reversed(earlier):
+        address = replace(asked, revision=folder.name)
+        if address.pinned and (cached := _cached(address)) is not None:
+            log.warning("%s is read from the cache, as it was in the commit %s", text, folder.name)
+            return HubFile(text, address, cached=cached, revision=revision)
+    return None
 
 
 def _snapshot(asked: Address) -> tuple[str, list[str]] | None:

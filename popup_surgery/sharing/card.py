@@ -60,7 +60,7 @@ class Card:
         if [mark.group(1) for mark in marks] != ["begin", "end"]:
             found = ", ".join(mark.group(1) for mark in marks)
             raise PopupError(
-                f"{what} has the marks {found} of popup-surgery; expected one begin and then one end: mend them, or "
+                f"{what} has of popup-surgery's marks {found}; expected one begin and then one end: mend them, or "
                 "remove them all, and a new part comes to the end"
             )
         first, last = marks

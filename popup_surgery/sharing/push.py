@@ -172,8 +172,13 @@ def check_push(
             _validate(repo, license)
         try:
             private_there = api.repo_info(repo).private
-        except RepositoryNotFoundError:
-            return  # the push makes it
+        except RepositoryNotFoundError:  # the push makes it
+            mine = [user.get("name"), *(each.get("name") for each in user.get("orgs") or [])]
+            if repo.partition("/")[0] not in mine:
+                raise HubError(
+                    f"there is no repository {repo}, and {mine[0]} can make none there; expected {mine[0]}/…"
+                ) from None
+            return
         api.auth_check(repo, write=True)
     _check_private(target, private_there)
 

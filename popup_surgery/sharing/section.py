@@ -11,12 +11,14 @@ from ..config.schema import Recipe
 from ..config.yaml import to_yaml
 from ..errors import PopupError
 from ..hub import Address
+from ..learners import get_learner
 from ..weights.source import source_of
 from .escape import clean, code, fence, markdown, table
 from .sanity_table import SanityTable
 from .summary import Summary, recipe_of
 
 LISTED = 20  # classes whose names are shown
+INSTALL = "pip install git+https://github.com/popup-surgery/popup-surgery"
 RECIPE = 20_000  # characters of a recipe that are shown
 
 
@@ -40,7 +42,7 @@ def section(
         sanity: the table of its sanity checks.
     """
     lines, notes = loading(path, manifest, summary, repo, revision)
-    parts = [f"## {markdown(path)}", _what(manifest, summary), fence("pip install popup-surgery", "bash")]
+    parts = [f"## {markdown(path)}", _what(manifest, summary), fence(INSTALL, "bash")]
     parts += [fence(lines, "python"), *notes]
     parts.append(table(_rows(manifest, summary), ("", "")))
     if picture is not None:
@@ -83,7 +85,10 @@ def loading(
         )
     if manifest.base is not None and not manifest.base.tag:
         arguments.append('base="weights.safetensors"')
-        notes.append("`weights.safetensors` has the pretrained weights under the mask, which no library has.")
+        notes.append(
+            "`weights.safetensors` are the pretrained weights under the mask. They are in no library and not in this "
+            f"repository: ask whoever made the mask. `inspect` shows their SHA-256, `{manifest.base.sha256}`."
+        )
     shape = manifest.probe.shape if manifest.probe is not None else None
     images = f"torch.zeros({', '.join(map(str, shape))})" if shape else "images"
     lines = ["import popup_surgery as ps", f"network = ps.load({', '.join(arguments)})", f"scores = network({images})"]
@@ -100,14 +105,19 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [
         ("network", network),
         ("weights kept", f"{one.kept:,} of {one.weights:,} ({_percent(one.kept, one.weights)}) in {len(notes)} layers"),
-        ("k, the share that is kept", _several(note.get("k") for note in notes)),
         ("scheme", f"{_several(note.get('scheme') for note in notes)}, {_several(scaled)}"),
-        ("learner", code(one.learner) if one.learner else "unknown"),
-        ("seed", str(one.seed)),
     ]
+    if _takes_k(one.learner):
+        rows.insert(2, ("k, the share that is kept", _several(note.get("k") for note in notes)))
+    if one.learner:
+        rows.append(("learner", code(one.learner)))
+    if any(source_of(entry.distribution).drawn for entry in manifest.masked):
+        rows.append(("seed", str(one.seed)))
     if (base := manifest.base) is not None:
         known = f"[{markdown(one.base)}](https://huggingface.co/{one.base})" if one.base else ""
-        name = markdown(f"{base.library}/{base.name}" + (f", {base.tag}" if base.tag else ", weights of its own"))
+        name = markdown(
+            f"{base.library}/{base.name}" + (f", {base.tag}" if base.tag else ", weights that no library has")
+        )
         rows.append(("pretrained weights", known or name))
     times = f" ({one.dense / one.size:,.1f} ×)" if one.size else ""
     rows.append(("size", f"{_bytes(one.size)}; as dense float32 {_bytes(one.dense)}{times}"))
@@ -123,6 +133,14 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
     elif one.outputs:
         rows.append(("classes", f"{one.outputs:,}"))
     return rows
+
+
+def _takes_k(learner: str) -> bool:
+    """Return whether k is a setting of the learner; of one that is not known here, it may be."""
+    try:
+        return get_learner(learner).takes_k
+    except PopupError:
+        return True
 
 
 def _several(values: Any) -> str:

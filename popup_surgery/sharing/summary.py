@@ -7,7 +7,7 @@ from typing import Any
 from ..artifact import Artifact
 from ..artifact.container import Container
 from ..artifact.manifest import Manifest
-from ..config.sections import is_hub_id
+from ..config.sections import data_title, is_hub_id
 from ..models.architecture import KWARGS, Base
 from .escape import clean
 
@@ -83,7 +83,7 @@ class Summary:
             seed=manifest.seed,
             sha256=manifest.text()["manifest_sha256"],
             accuracy=accuracy if share else None,
-            data=_text(data.get("name")),
+            data=_data(data),
             split=_text(data.get("val_split")),
             classes=names[:CLASSES],
             outputs=len(names) or (count if type(count) is int and count >= 0 else 0),
@@ -167,6 +167,12 @@ def _elements(manifest: Manifest, container: Container) -> int:
 
 def _object(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
+
+
+def _data(section: dict[str, Any]) -> str:
+    """Return what the data set of a recipe is called; empty if there is none."""
+    name, seed = _text(section.get("name")), section.get("permute_seed")
+    return data_title(name, seed if type(seed) is int else None) if name else ""
 
 
 def _text(value: Any) -> str:

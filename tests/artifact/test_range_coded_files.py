@@ -127,7 +127,7 @@ def limit(path: Path) -> float:
 def test_what_cannot_be_repacked_leaves_the_old_file(coded: Path, tmp_path: Path) -> None:
     output = tmp_path / "output"
     output.write_bytes(b"old")
-    with pytest.raises(UnknownName, match="unknown codec 'zip'"):
+    with pytest.raises(UnknownName, match="unknown encoding 'zip'; expected one of bitpack, range_coded"):
         repack(coded, output, encoding="zip")
     damaged = bytearray(coded.read_bytes())
     damaged[-1] ^= 1

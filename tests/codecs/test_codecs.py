@@ -120,7 +120,7 @@ def test_names(inverted: None) -> None:
     assert get_codec("inverted") is INVERTED
     with pytest.raises(ValueError, match="'bitpack' is registered already"):
         register_codec(BITPACK)
-    with pytest.raises(UnknownName, match="unknown codec 'bitpak'; the nearest known: bitpack"):
+    with pytest.raises(UnknownName, match="unknown encoding 'bitpak'; expected one of bitpack"):
         get_codec("bitpak")
 
 
@@ -171,6 +171,6 @@ def test_a_reader_that_lacks_the_codec_says_so(tmp_path: Path) -> None:
     for reader in (load, inspect, verify):
         with pytest.raises(ArtifactError, match=r"encoding is 'inverted'; expected one of bitpack, range_coded, the "):
             reader(tmp_path / "net")
-    with pytest.raises(UnknownName, match="unknown codec 'inverted'"):
+    with pytest.raises(UnknownName, match="unknown encoding 'inverted'"):
         save(convert(network(), seed=3), tmp_path / "other", encoding="inverted")
     assert not (tmp_path / "other").exists()

@@ -46,8 +46,8 @@ LONG = {  # more than 10 seconds; tests run something shorter, or the same elsew
     "train digits": "the fixture `digits_run` is this run",
     "sweep digits --set 'surgery.k=[0.3, 0.5]' --seeds 5": "10 runs; the help's example has 4 short ones",
     "sweep digits --set 'surgery.k=[0.3, 0.5]' --set training.epochs=3 --seeds 5": "10 runs",
-    f"train digits {FC} -o runs/upright": "the fixture `tasks` is this run, with fewer epochs",
-    f"train digits {FC} --set data.permute_seed=1 -o runs/permuted": "the same",
+    f"train digits {FC} -o tasks/upright": "the fixture `tasks` is this run, with fewer epochs",
+    f"train digits {FC} --set data.permute_seed=1 -o tasks/permuted": "the same",
     "sweep many_tasks/permuted_digits": "tests/sweep has it with fewer tasks and epochs",
     "sweep many_tasks/piggyback_digits": "the same",
     "convert resnet101": "44 million weights are drawn and checked",
@@ -130,7 +130,6 @@ def work(
     a_hub.here(monkeypatch, tmp_path / "hub", token="hf_me")
     a_hub.add("me/digits", {"digits.popup.safetensors": digits_run.file.read_bytes()})
     shutil.copytree(tasks, "tasks")
-    shutil.copytree(tasks, "runs", dirs_exist_ok=True)
     shutil.copytree(digits_run.output, "runs/digits")
     shutil.copy(digits_run.file, "digits.popup.safetensors")
     write_digit(Path("digit.png"), 4)
@@ -179,8 +178,6 @@ def test_a_command_line_runs(cli: Callable[..., Any], work: Path, a_hub: Hub, li
     arguments = [STANDS_FOR.get(word, word) for word in shlex.split(line.text)]
     if arguments[0] == "sweep":
         Path("mine.yaml").write_text(SWEEP)
-    if arguments == ["bank", "runs"]:
-        shutil.rmtree("runs/digits")  # of another tutorial
     done = cli(*arguments)
     assert (done.status, done.err) == (0, "")
     if line.output:

@@ -31,7 +31,7 @@ def test_no_result_depends_on_it() -> None:
 
 def test_what_is_no_encoding_or_has_no_masks_is_refused() -> None:
     with pytest.raises(
-        RecipeError, match=r"surgery\.encoding is 'zip': unknown codec 'zip'; the nearest known: bitpack"
+        RecipeError, match=r"surgery\.encoding is 'zip': unknown encoding 'zip'; expected one of bitpack"
     ):
         Recipe.load(TINY, ["surgery.encoding=zip"])
     with pytest.raises(RecipeError, match=r"surgery\.encoding is .?range_coded.?; .*dnw trains the weights, so that"):

@@ -276,3 +276,36 @@ def test_the_token_stays_with_the_hub(
     assert not [
         path for path in home.rglob("*") if path.is_file() and path != home / "token" and b"hf_me" in path.read_bytes()
     ]
+
+
+def test_an_earlier_commit_from_the_cache(
+    here: Hub, data: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What was loaded once is there without the Hub, also if another file was pushed and loaded since."""
+    here.add("me/many", {"a.popup.safetensors": data})
+    ps.load("hf://me/many/a.popup.safetensors")
+    here.add("me/many", {"b.popup.safetensors": data})
+    ps.load("hf://me/many/b.popup.safetensors")
+    here.stop()
+    assert not caplog.records
+    assert ps.load("hf://me/many/a.popup.safetensors")
+    assert "a.popup.safetensors is read from the cache, as it was in the commit" in caplog.text
+    with pytest.raises(ps.HubError, match="cannot be reached"):
+        ps.load("hf://me/many@dev/a.popup.safetensors")
+
+
+@pytest.mark.parametrize("wrong", [3, None, {"a": 1}])
+def test_what_is_no_file(wrong: Any) -> None:
+    for call in (ps.load, ps.inspect, ps.masks):
+        with pytest.raises(ps.ArtifactError, match="is no file; expected a path, or an address on the Hub"):
+            call(wrong)
+
+
+def test_nothing_is_written_to_an_address(tmp_path: Path, cli: Any) -> None:
+    model = ps.convert(ps.build("popup_surgery/conv2"))
+    for path in ("hf://me/digits", Path("hf://me/digits")):
+        with pytest.raises(ps.PopupError, match="is an address on the Hub; write a file here, and publish it with"):
+            ps.save(model, path)
+    status, _, err = cli("convert", "conv2", "-o", "hf://me/digits")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is an address on the Hub" in err

@@ -67,7 +67,7 @@ def test_what_a_card_says(tmp_path: Path) -> None:
 
 def test_lines_that_need_more(tmp_path: Path) -> None:
     assert 'base="weights.safetensors"' in fences(model_card(PRETRAINED), "python")[0]
-    assert "which no library has" in model_card(PRETRAINED)
+    assert "They are in no library and not in this repository" in model_card(PRETRAINED)
     save(convert(nn.Sequential(nn.Linear(4, 3)), 0.5), tmp_path / "own.popup.safetensors")
     text = model_card(tmp_path / "own.popup.safetensors")
     assert 'ps.load("own.popup.safetensors", model)' in text
@@ -243,7 +243,9 @@ def test_text_of_the_owner_stays(owners: str) -> None:
 )
 def test_marks_that_are_broken_are_refused(marks: str) -> None:
     text = "# Mine\n\n" + "".join(f"<!-- popup-surgery: {mark} -->\ntext\n" for mark in marks.split())
-    with pytest.raises(PopupError, match=r"me/x: README.md has the marks .*; expected one begin and then one end"):
+    with pytest.raises(
+        PopupError, match=r"me/x: README.md has of popup-surgery's marks .*; expected one begin and then one end"
+    ):
         renew(text, SECTIONS, {}, OURS, name="x", what="me/x: README.md")
 
 

@@ -242,7 +242,7 @@ def test_refused_with_the_repository_as_it_was(me: Hub, monkeypatch: pytest.Monk
     cases: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"tiny.popup.safetensors": dense}, {}, "has another tiny.popup.safetensors, which is not a popup artifact"),
         ({"tiny.popup.png": b"mine"}, {}, "has a file tiny.popup.png, where the mask's picture would go"),
-        ({"README.md": marks}, {}, "has the marks begin of popup-surgery"),
+        ({"README.md": marks}, {}, "has of popup-surgery's marks begin"),
         ({"config.json": b"[]"}, {}, "config.json is not a JSON object"),
         ({}, {"private": True}, "exists and is public, and the push is to be private"),
         ({}, {"license": "no-such-license"}, 'the Hub refuses the card: .*"license" must be one of'),
