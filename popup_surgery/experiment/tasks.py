@@ -16,6 +16,7 @@ from ..config.schema import Data
 from ..data.batches import Batches, Progress, quiet
 from ..errors import ArtifactError, ConversionError, PopupError
 from ..training.evaluation import accuracy_of
+from ..weights.source import source_of
 from .evaluate import class_names, data_of
 from .setup import open_for
 
@@ -155,7 +156,7 @@ def evaluate_tasks(
 
 def _of_base(artifact: Artifact) -> int:
     """Return how many masked weights are those of a base."""
-    return sum(entry.numel for entry in artifact.manifest.masked if entry.distribution == "base")
+    return sum(entry.numel for entry in artifact.manifest.masked if source_of(entry.distribution).in_base)
 
 
 def _measure(

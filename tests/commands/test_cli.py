@@ -130,7 +130,7 @@ def test_everything_that_the_package_imports_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = [line for name, lines in project["optional-dependencies"].items() if name != "dev" for line in lines]
     declared = {Requirement(line).name.lower() for line in project["dependencies"] + extras}
-    names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+    names = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "onnx_ir": "onnx-ir"}
     used = set()
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

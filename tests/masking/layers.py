@@ -58,7 +58,11 @@ def make(kind: str, learner: str = "edge_popup", **settings: Any) -> tuple[Any, 
     build, shape = LAYERS[kind]
     k = K if LEARNERS[learner].takes_k else None
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return convert(build(), k, learner=learner, **settings), x
+    layer: Any = convert(build(), k, learner=learner, **settings)
+    if LEARNERS[learner].starts_whole:  # scores on both sides of the threshold
+        scores = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(2))
+        layer.weight_score.data.copy_(0.01 * scores)
+    return layer, x
 
 
 def trains(learner: str) -> bool:

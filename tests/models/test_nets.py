@@ -44,7 +44,7 @@ def linears_of(net: nn.Module) -> list[nn.Linear]:
 def test_every_network_is_here() -> None:
     paper = {"conv2": conv2, "conv4": conv4, "conv6": conv6, "conv8": conv8, "fc": fc}
     assert {name: NETS[name] for name in WEIGHTS} == paper
-    assert set(NETS) == {*WEIGHTS, "cifar_resnet18"}
+    assert set(NETS) == {*WEIGHTS, "cifar_resnet18", "fc_bn"}
 
 
 def test_resnet18_for_small_images() -> None:

@@ -47,7 +47,7 @@ def test_the_scores_of_a_run_are_kept_where_they_are_asked_for(learner: str, tmp
 def surgery_of(result: Result) -> dict[str, Any]:
     from popup_surgery import Recipe
 
-    return Recipe.load(result.output / "recipe.yaml").surgery.model_dump()  # type: ignore[union-attr]
+    return Recipe.load(result.output / "recipe.yaml").surgery.arguments  # type: ignore[union-attr]
 
 
 def test_kept_scores_change_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
