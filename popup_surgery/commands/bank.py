@@ -16,6 +16,9 @@ def run(
     how: Annotated[
         str | None, typer.Option(help="How to find a task: one_step, halving or each. Default: halving if possible.")
     ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="data.key=value, for all files: another data set; repeatable.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
 ) -> int:
     """Put all masks of a folder or repository on one network, and evaluate each, with and without its task's name.
@@ -38,7 +41,9 @@ def run(
         if how is not None and how not in HOW:
             raise unknown("--how", how, HOW)
         files = files_of(folder)
-    table = evaluate_tasks(files, base=base, data_dir=data_dir, how=how, strict=False, progress=progress)
+    table = evaluate_tasks(
+        files, base=base, data_dir=data_dir, overrides=set_ or [], how=how, strict=False, progress=progress
+    )
     if json_:
         print(json.dumps(table.to_json(), indent=2))
     else:

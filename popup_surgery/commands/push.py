@@ -36,4 +36,5 @@ def run(
         artifact, repo, path_in_repo=path_in_repo, private=private or None, revision=revision, create_pr=create_pr,
         license=license_, message=message,
     )  # fmt: skip
-    show(f"pushed {pushed.url}", pushed.lines)
+    what = f", in place of the {pushed.path} that was there" if pushed.replaced else ""
+    show(f"pushed {pushed.url}{what}", pushed.lines)

@@ -66,4 +66,5 @@ def run(
     found = sanity(opened, data=data, data_dir=data_dir, base=base, repeats=repeats, values=values, progress=progress)
     draw_sanity(picture, name, found.groups(), found.chance)
     write_sanity(table, opened.manifest, found.rows(), found.notes())
-    show(str(found), f"wrote {picture} and {table}, which push puts into the model card")
+    use = "" if is_address(artifact) else ", which push puts into the model card"
+    show(str(found), f"wrote {picture} and {table}{use}")

@@ -109,9 +109,11 @@ def predict(
     ]
 
 
-def data_of(path: str | Path | Opened, data: Data | None, data_dir: str | Path | None) -> Data:
-    """Return `data`, or the data section in a file's provenance; with the folder `data_dir` if it is given."""
-    data = recorded_data(path) if data is None else data
+def data_of(
+    path: str | Path | Opened, data: Data | None, data_dir: str | Path | None, overrides: Sequence[str] = ()
+) -> Data:
+    """Return `data`, or the data section in a file's provenance with overrides; with the folder `data_dir` if given."""
+    data = recorded_data(path, overrides) if data is None else data
     return recognised(data if data_dir is None else data.model_copy(update={"root": str(data_dir)}))
 
 

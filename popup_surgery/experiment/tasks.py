@@ -92,6 +92,7 @@ def evaluate_tasks(
     base: nn.Module | str | Path | None = None,
     data: Mapping[str, Data] = MappingProxyType({}),
     data_dir: str | Path | None = None,
+    overrides: Sequence[str] = (),
     how: str | None = None,
     strict: bool = True,
     progress: Progress = quiet,
@@ -108,6 +109,7 @@ def evaluate_tasks(
         base: for masks on pretrained weights: the network or the file that has these weights. Default: the library's.
         data: the data sets of tasks, in place of those that their files name.
         data_dir: folder of all data sets. Default: where each is by itself.
+        overrides: `data.key=value` settings for the data that files name.
         how: as for `infer`.
         strict: raise an error for a file that cannot be used. Otherwise the table says why.
         progress: as for `evaluate`.
@@ -145,7 +147,14 @@ def evaluate_tasks(
         if bank is not None and name in bank:
             try:
                 results[name] = _measure(
-                    bank, name, opened, kept, data_of(opened[name], data.get(name), data_dir), how, hows, progress
+                    bank,
+                    name,
+                    opened,
+                    kept,
+                    data_of(opened[name], data.get(name), data_dir, overrides),
+                    how,
+                    hows,
+                    progress,
                 )
             except PopupError as error:
                 if strict:

@@ -44,6 +44,7 @@ class Pushed:
         commit: the commit's hash.
         url: a page of the Hub: the pull request, if it was asked for, or the commit.
         lines: the lines of Python that load it.
+        replaced: whether the path had another artifact, which the Hub keeps in earlier commits.
     """
 
     repo: str
@@ -52,6 +53,7 @@ class Pushed:
     commit: str
     url: str
     lines: str
+    replaced: bool = False
 
     @property
     def address(self) -> str:
@@ -209,6 +211,7 @@ class _Push:
         self.api = connect(token)
         self.summary = Summary.of(new.artifact)
         self.picture = picture_of(target.path)
+        self.replaced = False
 
     def run(self) -> Pushed:
         """Push. See `push_to_hub`."""
@@ -246,6 +249,8 @@ class _Push:
         """Make the one commit, on top of what is there."""
         target, files = self.target, self._files(there)
         verb = "Update" if target.path in there.files else "Add"
+        digest = hashlib.sha256(self.new.data).hexdigest()
+        self.replaced = target.path in there.files and there.files[target.path].sha256 != digest
         try:
             return self.api.create_commit(
                 target.repo,
@@ -333,4 +338,5 @@ class _Push:
         target = self.target
         revision = commit.pr_revision or target.revision
         lines = loading(target.path, self.new.artifact.manifest, self.summary, target.repo, revision)[0]
-        return Pushed(target.repo, target.path, revision, commit.oid, commit.pr_url or commit.commit_url, lines)
+        url = commit.pr_url or commit.commit_url
+        return Pushed(target.repo, target.path, revision, commit.oid, url, lines, self.replaced)

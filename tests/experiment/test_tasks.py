@@ -102,3 +102,8 @@ def test_names_of_tasks(tmp_path: Path) -> None:
     assert list(files_of(tmp_path)) == ["a", "b"]
     (tmp_path / "two.popup.safetensors").touch()
     assert list(files_of(tmp_path)) == ["a/one", "b/one", "two"]
+
+
+def test_other_data_for_all(folder: Path) -> None:
+    table = evaluate_tasks(files_of(folder), overrides=["data.max_validation=64"])
+    assert [row.images for row in table.tasks] == [64, 64]

@@ -53,6 +53,8 @@ def test_load(here: Hub, data: bytes) -> None:
     expected = ps.load(GOLDEN / "artifacts" / "edge_popup.popup.safetensors")
     assert equal_states(ps.load(ADDRESS), expected)
     assert sent(here) == header_size(data) + len(data)
+    assert "/me/digits/resolve/" in (counted := here.log()[-1]["path"])
+    assert counted.endswith("/config.json"), "the Hub counts a download by this request"
     assert equal_states(ps.load(f"{ADDRESS}/digits.popup.safetensors"), expected)
     assert ps.verify(ADDRESS)
     assert ps.inspect(ADDRESS).seed == ps.inspect(GOLDEN / "artifacts" / "edge_popup.popup.safetensors").seed

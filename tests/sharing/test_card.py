@@ -1,4 +1,4 @@
-"""A model card of an artifact: for people, for the Hub, with text of a stranger, and beside text of an owner."""
+"""A model card of an artifact: its text, its metadata, text of a stranger in it, and text of an owner beside it."""
 
 import re
 import shutil

@@ -20,6 +20,7 @@ from support import GOLDEN, Outcome, equal_states
 
 ARTIFACTS = GOLDEN / "artifacts"
 TINY = GOLDEN / "finished" / "tiny" / "tiny.popup.safetensors"
+PRETRAINED = GOLDEN / "artifacts" / "pretrained.popup.safetensors"
 EDGE, RANDOM = ARTIFACTS / "edge_popup.popup.safetensors", ARTIFACTS / "random.popup.safetensors"
 
 
@@ -316,3 +317,12 @@ def test_help_ends_with_real_calls_and_their_output(me: Hub, cli: Callable[..., 
         shown = [re.sub(r"commit/\w{40}", "commit/#", line.strip()) for line in wanted if line.strip()]
         blurred = [[re.sub(r"\d[\d.,]*", "#", line).split() for line in lines] for lines in (said, shown)]
         assert blurred[0] == blurred[1]
+
+
+def test_a_push_says_what_it_replaced(me: Hub) -> None:
+    def pushed(file: Path) -> bool:
+        return push_to_hub(file, "me/masks", path_in_repo="a.popup.safetensors").replaced
+
+    assert not pushed(TINY)
+    assert not pushed(TINY), "it is the same file"
+    assert pushed(PRETRAINED)
