@@ -457,6 +457,7 @@ def test_a_state_dict_is_read_by_a_network_that_is_converted_now() -> None:
 # a third party's script
 
 
+@pytest.mark.slow
 def test_a_script_of_a_third_party_still_works(tmp_path: Path) -> None:
     script, file = GOLDEN / "third_party.py", GOLDEN / "third_party.popup.safetensors"
     done = subprocess.run(

@@ -76,7 +76,7 @@ def test_a_recipes_plugins_are_relative_to_it_and_a_file_names_none(tmp_path: Pa
     assert evaluate(result.file).accuracy == result.accuracy
 
 
-@pytest.mark.parametrize("how", slow_except(["option", "module", "recipe"], ["option"]))
+@pytest.mark.parametrize("how", slow_except(["option", "module", "recipe"], []))
 def test_train_in_a_process_of_its_own(how: str, tmp_path: Path) -> None:
     recipe = written(tmp_path, **({"plugins": ["mine.py"]} if how == "recipe" else {}))
     words = {"option": ["--import", "mine.py"], "module": ["--import", "mine"], "recipe": []}[how]

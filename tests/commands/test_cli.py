@@ -289,6 +289,7 @@ def test_convert_in_place_of_a_folder(cli: Cli, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(artifact: Path) -> None:
     """In a process of its own, in which no file grows beyond 4,000 bytes: pytest itself writes files."""
     target = artifact.parent / "dense.safetensors"

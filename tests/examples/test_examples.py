@@ -41,6 +41,7 @@ def test_each_example_is_tested_and_fits_on_one_screen() -> None:
     assert max(lengths.values()) <= 60, lengths
 
 
+@pytest.mark.slow
 def test_own_loop_and_the_file_that_it_leaves(tmp_path: Path) -> None:
     output = run("own_loop", tmp_path)
     live, saved = accuracies(output)
@@ -60,6 +61,7 @@ def test_timm_pieces(tmp_path: Path) -> None:
     assert ps.verify(tmp_path / "timm_pieces.popup.safetensors")
 
 
+@pytest.mark.slow
 def test_pretrained_mask(tmp_path: Path) -> None:
     own, before, masked = accuracies(run("pretrained_mask", tmp_path))
     assert own > 0.97

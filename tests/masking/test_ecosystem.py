@@ -514,7 +514,7 @@ WRAPPERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("wrapper", slow_except(WRAPPERS, ["compile", "DDP"]))
+@pytest.mark.parametrize("wrapper", slow_except(WRAPPERS, ["DDP"]))
 def test_a_wrapped_network_is_converted_as_the_one_inside(
     wrapper: str, process_group: None, dynamo: None, tmp_path: Path
 ) -> None:

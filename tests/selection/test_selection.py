@@ -256,7 +256,7 @@ def test_the_gpus_kernels_give_the_host_path(
 
 
 @pytest.mark.parametrize("n", slow_except([4096, 4097, 3 * 4096 - 1], [4097]))
-@pytest.mark.parametrize("spread", slow_except([0, 3, 1000, 1e30], [3, 1e30]))
+@pytest.mark.parametrize("spread", slow_except([0, 3, 1000, 1e30], [3]))
 def test_the_gpus_kernels_on_several_programs(kernels: Callable[[Tensor, int], Tensor], n: int, spread: float) -> None:
     score = (torch.randn(n, generator=torch.Generator().manual_seed(n)) * spread).round()
     for kept in (1, n // 3, 4096, n - 1, n):

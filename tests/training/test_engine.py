@@ -66,7 +66,7 @@ def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("how", slow_except(["one process", "two processes", "sweep"], ["one process"]))
+@pytest.mark.parametrize("how", slow_except(["one process", "two processes", "sweep"], []))
 def test_further_signals_change_nothing_once_a_stop_is_under_way(how: str, tmp_path: Path) -> None:
     """Each of them many times, until the process has ended."""
     if how == "sweep":
@@ -225,6 +225,7 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(stopped: Path) -> Non
 
 
 @pytest.mark.fault
+@pytest.mark.slow
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     process = digits_begun(tmp_path / "run")
     with pytest.raises(RunError, match="another process runs in"):
