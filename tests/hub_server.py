@@ -985,13 +985,17 @@ class Hub:
             self.process.stdout.close()
 
     def environment(self, home: Path, token: str | None = None, **others: str) -> dict[str, str]:
-        """The variables of a process that shall use this Hub, with its cache, and nothing else of the user's."""
+        """The variables of a process that shall use this Hub, with its cache, and nothing else of the user's.
+
+        Transfers are by HTTP alone, unless HF_HUB_DISABLE_XET is "0".
+        """
+        others = {"HF_HUB_DISABLE_XET": "1"} | others
         kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         found = {**kept, "HF_HOME": str(home), "HF_ENDPOINT": self.url, "HF_HUB_DISABLE_TELEMETRY": "1", **others}
         return found | ({"HF_TOKEN": token} if token is not None else {})
 
     def here(self, monkeypatch: Any, home: Path, token: str | None = None) -> None:
-        """Point the huggingface_hub of this process at this Hub until the test ends.
+        """Point the huggingface_hub of this process at this Hub, without Xet, until the test ends.
 
         Its settings are read when it is imported, so the values themselves are replaced.
         """
@@ -1014,6 +1018,7 @@ class Hub:
         ):
             monkeypatch.setattr(constants, key, str(home / name))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
         if hasattr(_http, "_HUB_ORIGINS"):
             monkeypatch.setattr(_http, "_HUB_ORIGINS", frozenset({_http._url_origin(self.url)}))

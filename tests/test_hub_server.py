@@ -40,7 +40,7 @@ def test_official_client_writes_and_reads(tmp_path: Path, way: str) -> None:
     (tmp_path / "a.safetensors").write_bytes(data)
     with Hub() as hub:
         hub.set(multipart=200_000 if way == "multipart" else 10_000_000, part=150_000)
-        others = {} if way == "xet" else {"HF_HUB_DISABLE_XET": "1"}
+        others = {"HF_HUB_DISABLE_XET": "0" if way == "xet" else "1"}
         command = [sys.executable, "-c", WRITE, str(tmp_path / "a.safetensors")]
         env = hub.environment(tmp_path / "home", token="hf_me", **others)
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

@@ -62,7 +62,8 @@ def sentence(error: BaseException, address: Address, doing: str = "read") -> str
         return "the download ended early or is of another size than the Hub states; try again"
     if isinstance(error, RuntimeError) and "client has been closed" in str(error):  # up to huggingface_hub 1.25
         return f"{constants.ENDPOINT} cannot be reached; check the connection, and HF_ENDPOINT if it is set"
-    if isinstance(error, RuntimeError) or type(error).__module__.startswith("hf_xet"):
+    by_xet = isinstance(error, RuntimeError) and not constants.HF_HUB_DISABLE_XET
+    if by_xet or type(error).__module__.startswith("hf_xet"):
         return "the transfer by Xet failed; try again, or set HF_HUB_DISABLE_XET=1 to do without it"
     return f"the transfer failed ({type(error).__name__}); try again"
 

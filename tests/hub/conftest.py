@@ -31,6 +31,25 @@ def here(hub: Hub, data: bytes, home: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
+def by_xet(here: Hub, data: bytes, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The Hub with the artifact in `me/xet` too, where it came by Xet."""
+    from huggingface_hub import HfApi, constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    api = HfApi(token="hf_me")
+    api.create_repo("me/xet")
+    for left in range(3):
+        try:  # hf_xet gives up soon where a machine is busy
+            api.upload_file(path_or_fileobj=data, path_in_repo="a.popup.safetensors", repo_id="me/xet")
+            break
+        except ConnectionError:
+            if left == 2:
+                raise
+    here.clear()
+    return here
+
+
+@pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """huggingface_hub tries again at once."""
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -121,16 +121,11 @@ def test_no_answer(here: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("where", ["/_xorb/", "/_xet/v1/reconstructions/"])
-def test_xet_fails(here: Hub, data: bytes, home: Path, where: str) -> None:
-    from huggingface_hub import HfApi
-
-    api = HfApi(token="hf_me")
-    api.create_repo("me/xet")
-    api.upload_file(path_or_fileobj=data, path_in_repo="a.popup.safetensors", repo_id="me/xet")
-    here.fail(f"GET {where}", status=404)
+def test_xet_fails(by_xet: Hub, home: Path, where: str) -> None:
+    by_xet.fail(f"GET {where}", status=404)
     refused("hf://me/xet", "the transfer by Xet failed; try again, or set HF_HUB_DISABLE_XET=1 to do without it")
     assert not left(home)
-    here.clear()
+    by_xet.clear()
     assert ps.load("hf://me/xet")
 
 

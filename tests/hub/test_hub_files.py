@@ -1,7 +1,6 @@
 """Files on the Hub wherever a file is taken, by the real client from a real server."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -247,18 +246,12 @@ def test_newer_file(here: Hub) -> None:
     assert opened.masks(), "an open artifact stays with its commit"
 
 
-def test_uploaded_with_xet(here: Hub, data: bytes, tmp_path: Path) -> None:
+def test_uploaded_with_xet(by_xet: Hub, data: bytes) -> None:
     """A file that came by Xet is read by ranges and downloaded by Xet."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token="hf_me")
-    api.create_repo("me/xet")
-    api.upload_file(path_or_fileobj=data, path_in_repo="a.popup.safetensors", repo_id="me/xet")
-    here.clear()
     ps.inspect("hf://me/xet")
-    assert sent(here) == header_size(data)
+    assert sent(by_xet) == header_size(data)
     assert equal_states(ps.load("hf://me/xet"), ps.load(GOLDEN / "artifacts" / "edge_popup.popup.safetensors"))
-    assert any(each["path"].startswith("/_xorb/") for each in here.log()) or os.environ.get("HF_HUB_DISABLE_XET")
+    assert any(each["path"].startswith("/_xorb/") for each in by_xet.log())
 
 
 def test_the_token_stays_with_the_hub(
