@@ -42,7 +42,9 @@ def same(net: nn.Module, expected: nn.Module) -> None:
     assert not any(module.training for module in net.modules())
     x = X.to(next(net.parameters()).dtype)
     with torch.no_grad():
-        assert torch.equal(net(x), expected(x))
+        assert torch.equal(
+            net(x).nan_to_num(), expected(x).nan_to_num()
+        )  # float16 overflows where weights have one sign
 
 
 def filled(bank: MaskBank, files: dict[str, Path]) -> MaskBank:
