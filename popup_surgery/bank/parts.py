@@ -90,11 +90,6 @@ class Held(Source):
         return self.values.nbytes
 
 
-# for each byte two, of its lower and its upper half, in their lower halves
-_LOW = np.array([[byte & 15, byte >> 4] for byte in range(256)], np.uint8).view(np.uint16).reshape(-1)
-_HIGH = _LOW << 4
-
-
 class Signs(Source):
     """The values +std and −std, of which only the signs are kept, one bit for each.
 
@@ -114,9 +109,12 @@ class Signs(Source):
     def _halves(self, mask: Packed, start: int, stop: int) -> Packed:
         """Return the rows of `four` for the elements from `start` to `stop`, two for each byte."""
         bytes_ = slice(start // 8, -(-stop // 8))
-        halves = np.take(_HIGH, mask[bytes_], mode="clip")
-        np.bitwise_or(halves, np.take(_LOW, self.signs[bytes_], mode="clip"), out=halves)
-        return halves.view(np.uint8)
+        pairs = mask[bytes_].astype("<u2")
+        np.left_shift(pairs, 8, out=pairs)
+        np.bitwise_or(pairs, self.signs[bytes_], out=pairs)
+        # The two middle halves change places: each byte has then the mask and the signs of the same four weights.
+        middle = (pairs ^ pairs >> 4) & 0xF0
+        return (pairs ^ middle ^ middle << 4).view(np.uint8)
 
     def masked(self, mask: Packed, start: int, stop: int, out: Words) -> None:
         halves, four, whole = self._halves(mask, start, stop), words_of(self.four), (stop - start) // 4 * 4
