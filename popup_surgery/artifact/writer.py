@@ -278,7 +278,10 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     mask = slot.ranking.mask(slot.index)
     packed = pack(mask.cpu().numpy())
     kept, std = ones(packed), slot.std * slot.ranking.learner.scale(weight, mask)
+    group = slot.ranking
     k = kept / weight.numel() if slot.k is None else float(slot.k)
+    if group.kept_now is not None:  # another share than that of the conversion, for now
+        k = group.in_force / group.numel
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
     shape = tuple(weight.shape)

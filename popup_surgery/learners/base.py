@@ -44,6 +44,8 @@ class Learner(ABC):
 
     Attributes:
         takes_k: whether k sets the share of weights that is kept. Otherwise the scores alone decide how many take part.
+        takes_floor: whether `select` and `select_traced` take `floors`, as `selection.select` does. They get it only
+            where `convert` was called with a floor.
         trains: whether the scores are trained. Otherwise they keep their first values.
         samples: whether each read of a mask may give a different one. `masks`, `bake` and `save` then use the network
             that `describe_sample` names.
@@ -59,6 +61,7 @@ class Learner(ABC):
     """
 
     takes_k: bool = True
+    takes_floor: bool = False
     trains: bool = True
     samples: bool = False
     ranks_weights: bool = False
