@@ -112,7 +112,7 @@ class Surgery(_Section):
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
-    floor: Annotated[float | None, PlainValidator(floors), Key(affects_speed=False)] = DEFAULT.floor.value
+    floor: Annotated[float | None, PlainValidator(floors)] = DEFAULT.floor.value
     include: str | list[str] | None = DEFAULT.include.value
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
