@@ -21,7 +21,7 @@ from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
 from ..masking.k_schedule import KSchedule
-from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
+from ..masking.settings import DEFAULT, WITHOUT_K, is_rule, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
@@ -152,6 +152,8 @@ class Surgery(_Section):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
             raise Missing(SHARES)
+        if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
+            raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")
         return value
 
     @field_validator("encoding")

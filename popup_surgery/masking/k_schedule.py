@@ -107,7 +107,9 @@ class KSchedule:
         """Return the share that is kept in an epoch, counted from 0, where `k` is kept in the end."""
         if self.epochs is None or epoch >= self.end:
             return k
-        done = max(epoch - self.begin, 0)
+        if epoch <= self.begin:
+            return self.start
+        done = epoch - self.begin
         if self.kind == "steps":
             assert self.every is not None
             return self.start * (k / self.start) ** ((done // self.every) / (self.epochs // self.every))

@@ -34,7 +34,6 @@ def test_each_epoch_keeps_its_share_and_the_file_the_last_one(through: Any) -> N
     assert [entry.kept for entry in inspect(through.file).masked] == [kept_count(n, 0.2) for n in DIGITS]
     assert {entry.note["k"] for entry in inspect(through.file).masked} == {0.2}
     assert verify(through.file)
-    assert through.history[-1].accuracy > 0.5
 
 
 def test_the_weights_of_scaled_layers_are_those_of_the_final_k(through: Any, tmp_path: Path) -> None:
@@ -129,7 +128,10 @@ def test_two_processes_and_a_compiled_network_keep_the_same(tmp_path: Path) -> N
             "surgery.floor is 4; expected null; supermask takes no k",
         ),
         (["surgery.k={rule: erks, k: 2}"], "surgery.k is .*: rule is 'erks'; .*; and k is 2; expected a number"),
-        (["surgery.k={rule: erk, k: 0.1}", "surgery.scope=global"], "spreads k by the scores"),
+        (
+            ["surgery.k={rule: erk, k: 0.1}", "surgery.scope=global"],
+            r"surgery.scope is 'global'; expected layer, because k is .*; all layers",
+        ),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(settings: list[str], said: str) -> None:
