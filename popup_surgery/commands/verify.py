@@ -9,7 +9,9 @@ def run(
     artifact: Annotated[File, a_file("A popup artifact.")],
     base: Base = None,
 ) -> int:
-    """Rebuild everything in an artifact and compare it with its digests. The exit status is 1 if something differs; what cannot be checked is marked with a dash.
+    """Rebuild everything in an artifact and compare it with its digests. The exit status is 1 if something differs.
+
+    A dash marks what cannot be checked.
 
     \b
     $ popup-surgery verify digits.popup.safetensors
