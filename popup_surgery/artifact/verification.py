@@ -63,7 +63,8 @@ def verify(
                 network = fill_network(contents, model, base)  # first, as masks wait for shapes that match
             except ArtifactError as error:
                 failed = error
-        entries = [(entry, contents.masks[entry.name]) for entry in manifest.masked]
+        bits = contents.bits
+        entries = [(entry, bits[entry.name]) for entry in manifest.masked]
         checks = [("manifest, masks, stored tensors", True, "match their digests")]
         word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
         if manifest.base is None:
