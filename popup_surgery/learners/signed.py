@@ -58,7 +58,7 @@ class Signed(EdgePopup):
         if self.threshold is not None and self._threshold >= np.float32(bound):
             raise ConversionError(
                 f"signed: threshold is {self.threshold!r}; expected less than {bound:.3g}, up to which the scores of "
-                f"{name} are drawn, so that weights take part at first; learner_options.init sets a larger bound"
+                f"{name!r} are drawn, so that weights take part at first; learner_options.init sets a larger bound"
             )
         return draw_scores(numel, 1 / bound**2 if self.init != "uniform" else fan_in, seed, name)
 
