@@ -137,7 +137,8 @@ def test_scores_start_within_the_bound() -> None:
     for init, bound in (("uniform", 27**-0.5), (0.5, 0.5), (2, 2.0)):
         score = conv(learner_options={"init": init}).weight_score
         assert 0.9 * bound < score.abs().max() <= bound * 1.000001
-    assert torch.equal(conv().weight_score, convert(nn.Conv2d(3, 4, 3, bias=False)).weight_score), "as edge-popup's"
+    edge_popup: Any = convert(nn.Conv2d(3, 4, 3, bias=False))
+    assert torch.equal(conv().weight_score, edge_popup.weight_score)
 
 
 @pytest.mark.parametrize("options", [{}, THRESHOLD, {"threshold": 0}])
