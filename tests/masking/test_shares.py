@@ -18,7 +18,7 @@ from popup_surgery.masking.shares import Layer, spread
 from popup_surgery.selection import kept_count, select, select_op
 from support import top
 
-RULE = {"rule": "erk", "k": 0.1}
+RULE: dict[str, float | str] = {"rule": "erk", "k": 0.1}
 
 
 # rules
@@ -72,7 +72,7 @@ def test_a_rule_keeps_exactly_k_of_any_network(data: st.DataObject) -> None:
 
 def test_the_network_and_its_file_have_the_counts_of_the_plan(tmp_path: Any) -> None:
     """Also the widths of `scaled` weights, which are those of each layer's own k."""
-    small = {"width": 0.25, "in_chans": 1, "img_size": 8}
+    small: dict[str, Any] = {"width": 0.25, "in_chans": 1, "img_size": 8}
     net = convert(build("conv2", **small), RULE, scheme="kaiming_normal")
     planned = plan(build("conv2", **small), RULE, scheme="kaiming_normal")
     plain = plan(build("conv2", **small), 1.0, scheme="kaiming_normal")
