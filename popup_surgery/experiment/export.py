@@ -130,9 +130,9 @@ def export(
     name = f"{about.architecture.library}/{about.architecture.name}"
     if suffix == ".safetensors":
         return Exported(path, name, tensors=write_dense(model, path, about.provenance))
-    data = None if artifact is None else _data(artifact)
+    data = None if artifact is None else known_data(artifact)
     with _running(model) as model:
-        inputs = example if example is not None else _example(model, artifact, data)
+        inputs = example if example is not None else example_for(model, artifact, data)
         inputs = inputs.to(next(model.parameters(), torch.empty(0)).dtype) if inputs.is_floating_point() else inputs
         program = trace(model, inputs)
         if suffix == ".pt2":
@@ -188,7 +188,7 @@ def _running(model: nn.Module) -> Iterator[nn.Module]:
             module.training = mode
 
 
-def _example(model: nn.Module, artifact: Artifact | None, data: Data | None) -> Tensor:
+def example_for(model: nn.Module, artifact: Artifact | None, data: Data | None) -> Tensor:
     """Return random inputs of the size that the file's probe, its recipe or the network names."""
     seed, shape = 0, None
     if artifact is not None:
@@ -204,7 +204,7 @@ def _example(model: nn.Module, artifact: Artifact | None, data: Data | None) -> 
     return probe_input(seed, shape)
 
 
-def _data(artifact: Artifact) -> Data | None:
+def known_data(artifact: Artifact) -> Data | None:
     """Return the data section of the recipe that a file records; None if it has none, or none that is known."""
     try:
         return recorded_data(artifact)
