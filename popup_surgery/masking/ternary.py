@@ -37,12 +37,15 @@ def unpack(codes: Tensor, value: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _unpack(codes: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor:
-    table = _signs_of_bytes().to(value.device).to(value.dtype) * value.detach()  # exact, and +0.0 where dropped
+    wide = value.dtype if value.dtype.itemsize > 2 else torch.float32  # which the CPU multiplies, unlike 8 bits
+    table = _signs_of_bytes().to(value.device).to(wide) * value.detach().to(wide)  # exact, and +0.0 where dropped
+    table = table.to(value.dtype)
     if codes.device.type != "cpu":
         four = table.index_select(0, codes.int())
     else:
         four = torch.empty((len(codes), 4), dtype=value.dtype)
-        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.dtype.itemsize]  # NumPy has no bfloat16
+        # NumPy has no bfloat16
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[table.itemsize]
         rows, out, bytes_ = table.view(words).numpy(), four.view(words).numpy(), codes.numpy()
         for start in range(0, len(bytes_), _PIECE):
             piece = slice(start, start + _PIECE)
