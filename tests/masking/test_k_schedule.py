@@ -146,7 +146,7 @@ def test_what_cannot_be_set_is_refused_and_changes_nothing() -> None:
         (net(learner="supermask"), 0.5, "0 takes no k"),
     ):
         with pytest.raises(ConversionError, match=said):
-            set_k(one, k)  # type: ignore[arg-type]
+            set_k(one, k)
     assert kept(network) == [60, 30]
     assert sum(kept(together)) == 90
 
