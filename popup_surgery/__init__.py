@@ -23,6 +23,7 @@ _HOMES = {
         "ArtifactError", "ConversionError", "DataError", "HubError", "MaskedWeightError", "NothingToConvert",
         "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
+    "experiment.bench": ("Bench", "Way", "bench"),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.export": ("Exported", "export"),
     "experiment.results": ("Result",),
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         RunError,
         UnknownName,
     )
+    from .experiment.bench import Bench, Way, bench
     from .experiment.evaluate import Evaluation, evaluate, predict
     from .experiment.export import Exported, export
     from .experiment.results import Result

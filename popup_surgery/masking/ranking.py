@@ -140,6 +140,11 @@ class RankGroup:
                 selection = self._selection = self.learner.select(scores, kept, self.streams, **floors)
         return selection.masks[index]
 
+    def score(self, index: int) -> Tensor:
+        """Return the score of member `index` that `mask` ranks."""
+        held = self._held.get(get_ident())
+        return score_of(*(self.members if held is None else held.members)[index])
+
     def hold(self, root: nn.Module) -> None:
         """Check the scores of all members in `root` together. Until `release`, a read checks only its own layer's."""
         found: dict[int, tuple[nn.Module, str]] = {}

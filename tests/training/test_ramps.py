@@ -16,7 +16,7 @@ from popup_surgery.selection import kept_count
 from popup_surgery.training.distributed import start
 from support import digits_command, lines, slow_except, stopping
 
-CUBIC = {"kind": "cubic", "start": 1.0, "begin": 1, "epochs": 2}
+CUBIC: dict[str, Any] = {"kind": "cubic", "start": 1.0, "begin": 1, "epochs": 2}
 SETTINGS = ["training.epochs=4", "surgery.k=0.2", f"surgery.k_schedule={json.dumps(CUBIC)}"]
 DIGITS = [144, 2304, 16384, 4096, 640]  # weights of its layers
 
