@@ -67,7 +67,10 @@ def commit(name: str | None) -> str | None:
     return name
 
 
-SHARES = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers, or with a rule"
+SHARES = (
+    "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers, or a rule such as "
+    "{rule: erk, k: 0.1}"
+)
 
 
 def shares(k: Any) -> Any:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ..errors import ConversionError
 from ..weights.source import source_of
-from .settings import MaskingSettings
+from .settings import MaskingSettings, is_rule
 from .unmasked import FRESH, NAMED, UnmaskedRule
 
 
@@ -183,12 +183,15 @@ class Plan:
         kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
         if settings.k is None:
             kept = "the scores decide how many are kept"
+        elif is_rule(settings.k):
+            kept += f" by the rule {settings.k['rule']}"
+        least = "" if settings.floor is None else f", each keeps at least {settings.floor:g}"
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters{trained}; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
             f"{schemes}, seed {settings.seed}, {settings.learner}, "
-            f"ranked {'over all layers' if settings.scope == 'global' else 'layer by layer'}"
+            f"ranked {'over all layers' if settings.scope == 'global' else 'layer by layer'}{least}"
         )
 
     def __str__(self) -> str:
