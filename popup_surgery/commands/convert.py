@@ -37,6 +37,10 @@ TrainOption = Annotated[
     list[str] | None,
     typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
 ]
+PatternOption = Annotated[
+    str | None,
+    typer.Option(help="Such as 2:4, which keeps 2 of each 4 neighbours along the input channels, in place of --k."),
+]
 ImgSizeOption = Annotated[int | None, typer.Option(help="Height and width of its images, for networks that need it.")]
 OutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
@@ -50,6 +54,7 @@ def run(
         float | None,
         typer.Option(help=f"Share of each layer's weights that is kept, in (0, 1]; default: {DEFAULT.k}."),
     ] = None,
+    pattern: PatternOption = None,
     scheme: Annotated[
         str, typer.Option(help="Distribution of the random weights; pretrained keeps the library's weights.")
     ] = DEFAULT.scheme.value,
@@ -92,9 +97,9 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope.value,
-        "include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value,
-        "train": train or None,
+        "k": k, "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
+        "scope": scope.value, "include": include or None, "exclude": exclude or None, "others": others.value,
+        "norm": norm.value, "train": train or None,
     }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, ValidationInfo
 from ..errors import PopupError, unknown
 from ..learners import get_learner
 from ..models.architecture import check_kwargs
+from ..selection.pattern import parse_pattern
 from ..weights import PRETRAINED, get_scheme
 
 
@@ -62,6 +63,13 @@ def commit(name: str | None) -> str | None:
     if name is not None and re.fullmatch("[0-9a-f]{40}", name) is None:
         raise ValueError("expected a commit of 40 digits from 0 to f, or null")
     return name
+
+
+def neighbours(text: object) -> object:
+    """Check a pattern of neighbours such as `2:4`."""
+    if text is not None:
+        parse_pattern(text)
+    return text
 
 
 SHARES = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"

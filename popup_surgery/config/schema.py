@@ -20,13 +20,14 @@ from pydantic import (
 from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
+from ..masking.settings import ALONE, DEFAULT, WITHOUT_K, with_learner, without_k, without_pattern
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
+from ..selection.pattern import parse_pattern
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
+from .checks import SHARES, commit, known, look_up_optimizer, neighbours, options, recordable, schemes, shares
 from .expected import shown
 from .keys import Key
 from .mistakes import Missing, validated
@@ -90,12 +91,15 @@ class Surgery(_Section):
     With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
 
     Attributes:
+        pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
+            k. Null ranks whole layers.
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
             share of ones allows. The network is the same.
     """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
+    pattern: Annotated[str | None, BeforeValidator(neighbours)] = DEFAULT.pattern.value
     k: Annotated[
         float | dict[str, float] | None, PlainValidator(shares), Field(validate_default=True), Key(affects_speed=False)
     ] = None
@@ -125,7 +129,20 @@ class Surgery(_Section):
         """The arguments of `convert`."""
         return self.model_dump(exclude={"encoding"})
 
-    @field_validator("k", "scaled", "scope")
+    @field_validator("k", "scope")
+    @classmethod
+    def _of_the_pattern(cls, value: Any, info: ValidationInfo) -> Any:
+        """Let the pattern set k; it goes with no other k, and with no other scope than a layer."""
+        if (pattern := info.data.get("pattern")) is None or info.data.get("learner") is None:
+            return value
+        if info.field_name == "scope" and value != "layer":
+            raise ValueError(f"expected layer; {ALONE}")
+        keep, of = parse_pattern(pattern)
+        if info.field_name == "k" and value not in (None, keep / of):
+            raise ValueError(f"expected {keep / of:g}, which the pattern {pattern} sets, or null")
+        return keep / of if info.field_name == "k" else value
+
+    @field_validator("pattern", "k", "scaled", "scope")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
         """Check a key against whether the learner takes a k."""
@@ -134,6 +151,8 @@ class Surgery(_Section):
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
             raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
+        if name == "pattern" and value is not None and not get_learner(learner).takes_pattern:
+            raise ValueError(f"expected null; {without_pattern(learner)}")
         if name == "k" and value is None and get_learner(learner).takes_k:
             raise Missing(SHARES)
         return value

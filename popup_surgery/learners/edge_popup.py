@@ -21,6 +21,8 @@ class EdgePopup(Learner):
     Exactly `kept` weights take part, and ties go to the lower index; the authors' code leaves ties to its sort.
     """
 
+    takes_pattern = True
+
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:

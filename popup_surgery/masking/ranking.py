@@ -1,13 +1,14 @@
 """Groups of weights that are ranked together, and when their masks are computed again."""
 
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..learners import Learner
 from ..selection import Selection
+from ..selection.pattern import Pattern, select_pattern, select_pattern_op
 from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
@@ -36,14 +37,17 @@ class RankGroup:
 
     Attributes:
         kept: how many weights take part; 0 if the learner takes no k.
+        pattern: if there is one, which of the neighbours in the group's one weight take part.
         kept_now: how many take part at this point of the training; None if as many as `kept`.
     """
 
     kept_now: int | None = None  # on the class, for groups pickled before this attribute existed
+    pattern: Pattern | None = None
 
-    def __init__(self, learner: Learner, kept: int) -> None:
+    def __init__(self, learner: Learner, kept: int, pattern: Pattern | None = None) -> None:
         self.learner = learner
         self.kept = kept
+        self.pattern = pattern
         self.members: list[tuple[nn.Module, str]] = []
         self.streams: list[str] = []
         self._selection: Selection | None = None
@@ -85,6 +89,8 @@ class RankGroup:
         scores, kept = self.scores() if held is None else [score_of(*one) for one in held.members], self._kept()
         if score is not None:
             scores[index] = score
+        if self.pattern is not None:
+            return self._among_neighbours(scores[index], compiling)
         if compiling or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams)[index]
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
@@ -93,6 +99,14 @@ class RankGroup:
             with torch.inference_mode(False):  # a mask must outlive the mode
                 selection = self._selection = self.learner.select(scores, kept, self.streams)
         return selection.masks[index]
+
+    def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:
+        """Return the mask of the group's one score. To find it costs no more than to tell whether it still holds."""
+        pattern = cast(Pattern, self.pattern)
+        if compiling or under_transform([score]):
+            return select_pattern_op(score.detach(), [pattern.keep, pattern.of, pattern.channels, pattern.stride])
+        with torch.inference_mode(False):
+            return select_pattern(score, pattern)
 
     def hold(self, root: nn.Module) -> None:
         """Check the scores of all members in `root` together. Until `release`, a read checks only its own layer's."""

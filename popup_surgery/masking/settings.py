@@ -18,7 +18,8 @@ Scope = Literal["layer", "global"]
 Choice = Literal["frozen", "train"]
 
 OF_PRETRAINED = "piggyback"  # the learner of the scheme `pretrained` if neither a learner nor k is given
-WITHOUT_K: dict[str, Any] = {"k": None, "scaled": False, "scope": "layer"}  # the only values for learners without k
+# the only values for learners without k
+WITHOUT_K: dict[str, Any] = {"k": None, "pattern": None, "scaled": False, "scope": "layer"}
 _WORDS = {"scope": get_args(Scope), "others": get_args(Choice), "norm": get_args(Choice)}
 
 
@@ -32,6 +33,7 @@ class MaskingSettings:
     """
 
     k: Shares | None = 0.3
+    pattern: str | None = None
     scheme: Schemes = "signed_kaiming_constant"
     scaled: bool = True
     seed: int = 0
@@ -67,6 +69,8 @@ class MaskingSettings:
                         f"{name} is {given[name]!r}; expected {expected!r}; {without_k(asked.learner)}"
                     )
             asked = replace(asked, **WITHOUT_K)
+        if asked.pattern is not None:
+            asked = replace(asked, k=_share_of_pattern(asked, given))
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
@@ -76,6 +80,13 @@ class MaskingSettings:
                 get_scheme(scheme)
         copies = {name: own_copy(value) for name, value in vars(asked).items()}
         return cls(**copies | {"k": k, "seed": check_seed(asked.seed)})
+
+    @property
+    def ranked(self) -> str:
+        """How scores are ranked, in words."""
+        if self.pattern is not None:
+            return f"ranked among neighbours, {self.pattern}"
+        return "ranked over all layers" if self.scope == "global" else "ranked layer by layer"
 
     def by_pattern(self, name: Literal["k", "scheme"]) -> dict[str, Any]:
         """Return k or the scheme by glob pattern. `*` comes first, unless the caller gave it in another place."""
@@ -88,11 +99,40 @@ class MaskingSettings:
         return dict(value) if "*" in value else {"*": getattr(DEFAULT, name).value, **value}
 
 
+def _share_of_pattern(asked: MaskingSettings, given: Mapping[str, Any]) -> float:
+    """Return the k that the pattern sets; `ConversionError` if it is none, or does not go with the other arguments."""
+    from ..learners import get_learner
+    from ..selection.pattern import parse_pattern
+
+    try:
+        keep, of = parse_pattern(asked.pattern)
+    except ValueError as error:
+        raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
+    if not get_learner(asked.learner, asked.learner_options).takes_pattern:
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
+    if asked.scope != "layer":
+        raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
+    if given.get("k", keep / of) != keep / of:
+        raise ConversionError(
+            f"k is {given['k']!r}; expected {keep / of:g}, which the pattern {keep}:{of} sets, or none"
+        )
+    return keep / of
+
+
+ALONE = "a pattern ranks the neighbours in each layer among themselves"
+
+
+def without_pattern(learner: str) -> str:
+    """Return why `learner` does not take a pattern, for a message."""
+    return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
+
+
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given settings, with a learner if their scheme is `pretrained` and they have neither learner nor k."""
+    """Return the given settings, with a learner if they have none, and the scheme is `pretrained` and no k given."""
     from ..weights import PRETRAINED
 
-    brings = given.get("scheme") == PRETRAINED and "learner" not in given and given.get("k") is None
+    free = given.get("k") is None and given.get("pattern") is None
+    brings = given.get("scheme") == PRETRAINED and "learner" not in given and free
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
 
 
