@@ -20,11 +20,10 @@ from pydantic import (
 from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
-from ..masking.settings import ALONE, DEFAULT, WITHOUT_K, with_learner, without_k, without_pattern
+from ..masking.settings import ALONE, DEFAULT, WITHOUT_K, share_of, with_learner, with_share, without_k, without_pattern
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
-from ..selection.pattern import parse_pattern
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
 from .checks import SHARES, commit, known, look_up_optimizer, neighbours, options, recordable, schemes, shares
@@ -99,7 +98,6 @@ class Surgery(_Section):
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
-    pattern: Annotated[str | None, BeforeValidator(neighbours)] = DEFAULT.pattern.value
     k: Annotated[
         float | dict[str, float] | None, PlainValidator(shares), Field(validate_default=True), Key(affects_speed=False)
     ] = None
@@ -107,6 +105,7 @@ class Surgery(_Section):
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
+    pattern: Annotated[str | None, BeforeValidator(neighbours)] = DEFAULT.pattern.value
     include: str | list[str] | None = DEFAULT.include.value
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
@@ -117,11 +116,14 @@ class Surgery(_Section):
     @model_validator(mode="wrap")
     @classmethod
     def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
-        """Set the learner that the scheme brings, which does not count as set, since another k would change it."""
-        if not isinstance(values, dict) or (completed := with_learner(values)) == values:
+        """Set the learner that the scheme brings, and the k that the pattern does.
+
+        They do not count as set, since another k or pattern would change them.
+        """
+        if not isinstance(values, dict) or (completed := with_share(with_learner(values))) == values:
             return validate(values)
         surgery = validate(completed)
-        surgery.model_fields_set.discard("learner")
+        surgery.model_fields_set.difference_update(name for name in completed if completed[name] != values.get(name))
         return surgery
 
     @property
@@ -129,20 +131,20 @@ class Surgery(_Section):
         """The arguments of `convert`."""
         return self.model_dump(exclude={"encoding"})
 
-    @field_validator("k", "scope")
+    @field_validator("pattern")
     @classmethod
-    def _of_the_pattern(cls, value: Any, info: ValidationInfo) -> Any:
-        """Let the pattern set k; it goes with no other k, and with no other scope than a layer."""
-        if (pattern := info.data.get("pattern")) is None or info.data.get("learner") is None:
+    def _beside_the_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Check that no other key contradicts the pattern."""
+        if value is None or info.data.get("learner") is None:
             return value
-        if info.field_name == "scope" and value != "layer":
-            raise ValueError(f"expected layer; {ALONE}")
-        keep, of = parse_pattern(pattern)
-        if info.field_name == "k" and value not in (None, keep / of):
-            raise ValueError(f"expected {keep / of:g}, which the pattern {pattern} sets, or null")
-        return keep / of if info.field_name == "k" else value
+        k, scope, share = info.data.get("k"), info.data.get("scope"), share_of(value)
+        wrong = [] if k in (None, share) else [f"k is {shown(k)}, and the pattern sets {share:g}: leave k out"]
+        wrong += [] if scope in (None, "layer") else [f"scope is {scope}, and {ALONE}"]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return value
 
-    @field_validator("pattern", "k", "scaled", "scope")
+    @field_validator("k", "scaled", "scope", "pattern")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
         """Check a key against whether the learner takes a k."""

@@ -9,7 +9,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal, get_args
 
-from ..errors import ConversionError, nearest
+from ..errors import ConversionError, UnknownName, nearest
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float]
@@ -61,7 +61,7 @@ class MaskingSettings:
         from ..weights import PRETRAINED, get_scheme
         from ..weights.streams import check_seed
 
-        asked = cls(**with_learner(given))
+        asked = cls(**with_share(with_learner(given)))
         if not get_learner(asked.learner, asked.learner_options).takes_k:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
@@ -70,7 +70,7 @@ class MaskingSettings:
                     )
             asked = replace(asked, **WITHOUT_K)
         if asked.pattern is not None:
-            asked = replace(asked, k=_share_of_pattern(asked, given))
+            _check_pattern(asked)
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
@@ -99,24 +99,44 @@ class MaskingSettings:
         return dict(value) if "*" in value else {"*": getattr(DEFAULT, name).value, **value}
 
 
-def _share_of_pattern(asked: MaskingSettings, given: Mapping[str, Any]) -> float:
-    """Return the k that the pattern sets; `ConversionError` if it is none, or does not go with the other arguments."""
-    from ..learners import get_learner
+def share_of(pattern: str) -> float:
+    """Return N/M of a pattern; `ValueError` says what was expected."""
     from ..selection.pattern import parse_pattern
 
+    keep, of = parse_pattern(pattern)
+    return keep / of
+
+
+def with_share(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings, with the k of their pattern if they have none, and their learner takes one.
+
+    A pattern or learner that is none sets no k; later checks say what is wrong with it.
+    """
+    from ..learners import get_learner
+
+    if given.get("pattern") is None or given.get("k") is not None:
+        return dict(given)
     try:
-        keep, of = parse_pattern(asked.pattern)
+        takes_k = get_learner(given.get("learner", MaskingSettings.learner)).takes_k
+        return {**given, "k": share_of(given["pattern"])} if takes_k else dict(given)
+    except (ValueError, UnknownName):
+        return dict(given)
+
+
+def _check_pattern(asked: "MaskingSettings") -> None:
+    """Raise `ConversionError` if the pattern is none, or does not go with the other arguments."""
+    from ..learners import get_learner
+
+    try:
+        share = share_of(str(asked.pattern))
     except ValueError as error:
         raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
     if not get_learner(asked.learner, asked.learner_options).takes_pattern:
         raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
     if asked.scope != "layer":
         raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
-    if given.get("k", keep / of) != keep / of:
-        raise ConversionError(
-            f"k is {given['k']!r}; expected {keep / of:g}, which the pattern {keep}:{of} sets, or none"
-        )
-    return keep / of
+    if asked.k != share:
+        raise ConversionError(f"k is {asked.k!r}; expected {share:g}, which the pattern {asked.pattern} sets, or none")
 
 
 ALONE = "a pattern ranks the neighbours in each layer among themselves"

@@ -71,9 +71,9 @@ WITHOUT = "surgery.learner=supermask", "surgery.k=null", "surgery.scaled=false"
         (["surgery.pattern=3:2"], r"surgery\.pattern is '3:2'; expected 'N:M', N of each M neighbours"),
         (["surgery.pattern=0:4"], r"surgery\.pattern is '0:4'; expected 'N:M'"),
         (["surgery.pattern=124"], r"surgery\.pattern is 124; expected 'N:M'"),
-        (["surgery.pattern=2:4", "surgery.k=0.3"], r"surgery\.k is 0\.3; expected 0\.5, which the pattern 2:4 sets"),
-        (["surgery.pattern=2:4", "surgery.k={'*': 0.5}"], r"surgery\.k is {\"\*\": 0\.5}; expected 0\.5, which the"),
-        ([*PATTERN, "surgery.scope=global"], r"surgery\.scope is 'global'; expected layer; a pattern ranks"),
+        (["surgery.pattern=2:4", "surgery.k=0.3"], r"surgery\.pattern is '2:4': k is 0\.3, and the pattern sets"),
+        (["surgery.pattern=2:4", "surgery.k={'*': 0.5}"], r"surgery\.pattern is '2:4': k is {\"\*\": 0\.5}, and"),
+        ([*PATTERN, "surgery.scope=global"], r"surgery\.pattern is '2:4': scope is global, and a pattern ranks"),
         (["surgery.pattern=2:4", *WITHOUT], r"surgery\.pattern is '2:4'; expected null; supermask takes no k, because"),
     ],
 )  # fmt: skip
@@ -86,4 +86,5 @@ def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.load(TINY, ["surgery.pattern=2:4", "surgery.k=0.3", "surgery.scope=global", "training.epochs=0"])
     told = str(caught.value).splitlines()
-    assert [line.split(" ")[0] for line in told[1:]] == ["surgery.k", "surgery.scope", "training.epochs"]
+    assert [line.split(" ")[0] for line in told[1:]] == ["surgery.pattern", "training.epochs"]
+    assert "k is 0.3, and the pattern sets 0.5: leave k out; scope is global, and a pattern ranks" in told[1]
