@@ -61,7 +61,8 @@ def save(
             the learner samples, the key `mask` says which network the file holds.
         probe: shape of an input, batch first. The first outputs for such an input are recorded, so that `verify`
             notices if a library has changed the network of that name.
-        encoding: how masks are stored: the name of a codec in `popup_surgery.codecs`.
+        encoding: how masks are stored: the name of a codec in `popup_surgery.codecs`. `pattern_coded` is for networks
+            that were converted with a `pattern`.
 
     Returns:
         The manifest: the description in the file, as written.
@@ -282,7 +283,8 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
     shape = tuple(weight.shape)
-    return TensorSpec(name, slot.stream, shape, dtype, slot.distribution, std, kept, note), packed
+    pattern = slot.ranking.pattern
+    return TensorSpec(name, slot.stream, shape, dtype, slot.distribution, std, kept, note, pattern=pattern), packed
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:

@@ -130,7 +130,8 @@ def _convert(
     from ..weights import PRETRAINED
     from ..weights.streams import check_seed
 
-    get_codec(encoding)
+    if get_codec(encoding).needs_pattern and "pattern" not in given:
+        raise ConversionError(f"--encoding {encoding} is for masks of a pattern; add one, such as --pattern 2:4")
     scheme = given["scheme"]
     if weights is not None and scheme != PRETRAINED:
         raise ConversionError(

@@ -49,7 +49,8 @@ def run(
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
     encodings = ", ".join(sorted({entry.encoding for entry in manifest.masked}))
-    show(f"masks: {encodings}, {(opened.mask_bits or 0) / manifest.weights:.3f} bits a weight")
+    patterns = "".join(sorted({f", {entry.pattern} of neighbours" for entry in manifest.masked if entry.pattern}))
+    show(f"masks: {encodings}{patterns}, {(opened.mask_bits or 0) / manifest.weights:.3f} bits a weight")
     if (base := manifest.base) is not None:
         show(f"base: {base.library}/{base.name} {base.tag or '(no tag)'}, SHA-256 {base.sha256}")
     accuracy = manifest.provenance.get("accuracy")

@@ -93,7 +93,7 @@ class Surgery(_Section):
         pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
             k. Null ranks whole layers.
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
-            share of ones allows. The network is the same.
+            share of ones allows, or `pattern_coded`, as few as the pattern allows. The network is the same.
     """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
@@ -166,6 +166,8 @@ class Surgery(_Section):
         learner = info.data.get("learner")
         if value != "bitpack" and learner is not None and get_learner(learner).learns_weights:
             raise ValueError(f"expected bitpack; {learner} trains the weights, so that the run's file has no masks")
+        if get_codec(value).needs_pattern and info.data.get("pattern", value) is None:
+            raise ValueError(f"expected bitpack or range_coded, or a pattern such as 2:4, which {value} needs")
         return value
 
 

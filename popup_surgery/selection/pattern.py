@@ -84,7 +84,8 @@ class Pattern:
 
     def bits(self, numel: int) -> float:
         """Return the information in a mask, in bits."""
-        return sum(count * math.log2(math.comb(size, keep)) for count, size, keep in self.groups(numel))
+        # of more than a file can hold, so many
+        return sum(min(count, 1 << 60) * math.log2(math.comb(size, keep)) for count, size, keep in self.groups(numel))
 
     def pieces(self, numel: int, largest: int = PIECE) -> Iterator[tuple[slice, int]]:
         """Yield the parts of a flat weight in order, each of whole groups, and how many channels each of its rows has.
