@@ -96,7 +96,7 @@ def test_every_reader_takes_it(coded: Path, tmp_path: Path) -> None:
     start_from(again, coded)
     save(again, tmp_path / "again", encoding=encoding)
     assert (tmp_path / "again").read_bytes() == coded.read_bytes()
-    bank = MaskBank(network())
+    bank = MaskBank(coded, model=network())
     bank.add("task", coded)
     assert equal_states(bank.use("task"), load(coded, network()))
 
