@@ -88,9 +88,9 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = edge_popup.select
 
-    def spy(scores: Sequence[Tensor], kept: int) -> Selection:
+    def spy(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> Selection:
         calls.append(kept)
-        return real(scores, kept)
+        return real(scores, kept, floors)
 
     monkeypatch.setattr(edge_popup, "select", spy)
     return calls

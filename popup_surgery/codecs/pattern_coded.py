@@ -1,6 +1,6 @@
 """Masks of N of each M neighbours at the entropy limit: for each group, which of the C(M, N) choices it is.
 
-The format is in docs/artifact-format.md, section 7, in integers alone. The coder is that of `range_coded`, and all
+The format is in docs/artifact-format.md, section 9, in integers alone. The coder is that of `range_coded`, and all
 choices of a group are as frequent as each other, which is constriction's model `Uniform`.
 """
 
