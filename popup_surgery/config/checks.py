@@ -11,6 +11,7 @@ from ..learners import get_learner
 from ..masking.k_schedule import KSchedule
 from ..masking.settings import as_floor, floor_mistake, is_rule, is_share, own_shares, rule_mistakes
 from ..models.architecture import check_kwargs
+from ..selection.pattern import parse_pattern
 from ..weights import PRETRAINED, get_scheme
 
 
@@ -65,6 +66,13 @@ def commit(name: str | None) -> str | None:
     if name is not None and re.fullmatch("[0-9a-f]{40}", name) is None:
         raise ValueError("expected a commit of 40 digits from 0 to f, or null")
     return name
+
+
+def neighbours(text: object) -> object:
+    """Check a pattern of neighbours such as `2:4`."""
+    if text is not None:
+        parse_pattern(text)
+    return text
 
 
 SHARES = (
