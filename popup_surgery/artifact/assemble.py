@@ -11,27 +11,32 @@ from ..codecs import get_codec
 from ..errors import ArtifactError
 from .container import METADATA
 from .manifest import MANIFEST_LIMIT, Manifest, read_manifest
-from .rebuild import Packed
+from .planes import Bits
 from .strict_json import canonical
 
 
 def assemble(
-    manifest: Manifest, masks: Mapping[str, Packed], stored: Mapping[str, Tensor], encoding: str | None = None
+    manifest: Manifest, bits: Mapping[str, Bits], stored: Mapping[str, Tensor], encoding: str | None = None
 ) -> tuple[Manifest, bytes]:
     """Return the manifest as the file has it, and the bytes of the file.
 
     Args:
-        manifest: what the file says; its digests and the numbers of kept weights are those of `masks` and `stored`.
-        masks: the packed mask of each masked weight, by name.
+        manifest: what the file says; its digests and the numbers of kept weights are those of `bits` and `stored`.
+        bits: the packed mask of each masked weight, by name, and its planes.
         stored: the tensors that no seed gives, by name, on the CPU.
         encoding: the codec of all masks; None: of each mask the one that the manifest names.
 
     Raises:
-        ArtifactError: the manifest cannot be written.
+        ArtifactError: the manifest cannot be written, or the codec needs a pattern that a mask does not have.
         UnknownName: there is no such codec.
     """
     if encoding is not None:
-        get_codec(encoding)
+        codec = get_codec(encoding)
+        if codec.needs_pattern and (odd := [entry.name for entry in manifest.masked if entry.pattern is None]):
+            raise ArtifactError(
+                f"the encoding {encoding} is for masks of a pattern such as 2:4, and {odd[0]!r} has none; expected "
+                "bitpack or range_coded"
+            )
         manifest = replace(manifest, masked=tuple(replace(entry, encoding=encoding) for entry in manifest.masked))
     try:
         text = canonical(manifest.text())
@@ -41,7 +46,10 @@ def assemble(
         raise ArtifactError(f"the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
     tensors = {
-        f"{e.name}.mask": torch.from_numpy(get_codec(e.encoding).to_bytes(masks[e.name], e.shape, e.kept or 0))
+        f"{e.name}.mask": torch.from_numpy(
+            get_codec(e.encoding).to_bytes(bits[e.name].mask, e.shape, e.kept or 0, e.pattern)
+        )
         for e in manifest.masked
     }
+    tensors |= {f"{name}.{kind}": torch.from_numpy(p) for name, b in bits.items() for kind, p in b.planes.items()}
     return manifest, serialize(tensors | dict(stored), metadata={METADATA: text})

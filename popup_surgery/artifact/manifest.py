@@ -4,22 +4,28 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from ..codecs import CODECS
+from ..codecs import CODECS, get_codec
 from ..errors import ArtifactError
 from ..models.architecture import Architecture, Base
+from ..selection.pattern import Pattern
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
+from .planes import PLANES
 from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
-FEATURES = ("range_coded",)  # what `requires` may name: encodings that readers of the first files do not know
+FEATURES = (
+    "range_coded",
+    "pattern_coded",
+    *PLANES,
+)  # what `requires` may name: what readers of the first files do not know
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
@@ -29,9 +35,10 @@ PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pi
 class TensorSpec:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
-    `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask. A
-    masked tensor with the distribution `base` is not drawn: its values come from the base, and its `std` is 0. `note`
-    is informational: scheme, scaled, k, fan_in.
+    `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask, and
+    `planes` are the kinds of the planes that change the weights that take part. A masked tensor with the distribution
+    `base` is not drawn: its values come from the base, and its `std` is 0. `note` is informational: scheme, scaled, k,
+    fan_in. `pattern` says that the mask keeps N of each M neighbours.
     """
 
     name: str
@@ -43,10 +50,17 @@ class TensorSpec:
     kept: int | None = None
     note: dict[str, Any] = field(default_factory=dict)
     encoding: str = "bitpack"
+    pattern: Pattern | None = None
+    planes: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the file's tensors for this masked one: the mask, and the planes."""
+        return [f"{self.name}.{part}" for part in ("mask", *self.planes)]
 
     def text(self) -> dict[str, Any]:
         """Return the tensor's entry in the manifest."""
@@ -57,7 +71,10 @@ class TensorSpec:
             "dtype": self.dtype,
         }
         entry |= {"distribution": self.distribution, **self.note, **source_of(self.distribution).record(self.std)}
-        return entry if self.kept is None else entry | {"kept": self.kept, "encoding": self.encoding}
+        if self.pattern is not None:
+            entry["pattern"] = asdict(self.pattern)
+        entry |= {} if self.kept is None else {"kept": self.kept, "encoding": self.encoding}
+        return entry | ({"planes": list(self.planes)} if self.planes else {})
 
 
 @dataclass(frozen=True)
@@ -108,7 +125,8 @@ class Manifest:
     @property
     def requires(self) -> list[str]:
         """What a reader must know beyond the first version of the format."""
-        return [feature for feature in FEATURES if any(entry.encoding == feature for entry in self.masked)]
+        used = {name for entry in self.masked for name in (entry.encoding, *entry.planes)}
+        return [feature for feature in FEATURES if feature in used]
 
     def text(self) -> dict[str, Any]:
         """Return the JSON object, including `manifest_sha256`."""
@@ -169,7 +187,7 @@ def read_manifest(text: str) -> Manifest:
     )
     if manifest["requires"] != result.requires:
         raise ArtifactError(
-            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings say"
+            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings and planes say"
         )
     _check_names(result)
     return result
@@ -305,7 +323,31 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         else None,
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
+        pattern=_pattern(entry, where, numel) if masked else None,
+        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}", _planes))
+        if masked and "planes" in entry
+        else (),
     )
+
+
+def _pattern(entry: dict[str, Any], where: str, numel: int) -> Pattern | None:
+    """Check the pattern of a masked tensor, against its shape, its number of kept weights and its encoding."""
+    if "pattern" not in entry:
+        if get_codec(entry["encoding"]).needs_pattern:
+            raise ArtifactError(f"{where} has the encoding {entry['encoding']!r}; expected a pattern beside it")
+        return None
+    given, where = entry["pattern"], f"{where}.pattern"
+    if not isinstance(given, dict):
+        raise ArtifactError(f"{where} is {_short(given)}; expected an object")
+    names = [each.name for each in fields(Pattern)]
+    found = Pattern(*(_get(given, name, "an integer", lambda v: type(v) is int, f"{where}.") for name in names))
+    if not found.fits(numel):
+        raise ArtifactError(f"{where} is {_short(given)}, which is no pattern for {entry['shape']}")
+    if entry["kept"] != found.kept(numel):
+        raise ArtifactError(
+            f"{where} keeps {found.kept(numel)} of {numel} weights; expected {entry['kept']}, as kept is"
+        )
+    return found
 
 
 def _standard_deviation(value: Any) -> bool:
@@ -313,6 +355,10 @@ def _standard_deviation(value: Any) -> bool:
     return (
         type(value) is float and float(torch.tensor(value, dtype=torch.float32)) > 0 and value * 3**0.5 <= FLOAT32_MAX
     )
+
+
+def _planes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and value == [kind for kind in PLANES if kind in value]
 
 
 def _known(value: Any, names: Any) -> bool:

@@ -1,7 +1,7 @@
 """A plain network as a program of torch.export, whose batch size is free."""
 
+import inspect
 import io
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ConversionError
-from ..torch_compat import DATA_DEPENDENT
+from ..torch_compat import DATA_DEPENDENT, SPECIALIZED
+from .needed import silence
 
 BATCHES = (1, 3)  # the numbers of inputs with which an export is compared with its network
 
@@ -22,21 +23,30 @@ def trace(model: nn.Module, example: Tensor) -> ExportedProgram:
     """Export a plain network in eval mode for inputs like `example`, any number of them at a time.
 
     Raises:
-        ConversionError: it does not take the example, or its Python code decides by the values of tensors.
+        ConversionError: it does not take the example, or its Python code decides by the values of tensors, or fixes the
+            number of inputs.
     """
     pair = repeated(example, 2)  # torch.export takes a batch of 1 for a constant
     outputs_of(model, pair)
+    shapes: tuple[Any, ...] = ({0: Dim.DYNAMIC},)
+    first = next(iter(inspect.signature(model.forward).parameters.values()), None)
+    if first is not None and first.kind is inspect.Parameter.VAR_POSITIONAL:  # forward(self, *inputs)
+        shapes = (shapes,)
     try:
         # attention by its formula: the result of other kernels has strides that ONNX's translation does not give it
-        with torch.no_grad(), warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _AttentionOnFourAxes():
-            warnings.simplefilter("ignore")
-            program = torch.export.export(model, (pair,), dynamic_shapes=({0: Dim.DYNAMIC},), strict=False)
+        with torch.no_grad(), silence(), sdpa_kernel(SDPBackend.MATH), _AttentionOnFourAxes():
+            program = torch.export.export(model, (pair,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the tracer runs the network's own code, which may raise anything
         name, why = type(model).__name__, " ".join(str(error).split())
         if DATA_DEPENDENT in why.lower():
             raise ConversionError(
                 f"the {name} cannot be exported: its code decides by the values of tensors (if, while, int(…)), "
                 f"which a graph cannot hold; {why[:200]}"
+            ) from error
+        if SPECIALIZED in why:
+            raise ConversionError(
+                f"the {name} cannot be exported: its code works for one number of inputs alone (as `view(2, -1)` or "
+                "`if len(x) < 3` do), and an export takes any number at a time"
             ) from error
         raise ConversionError(f"torch.export cannot export the {name}: {why[:300]}") from error
     for node in program.graph.nodes:
@@ -96,6 +106,8 @@ def outputs_of(model: nn.Module, inputs: Tensor) -> list[Tensor]:
     except Exception as error:  # a network may raise anything for an input that does not fit it
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise ConversionError(f"the {name} does not take an input of {shape}: {why}") from error
+    if odd := [output.layout for output in outputs if output.layout is not torch.strided]:
+        raise ConversionError(f"the {name} returns a tensor of the layout {odd[0]}; expected dense ones")
     if not outputs:
         raise ConversionError(f"the {name} returns no tensor; expected one, or a list or mapping of them")
     return outputs

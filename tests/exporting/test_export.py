@@ -219,7 +219,7 @@ def test_onnx_files_that_are_not_ours(onnx: Path, cli: Cli, tmp_path: Path) -> N
     theirs = data.replace(onnx_file.ABOUT.encode(), b"somebody_elses_word_")
     for name, content, says in (
         ("theirs", theirs, "popup-surgery export did not write this ONNX file"),
-        ("cut", data[: len(data) // 2], "ONNX Runtime .* cannot open it: "),
+        ("cut", data[: len(data) // 2], "this ONNX file is damaged, or cut off"),
         ("text", data.replace(b'"architecture"', b'"architectur_"'), "has no architecture"),
     ):
         (tmp_path / f"{name}.onnx").write_bytes(content)
