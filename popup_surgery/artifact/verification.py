@@ -66,7 +66,8 @@ def verify(
                 network = fill_network(contents, model, base)  # first, as masks wait for shapes that match
             except ArtifactError as error:
                 failed = error
-        entries = [(entry, contents.masks[entry.name]) for entry in manifest.masked]
+        bits = contents.bits
+        entries = [(entry, bits[entry.name]) for entry in manifest.masked]
         checks: list[Check] = [("manifest, masks, stored tensors", True, "match their digests")]
         word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
         if manifest.base is None:

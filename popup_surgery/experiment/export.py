@@ -132,9 +132,9 @@ def export(
     name = f"{about.architecture.library}/{about.architecture.name}"
     if suffix == ".safetensors":
         return Exported(path, name, tensors=write_dense(model, path, about.provenance))
-    data = None if artifact is None else _data(artifact, needed=data_dir is not None)
+    data = None if artifact is None else known_data(artifact, needed=data_dir is not None)
     with _running(model, suffix == ".onnx") as model:
-        inputs = _checked(example) if example is not None else _example(model, artifact, data)
+        inputs = _checked(example) if example is not None else example_for(model, artifact, data)
         inputs = inputs.to(next(model.parameters(), torch.empty(0)).dtype) if inputs.is_floating_point() else inputs
         if suffix == ".onnx" and not packed:
             check_size(model)
@@ -240,7 +240,7 @@ def _with_size(provenance: Mapping[str, Any], images: Tensor) -> dict[str, Any]:
     return {**provenance, "recipe": {**recipe, "data": {**recipe["data"], "input_size": list(images.shape[1:])}}}
 
 
-def _example(model: nn.Module, artifact: Artifact | None, data: Data | None) -> Tensor:
+def example_for(model: nn.Module, artifact: Artifact | None, data: Data | None) -> Tensor:
     """Return random inputs of the size that the file's probe, its recipe or the network names."""
     seed, shape = 0, None
     if artifact is not None:
@@ -256,7 +256,7 @@ def _example(model: nn.Module, artifact: Artifact | None, data: Data | None) -> 
     return probe_input(seed, shape)
 
 
-def _data(artifact: Artifact, needed: bool) -> Data | None:
+def known_data(artifact: Artifact, needed: bool = False) -> Data | None:
     """Return the data section of the recipe that a file records; None if it has none, or none that is known.
 
     Raises:

@@ -6,9 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from ..errors import ConversionError
 from ..torch_compat import DATA_DEPENDENT, SPECIALIZED
@@ -32,7 +34,7 @@ def trace(model: nn.Module, example: Tensor) -> ExportedProgram:
         shapes = (shapes,)
     try:
         # attention by its formula: the result of other kernels has strides that ONNX's translation does not give it
-        with torch.no_grad(), silence(), sdpa_kernel(SDPBackend.MATH):
+        with torch.no_grad(), silence(), sdpa_kernel(SDPBackend.MATH), _AttentionOnFourAxes():
             program = torch.export.export(model, (pair,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # the tracer runs the network's own code, which may raise anything
         name, why = type(model).__name__, " ".join(str(error).split())
@@ -50,6 +52,32 @@ def trace(model: nn.Module, example: Tensor) -> ExportedProgram:
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # it has the paths of this machine
     return program
+
+
+class _AttentionOnFourAxes(TorchFunctionMode):
+    """While it is active, attention gets tensors of four axes, the only ones that ONNX's translation takes."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        names = ("query", "key", "value", "attn_mask")
+        given = {**dict(zip(names, args)), **(kwargs or {})}
+        return _attention(*(given.pop(name, None) for name in names), *args[4:], **given)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **more: Any) -> Any:
+    """Return what `F.scaled_dot_product_attention` does, and call it with four axes."""
+    tensors = (query, key, value, mask)
+    if query.ndim < 4:  # a mask is broadcast
+        tensors = (*(tensor[(None,) * (4 - tensor.ndim)] for tensor in tensors[:3]), mask)
+    elif query.ndim > 4:
+        lead = query.shape[:-3]
+        tensors = tuple(
+            each if each is None or each.ndim < 4 else each.expand(*lead, *each.shape[-3:]).flatten(0, -4)
+            for each in tensors
+        )
+    found = F.scaled_dot_product_attention(*tensors, *args, **more)
+    return found if query.ndim == 4 else found.reshape(*query.shape[:-1], value.shape[-1])
 
 
 def program_bytes(program: ExportedProgram) -> bytes:

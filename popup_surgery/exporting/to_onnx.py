@@ -45,10 +45,26 @@ def to_onnx(program: ExportedProgram, inputs: str, outputs: list[str]) -> "onnx_
             cause = cause.__cause__
         raise ConversionError(f"the network cannot be written as ONNX: {' '.join(str(cause).split())[:300]}") from error
     model: onnx_ir.Model = translated.model
+    _register_constants(model)
     _name_layers(model)
     strip(model)
     _name_batch(model)
     return model
+
+
+def _register_constants(model: "onnx_ir.Model") -> None:
+    """Let the graph have every constant that its nodes read.
+
+    onnxscript's optimiser forgets one of two with the same name, as it calls the bounds of two clamps of one tensor.
+    """
+    graph = model.graph
+    there = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for value in [value for node in graph for value in node.inputs if value is not None]:
+        if value.producer() is None and value.const_value is not None and id(value) not in there:
+            there.add(id(value))
+            if value.name is None or value.name in graph.initializers:
+                value.name = f"{value.name}_{len(there)}"
+            graph.register_initializer(value)
 
 
 def _name_layers(model: "onnx_ir.Model") -> None:

@@ -1,5 +1,6 @@
 """Weights of the values −c, 0 and +c at two bits each: a byte for four of them, and a table of all bytes."""
 
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 
@@ -23,19 +24,19 @@ def _signs_of_bytes() -> Tensor:
 def unpack(codes: Tensor, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the weights that `codes` stand for: a new contiguous tensor with the dtype and device of `value`.
 
-    The operator `popup_surgery::unpack`, so that a graph of `torch.compile` or `torch.export` has it as one node.
+    For tracers it is the operator `popup_surgery::unpack`, so that a graph of `torch.compile` or `torch.export` has it
+    as one node. The first call of such an operator imports the whole compiler, some 160 MB; so others do without.
 
     Args:
         codes: uint8 [ceil(n / 4)], as `artifact.rebuild.codes` makes them.
         value: the constant c > 0, [1], of any float dtype.
         shape: of the weights, n in all.
     """
-    return unpack_op(codes, value, shape)
+    traced = torch.compiler.is_compiling() or type(codes) is not Tensor
+    return unpack_op(codes, value, shape) if traced else _unpack(codes, value, shape)
 
 
-@torch.library.custom_op("popup_surgery::unpack", mutates_args=())
-def unpack_op(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
-    """The operator behind `unpack`."""
+def _unpack(codes: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor:
     wide = value.dtype if value.dtype.itemsize > 2 else torch.float32  # which the CPU multiplies, unlike 8 bits
     table = _signs_of_bytes().to(value.device).to(wide) * value.detach().to(wide)  # exact, and +0.0 where dropped
     table = table.to(value.dtype)
@@ -50,6 +51,12 @@ def unpack_op(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
             piece = slice(start, start + _PIECE)
             np.take(rows, bytes_[piece], axis=0, out=out[piece], mode="clip")
     return four.view(-1)[: prod(shape)].view(shape)
+
+
+@torch.library.custom_op("popup_surgery::unpack", mutates_args=())
+def unpack_op(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
+    """The operator behind `unpack`."""
+    return _unpack(codes, value, shape)
 
 
 @unpack_op.register_fake
