@@ -417,13 +417,14 @@ def test_damaged_files(exported: Path, cli: Cli, tmp_path: Path) -> None:
 
 
 HIDING = """
-import importlib.abc, sys
+import sys
+from importlib.machinery import PathFinder
 _, hidden, *calls = sys.argv
-class Hidden(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name == hidden:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Hidden())
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name == hidden else super().find_spec(name, path, target)
+sys.meta_path[:] = [Without if finder is PathFinder else finder for finder in sys.meta_path]
 from popup_surgery.commands import main
 for call in calls:
     sys.argv = ["popup-surgery", *call.split("|")]
