@@ -13,6 +13,7 @@ from .edge_popup import EdgePopup
 from .piggyback import Piggyback
 from .random_mask import RandomMask
 from .sampling import sampled
+from .signed import Signed
 from .supermask import Supermask
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Learner",
     "Piggyback",
     "RandomMask",
+    "Signed",
     "Supermask",
     "get_learner",
     "register_learner",
@@ -77,6 +79,7 @@ register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
 register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
+register_learner("signed", Signed())
 
 
 def _take(name: str, found: Any) -> None:

@@ -44,6 +44,8 @@ class Learner(ABC):
 
     Attributes:
         takes_k: whether k sets the share of weights that is kept. Otherwise the scores alone decide how many take part.
+        takes_floor: whether `select` and `select_traced` take `floors`, as `selection.select` does. They get it only
+            where `convert` was called with a floor.
         trains: whether the scores are trained. Otherwise they keep their first values.
         samples: whether each read of a mask may give a different one. `masks`, `bake` and `save` then use the network
             that `describe_sample` names.
@@ -56,9 +58,12 @@ class Learner(ABC):
             `learns_weights`.
         starts_whole: whether all weights take part at first, so that training begins with the network as it is. Layers
             of a pretrained network that have no pretrained weights, such as a new head, are then trained, not masked.
+        planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
+            `sign` if their signs are learnt too. `plane` returns the bits.
     """
 
     takes_k: bool = True
+    takes_floor: bool = False
     trains: bool = True
     samples: bool = False
     ranks_weights: bool = False
@@ -66,6 +71,7 @@ class Learner(ABC):
     rescale: bool = False
     redraws: bool = False
     starts_whole: bool = False
+    planes: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,6 +109,17 @@ class Learner(ABC):
     @abstractmethod
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """Return the weight that the network computes with: shape and dtype of `weight`, differentiable in `score`."""
+
+    def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        """Return the bits of a plane in `planes`: bool, one for each weight that takes part, in row-major order.
+
+        The effective weights that a file gives back with them must be those of `effective`.
+
+        Args:
+            kind: the plane. For `sign`, a bit is True where the effective weight is positive.
+            weight, score, mask: as for `effective`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names the plane {kind!r} and has no method `plane`")
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return the same scores in other places, so that the weights in `masks` rank above all others and are kept.
