@@ -31,6 +31,7 @@ _HOMES = {
     "learners": ("sampled",),
     "masking.bake": ("bake",),
     "masking.convert": ("convert",),
+    "masking.density": ("density_penalty",),
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
     "masking.planning": ("plan",),
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from .learners import sampled
     from .masking.bake import bake
     from .masking.convert import convert
+    from .masking.density import density_penalty
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan
     from .masking.planning import plan

@@ -31,6 +31,7 @@ from .expected import shown
 from .keys import Key
 from .mistakes import Missing, validated
 from .overrides import override
+from .penalty import Penalty
 from .schedule import rates
 from .sections import STRICT, Hub, LotteryTicket, Share, data_title, hub_section
 from .yaml import read_yaml
@@ -237,6 +238,9 @@ class Training(_Section):
         accumulate: number of pieces into which each process cuts its part of a batch, to save memory.
             `data.batch_size` is the size of the whole batch, over all processes and pieces.
         clip_norm: largest norm of all gradients together; null for no limit.
+        density_penalty: a section with `weight` and `target`, for learners without k: the loss of each batch gains
+            `weight` · max(0, density − `target`), where the density is the share of masked weights that take part. The
+            target is 0 if it is not given.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
             each epoch.
         precision: dtype of the forward pass. Scores and their ranking are always float32.
@@ -276,6 +280,7 @@ class Training(_Section):
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     clip_norm: Positive | None = None
+    density_penalty: Annotated[Penalty, Field(examples=[{"weight": 1.0, "target": 0.3}])] = None
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), Key(affects_result=False)] = 10.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
