@@ -53,6 +53,6 @@ def density_penalty(model: nn.Module, weight: float = 1.0, target: float = 0.0) 
 def _check(learner: Learner) -> None:
     if learner.takes_k:
         raise ConversionError(
-            f"{type(learner).__name__} takes a k, which sets how many weights are kept; a penalty on their number needs "
-            "a learner without one, such as supermask or piggyback"
+            f"{type(learner).__name__} takes a k, which sets how many weights are kept; a penalty on their number "
+            "needs a learner without one, such as supermask or piggyback"
         )

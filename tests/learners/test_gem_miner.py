@@ -1,5 +1,6 @@
 """Gem-Miner against algorithm 1 of its paper, written out in plain PyTorch, and in the loop."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ from support import PATIENCE, equal_states, slow_except, stopping
 
 GEM = ["surgery.learner=gem_miner", "surgery.learner_options={every: 1}", "surgery.scope=global", "surgery.k=0.2"]
 FEW = ["data.max_train=96", "data.max_validation=40", "training.schedule=constant", "training.weight_decay=0"]
+SHORT = [
+    *GEM,
+    "training.epochs=4",
+    "training.lr=3",
+    "training.weight_decay=0",
+    "data.max_train=704",
+]  # the rate is for so few steps
 WEIGHTS = 23_568  # of the digits recipe
 
 
@@ -90,7 +98,7 @@ def test_it_is_algorithm_1_of_the_paper() -> None:
                 each.data.sub_(0.1 * buffer).clamp_(0, 1)
         if epoch < 3:
             flat = torch.cat([torch.where(b > 0, a.detach(), -1).view(-1) for a, b in zip(p, q, strict=True)])
-            rest = round(WEIGHTS * 0.2 ** ((epoch + 1) / 3))
+            rest = round(WEIGHTS * (kept_count(WEIGHTS, 0.2) / WEIGHTS) ** ((epoch + 1) / 3))
             least = flat.sort(descending=True).values[rest - 1]
             q = [((a.detach() >= least) & (b > 0)).float() for a, b in zip(p, q, strict=True)]
             assert sum(int(each.sum()) for each in q) == rest, "no ties"
@@ -99,10 +107,9 @@ def test_it_is_algorithm_1_of_the_paper() -> None:
     ours = scores(fit.core)
     for score, probability, flag in zip(ours, p, q, strict=True):
         assert torch.equal(score == FROZEN, flag == 0)
-        torch.testing.assert_close(score[flag > 0], probability.detach()[flag > 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(score[flag > 0], probability.detach()[flag > 0], rtol=0, atol=2e-6)
     assert all(torch.equal(mask, flag > 0) for mask, flag in zip(masks(fit.core).values(), q, strict=True))
     assert fit.history[-1].train_loss == pytest.approx(float(torch.stack(losses[9:]).mean()), rel=1e-4)
-    assert any((a.detach()[b > 0] <= 0.5).any() for a, b in zip(p, q, strict=True)), "some of the rest are below a half"
 
 
 def test_the_gradient_goes_straight_through_to_what_is_not_frozen() -> None:
@@ -124,8 +131,14 @@ def test_the_gradient_goes_straight_through_to_what_is_not_frozen() -> None:
 @pytest.mark.parametrize(("every", "epochs"), [(1, 4), (2, 5), (2, 6), (5, 3), (5, 1)])
 def test_each_round_freezes_the_same_share_of_the_rest(every: int, epochs: int) -> None:
     fit = trainer(f"training.epochs={epochs}", f"surgery.learner_options.every={every}")
-    rest = []
-    fit.run(lambda epoch: rest.append(sum(int((score != FROZEN).sum()) for score in scores(fit.core))))
+    rest, above = [], []
+
+    def after(epoch: Any) -> None:
+        ranked = torch.cat([score.view(-1) for score in scores(fit.core)])
+        rest.append(int((ranked != FROZEN).sum()))
+        above.append(int((ranked > 0.5).sum()))
+
+    fit.run(after)
     kept = kept_count(WEIGHTS, 0.2)
     every = min(every, epochs - 1)
     rounds = (epochs - 1) // every if every else 0
@@ -139,8 +152,7 @@ def test_each_round_freezes_the_same_share_of_the_rest(every: int, epochs: int) 
     shown = torch.cat([mask.view(-1) for mask in found])
     ranked = torch.cat([score.view(-1) for score in scores(fit.core)])
     assert ranked[shown].min() >= ranked[~shown].max()
-    assert fit.history[-1].density == kept / WEIGHTS
-    assert all(epoch.density != fit.history[-1].density for epoch in fit.history[:-1]), "p > ½ alone until the end"
+    assert [epoch.density for epoch in fit.history] == [number / WEIGHTS for number in [*above[:-1], kept]]
 
 
 def test_how_many_are_left() -> None:
@@ -152,7 +164,7 @@ def test_how_many_are_left() -> None:
 
 @pytest.mark.parametrize("k", [0.4, {"*": 0.4, "classifier.*": 0.9}])
 def test_layers_freeze_by_themselves_unless_they_are_ranked_together(k: Any) -> None:
-    fit = trainer("training.epochs=3", "surgery.scope=layer", f"surgery.k={k}".replace("'", ""))
+    fit = trainer("training.epochs=3", "surgery.scope=layer", f"surgery.k={json.dumps(k)}")
     fit.run(lambda epoch: None)
     for key, module, name, slot in masked_weights(fit.core):
         share = k if isinstance(k, float) else k["classifier.*" if key.startswith("classifier") else "*"]
@@ -202,24 +214,23 @@ def test_without_the_loop_the_largest_are_kept() -> None:
 
 @pytest.fixture(scope="module")
 def through(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return train("digits", overrides=[*GEM, "training.epochs=3"], output=tmp_path_factory.mktemp("gem") / "run")
+    return train("digits", overrides=SHORT, output=tmp_path_factory.mktemp("gem") / "run")
 
 
 def test_it_learns_digits_and_writes_exactly_k(through: Any) -> None:
-    assert through.accuracy > 0.8
+    assert through.accuracy > 0.6
     assert (through.weights, through.kept) == (WEIGHTS, kept_count(WEIGHTS, 0.2))
     assert inspect(through.file).kept == through.kept
     assert equal_states(through.model, load(through.file))
     assert [round(epoch.density, 3) for epoch in through.history][-1] == 0.2
 
 
-@pytest.mark.parametrize("after", slow_except([20, 45, 60, 134], [60]))
+@pytest.mark.parametrize("after", slow_except([10, 22, 30, 87], [30]))
 def test_a_run_that_was_stopped_ends_in_the_same_file(after: int, through: Any, tmp_path: Path) -> None:
     """Within an epoch and at the end of one, before the first round, after it, and in the last epoch."""
-    overrides = [*GEM, "training.epochs=3"]
     with pytest.raises(Stopped):
-        train("digits", overrides=overrides, output=tmp_path / "run", progress=stopping(after))
-    result = train("digits", overrides=overrides, output=tmp_path / "run", resume=True)
+        train("digits", overrides=SHORT, output=tmp_path / "run", progress=stopping(after))
+    result = train("digits", overrides=SHORT, output=tmp_path / "run", resume=True)
     assert result.file.read_bytes() == through.file.read_bytes()
     assert [e.density for e in result.history] == [e.density for e in through.history]
 
@@ -244,7 +255,7 @@ def test_it_starts_from_the_mask_of_a_file(through: Any, tmp_path: Path) -> None
         slot.ranking.at(1.0)
     save(net, tmp_path / "again")
     assert equal_states(load(tmp_path / "again"), load(through.file))
-    overrides = [*GEM, "surgery.k=0.1", f"model.init_from={through.file}", "training.epochs=2"]
+    overrides = [*GEM, *FEW, "surgery.k=0.1", f"model.init_from={through.file}", "training.epochs=2"]
     result = train("digits", overrides=overrides, output=tmp_path / "run")
     assert result.kept == kept_count(WEIGHTS, 0.1)
 
@@ -257,7 +268,7 @@ def test_every_scheme(scheme: str, tmp_path: Path) -> None:
     assert inspect(tmp_path / "net").kept == kept_count(108, 0.3)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", slow_except(["eager", "aot_eager", "inductor"], ["eager"]))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_a_compiled_network_has_the_same_masks(backend: str) -> None:
     torch._dynamo.reset()

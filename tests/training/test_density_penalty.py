@@ -166,17 +166,19 @@ def test_ten_steps_are_those_of_the_loss_with_the_penalty(accumulate: int) -> No
 
 
 LEARN = {
-    "supermask": [*SUPERMASK, "training.lr=50", "training.epochs=6"],
-    "piggyback": [*PIGGYBACK, "training.lr=0.01", "training.epochs=6"],
+    "supermask": [*SUPERMASK, "training.lr=50", "training.epochs=4"],
+    "piggyback": [*PIGGYBACK, "training.lr=0.03", "training.epochs=4"],
 }
+WEIGHT = {"supermask": 2.0, "piggyback": 5.0}
 
 
 @pytest.mark.parametrize("learner", LEARN)
 def test_a_target_is_reached_that_is_not_without_it(learner: str, tmp_path: Path) -> None:
     without = train("digits", overrides=LEARN[learner], output=tmp_path / "without")
     assert without.kept / without.weights > 0.4
-    result = train("digits", overrides=[*LEARN[learner], PENALTY], output=tmp_path / "with")
-    assert abs(result.kept / result.weights - 0.3) < 0.02
+    penalty = f"training.density_penalty={{weight: {WEIGHT[learner]}, target: 0.3}}"
+    result = train("digits", overrides=[*LEARN[learner], penalty], output=tmp_path / "with")
+    assert abs(result.kept / result.weights - 0.3) < 0.03
     assert result.accuracy > 0.7
     assert [epoch.density for epoch in result.history][-1] == result.kept / result.weights
 
