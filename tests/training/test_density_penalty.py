@@ -151,7 +151,7 @@ def test_ten_steps_are_those_of_the_loss_with_the_penalty(accumulate: int) -> No
             m = {key: (each > threshold).float() + (each - each.detach()) for key, each in s.items()}
             logits = torch.func.functional_call(plain, {key: weights[key] * m[key] for key in m}, (images,))
             share = sum(each.sum() for each in m.values()) / n
-            found.append(float(share))
+            found.append(float(share.detach()))
             loss = nn.functional.cross_entropy(logits, labels) + 100 * (share - 0.9).clamp(min=0)
             for key, grad in zip(s, torch.autograd.grad(loss, list(s.values())), strict=True):
                 buffers[key].mul_(0.9).add_(grad)
