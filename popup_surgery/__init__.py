@@ -23,6 +23,7 @@ _HOMES = {
         "ArtifactError", "ConversionError", "DataError", "HubError", "MaskedWeightError", "NothingToConvert",
         "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
+    "experiment.bench": ("Bench", "Way", "bench"),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.export": ("Exported", "export"),
     "experiment.results": ("Result",),
@@ -32,6 +33,7 @@ _HOMES = {
     "masking.bake": ("bake",),
     "masking.convert": ("convert",),
     "masking.density": ("density_penalty",),
+    "masking.k_schedule": ("KSchedule", "set_k"),
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
     "masking.planning": ("plan",),
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
         RunError,
         UnknownName,
     )
+    from .experiment.bench import Bench, Way, bench
     from .experiment.evaluate import Evaluation, evaluate, predict
     from .experiment.export import Exported, export
     from .experiment.results import Result
@@ -72,6 +75,7 @@ if TYPE_CHECKING:
     from .masking.bake import bake
     from .masking.convert import convert
     from .masking.density import density_penalty
+    from .masking.k_schedule import KSchedule, set_k
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan
     from .masking.planning import plan

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact import Artifact, Manifest
+from ..artifact.planes import Bits
 from ..config.schema import Data
 from ..data.batches import Batches, Progress, quiet
 from ..errors import ConversionError
@@ -20,6 +21,7 @@ from ..experiment.setup import open_for
 from ..plots import Group
 from ..torch_compat import BatchNorm
 from ..training.evaluation import accuracy_of
+from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
 
 VALUES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # as in "Weight Agnostic Neural Networks", NeurIPS 2019
@@ -111,8 +113,9 @@ def sanity(
     """Measure the accuracy of the subnetwork in a popup artifact, and of variants in which one part is replaced.
 
     The variants are: weights drawn from other seeds under the same mask, unless all are pretrained; the mask shuffled
-    within each layer; the mask inverted; and one shared value for all weights. If the network has BatchNorm, it and
-    each variant are also measured with their own running statistics, from at most 100 batches of training images.
+    within each layer; the mask inverted; and one shared value for all weights. Learnt signs belong to the mask: they
+    stay with it, move with it, and multiply a shared value; an inverted mask has none. If the network has BatchNorm, it
+    and each variant are also measured with their own running statistics, from at most 100 batches of training images.
 
     Args:
         path: the file, or an open `Artifact`.
@@ -131,7 +134,7 @@ def sanity(
     model = artifact.network(base=base, masked=False).to("cuda" if torch.cuda.is_available() else "cpu")
     norms = [m for m in model.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
     batches = open_for(model, data, progress, train=bool(norms), classes=class_names(artifact))
-    parts = _Parts(manifest, model, artifact.masks())
+    parts = _Parts(manifest, model, artifact.contents.decode())
     changes = _changes(manifest, repeats, values)
     found, images = [], 0
     with progress(len(changes), "measuring") as advance:
@@ -158,29 +161,30 @@ def _changes(manifest: Manifest, repeats: int, values: Sequence[float]) -> list[
 
 
 class _Parts:
-    """The masked weights of `model` and their masks, to be combined in other ways. At first `model` has all weights."""
+    """The masked weights of `model` and their bits, to be combined in other ways. At first `model` has all weights."""
 
-    def __init__(self, manifest: Manifest, model: nn.Module, masks: dict[str, Tensor]) -> None:
+    def __init__(self, manifest: Manifest, model: nn.Module, bits: dict[str, Bits]) -> None:
         self.masked = manifest.masked
         self.weights = {entry.name: model.get_parameter(entry.name).detach() for entry in manifest.masked}
         self.first = {name: weight.clone() for name, weight in self.weights.items()}
-        self.masks = {name: mask.to(self.weights[name].device) for name, mask in masks.items()}
+        self.bits = bits
 
     def put(self, change: str, value: float | None) -> None:
         """Fill the network with its weights and masks after one change."""
         for place, entry in enumerate(self.masked):
-            weight, mask = self.first[entry.name], self.masks[entry.name]
+            weight, bits, factor = self.first[entry.name], self.bits[entry.name], 1.0
             if change == SEEDS and (source := source_of(entry.distribution)).drawn:
                 weight = torch.empty_like(weight)
                 source.fill(weight, entry.std, int(value or 0), entry.stream)
             elif change == SHUFFLED:
-                order = torch.from_numpy(np.random.default_rng([int(value or 0), place]).permutation(mask.numel()))
-                mask = mask.view(-1)[order.to(mask.device)].view(mask.shape)
+                bits = bits.moved(np.random.default_rng([int(value or 0), place]).permutation(entry.numel))
             elif change == INVERTED:
-                mask = ~mask
+                bits = Bits(~bits.mask)
             elif change == SHARED:
-                weight = torch.full_like(weight, value or 0.0)
-            self.weights[entry.name].copy_(torch.where(mask, weight, 0.0))
+                weight, factor = torch.ones_like(weight), value or 0.0
+            effective = bits.effective(piece.float().numpy() for piece in pieces_of(weight))
+            # + 0 makes +0.0 of −0.0, where a negative factor meets a weight that does not take part
+            fill(self.weights[entry.name], (piece * np.float32(factor) + np.float32(0) for piece in effective))
 
 
 @contextmanager

@@ -11,18 +11,18 @@ from ..codecs import get_codec
 from ..errors import ArtifactError
 from .container import METADATA
 from .manifest import MANIFEST_LIMIT, Manifest, read_manifest
-from .rebuild import Packed
+from .planes import Bits
 from .strict_json import canonical
 
 
 def assemble(
-    manifest: Manifest, masks: Mapping[str, Packed], stored: Mapping[str, Tensor], encoding: str | None = None
+    manifest: Manifest, bits: Mapping[str, Bits], stored: Mapping[str, Tensor], encoding: str | None = None
 ) -> tuple[Manifest, bytes]:
     """Return the manifest as the file has it, and the bytes of the file.
 
     Args:
-        manifest: what the file says; its digests and the numbers of kept weights are those of `masks` and `stored`.
-        masks: the packed mask of each masked weight, by name.
+        manifest: what the file says; its digests and the numbers of kept weights are those of `bits` and `stored`.
+        bits: the packed mask of each masked weight, by name, and its planes.
         stored: the tensors that no seed gives, by name, on the CPU.
         encoding: the codec of all masks; None: of each mask the one that the manifest names.
 
@@ -41,7 +41,8 @@ def assemble(
         raise ArtifactError(f"the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
     tensors = {
-        f"{e.name}.mask": torch.from_numpy(get_codec(e.encoding).to_bytes(masks[e.name], e.shape, e.kept or 0))
+        f"{e.name}.mask": torch.from_numpy(get_codec(e.encoding).to_bytes(bits[e.name].mask, e.shape, e.kept or 0))
         for e in manifest.masked
     }
+    tensors |= {f"{name}.{kind}": torch.from_numpy(p) for name, b in bits.items() for kind, p in b.planes.items()}
     return manifest, serialize(tensors | dict(stored), metadata={METADATA: text})

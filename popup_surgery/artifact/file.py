@@ -17,12 +17,35 @@ from ..masking.bake import masks as network_masks
 from .assemble import assemble
 from .container import Container, Header, local, located, open_file, read_safetensors
 from .manifest import Manifest
+from .planes import Packed
 from .reader import Contents, Parts, naming, read_contents, read_front
-from .rebuild import Packed, masks_digest, stored_tensor
+from .rebuild import masks_digest, stored_tensor
 from .restore import check_packable, fill_network
 
 if TYPE_CHECKING:
     from ..hub.files import HubFile
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Where the bytes of a file go.
+
+    Attributes:
+        masks: of the masks, in their encodings.
+        planes: of the planes beside them, such as learnt signs.
+        stored: of the tensors that no seed gives, such as trained norms and statistics.
+        header: of the manifest, and of safetensors' own header around it.
+    """
+
+    masks: int
+    planes: int
+    stored: int
+    header: int
+
+    @property
+    def total(self) -> int:
+        """The file's size."""
+        return self.masks + self.planes + self.stored + self.header
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,25 +97,35 @@ class Artifact:
 
         Args:
             manifest: its numbers of kept weights and its `masks_sha256` are replaced by those of `masks`; everything
-                else, such as `weights_sha256` and the probe, must be right already.
+                else, such as `weights_sha256` and the probe, must be right already. It has no planes, which are for
+                the weights that its own masks keep.
             masks: the packed mask of each masked weight, by name.
             stored: the tensors that no seed gives, as in another artifact's `contents.stored`.
             path: what messages call it.
         """
+        if entry := next((entry for entry in manifest.masked if entry.planes), None):
+            raise ArtifactError(f"{entry.name!r} has the plane {entry.planes[0]!r}, which is for another mask")
         decoded = {entry.name: masks[entry.name] for entry in manifest.masked}
         entries = tuple(replace(entry, kept=ones(decoded[entry.name])) for entry in manifest.masked)
         manifest = replace(manifest, masked=entries, masks_sha256=masks_digest(list(decoded.values())))
         artifact = cls(path, manifest, None)
-        artifact.__dict__["contents"] = Contents(manifest, {}, stored, decoded)
+        artifact.__dict__["contents"] = Contents.of(manifest, decoded, stored)
         return artifact
 
     @property
     def mask_bits(self) -> int | None:
         """How many bits all masks take in the file; None for an artifact in memory."""
+        return None if (sizes := self.sizes) is None else 8 * sizes.masks
+
+    @property
+    def sizes(self) -> Sizes | None:
+        """Where the bytes of the file go; None for an artifact in memory."""
         if self.container is None:
             return None
-        tensors = self.container.tensors
-        return sum(8 * tensors[f"{entry.name}.mask"].shape[0] for entry in self.manifest.masked)
+        sizes = {name: tensor.stop - tensor.start for name, tensor in self.container.tensors.items()}
+        parts = [[sizes.pop(name) for name in entry.tensors] for entry in self.manifest.masked]
+        masks, planes = sum(mask for mask, *_ in parts), sum(sum(rest) for _, *rest in parts)
+        return Sizes(masks, planes, sum(sizes.values()), self.container.data_start)
 
     @cached_property
     def contents(self) -> Contents:
@@ -129,7 +162,7 @@ class Artifact:
         with naming(self.path):
             contents = self.contents
             stored = {name: stored_tensor(*part) for name, part in contents.stored.items()}
-            manifest, data = assemble(self.manifest, contents.masks, stored, encoding)
+            manifest, data = assemble(self.manifest, contents.bits, stored, encoding)
         write_atomically(path, data)
         return manifest
 

@@ -15,11 +15,12 @@ from ..models.architecture import Architecture, Base
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
+from .planes import PLANES
 from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
-FEATURES = ("range_coded",)  # what `requires` may name: encodings that readers of the first files do not know
+FEATURES = ("range_coded", *PLANES)  # what `requires` may name: what readers of the first files do not know
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
@@ -29,9 +30,10 @@ PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pi
 class TensorSpec:
     """A tensor that the seed gives: name, stream name, shape, dtype, distribution and standard deviation.
 
-    `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask. A
-    masked tensor with the distribution `base` is not drawn: its values come from the base, and its `std` is 0. `note`
-    is informational: scheme, scaled, k, fan_in.
+    `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask, and
+    `planes` are the kinds of the planes that change the weights that take part. A masked tensor with the distribution
+    `base` is not drawn: its values come from the base, and its `std` is 0. `note` is informational: scheme, scaled, k,
+    fan_in.
     """
 
     name: str
@@ -43,10 +45,16 @@ class TensorSpec:
     kept: int | None = None
     note: dict[str, Any] = field(default_factory=dict)
     encoding: str = "bitpack"
+    planes: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def tensors(self) -> list[str]:
+        """Names of the file's tensors for this masked one: the mask, and the planes."""
+        return [f"{self.name}.{part}" for part in ("mask", *self.planes)]
 
     def text(self) -> dict[str, Any]:
         """Return the tensor's entry in the manifest."""
@@ -57,7 +65,8 @@ class TensorSpec:
             "dtype": self.dtype,
         }
         entry |= {"distribution": self.distribution, **self.note, **source_of(self.distribution).record(self.std)}
-        return entry if self.kept is None else entry | {"kept": self.kept, "encoding": self.encoding}
+        entry |= {} if self.kept is None else {"kept": self.kept, "encoding": self.encoding}
+        return entry | ({"planes": list(self.planes)} if self.planes else {})
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ class Manifest:
     @property
     def requires(self) -> list[str]:
         """What a reader must know beyond the first version of the format."""
-        return [feature for feature in FEATURES if any(entry.encoding == feature for entry in self.masked)]
+        used = {name for entry in self.masked for name in (entry.encoding, *entry.planes)}
+        return [feature for feature in FEATURES if feature in used]
 
     def text(self) -> dict[str, Any]:
         """Return the JSON object, including `manifest_sha256`."""
@@ -169,7 +179,7 @@ def read_manifest(text: str) -> Manifest:
     )
     if manifest["requires"] != result.requires:
         raise ArtifactError(
-            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings say"
+            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings and planes say"
         )
     _check_names(result)
     return result
@@ -305,6 +315,9 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         else None,
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
+        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}", _planes))
+        if masked and "planes" in entry
+        else (),
     )
 
 
@@ -313,6 +326,10 @@ def _standard_deviation(value: Any) -> bool:
     return (
         type(value) is float and float(torch.tensor(value, dtype=torch.float32)) > 0 and value * 3**0.5 <= FLOAT32_MAX
     )
+
+
+def _planes(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and value == [kind for kind in PLANES if kind in value]
 
 
 def _known(value: Any, names: Any) -> bool:

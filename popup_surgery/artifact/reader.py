@@ -16,7 +16,8 @@ from ..codecs.bitpack import ones
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, TensorSpec, read_manifest
-from .rebuild import Packed, masks_digest, tensors_digest
+from .planes import Bits, Packed, plane_error
+from .rebuild import masks_digest, tensors_digest
 
 if TYPE_CHECKING:
     from ..hub.files import HubFile
@@ -31,25 +32,36 @@ class Contents:
 
     Attributes:
         encoded: each mask's bytes as the file has them.
+        stored: the tensors that no seed gives.
+        planes: of each masked weight, what changes the weights that take part. Checked.
     """
 
     manifest: Manifest
     encoded: Mapping[str, memoryview]
     stored: Parts
-    _decoded: dict[str, Packed] = field(default_factory=dict, repr=False)
+    planes: Mapping[str, Mapping[str, Packed]] = field(default_factory=dict)
+    _decoded: dict[str, Bits] = field(default_factory=dict, repr=False)
 
-    def decode(self) -> dict[str, Packed]:
-        """Return the packed masks, decoded and checked once. The file must have been compared with a network before."""
+    @classmethod
+    def of(cls, manifest: Manifest, masks: Mapping[str, Packed], stored: Parts) -> "Contents":
+        """Return what a file in memory would have, whose masks are decoded already and have no planes."""
+        return cls(manifest, {}, stored, {}, {name: Bits(mask) for name, mask in masks.items()})
+
+    def decode(self) -> dict[str, Bits]:
+        """Return the packed masks, decoded and checked once. The file must have been compared with a network before.
+
+        Each has its planes with it, without which the weights under it are others.
+        """
         if not self._decoded:
             masks = {entry.name: _mask(entry, self.encoded[entry.name]) for entry in self.manifest.masked}
             if masks_digest(list(masks.values())) != self.manifest.masks_sha256:
                 raise ArtifactError("masks_sha256 does not match: a mask is damaged")
-            self._decoded.update(masks)
+            self._decoded.update({name: Bits(mask, self.planes.get(name, {})) for name, mask in masks.items()})
         return self._decoded
 
     @property
-    def masks(self) -> dict[str, Packed]:
-        """The packed masks where no network is at hand, whose bits a file of almost no bytes may ask for.
+    def bits(self) -> dict[str, Bits]:
+        """What `decode` returns, where no network is at hand, whose bits a file of almost no bytes may ask for.
 
         Raises:
             ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
@@ -60,6 +72,11 @@ class Contents:
                 f"the masks are for more than {LIMIT:,} weights, and no network is at hand to compare them with"
             )
         return self.decode()
+
+    @property
+    def masks(self) -> dict[str, Packed]:
+        """The packed masks of `bits`, without planes."""
+        return {name: bits.mask for name, bits in self.bits.items()}
 
 
 @contextmanager
@@ -94,16 +111,25 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
     data = memoryview(buffer)
     parts: Parts = {name: (tensor, data[tensor.start : tensor.stop]) for name, tensor in container.tensors.items()}
     encoded = {entry.name: parts.pop(f"{entry.name}.mask")[1] for entry in manifest.masked}
+    digest = tensors_digest({name: (t.dtype, t.shape, part) for name, (t, part) in parts.items()})
+    planes = {
+        entry.name: {kind: np.frombuffer(parts.pop(f"{entry.name}.{kind}")[1], np.uint8) for kind in entry.planes}
+        for entry in manifest.masked
+    }
     for name, (tensor, part) in parts.items():
         if tensor.dtype == "BOOL" and np.frombuffer(part, np.uint8).max(initial=0) > 1:
             raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
-    if tensors_digest({name: (t.dtype, t.shape, part) for name, (t, part) in parts.items()}) != manifest.tensors_sha256:
+    for entry in manifest.masked:
+        for kind, plane in planes[entry.name].items():
+            if wrong := plane_error(plane, entry.kept or 0):
+                raise ArtifactError(f"'{entry.name}.{kind}' {wrong}")
+    if digest != manifest.tensors_sha256:
         raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
-    return Contents(manifest, encoded, parts)
+    return Contents(manifest, encoded, parts, planes)
 
 
 def _check_masks(manifest: Manifest, container: Container) -> None:
-    """Check that each masked tensor has a mask, and that its size is possible."""
+    """Check that each masked tensor has a mask and its planes, and that their sizes are possible."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
         sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0)
@@ -114,6 +140,14 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
             low, high = sizes.start, sizes.stop - 1
             expected = f"U8 [{low}]" if low == high else f"U8 [{low} to {high}]"
             raise ArtifactError(f"'{entry.name}.mask' is {found}; expected {expected} for {list(entry.shape)}")
+        for kind in entry.planes:
+            name, size = f"{entry.name}.{kind}", -(-(entry.kept or 0) // 8)
+            plane = container.tensors.get(name)
+            if plane is None:
+                raise ArtifactError(f"{entry.name!r} has no plane {kind!r}; expected the tensor {name!r}")
+            if plane.dtype != "U8" or plane.shape != (size,):
+                found = f"{plane.dtype} {list(plane.shape)}"
+                raise ArtifactError(f"{name!r} is {found}; expected U8 [{size}] for {entry.kept:,} kept weights")
 
 
 def _check_places(manifest: Manifest, container: Container) -> None:
@@ -121,7 +155,7 @@ def _check_places(manifest: Manifest, container: Container) -> None:
     described = {e.name for e in (*manifest.masked, *manifest.generated)} | {*manifest.constants, *manifest.aliases}
     if both := described & container.tensors.keys():
         raise ArtifactError(f"{min(both)!r} is among the stored tensors, and in the manifest's lists too")
-    known = described | (container.tensors.keys() - {f"{entry.name}.mask" for entry in manifest.masked})
+    known = described | (container.tensors.keys() - {name for entry in manifest.masked for name in entry.tensors})
     for name, target in manifest.aliases.items():
         if target not in known:
             raise ArtifactError(f"aliases[{name!r}] is {target!r}, which the file does not hold")

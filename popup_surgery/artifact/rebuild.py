@@ -1,7 +1,7 @@
 """Rebuild weights from a seed and a mask, and compute digests over them."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -13,8 +13,7 @@ from ..weights.source import source_of
 from ..weights.streams import BITS, CHUNK, draw, words
 from .container import DTYPES, Stored
 from .manifest import TensorSpec
-
-Packed = NDArray[np.uint8]
+from .planes import Bits, Packed
 
 
 def generated_pieces(entry: TensorSpec, seed: int) -> Iterator[NDArray[np.float32]]:
@@ -23,15 +22,21 @@ def generated_pieces(entry: TensorSpec, seed: int) -> Iterator[NDArray[np.float3
 
 
 def effective_pieces(
-    entry: TensorSpec, seed: int, mask: Packed, base: Tensor | None = None
+    entry: TensorSpec, seed: int, bits: Bits, base: Tensor | None = None
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield effective weights in pieces of float32: the drawn or `base` weight where the bit is 1, +0.0 elsewhere."""
-    if entry.distribution == "signed_constant":
-        yield from _signed_pieces(entry, seed, mask)
+    """Yield effective weights in pieces of float32: the drawn or `base` weight where the bit is 1, +0.0 elsewhere.
+
+    If there are planes, they change the weights that take part.
+    """
+    if entry.distribution == "signed_constant" and not bits.planes:
+        yield from _signed_pieces(entry, seed, bits.mask)
         return
     weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base)
-    for piece, bits in zip(weights, unpack(mask, entry.numel), strict=True):
-        yield (piece.view(np.uint32) & bits).view(np.float32)  # a bitwise AND, so that no −0.0 comes out
+    if bits.planes:
+        yield from bits.effective(weights)
+        return
+    for piece, ones in zip(weights, unpack(bits.mask, entry.numel), strict=True):
+        yield (piece.view(np.uint32) & ones).view(np.float32)  # a bitwise AND, so that no −0.0 comes out
 
 
 def _signed_pieces(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[NDArray[np.float32]]:
@@ -55,19 +60,25 @@ def _rows(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[Packed]:
         yield np.stack([bits << 4 | raw & 15, bits & 240 | raw >> 4], axis=1).reshape(-1)
 
 
-CONSTANTS = ("signed_constant", "unsigned_constant")
+CONSTANTS = ("signed_constant", "unsigned_constant")  # what `codes` takes, and with which planes
+WITH_SIGNS = ((), ("sign",))
 
 
-def codes(entry: TensorSpec, seed: int, mask: Packed) -> Packed:
+def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
     """Return constants under a mask as bits, for `masking.ternary.unpack`: uint8 [ceil(n / 4)], four in each byte.
 
     The high half of a byte says which are kept, the low half which are positive; lowest bit first.
     """
     out = np.empty(-(-entry.numel // 4), np.uint8)
-    if entry.distribution == "signed_constant":
+    mask = bits.mask
+    pieces: Iterable[Packed]
+    if "sign" in bits.planes:
+        signs = bits.spread("sign", entry.numel)
+        pieces = [np.stack([mask << 4 | signs & 15, mask & 240 | signs >> 4], axis=1).reshape(-1)]
+    elif entry.distribution == "signed_constant":
         pieces = _rows(entry, seed, mask)
     else:
-        pieces = (np.stack([mask << 4 | 15, mask | 15], axis=1).reshape(-1) for _ in range(1))
+        pieces = [np.stack([mask << 4 | 15, mask | 15], axis=1).reshape(-1)]
     start = 0
     for piece in pieces:
         piece = piece[: len(out) - start]
@@ -76,15 +87,15 @@ def codes(entry: TensorSpec, seed: int, mask: Packed) -> Packed:
     return out
 
 
-def weights_digest(entries: list[tuple[TensorSpec, Packed]], seed: int, base: Mapping[str, Tensor]) -> str:
+def weights_digest(entries: list[tuple[TensorSpec, Bits]], seed: int, base: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 over the effective weights, rounded to their dtype and widened to float32.
 
     Args:
         base: the pretrained weights by name.
     """
     digest = hashlib.sha256()
-    for entry, mask in entries:
-        for piece in effective_pieces(entry, seed, mask, base.get(entry.name)):
+    for entry, bits in entries:
+        for piece in effective_pieces(entry, seed, bits, base.get(entry.name)):
             rounded = torch.from_numpy(piece).to(DTYPES[entry.dtype]).to(torch.float32)
             digest.update(rounded.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
@@ -99,7 +110,7 @@ def masks_digest(masks: list[Packed]) -> str:
 
 
 def tensors_digest(tensors: dict[str, tuple[str, tuple[int, ...], memoryview]]) -> str:
-    """Return the SHA-256 over name, dtype, shape and bytes of each stored tensor that is not a mask, sorted by name."""
+    """Return the SHA-256 over name, dtype, shape and bytes of each tensor that is not a mask, sorted by name."""
     digest = hashlib.sha256()
     for name, (dtype, shape, data) in sorted(tensors.items()):
         digest.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())

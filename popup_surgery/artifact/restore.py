@@ -18,8 +18,9 @@ from .base_weights import base_weights, library_tag
 from .compare import check_architecture, compare, entries_of
 from .description import as_libraries_build, cast_like
 from .manifest import Manifest
+from .planes import Bits
 from .reader import Contents
-from .rebuild import CONSTANTS, Packed, codes, effective_pieces, generated_pieces, stored_tensor
+from .rebuild import CONSTANTS, WITH_SIGNS, codes, effective_pieces, generated_pieces, stored_tensor
 
 
 def fill_network(
@@ -31,8 +32,8 @@ def fill_network(
 ) -> nn.Module:
     """Build and fill the network that `contents` describes, or fill `model` if it is given.
 
-    Masks are decoded once the shapes have matched. With `masked=False`, weights outside the mask keep their values.
-    With `packed=True`, masked weights are held as bits; `check_packable` must have allowed it.
+    Masks are decoded once the shapes have matched. With `masked=False`, all weights keep their values,
+    whatever planes say. With `packed=True`, masked weights are held as bits; `check_packable` must have allowed it.
     """
     manifest = contents.manifest
     if base is not None and manifest.base is None:
@@ -66,15 +67,15 @@ def fill_network(
     if model is not None:
         check_memory(core)
     compare(contents, core.state_dict(keep_vars=True))
-    masks = contents.decode()
+    bits = contents.decode()
     if not masked:
-        masks = {name: np.full_like(bits, 255) for name, bits in masks.items()}
+        bits = {name: Bits(np.full_like(each.mask, 255)) for name, each in bits.items()}
     if packed:
         places = _places_to_pack(manifest, core)
-        _fill(contents, masks, core, {}, drawn=False)
-        _pack(manifest, masks, core, places)
+        _fill(contents, bits, core, {}, drawn=False)
+        _pack(manifest, bits, core, places)
     else:
-        _fill(contents, masks, core, base_weights(manifest, core, base))
+        _fill(contents, bits, core, base_weights(manifest, core, base))
     return network.eval()
 
 
@@ -102,6 +103,11 @@ def check_packable(manifest: Manifest) -> None:
                 f"the values of {entry.name!r} are {entry.distribution}, not one constant; "
                 f"packed=True takes {' and '.join(CONSTANTS)}, so leave it out"
             )
+        if entry.planes not in WITH_SIGNS:
+            raise ArtifactError(
+                f"{entry.name!r} has the planes {', '.join(entry.planes)}, and its values are more than −c, 0 and c; "
+                "packed=True holds these alone, so leave it out"
+            )
 
 
 Places = dict[nn.Module, dict[str, str]]  # of each module the keys in the file, by parameter name
@@ -126,20 +132,20 @@ def _places_to_pack(manifest: Manifest, core: nn.Module) -> Places:
     return found
 
 
-def _pack(manifest: Manifest, masks: Mapping[str, Packed], core: nn.Module, places: Places) -> None:
+def _pack(manifest: Manifest, given: Mapping[str, Bits], core: nn.Module, places: Places) -> None:
     """Replace the masked weights by bits; weights of several modules by the same ones."""
     entries: dict[str, Tensor] = core.state_dict(keep_vars=True)
     bits: dict[str, tuple[Tensor, Tensor]] = {}
     for spec in manifest.masked:
         weight = entries[spec.name]
         value = torch.tensor([np.float32(spec.std)]).to(weight.device, weight.dtype)
-        bits[spec.name] = torch.from_numpy(codes(spec, manifest.seed, masks[spec.name])).to(weight.device), value
+        bits[spec.name] = torch.from_numpy(codes(spec, manifest.seed, given[spec.name])).to(weight.device), value
     for module, names in places.items():
         pack(module, {name: bits[key] for name, key in names.items()})
 
 
 def _fill(
-    contents: Contents, masks: Mapping[str, Packed], core: nn.Module, base: dict[str, Tensor], drawn: bool = True
+    contents: Contents, bits: Mapping[str, Bits], core: nn.Module, base: dict[str, Tensor], drawn: bool = True
 ) -> None:
     """Write every tensor of the file into the network, in place; with `drawn=False` all but the masked weights."""
     manifest = contents.manifest
@@ -155,7 +161,7 @@ def _fill(
         for spec in manifest.masked if drawn else ():
             fill(
                 entries[spec.name],
-                effective_pieces(spec, manifest.seed, masks[spec.name], base.get(spec.name)),
+                effective_pieces(spec, manifest.seed, bits[spec.name], base.get(spec.name)),
             )
         for spec in manifest.generated:
             fill(entries[spec.name], generated_pieces(spec, manifest.seed))

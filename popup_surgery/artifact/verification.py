@@ -15,23 +15,26 @@ from .reader import naming
 from .rebuild import weights_digest
 from .restore import fill_network
 
+Check = tuple[str, bool | None, str]
+_SIGNS = {True: "ok  ", False: "FAIL", None: "-   "}
+
 
 @dataclass(frozen=True)
 class Verification:
-    """The outcome of `verify`, true if all checks passed.
+    """The outcome of `verify`, true if no check failed.
 
     Attributes:
-        checks: of each check its name, whether it passed, and a short description.
+        checks: of each check its name; whether it passed, or None if it could not be made; and a short description.
     """
 
-    checks: tuple[tuple[str, bool, str], ...]
+    checks: tuple[Check, ...]
 
     def __bool__(self) -> bool:
-        return all(holds for _, holds, _ in self.checks)
+        return all(holds is not False for _, holds, _ in self.checks)
 
     def __str__(self) -> str:
         width = max(len(name) for name, _, _ in self.checks)
-        return "\n".join(f"{'ok  ' if holds else 'FAIL'}  {name:{width}}  {word}" for name, holds, word in self.checks)
+        return "\n".join(f"{_SIGNS[holds]}  {name:{width}}  {word}" for name, holds, word in self.checks)
 
 
 def verify(
@@ -45,7 +48,7 @@ def verify(
         base: as for `load`.
 
     Returns:
-        The outcome of each check; true if all passed.
+        The outcome of each check; true if none failed.
 
     Raises:
         ArtifactError: the file is damaged, or is not a popup artifact.
@@ -63,8 +66,9 @@ def verify(
                 network = fill_network(contents, model, base)  # first, as masks wait for shapes that match
             except ArtifactError as error:
                 failed = error
-        entries = [(entry, contents.masks[entry.name]) for entry in manifest.masked]
-        checks = [("manifest, masks, stored tensors", True, "match their digests")]
+        bits = contents.bits
+        entries = [(entry, bits[entry.name]) for entry in manifest.masked]
+        checks: list[Check] = [("manifest, masks, stored tensors", True, "match their digests")]
         word = f"{manifest.weights:,} of {len(manifest.masked)} layers, rebuilt from "
         if manifest.base is None:
             same = weights_digest(entries, manifest.seed, {}) == manifest.weights_sha256
@@ -80,7 +84,7 @@ def verify(
             same = values_digest(tensors[entry.name] for entry in manifest.masked) == manifest.weights_sha256
             checks.append(_weights_check(same, f"{word}the base {manifest.base.name} {manifest.base.tag}".rstrip()))
         if custom:
-            checks.append(("architecture", True, f"custom ({name}): not checked, because no library builds it"))
+            checks.append(("architecture", None, f"custom ({name}): not checked, because no library builds it"))
         elif failed is not None:
             checks.append(("architecture", False, str(failed)))
         elif network is not None:
@@ -90,8 +94,8 @@ def verify(
         return Verification(tuple(checks))
 
 
-_NO_BASE = ("masked weights", True, "on a pretrained base: not checked; pass the base with --base to check them")
+_NO_BASE = ("masked weights", None, "on a pretrained base: not checked; pass the base with --base to check them")
 
 
-def _weights_check(same: bool, word: str) -> tuple[str, bool, str]:
+def _weights_check(same: bool, word: str) -> Check:
     return "masked weights", same, word if same else f"{word}, but they do not match weights_sha256"

@@ -42,10 +42,20 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             odd = min(set(masks) ^ set(weights))
             here, there = ("file", "network") if odd in masks else ("network", "file")
             raise ArtifactError(f"{odd!r} is masked in the {here} but not in the {there}; convert the same layers")
+        flipped: dict[str, Tensor] = {}
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
             mask = masks[entry.name].to(entries[entry.name].device)
-            if not torch.equal(rebuilt(module, name, slot, mask), entries[entry.name]):
+            learner, mine, theirs = slot.ranking.learner, rebuilt(module, name, slot, mask), entries[entry.name]
+            if other := [kind for kind in entry.planes if kind not in learner.planes]:
+                raise ArtifactError(
+                    f"{entry.name!r} has the plane {other[0]!r}, with which {type(learner).__name__} cannot start; "
+                    "convert the network with the file's learner"
+                )
+            if "sign" in learner.planes:  # which the scores get below
+                flipped[entry.name] = mine.signbit() != theirs.signbit()
+                mine = mine.copysign(theirs)
+            if not torch.equal(mine, theirs):
                 raise ArtifactError(
                     f"the weights of {entry.name!r} differ: the file's are "
                     f"{_origin(entry.distribution, entry.std, artifact.manifest.seed)}, the network's are "
@@ -63,7 +73,11 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             chosen = [masks[key].to(score.device) for score, (key, _, _) in zip(scores, members, strict=True)]
             first = [parameter_of(module, name).float() for _, module, name in members]
             given = first if ranking.learner.ranks_weights else scores
-            for score, moved in zip(scores, ranking.learner.seed_from_mask(given, chosen), strict=True):
+            found = ranking.learner.seed_from_mask(given, chosen)
+            for score, (key, _, _), mask, moved in zip(scores, members, chosen, found, strict=True):
+                if key in flipped:
+                    factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
+                    moved = torch.where(mask, moved.copysign(factor), moved)
                 score.copy_(moved)
 
 

@@ -31,9 +31,10 @@ from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES
 from .description import describe_network
 from .manifest import Constant, Manifest, TensorSpec
+from .planes import Bits
 from .probe import take_probe
 from .reader import naming
-from .rebuild import Packed, effective_pieces, masks_digest, tensors_digest, weights_digest
+from .rebuild import effective_pieces, masks_digest, tensors_digest, weights_digest
 
 log = logging.getLogger("popup_surgery")
 
@@ -77,17 +78,17 @@ def save(
     refuse_packed(core, "be saved, as the file has it", ArtifactError)
     get_codec(encoding)
     with as_saved(), ranked_within(core):
-        manifest, masks, stored = _describe(core, provenance or {}, probe)
+        manifest, bits, stored = _describe(core, provenance or {}, probe)
     with naming(path):
-        manifest, data = assemble(manifest, masks, stored, encoding)
+        manifest, data = assemble(manifest, bits, stored, encoding)
     write_atomically(path, data)
     return manifest
 
 
 def _describe(
     core: nn.Module, provenance: dict[str, Any], probe: tuple[int, ...] | None
-) -> tuple[Manifest, dict[str, Packed], dict[str, Tensor]]:
-    """Return the manifest of a converted network, its packed masks, and the tensors that the file stores."""
+) -> tuple[Manifest, dict[str, Bits], dict[str, Tensor]]:
+    """Return the manifest of a converted network, its packed masks and planes, and the tensors that the file stores."""
     slots, generated = _origins(core)
     seed = _check_whole(core, slots)
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
@@ -111,14 +112,20 @@ def _describe(
         generated=tuple(places.generated),
         constants=places.constants,
         aliases=places.aliases,
-        masks_sha256=masks_digest([packed for _, packed in masked]),
+        masks_sha256=masks_digest([bits.mask for _, bits in masked]),
         weights_sha256=weights_digest(masked, seed, weights),
-        tensors_sha256=tensors_digest({name: _bytes(tensor) for name, tensor in places.stored.items()}),
+        tensors_sha256=tensors_digest({name: _bytes(t) for name, t in (places.stored | _planes(masked)).items()}),
         provenance=_finite(provenance),
         probe=take_probe(_as_restored(core, masked, seed, weights), seed, probe) if probe is not None else None,
         base=base,
     )
-    return manifest, {entry.name: packed for entry, packed in masked}, places.stored
+    return manifest, {entry.name: bits for entry, bits in masked}, places.stored
+
+
+def _planes(masked: list[tuple[TensorSpec, Bits]]) -> dict[str, Tensor]:
+    """Return the planes by the names that they have in the file."""
+    found = ((entry.name, kind, plane) for entry, bits in masked for kind, plane in bits.planes.items())
+    return {f"{name}.{kind}": torch.from_numpy(plane) for name, kind, plane in found}
 
 
 def _entries(core: nn.Module) -> dict[str, Any]:
@@ -180,7 +187,7 @@ class _Places:
     `moved` has the largest difference of each masked weight that lies within rounding of the seed's.
     """
 
-    masked: list[tuple[TensorSpec, Packed]] = field(default_factory=list)
+    masked: list[tuple[TensorSpec, Bits]] = field(default_factory=list)
     generated: list[TensorSpec] = field(default_factory=list)
     constants: dict[str, Constant] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
@@ -200,10 +207,11 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
             continue
         first[id(tensor)] = name
         if slot := slots.get(id(tensor)):
-            if f"{name}.mask" in entries:
-                raise ArtifactError(
-                    f"{name}.mask is a state_dict entry of its own, where the mask of {name} must stand"
-                )
+            for part in ("mask", *slot.ranking.learner.planes):
+                if f"{name}.{part}" in entries:
+                    raise ArtifactError(
+                        f"{name}.{part} is a state_dict entry of its own, where the {part} of {name} must stand"
+                    )
             largest = source_of(slot.distribution).check(name, tensor, slot.std, slot.seed, slot.stream)
             if largest:
                 places.moved.append(largest)
@@ -241,13 +249,13 @@ def _tell_custom(name: str, reason: str) -> dict[str, str]:
 
 
 def _as_restored(
-    core: nn.Module, masked: list[tuple[TensorSpec, Packed]], seed: int, base: Mapping[str, Tensor]
+    core: nn.Module, masked: list[tuple[TensorSpec, Bits]], seed: int, base: Mapping[str, Tensor]
 ) -> nn.Module:
     """Return a plain copy of the network, with the masked weights that the file restores."""
     plain = bake(core)
     weights = plain.state_dict(keep_vars=True)
-    for entry, packed in masked:
-        fill(weights[entry.name], effective_pieces(entry, seed, packed, base.get(entry.name)))
+    for entry, bits in masked:
+        fill(weights[entry.name], effective_pieces(entry, seed, bits, base.get(entry.name)))
     return plain
 
 
@@ -273,16 +281,27 @@ def _origins(core: nn.Module) -> tuple[Slots, dict[int, Generated]]:
     return slots, generated
 
 
-def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorSpec, Packed]:
-    """Return the manifest's entry for a masked weight, and its packed mask."""
-    mask = slot.ranking.mask(slot.index)
+def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorSpec, Bits]:
+    """Return the manifest's entry for a masked weight, and its packed mask and planes."""
+    mask, learner = slot.ranking.mask(slot.index), slot.ranking.learner
     packed = pack(mask.cpu().numpy())
-    kept, std = ones(packed), slot.std * slot.ranking.learner.scale(weight, mask)
+    kept, std = ones(packed), slot.std * learner.scale(weight, mask)
+    with torch.no_grad():
+        planes = {
+            kind: pack(learner.plane(kind, weight.detach(), slot.ranking.score(slot.index), mask).cpu().numpy())
+            for kind in learner.planes
+        }
+    group = slot.ranking
     k = kept / weight.numel() if slot.k is None else float(slot.k)
+    if group.kept_now is not None:  # another share than that of the conversion, for now
+        k = group.in_force / group.numel
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
     shape = tuple(weight.shape)
-    return TensorSpec(name, slot.stream, shape, dtype, slot.distribution, std, kept, note), packed
+    entry = TensorSpec(
+        name, slot.stream, shape, dtype, slot.distribution, std, kept, note, planes=tuple(learner.planes)
+    )
+    return entry, Bits(packed, planes)
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..artifact import Artifact
 from ..artifact.base_weights import base_weights, library_tag
 from ..artifact.manifest import Manifest, TensorSpec
+from ..artifact.planes import Bits
 from ..artifact.reader import naming
 from ..artifact.rebuild import weights_digest
 from ..codecs.bitpack import ones
@@ -47,7 +48,8 @@ def combine(
         made of, and has no accuracy.
 
     Raises:
-        ArtifactError: a file is damaged, or its weights are not those of the first; the message names what differs.
+        ArtifactError: a file is damaged, or its weights are not those of the first, or their signs were learnt; the
+            message names what differs.
         ConversionError: there are fewer than two files.
         UnknownName: there is no such `how`.
     """
@@ -57,6 +59,13 @@ def combine(
         raise ConversionError("combine takes a list of two files or more")
     files = [Artifact.open(source) for source in sources]
     first, manifest = files[0], files[0].manifest
+    for file in files:
+        if entry := next((entry for entry in file.manifest.masked if entry.planes), None):
+            with naming(file.path):
+                raise ArtifactError(
+                    f"{entry.name!r} has the plane {entry.planes[0]!r}, so its weights are not those of the seed or "
+                    "base alone; combine takes masks without planes"
+                )
     for other in files[1:]:
         with naming(other.path):
             _check_same(first, other.manifest)
@@ -72,7 +81,7 @@ def combine(
     with naming(first.path):
         weights = _base(manifest, base)
         stored = first.contents.stored
-    digest = weights_digest([(entry, combined[entry.name]) for entry in entries], manifest.seed, weights)
+    digest = weights_digest([(entry, Bits(combined[entry.name])) for entry in entries], manifest.seed, weights)
     made = replace(
         manifest, masked=tuple(entries), weights_sha256=digest, provenance=_provenance(files, how), probe=None
     )

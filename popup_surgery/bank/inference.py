@@ -222,7 +222,7 @@ def _by_source(parts: Sequence[Part]) -> tuple[dict[int, tuple[Source, list[int]
     together: dict[int, tuple[Source, list[int]]] = {}
     others = []
     for place, part in enumerate(parts):
-        if isinstance(part, Kept):
+        if isinstance(part, Kept) and part.negative is None:
             together.setdefault(id(part.source), (part.source, []))[1].append(place)
         else:
             others.append(place)

@@ -149,14 +149,34 @@ class Part(ABC):
 
 
 class Kept(Part):
-    """A masked weight: a source in the base, and the packed mask."""
+    """A masked weight: a source in the base, and the packed mask.
 
-    def __init__(self, source: Source, mask: Packed) -> None:
+    Args:
+        negative: which weights are negative, packed as the mask, and 0 where that is; None if as in the base.
+    """
+
+    def __init__(self, source: Source, mask: Packed, negative: Packed | None = None) -> None:
         self.source = source
         self.mask = mask
+        self.negative = negative
 
     def piece(self, start: int, stop: int, out: Words) -> None:
         self.source.masked(self.mask, start, stop, out)
+        if self.negative is not None:
+            size = out.dtype.itemsize
+            sign = out.dtype.type(1 << 8 * size - 1)
+            bits = np.take(_rows(size), self.negative[start // 8 : -(-stop // 8)], axis=0).reshape(-1)[: stop - start]
+            np.bitwise_and(out, ~sign, out=out)
+            np.bitwise_or(out, bits & sign, out=out)
+
+    def _piece_on(self, start: int, stop: int, device: torch.device) -> Tensor:
+        """Return the elements from `start` to `stop` on a device that is not the CPU."""
+        found = self.source.masked_on(self.mask, start, stop, device)
+        if self.negative is None:
+            return found
+        negative = self.negative[start // 8 : -(-stop // 8)]
+        bits = torch.from_numpy(np.unpackbits(negative, count=stop - start, bitorder="little").view(np.bool_))
+        return torch.where(bits.to(device), -found.abs(), found.abs())
 
     def write(self, target: Tensor) -> None:
         n = target.numel()
@@ -170,13 +190,13 @@ class Kept(Part):
             flat = target.detach().view(-1) if target.is_contiguous() else torch.empty_like(target.reshape(-1))
             for start in range(0, n, _ON_DEVICE):
                 stop = min(start + _ON_DEVICE, n)
-                flat[start:stop] = self.source.masked_on(self.mask, start, stop, target.device)
+                flat[start:stop] = self._piece_on(start, stop, target.device)
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
 
     @property
     def nbytes(self) -> int:
-        return self.mask.nbytes
+        return self.mask.nbytes + (0 if self.negative is None else self.negative.nbytes)
 
 
 class Whole(Part):

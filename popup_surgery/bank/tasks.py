@@ -12,6 +12,7 @@ from ..artifact.container import DTYPES
 from ..artifact.description import as_libraries_build, cast_like
 from ..artifact.file import Artifact
 from ..artifact.manifest import Manifest, TensorSpec
+from ..artifact.planes import Bits, Packed
 from ..artifact.reader import Contents, naming
 from ..artifact.rebuild import effective_pieces, generated_pieces, stored_tensor
 from ..errors import ArtifactError, ConversionError
@@ -21,7 +22,7 @@ from ..weights.fill import fill
 from ..weights.source import source_of
 from .base import Base
 from .heads import Heads, heads_for, put
-from .parts import Filled, Held, Kept, Packed, Part, Signs, Whole
+from .parts import Filled, Held, Kept, Part, Signs, Whole
 
 
 class Task:
@@ -60,7 +61,8 @@ class Task:
         """Memory of the masks, and of the task's own tensors, in bytes."""
         if self._contents is not None:
             encoded, stored = self._contents.encoded.values(), self._contents.stored.values()
-            return sum(part.nbytes for part in encoded), sum(part.nbytes for _, part in stored)
+            planes = sum(plane.nbytes for each in self._contents.planes.values() for plane in each.values())
+            return planes + sum(part.nbytes for part in encoded), sum(part.nbytes for _, part in stored)
         shared = set(map(id, self._base.parts.values()))
         own = [part for part in self._parts.values() if id(part) not in shared]
         masks = sum(part.nbytes for part in own if isinstance(part, Kept))
@@ -84,6 +86,7 @@ def read_task(base: Base, source: str | Path | Artifact, others: Iterable[Task])
     artifact = Artifact.open(source)
     manifest = artifact.manifest
     with naming(artifact.path):
+        _check_planes(manifest)
         _check_base(base, manifest)
         contents = artifact.contents
         heads = heads_for(base, entries_of(contents))
@@ -96,6 +99,16 @@ def read_task(base: Base, source: str | Path | Artifact, others: Iterable[Task])
         if base.seed is None:
             checked_base(manifest, _values(base), base.digests)
         return Task(base, artifact.path, contents, heads)
+
+
+def _check_planes(manifest: Manifest) -> None:
+    """Check that a weight under each mask is the base's, or the base's with another sign."""
+    for entry in manifest.masked:
+        if other := [kind for kind in entry.planes if kind != "sign"]:
+            raise ArtifactError(
+                f"{entry.name!r} has the plane {other[0]!r}, so its weights are not those of the base; a bank takes "
+                "masks, and the plane 'sign'"
+            )
 
 
 def _check_entries(base: Base, contents: Contents, heads: Heads) -> None:
@@ -206,13 +219,15 @@ def _sizes(base: Base, heads: Heads) -> dict[str, tuple[int, ...]]:
 
 def _parts(base: Base, contents: Contents) -> dict[str, Part]:
     """Return what each tensor of the network is under a file's masks. The file's packed masks are not copied."""
-    manifest, masks = contents.manifest, contents.decode()
+    manifest, bits = contents.manifest, contents.decode()
     parts: dict[str, Part] = {}
     packed = _is_packed(manifest)
     for entry in manifest.masked:
-        mask = masks[entry.name]
+        given = bits[entry.name]
         parts[entry.name] = (
-            Kept(base.sources[entry.name], mask) if _shared(base, entry) else _own(entry, manifest, mask)
+            Kept(base.sources[entry.name], given.mask, _negative(entry, given))
+            if _shared(base, entry)
+            else _own(entry, manifest, given)
         )
     for entry in manifest.generated:
         tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
@@ -229,9 +244,15 @@ def _is_packed(manifest: Manifest) -> bool:
     return all(entry.encoding == "bitpack" for entry in manifest.masked)
 
 
-def _own(entry: TensorSpec, manifest: Manifest, mask: Packed) -> Part:
+def _negative(entry: TensorSpec, bits: Bits) -> Packed | None:
+    """Return which weights are negative, packed, if their signs were learnt."""
+    return bits.mask & ~bits.spread("sign", entry.numel) if "sign" in bits.planes else None
+
+
+def _own(entry: TensorSpec, manifest: Manifest, bits: Bits) -> Part:
     """Return a masked weight that the base does not have, such as a new head, which the file's seed gives."""
     dtype = DTYPES[entry.dtype]
     if entry.distribution == "signed_constant":
-        return Kept(Signs(entry.numel, entry.std, manifest.seed, entry.stream, dtype), mask)
-    return Whole(fill(torch.empty(entry.shape, dtype=dtype), effective_pieces(entry, manifest.seed, mask)))
+        signs = Signs(entry.numel, entry.std, manifest.seed, entry.stream, dtype)
+        return Kept(signs, bits.mask, _negative(entry, bits))
+    return Whole(fill(torch.empty(entry.shape, dtype=dtype), effective_pieces(entry, manifest.seed, bits)))

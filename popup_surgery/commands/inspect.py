@@ -24,6 +24,7 @@ def run(
     classifier.5.weight  10 × 64          320    640     50.0%  signed_constant, std 0.17678
     5 layers, 11,784 of 23,568 weights kept (50.0%), seed 0
     masks: bitpack, 1.000 bits a weight
+    bytes: masks 2,946, planes 0, stored tensors 0, manifest and header 4,712; 7,658 in all
     accuracy when it was saved: 98.33%; popup-surgery verify checks the weights
     """
     from ..artifact import Artifact
@@ -49,7 +50,15 @@ def run(
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
     encodings = ", ".join(sorted({entry.encoding for entry in manifest.masked}))
-    show(f"masks: {encodings}, {(opened.mask_bits or 0) / manifest.weights:.3f} bits a weight")
+    sizes = opened.sizes
+    assert sizes is not None
+    show(f"masks: {encodings}, {8 * sizes.masks / manifest.weights:.3f} bits a weight")
+    if planes := sorted({kind for entry in manifest.masked for kind in entry.planes}):
+        show(f"planes: {', '.join(planes)}, {8 * sizes.planes / max(manifest.kept, 1):.3f} bits a kept weight")
+    show(
+        f"bytes: masks {sizes.masks:,}, planes {sizes.planes:,}, stored tensors {sizes.stored:,}, manifest and header "
+        f"{sizes.header:,}; {sizes.total:,} in all"
+    )
     if (base := manifest.base) is not None:
         show(f"base: {base.library}/{base.name} {base.tag or '(no tag)'}, SHA-256 {base.sha256}")
     accuracy = manifest.provenance.get("accuracy")

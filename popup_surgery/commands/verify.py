@@ -11,6 +11,8 @@ def run(
 ) -> int:
     """Rebuild everything in an artifact and compare it with its digests. The exit status is 1 if something differs.
 
+    A dash marks what cannot be checked.
+
     \b
     $ popup-surgery verify digits.popup.safetensors
     ok    manifest, masks, stored tensors  match their digests

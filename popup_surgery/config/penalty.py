@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationInfo
 
+from ..errors import PopupError
 from ..learners import LEARNERS, get_learner
 from ..masking.settings import DEFAULT, with_learner
 from .sections import STRICT
@@ -30,8 +31,14 @@ def for_the_learner(value: Any, info: ValidationInfo) -> Any:
         return value
     if surgery == "none":
         raise ValueError("expected null; with surgery: none there are no masks")
-    learner = with_learner(surgery).get("learner", DEFAULT.learner.value) if isinstance(surgery, dict) else None
-    if isinstance(learner, str) and learner in LEARNERS and get_learner(learner).takes_k:
+    if not isinstance(surgery, dict):
+        return value
+    learner = with_learner(surgery).get("learner", DEFAULT.learner.value)
+    try:
+        takes_k = get_learner(learner, surgery.get("learner_options")).takes_k
+    except PopupError:
+        return value  # as the checks of these two keys say
+    if takes_k:
         others = " or ".join(name for name, other in LEARNERS.items() if not other.takes_k)
         raise ValueError(f"expected null; {learner} keeps the share surgery.k, and a penalty needs {others}")
     return value

@@ -20,13 +20,14 @@ from pydantic import (
 from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
+from ..masking.k_schedule import KSchedule
+from ..masking.settings import DEFAULT, WITHOUT_K, is_rule, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
+from .checks import SHARES, commit, floors, known, look_up_optimizer, options, ramp, recordable, schemes, shares
 from .expected import shown
 from .keys import Key
 from .mistakes import Missing, validated
@@ -91,6 +92,11 @@ class Surgery(_Section):
     With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
 
     Attributes:
+        k_schedule: k by epoch, such as `{kind: cubic, start: 1.0, begin: 0, epochs: 10}`. `kind` is `linear`, `cubic`,
+            `steps` or `constant`. The share kept is `start` up to epoch `begin`, counted from 0, and `k` from epoch
+            `begin + epochs` on, which must be before the last one ends. `steps` also has `every`, the epochs between
+            two steps. `scaled` takes `k` from the start. Null for the same k in all epochs. See
+            [methods](../methods.md).
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
             share of ones allows. The network is the same.
     """
@@ -98,17 +104,27 @@ class Surgery(_Section):
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
     k: Annotated[
-        float | dict[str, float] | None, PlainValidator(shares), Field(validate_default=True), Key(affects_speed=False)
+        float | dict[str, Any] | None,
+        PlainValidator(shares),
+        Field(validate_default=True),
+        Key(affects_speed=False),
     ] = None
     scheme: Annotated[str | dict[str, str], AfterValidator(schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
+    floor: Annotated[float | None, PlainValidator(floors)] = DEFAULT.floor.value
     include: str | list[str] | None = DEFAULT.include.value
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
     train: str | list[str] | None = DEFAULT.train.value
+    k_schedule: Annotated[
+        dict[str, Any] | None,
+        PlainValidator(ramp),
+        Field(examples=[{"kind": "cubic", "epochs": 10}]),
+        Key(affects_speed=False),
+    ] = None
     encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
     @model_validator(mode="wrap")
@@ -124,19 +140,23 @@ class Surgery(_Section):
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
-        return self.model_dump(exclude={"encoding"})
+        return self.model_dump(exclude={"encoding", "k_schedule"})
 
-    @field_validator("k", "scaled", "scope")
+    @field_validator("k", "scaled", "scope", "floor", "k_schedule")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
         """Check a key against whether the learner takes a k."""
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
-        if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
-            raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
+        if not get_learner(learner).takes_k and value != WITHOUT_K.get(name):
+            raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
+        if name == "k_schedule" and value is not None and get_learner(learner).schedules_k:
+            raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
         if name == "k" and value is None and get_learner(learner).takes_k:
             raise Missing(SHARES)
+        if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
+            raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")
         return value
 
     @field_validator("encoding")
@@ -238,9 +258,8 @@ class Training(_Section):
         accumulate: number of pieces into which each process cuts its part of a batch, to save memory.
             `data.batch_size` is the size of the whole batch, over all processes and pieces.
         clip_norm: largest norm of all gradients together; null for no limit.
-        density_penalty: a section with `weight` and `target`, for learners without k: the loss of each batch gains
-            `weight` · max(0, density − `target`), where the density is the share of masked weights that take part. The
-            target is 0 if it is not given.
+        density_penalty: a section with `weight` and `target` (0), for learners without k: the loss of each batch gains
+            `weight` · max(0, density − `target`), where the density is the share of masked weights that take part.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
             each epoch.
         precision: dtype of the forward pass. Scores and their ranking are always float32.
@@ -337,6 +356,17 @@ class Recipe(_Section):
                     f"surgery.scheme {scheme} would overwrite the weights of model.pretrained; set surgery.scheme to "
                     "pretrained to keep them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp(self) -> "Recipe":
+        """Check that k reaches its final value before the last epoch, which is the run's result."""
+        given = None if self.surgery == "none" else self.surgery.k_schedule
+        if given is not None and (end := KSchedule(**given).end) >= self.training.epochs:
+            raise ValueError(
+                f"surgery.k_schedule reaches k in epoch {end}, counted from 0; expected at most "
+                f"{self.training.epochs - 1}, the last of training.epochs {self.training.epochs}, which is the result"
+            )
         return self
 
     @model_validator(mode="after")

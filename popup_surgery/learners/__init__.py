@@ -14,6 +14,7 @@ from .gem_miner import GemMiner
 from .piggyback import Piggyback
 from .random_mask import RandomMask
 from .sampling import sampled
+from .signed import Signed
 from .supermask import Supermask
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Learner",
     "Piggyback",
     "RandomMask",
+    "Signed",
     "Supermask",
     "get_learner",
     "register_learner",
@@ -79,6 +81,7 @@ register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
 register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
+register_learner("signed", Signed())
 register_learner("gem_miner", GemMiner())
 
 

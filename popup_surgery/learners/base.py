@@ -28,6 +28,7 @@ class TrainedWeight:
         distribution, std, seed: what its values were drawn from. The distribution is `base` for pretrained weights.
         group: a number that it shares with the weights it is ranked with.
         kept: how many weights of its group k keeps; 0 if the learner takes no k.
+        floor: how many of its own weights are kept at least.
     """
 
     name: str
@@ -39,6 +40,7 @@ class TrainedWeight:
     seed: int
     group: int = 0
     kept: int = 0
+    floor: int = 0
 
 
 class Learner(ABC):
@@ -49,6 +51,9 @@ class Learner(ABC):
 
     Attributes:
         takes_k: whether k sets the share of weights that is kept. Otherwise the scores alone decide how many take part.
+        schedules_k: whether the learner itself comes to k in the course of a training. A schedule of k is then refused.
+        takes_floor: whether `select` and `select_traced` take `floors`, as `selection.select` does. They get it only
+            where `convert` was called with a floor.
         trains: whether the scores are trained. Otherwise they keep their first values.
         samples: whether each read of a mask may give a different one. `masks`, `bake` and `save` then use the network
             that `describe_sample` names.
@@ -61,9 +66,13 @@ class Learner(ABC):
             `learns_weights`.
         starts_whole: whether all weights take part at first, so that training begins with the network as it is. Layers
             of a pretrained network that have no pretrained weights, such as a new head, are then trained, not masked.
+        planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
+            `sign` if their signs are learnt too. `plane` returns the bits.
     """
 
     takes_k: bool = True
+    schedules_k: bool = False
+    takes_floor: bool = False
     trains: bool = True
     samples: bool = False
     ranks_weights: bool = False
@@ -71,6 +80,7 @@ class Learner(ABC):
     rescale: bool = False
     redraws: bool = False
     starts_whole: bool = False
+    planes: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -108,6 +118,17 @@ class Learner(ABC):
     @abstractmethod
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """Return the weight that the network computes with: shape and dtype of `weight`, differentiable in `score`."""
+
+    def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        """Return the bits of a plane in `planes`: bool, one for each weight that takes part, in row-major order.
+
+        The effective weights that a file gives back with them must be those of `effective`.
+
+        Args:
+            kind: the plane. For `sign`, a bit is True where the effective weight is positive.
+            weight, score, mask: as for `effective`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} names the plane {kind!r} and has no method `plane`")
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return the same scores in other places, so that the weights in `masks` rank above all others and are kept.

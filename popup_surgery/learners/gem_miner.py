@@ -46,6 +46,9 @@ class GemMiner(Learner):
     every: int = 5
     penalty_weight: float = 1e-4
 
+    schedules_k = True
+    takes_floor = True
+
     def __post_init__(self) -> None:
         every, weight = self.every, self.penalty_weight
         if type(every) is not int or not 1 <= every <= 1_000_000:
@@ -62,14 +65,18 @@ class GemMiner(Learner):
         """Return 0 before the end: the scores alone decide, as in learners without k."""
         return kept if progress >= 1 else 0
 
-    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
+    def select(
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+    ) -> Selection:
         if not kept:
             return _Rounded(tuple(self.select_traced(scores, kept)), -1, -1)
-        found = select(_ranks(scores), kept)
-        return _Ranked(found.masks, found.threshold, found.last)
+        found = select(_ranks(scores), kept, floors)
+        return _Ranked(found.masks, found.threshold, found.last, found)
 
-    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
-        return select_op(_ranks(scores), kept) if kept else [score > 0.5 for score in scores]
+    def select_traced(
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+    ) -> Sequence[Tensor]:
+        return select_op(_ranks(scores), kept, floors) if kept else [score > 0.5 for score in scores]
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)
@@ -105,7 +112,8 @@ class GemMiner(Learner):
         for group in groups.values():
             scores = [one.score for one in group]
             rest = left(sum(score.numel() for score in scores), group[0].kept, epoch // every, (epochs - 1) // every)
-            for score, mask in zip(scores, select(_ranks(scores), rest).masks, strict=True):
+            floors = [one.floor for one in group]
+            for score, mask in zip(scores, select(_ranks(scores), rest, floors).masks, strict=True):
                 score.masked_fill_(~mask, FROZEN)
 
 
@@ -127,13 +135,16 @@ class _Rounded(Selection):
         return False
 
 
+@dataclass(frozen=True)
 class _Ranked(Selection):
-    """Masks of the largest scores."""
+    """Masks of the largest scores: those of their `ranks`."""
+
+    ranks: Selection
 
     def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
         looked_at = scores if only is None else [scores[only]]
         ranks = iter(_ranks(looked_at))
-        return super().holds([next(ranks) if only in (None, i) else s for i, s in enumerate(scores)], only)
+        return self.ranks.holds([next(ranks) if only in (None, i) else s for i, s in enumerate(scores)], only)
 
 
 class _StraightThrough(torch.autograd.Function):

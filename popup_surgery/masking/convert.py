@@ -35,6 +35,7 @@ def convert(
     learner: str = DEFAULT.learner,
     learner_options: Mapping[str, Any] = DEFAULT.learner_options,
     scope: Scope = DEFAULT.scope,
+    floor: float | None = DEFAULT.floor,
     include: Patterns = DEFAULT.include,
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
@@ -58,8 +59,10 @@ def convert(
             for `build`, or an `Architecture`. A named network is built without its own initialisation, which would take
             most of the time.
         k: share of each layer's weights that is kept, in (0, 1]; or shares by glob pattern on layer names. The last
-            pattern that matches counts; a layer that none matches gets the default. Learners whose scores decide how
-            many weights are kept, such as `supermask`, take no k.
+            pattern that matches counts; a layer that none matches gets the default. Or a rule that spreads one share of
+            the network over its layers: `{"rule": "erk", "k": 0.1}`, with `uniform`, `erk`, `balanced` or `fan`
+            (docs/methods.md); patterns beside it set the share of single layers. Learners whose scores decide how many
+            weights are kept, such as `supermask`, take no k.
         scheme: how weights are made: a key of `weights.SCHEMES`, such as `kaiming_normal`, for random ones; or
             `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al., ECCV 2018), except those to mask for
             which `build` found no pretrained values; or schemes by pattern, as for k.
@@ -69,6 +72,8 @@ def convert(
             that learner by name, documented in its class. With the one scheme `pretrained`, and neither a learner nor
             k, the learner is `piggyback`, which starts with the whole pretrained network.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
+        floor: with `scope="global"`, what each layer keeps at least, so that none loses all of its weights: a share
+            below 1 of its weights, or a number of weights from 1.
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
             A layer that came frozen, in a network that did not, stays as it is unless `include` names it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the

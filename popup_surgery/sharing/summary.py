@@ -159,10 +159,10 @@ def hub_id(base: Base | None) -> str:
 
 def _elements(manifest: Manifest, container: Container) -> int:
     """Return the number of elements of all tensors of the network."""
-    masks = {f"{entry.name}.mask" for entry in manifest.masked}
+    bits = {name for entry in manifest.masked for name in entry.tensors}
     count = sum(entry.numel for entry in (*manifest.masked, *manifest.generated))
     count += sum(math.prod(constant.shape) for constant in manifest.constants.values())
-    return count + sum(math.prod(t.shape) for name, t in container.tensors.items() if name not in masks)
+    return count + sum(math.prod(t.shape) for name, t in container.tensors.items() if name not in bits)
 
 
 def _object(value: Any) -> dict[str, Any]:

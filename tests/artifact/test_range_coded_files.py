@@ -244,7 +244,7 @@ def test_refused_by_every_reader(name: str, file: File, tmp_path: Path) -> None:
 
 def test_the_message_says_what_requires_must_be(file: File, tmp_path: Path) -> None:
     tried = attempt(tmp_path / "f", apply(file, top(requires=[]), digest=False))
-    assert str(tried.loaded).endswith(r"requires is []; expected ['range_coded'], as the encodings say")
+    assert str(tried.loaded).endswith(r"requires is []; expected ['range_coded'], as the encodings and planes say")
 
 
 SEEDS, FILES = range(12), 200

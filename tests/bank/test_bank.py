@@ -26,6 +26,7 @@ from popup_surgery import (
 )  # fmt: skip
 from popup_surgery.bank import parts
 from popup_surgery.bank.parts import Held, Kept, Signs, Whole
+from popup_surgery.codecs.bitpack import unpack_mask
 from support import PATIENCE, equal_states, slow_except
 
 SCHEMES = ["signed_kaiming_constant", "unsigned_kaiming_constant", "kaiming_normal", "xavier_uniform"]
@@ -286,13 +287,17 @@ def test_what_a_device_computes_is_what_the_processor_does() -> None:
     """The words of a GPU are computed with PyTorch alone; here on the CPU, for each dtype and kind of weight."""
     generator = torch.Generator().manual_seed(0)
     for n in (1, 5, 64, 1003):
-        mask = torch.randint(0, 256, (-(-n // 8),), generator=generator, dtype=torch.uint8).numpy()
+        mask, signs = torch.randint(0, 256, (2, -(-n // 8)), generator=generator, dtype=torch.uint8).numpy()
         for dtype in DTYPES:
             values = torch.randn(n, generator=generator).to(dtype)
             for source in Held(values), Signs(n, 0.3, 1, "a", dtype):
                 target = torch.empty(n, dtype=dtype)
                 Kept(source, mask).write(target)
                 assert torch.equal(source.masked_on(mask, 0, n, torch.device("cpu")), target)
+                signed = Kept(source, mask, mask & signs)
+                signed.write(target)
+                assert torch.equal(signed._piece_on(0, n, torch.device("cpu")), target)
+                assert torch.equal(target.signbit(), torch.from_numpy(unpack_mask(mask & signs, (n,))))
 
 
 # What is refused

@@ -148,7 +148,7 @@ def test_the_header_was_another(here: Hub, data: bytes, home: Path) -> None:
     found = ps.Artifact.open(FILE)
     manifest = replace(found.manifest, provenance={**found.manifest.provenance, "epochs": 9})
     stored = {name: stored_tensor(*part) for name, part in found.contents.stored.items()}
-    _, other = assemble(manifest, found.contents.masks, stored, None)
+    _, other = assemble(manifest, found.contents.bits, stored, None)
     assert len(other) == len(data)
     assert other != data
     shutil.rmtree(home)

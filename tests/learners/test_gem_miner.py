@@ -172,6 +172,23 @@ def test_layers_freeze_by_themselves_unless_they_are_ranked_together(k: Any) -> 
         assert int((score_of(module, name) != FROZEN).sum()) == kept == int(slot.mask(module, name).sum())
 
 
+def test_a_floor_holds_in_every_round() -> None:
+    """At a k so small that the last layer would be left with nothing, and without moving the number kept."""
+    settings = ["training.epochs=3", "surgery.k=0.01", "training.lr=1"]
+
+    def rest(*more: str) -> list[list[int]]:
+        found: list[list[int]] = []
+        fit = trainer(*settings, *more)
+        fit.run(lambda epoch: found.append([int((score != FROZEN).sum()) for score in scores(fit.core)]))
+        assert [int(mask.sum()) for mask in masks(fit.core).values()] == found[-1]
+        return found
+
+    plain, floored = rest(), rest("surgery.floor=40")
+    assert min(map(min, plain)) < 40
+    assert all(min(each) >= 40 for each in floored)
+    assert [sum(each) for each in plain] == [sum(each) for each in floored]
+
+
 OPTIMIZERS = ["sgd", "adamw", "lion", "lamb", "adadelta", "muon"]
 
 
@@ -329,7 +346,7 @@ def test_two_processes_freeze_the_same_weights_as_one(tmp_path: Path) -> None:
         ({"rounds": 3}, r"gem_miner has no option 'rounds'"),
     ],
 )
-def test_what_is_refused(options: dict[str, Any], says: str) -> None:
+def test_options_that_are_refused(options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConversionError, match=says) as caught:
         conv(learner_options=options)
     assert "\n" not in str(caught.value)
@@ -337,3 +354,10 @@ def test_what_is_refused(options: dict[str, Any], says: str) -> None:
     values["surgery"]["learner_options"] = options
     with pytest.raises(RecipeError, match=says):
         Recipe.parse(values)
+
+
+def test_a_schedule_of_k_is_refused_beside_its_own_rounds() -> None:
+    with pytest.raises(
+        RecipeError, match=r"k_schedule is .*; expected null; gem_miner comes to k by rounds of its own"
+    ):
+        Recipe.load("digits", [*GEM, "surgery.k_schedule={kind: linear, epochs: 3}"])

@@ -14,7 +14,7 @@ from popup_surgery import ConversionError, Recipe, RecipeError, build, convert, 
 from popup_surgery.data.batches import quiet
 from popup_surgery.errors import Stopped
 from popup_surgery.experiment.setup import prepare
-from popup_surgery.learners import LEARNERS
+from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.learners.base import Learner
 from popup_surgery.masking.ranking import score_of
 from popup_surgery.masking.walk import masked_weights
@@ -28,7 +28,8 @@ PENALTY = "training.density_penalty={weight: 2.0, target: 0.3}"
 
 def net(learner: str, **options: Any) -> Any:
     """Two layers of 12 and 6 weights, with scores on both sides of every threshold."""
-    found = convert(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), learner=learner, learner_options=options)
+    k = 0.3 if get_learner(learner, options).takes_k else None
+    found = convert(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), k, learner=learner, learner_options=options)
     with torch.no_grad():
         for i, (_, module, name, _) in enumerate(masked_weights(found)):
             score = score_of(module, name)
@@ -79,6 +80,16 @@ def test_of_piggyback_every_weight_pays_the_same() -> None:
     penalty.backward()
     for score in scores(model):
         torch.testing.assert_close(score.grad, torch.full_like(score, 1 / 18)), "kept and dropped weights alike"
+
+
+def test_of_signed_masks_it_pulls_every_score_to_0() -> None:
+    model = net("signed", threshold=0.6, init=1.0)
+    penalty = density_penalty(model, 9.0)
+    assert penalty.item() == pytest.approx(9 * density(model))
+    assert 0.5 < density(model) < 1
+    penalty.backward()
+    for score in scores(model):
+        torch.testing.assert_close(score.grad, score.detach().sign() / 2)
 
 
 def test_a_learner_of_ones_own_needs_nothing_more() -> None:
@@ -172,7 +183,7 @@ LEARN = {
 WEIGHT = {"supermask": 2.0, "piggyback": 5.0}
 
 
-@pytest.mark.parametrize("learner", LEARN)
+@pytest.mark.parametrize("learner", slow_except(LEARN, ["supermask"]))
 def test_a_target_is_reached_that_is_not_without_it(learner: str, tmp_path: Path) -> None:
     without = train("digits", overrides=LEARN[learner], output=tmp_path / "without")
     assert without.kept / without.weights > 0.4
