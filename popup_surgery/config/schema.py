@@ -18,19 +18,38 @@ from pydantic import (
 )
 
 from ..codecs import get_codec
-from ..errors import ConversionError, RecipeError, UnknownName
+from ..errors import RecipeError
 from ..learners import get_learner
 from ..masking.k_schedule import KSchedule
-from ..masking.settings import DEFAULT, WITHOUT_K, is_rule, with_learner, without_k
-from ..models.libraries import resolve, resolve_with_tag
-from ..models.pretrained import with_tag
+from ..masking.settings import (
+    ALONE,
+    DEFAULT,
+    WITHOUT_K,
+    is_rule,
+    share_of,
+    with_learner,
+    with_share,
+    without_k,
+    without_pattern,
+)
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, commit, floors, known, look_up_optimizer, options, ramp, recordable, schemes, shares
+from .checks import (
+    SHARES,
+    floors,
+    known,
+    look_up_optimizer,
+    neighbours,
+    options,
+    ramp,
+    schemes,
+    shares,
+)
 from .expected import shown
 from .keys import Key
 from .mistakes import Missing, validated
+from .model import Model
 from .overrides import override
 from .penalty import Penalty
 from .schedule import rates
@@ -46,46 +65,6 @@ class _Section(BaseModel):
     model_config = STRICT
 
 
-class Model(_Section):
-    """The network: a name that `build` knows, its arguments, and its weights.
-
-    Attributes:
-        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`. The tag in
-            `timm/resnet50.a1_in1k` is read as `pretrained`.
-        kwargs: its arguments, such as `{num_classes: 10}`.
-        pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
-            of weights.
-        init_from: a popup artifact to start from, as a file or an address on the Hub such as `hf://user/repo`. The run
-            takes its seed, and scores that begin with its mask. With `surgery: none`, it takes the weights and trains
-            those that take part.
-        init_commit: the commit that an address in `init_from` stands for. A run fills it in when it begins, so that it
-            resumes with the same file, whatever is pushed to the Hub meanwhile.
-    """
-
-    name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
-    pretrained: bool | str = False
-    init_from: str | None = None
-    init_commit: Annotated[str | None, AfterValidator(commit), Key(affects_result=False)] = None
-    kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tag(cls, values: Any) -> Any:
-        """Move the tag of pretrained weights in the name to `pretrained`."""
-        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-            return values
-        try:
-            library, name, tag = resolve_with_tag(values["name"])
-            if not tag:
-                return values
-            weights = with_tag(values["name"], tag, values.get("pretrained"))
-            return {**values, "name": f"{library}/{name}", "pretrained": weights}
-        except ConversionError as error:
-            raise ValueError(str(error)) from None
-        except UnknownName:
-            return values  # as the check of the name says
-
-
 class Surgery(_Section):
     """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
 
@@ -97,8 +76,10 @@ class Surgery(_Section):
             `begin + epochs` on, which must be before the last one ends. `steps` also has `every`, the epochs between
             two steps. `scaled` takes `k` from the start. Null for the same k in all epochs. See
             [methods](../methods.md).
+        pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
+            k. Null ranks whole layers.
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
-            share of ones allows. The network is the same.
+            share of ones allows, or `pattern_coded`, as few as the pattern allows. The network is the same.
     """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
@@ -113,6 +94,7 @@ class Surgery(_Section):
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
+    pattern: Annotated[str | None, BeforeValidator(neighbours)] = DEFAULT.pattern.value
     floor: Annotated[float | None, PlainValidator(floors)] = DEFAULT.floor.value
     include: str | list[str] | None = DEFAULT.include.value
     exclude: str | list[str] | None = DEFAULT.exclude.value
@@ -130,11 +112,14 @@ class Surgery(_Section):
     @model_validator(mode="wrap")
     @classmethod
     def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
-        """Set the learner that the scheme brings, which does not count as set, since another k would change it."""
-        if not isinstance(values, dict) or (completed := with_learner(values)) == values:
+        """Set the learner that the scheme brings, and the k that the pattern does.
+
+        They do not count as set, since another k or pattern would change them.
+        """
+        if not isinstance(values, dict) or (completed := with_share(with_learner(values))) == values:
             return validate(values)
         surgery = validate(completed)
-        surgery.model_fields_set.discard("learner")
+        surgery.model_fields_set.difference_update(name for name in completed if completed[name] != values.get(name))
         return surgery
 
     @property
@@ -142,7 +127,20 @@ class Surgery(_Section):
         """The arguments of `convert`."""
         return self.model_dump(exclude={"encoding", "k_schedule"})
 
-    @field_validator("k", "scaled", "scope", "floor", "k_schedule")
+    @field_validator("pattern")
+    @classmethod
+    def _beside_the_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Check that no other key contradicts the pattern."""
+        if value is None or info.data.get("learner") is None:
+            return value
+        k, scope, share = info.data.get("k"), info.data.get("scope"), share_of(value)
+        wrong = [] if k in (None, share) else [f"k is {shown(k)}, and the pattern sets {share:g}: leave k out"]
+        wrong += [] if scope in (None, "layer") else [f"scope is {scope}, and {ALONE}"]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return value
+
+    @field_validator("k", "scaled", "scope", "pattern", "floor", "k_schedule")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
         """Check a key against whether the learner takes a k."""
@@ -151,7 +149,12 @@ class Surgery(_Section):
             return value
         if not get_learner(learner).takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
-        if name == "k_schedule" and value is not None and get_learner(learner).schedules_k:
+        options = info.data.get("learner_options")
+        if name == "pattern" and value is not None and not get_learner(learner, options).takes_pattern:
+            raise ValueError(f"expected null; {without_pattern(learner)}")
+        if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
+            raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
+        if name == "k_schedule" and value is not None and get_learner(learner, options).schedules_k:
             raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
         if name == "k" and value is None and get_learner(learner).takes_k:
             raise Missing(SHARES)
@@ -166,6 +169,8 @@ class Surgery(_Section):
         learner = info.data.get("learner")
         if value != "bitpack" and learner is not None and get_learner(learner).learns_weights:
             raise ValueError(f"expected bitpack; {learner} trains the weights, so that the run's file has no masks")
+        if get_codec(value).needs_pattern and info.data.get("pattern", value) is None:
+            raise ValueError(f"expected bitpack or range_coded, or a pattern such as 2:4, which {value} needs")
         return value
 
 

@@ -79,8 +79,9 @@ class Trainer:
         self.seconds = 0.0
         self.logged = [0.0, 0.0, 0.0]
         self.hooks = LearnerHooks(model, training.seed, k_schedule)
+        of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
         self.hooks.at(0.0, 0)
-        self.mask_history = MaskHistory(self.masks())
+        self.mask_history = MaskHistory(self.masks(), of_k)
 
     @property
     def epoch(self) -> int:
