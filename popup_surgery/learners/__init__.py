@@ -10,6 +10,7 @@ from ..plugins import load_entry_points
 from .base import Learner
 from .dnw import DNW
 from .edge_popup import EdgePopup
+from .gem_miner import GemMiner
 from .piggyback import Piggyback
 from .random_mask import RandomMask
 from .sampling import sampled
@@ -20,6 +21,7 @@ __all__ = [
     "DNW",
     "LEARNERS",
     "EdgePopup",
+    "GemMiner",
     "Learner",
     "Piggyback",
     "RandomMask",
@@ -80,6 +82,7 @@ register_learner("dnw", DNW())
 register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
 register_learner("signed", Signed())
+register_learner("gem_miner", GemMiner())
 
 
 def _take(name: str, found: Any) -> None:

@@ -83,6 +83,11 @@ class Signed(EdgePopup):
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)
 
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return Σ|m|, with the gradient sign(s) for kept and dropped weights alike, which pulls all scores to 0."""
+        ones = torch.ones_like(score)
+        return (self.effective(ones, score, mask) * _sign(score.detach(), ones)).sum()
+
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return ~self.effective(weight, score, mask)[mask].signbit()
 
