@@ -132,9 +132,10 @@ class Surgery(_Section):
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
-        if not get_learner(learner).takes_k and value != WITHOUT_K[name]:
+        takes_k = get_learner(learner, info.data.get("learner_options")).takes_k  # which an option may decide
+        if not takes_k and value != WITHOUT_K[name]:
             raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
-        if name == "k" and value is None and get_learner(learner).takes_k:
+        if name == "k" and value is None and takes_k:
             raise Missing(SHARES)
         return value
 

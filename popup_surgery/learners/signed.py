@@ -51,6 +51,14 @@ class Signed(EdgePopup):
     def takes_k(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
+    @property
+    def takes_pattern(self) -> bool:
+        return self.threshold is None
+
+    @property
+    def takes_floor(self) -> bool:
+        return self.threshold is None
+
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:
@@ -62,14 +70,16 @@ class Signed(EdgePopup):
             )
         return draw_scores(numel, 1 / bound**2 if self.init != "uniform" else fan_in, seed, name)
 
-    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
+    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **how: Any) -> Selection:
         if self.threshold is None:
-            return super().select(scores, kept, names)
+            return super().select(scores, kept, names, **how)
         return _Thresholded(tuple(self.select_traced(scores, kept)), -1, -1)
 
-    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
+    def select_traced(
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **how: Any
+    ) -> Sequence[Tensor]:
         if self.threshold is None:
-            return super().select_traced(scores, kept, names)
+            return super().select_traced(scores, kept, names, **how)
         return [score.abs() > self._threshold for score in scores]
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
@@ -77,6 +87,11 @@ class Signed(EdgePopup):
 
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return ~self.effective(weight, score, mask)[mask].signbit()
+
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return how many weights take part, Σ|m|; its gradient is that of the sum of |s|, straight through."""
+        factor = self.effective(torch.ones_like(score), score, mask)
+        return (factor * _sign(score.detach(), factor)).sum()
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return scores with the same signs, above the threshold for the weights in `masks`, and not elsewhere."""
