@@ -20,7 +20,7 @@ from pydantic import (
 from ..codecs import get_codec
 from ..errors import ConversionError, RecipeError, UnknownName
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, WITHOUT_K, with_learner, without_k
+from ..masking.settings import DEFAULT, IN_LAYERS, WITHOUT_K, with_learner, without_k
 from ..models.libraries import resolve, resolve_with_tag
 from ..models.pretrained import with_tag
 from ..plugins import load_plugins
@@ -132,7 +132,12 @@ class Surgery(_Section):
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
-        takes_k = get_learner(learner, info.data.get("learner_options")).takes_k  # which an option may decide
+        chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
+        takes_k = chosen.takes_k
+        if name == "k" and takes_k and value is not None and (wrong := chosen.k_error(value)):
+            raise ValueError(wrong)
+        if name == "scope" and value == "global" and not chosen.ranks_globally:
+            raise ValueError(f"expected layer; {IN_LAYERS}")
         if not takes_k and value != WITHOUT_K[name]:
             raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
         if name == "k" and value is None and takes_k:

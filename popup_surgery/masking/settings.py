@@ -60,7 +60,8 @@ class MaskingSettings:
         from ..weights.streams import check_seed
 
         asked = cls(**with_learner(given))
-        if not get_learner(asked.learner, asked.learner_options).takes_k:
+        learner = get_learner(asked.learner, asked.learner_options)
+        if not learner.takes_k:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
                     raise ConversionError(
@@ -70,7 +71,11 @@ class MaskingSettings:
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
+        if asked.scope == "global" and not learner.ranks_globally:
+            raise ConversionError(f"scope is 'global'; expected 'layer'; {IN_LAYERS}")
         k = None if asked.k is None else _checked_shares(asked)
+        if wrong := learner.k_error(k):
+            raise ConversionError(f"k is {k!r}; {wrong}")
         for scheme in asked.by_pattern("scheme").values():
             if scheme != PRETRAINED:
                 get_scheme(scheme)
@@ -94,6 +99,9 @@ def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
 
     brings = given.get("scheme") == PRETRAINED and "learner" not in given and given.get("k") is None
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
+
+
+IN_LAYERS = "the learner's options rank each layer by itself"
 
 
 def without_k(learner: str) -> str:
