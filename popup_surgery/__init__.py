@@ -23,6 +23,7 @@ _HOMES = {
         "ArtifactError", "ConversionError", "DataError", "HubError", "MaskedWeightError", "NothingToConvert",
         "PopupError", "RecipeError", "RunError", "UnknownName",
     ),
+    "experiment.bench": ("Bench", "Way", "bench"),
     "experiment.evaluate": ("Evaluation", "evaluate", "predict"),
     "experiment.export": ("Exported", "export"),
     "experiment.results": ("Result",),
@@ -31,6 +32,7 @@ _HOMES = {
     "learners": ("sampled",),
     "masking.bake": ("bake",),
     "masking.convert": ("convert",),
+    "masking.k_schedule": ("KSchedule", "set_k"),
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
     "masking.planning": ("plan",),
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
         RunError,
         UnknownName,
     )
+    from .experiment.bench import Bench, Way, bench
     from .experiment.evaluate import Evaluation, evaluate, predict
     from .experiment.export import Exported, export
     from .experiment.results import Result
@@ -70,6 +73,7 @@ if TYPE_CHECKING:
     from .learners import sampled
     from .masking.bake import bake
     from .masking.convert import convert
+    from .masking.k_schedule import KSchedule, set_k
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan
     from .masking.planning import plan

@@ -32,6 +32,8 @@ def check_writable(path: str | Path) -> None:
         os.unlink(temporary)
     except OSError as error:
         raise PopupError(f"{path} cannot be written: {error.strerror or error}") from error
+    except ValueError as error:  # of a name with a null byte
+        raise PopupError(f"{str(path)!r} cannot be written: {error}") from error
 
 
 def _here(path: str | Path) -> Path:

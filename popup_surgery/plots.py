@@ -139,6 +139,37 @@ def draw_groups(path: Path, title: str, groups: Sequence[Group]) -> None:
     write_figure(figure, path)
 
 
+@dataclass(frozen=True)
+class Bars:
+    """One panel of bars.
+
+    Attributes:
+        title: what they show.
+        values: their lengths; None for one that is not known.
+        labels: what stands beside each.
+    """
+
+    title: str
+    values: list[float | None]
+    labels: list[str]
+
+
+def draw_bars(path: Path, title: str, names: Sequence[str], panels: Sequence[Bars]) -> None:
+    """Draw panels of bars side by side as a PNG: a row for each name. The first is what others are compared with."""
+    figure, axes = canvas(2.2 + 1.9 * len(panels), 1.3 + 0.3 * len(names), len(panels))
+    for axis, panel in zip(axes, panels, strict=True):
+        colours = ["#999999", *["#0072b2"] * len(names)][: len(names)]
+        bars = axis.barh(range(len(names)), [value or 0 for value in panel.values], color=colours)
+        axis.bar_label(bars, panel.labels, padding=3, fontsize=8)
+        axis.set_title(panel.title, fontsize=9)
+        axis.set(xticks=[], xlim=(0, 1.9 * (max(value or 0 for value in panel.values) or 1)))
+        axis.set_yticks(range(len(names)), names)
+        axis.spines[["top", "right", "bottom"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.suptitle(title, fontsize=9)
+    write_figure(figure, path)
+
+
 def canvas(width: float, height: float, panels: int = 1, share: bool = True) -> tuple[Any, list[Any]]:
     """Return a figure of that size in inches, and its panels side by side; they share a y axis if `share` is true."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -44,6 +44,22 @@ def asked_to_stop(tell: Callable[[int], None] = lambda number: None) -> Iterator
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """Context manager: SIGTERM and SIGUSR1 raise KeyboardInterrupt, as SIGINT does, so that nothing temporary stays."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, interrupt) for number in SIGNALS if here}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def command() -> Iterator[None]:
     """Context manager: once a stop is under way, this process ends, and no signal has an effect any more."""
     global _ends_with_stop

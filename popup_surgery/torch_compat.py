@@ -42,6 +42,11 @@ DATA_DEPENDENT = "data-dependent"
 
 The classes of these errors are private. Tried on torch 2.11 and 2.14."""
 
+SPECIALIZED = "specialized it to be a constant"
+"""In the message of torch.export where a network's code fixes a size that was to be free.
+
+torch raises a UserError, whose class is private. Tried on torch 2.11 and 2.14."""
+
 WORKER_DIED = "DataLoader worker (pid"
 """How a DataLoader's message starts when one of its worker processes died.
 

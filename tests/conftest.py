@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from hub_server import Hub
 from popup_surgery.selection import Selection
 from popup_surgery.signals import SIGNALS
 from support import Outcome, short, write_images
+
+# no timed assertions: how long an example takes says how busy the machine is
+hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("suite")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -88,9 +93,9 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = edge_popup.select
 
-    def spy(scores: Sequence[Tensor], kept: int) -> Selection:
+    def spy(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> Selection:
         calls.append(kept)
-        return real(scores, kept)
+        return real(scores, kept, floors)
 
     monkeypatch.setattr(edge_popup, "select", spy)
     return calls

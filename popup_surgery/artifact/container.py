@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
+from torch import nn
 
 from ..errors import ArtifactError
 from ..hub import is_address, suggestion
@@ -170,9 +171,8 @@ def located(path: "str | Path | HubFile") -> "str | Path | HubFile":
         HubError: the file cannot be found, or not be read.
     """
     if not isinstance(path, str | Path) and not hasattr(path, "download"):
-        raise ArtifactError(
-            f"{path!r:.80} is no file; expected a path, or an address on the Hub such as hf://user/repo"
-        )
+        what = f"a {type(path).__name__}" if isinstance(path, nn.Module) else f"{' '.join(repr(path).split()):.80}"
+        raise ArtifactError(f"{what} is no file; expected a path, or an address on the Hub such as hf://user/repo")
     if not is_address(path):
         return path
     from ..hub.files import locate

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..codecs import get_codec
 from ..codecs.bitpack import ones
+from ..codecs.pattern_coded import obeys
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, TensorSpec, read_manifest
@@ -66,7 +67,7 @@ class Contents:
         Raises:
             ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
         """
-        entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).needs_kept]
+        entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).expands]
         if not self._decoded and sum(entry.numel for entry in entries) > LIMIT:
             raise ArtifactError(
                 f"the masks are for more than {LIMIT:,} weights, and no network is at hand to compare them with"
@@ -131,7 +132,7 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
     """Check that each masked tensor has a mask and its planes, and that their sizes are possible."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
-        sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0)
+        sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0, entry.pattern)
         if mask is None:
             raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
         if mask.dtype != "U8" or len(mask.shape) != 1 or mask.shape[0] not in sizes:
@@ -163,10 +164,13 @@ def _check_places(manifest: Manifest, container: Container) -> None:
 
 def _mask(entry: TensorSpec, part: memoryview) -> Packed:
     """Decode the bits of a mask, and check that the number of ones is the manifest's."""
+    codec, data = get_codec(entry.encoding), np.frombuffer(part, np.uint8)
     try:
-        packed = get_codec(entry.encoding).to_bits(np.frombuffer(part, np.uint8), entry.shape, entry.kept or 0)
+        packed = codec.to_bits(data, entry.shape, entry.kept or 0, entry.pattern)
     except ValueError as error:
         raise ArtifactError(f"'{entry.name}.mask' {error}") from error
     if ones(packed) != entry.kept:
         raise ArtifactError(f"'{entry.name}.mask' keeps {ones(packed)} weights; expected {entry.kept}")
+    if entry.pattern is not None and not codec.needs_pattern and not obeys(packed, entry.shape, entry.pattern):
+        raise ArtifactError(f"'{entry.name}.mask' does not keep {entry.pattern} of its neighbours, as its pattern says")
     return packed

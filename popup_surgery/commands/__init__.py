@@ -18,6 +18,7 @@ from ..signals import command
 from ..typer_compat import UsageError
 from . import (
     bank,
+    bench,
     card,
     combine,
     convert,
@@ -83,6 +84,7 @@ for each in (
     bank,
     combine,
     export,
+    bench,
     repack,
     push,
     list_,

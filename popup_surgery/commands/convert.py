@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConversionError, PopupError
-from ..masking.settings import DEFAULT, OF_PRETRAINED
+from ..masking.settings import DEFAULT, OF_PRETRAINED, RULES
 from .shared import EncodingOption, busy, new_file, refuse_file, show, size
 
 if TYPE_CHECKING:
@@ -37,6 +37,18 @@ TrainOption = Annotated[
     list[str] | None,
     typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
 ]
+PatternOption = Annotated[
+    str | None,
+    typer.Option(help="Such as 2:4, which keeps 2 of each 4 neighbours along the input channels, in place of --k."),
+]
+RuleOption = Annotated[
+    str | None,
+    typer.Option(help=f"Spread --k over the layers by a rule: {', '.join(RULES)}; default: the same share in each."),
+]
+FloorOption = Annotated[
+    float | None,
+    typer.Option(help="With --scope global: what each layer keeps at least, a share below 1 or a number of weights."),
+]
 ImgSizeOption = Annotated[int | None, typer.Option(help="Height and width of its images, for networks that need it.")]
 OutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
@@ -50,6 +62,8 @@ def run(
         float | None,
         typer.Option(help=f"Share of each layer's weights that is kept, in (0, 1]; default: {DEFAULT.k}."),
     ] = None,
+    pattern: PatternOption = None,
+    k_rule: RuleOption = None,
     scheme: Annotated[
         str, typer.Option(help="Distribution of the random weights; pretrained keeps the library's weights.")
     ] = DEFAULT.scheme.value,
@@ -62,6 +76,7 @@ def run(
     scope: Annotated[
         Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
     ] = SCOPE,
+    floor: FloorOption = None,
     others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
     norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
     include: IncludeOption = None,
@@ -92,10 +107,12 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope.value,
-        "include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value,
-        "train": train or None,
+        "k": k, "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
+        "scope": scope.value, "floor": floor, "include": include or None, "exclude": exclude or None,
+        "others": others.value, "norm": norm.value, "train": train or None,
     }  # fmt: skip
+    if k_rule is not None:
+        given["k"] = {"rule": k_rule, "k": DEFAULT.k.value if k is None else k}
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
         to = None if dry_run else file
@@ -125,7 +142,8 @@ def _convert(
     from ..weights import PRETRAINED
     from ..weights.streams import check_seed
 
-    get_codec(encoding)
+    if get_codec(encoding).needs_pattern and "pattern" not in given:
+        raise ConversionError(f"--encoding {encoding} is for masks of a pattern; add one, such as --pattern 2:4")
     scheme = given["scheme"]
     if weights is not None and scheme != PRETRAINED:
         raise ConversionError(

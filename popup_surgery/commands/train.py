@@ -95,7 +95,9 @@ class _EpochLines:
         left = each * (self.epochs - epoch.epoch)
         show(
             f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
-            f"accuracy {epoch.accuracy:.2%}  mask changed {epoch.changed:.2%}  "
+            f"accuracy {epoch.accuracy:.2%}  "
+            + (f"k {epoch.k:.4g}  " if epoch.k is not None else "")
+            + f"mask changed {epoch.changed:.2%}  "
             f"{epoch.images_per_second:,.0f} images/s  {timedelta(seconds=round(left))} left".replace("%", " %")
             + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
         )

@@ -1,13 +1,17 @@
 """Checks of single recipe keys. Each returns the value, or raises a ValueError that says what was expected."""
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 from pydantic import AfterValidator, ValidationInfo
 
-from ..errors import PopupError, unknown
+from ..errors import ConversionError, PopupError, unknown
 from ..learners import get_learner
+from ..masking.k_schedule import KSchedule
+from ..masking.settings import as_floor, floor_mistake, is_rule, is_share, own_shares, rule_mistakes
 from ..models.architecture import check_kwargs
+from ..selection.pattern import parse_pattern
 from ..weights import PRETRAINED, get_scheme
 
 
@@ -64,12 +68,30 @@ def commit(name: str | None) -> str | None:
     return name
 
 
-SHARES = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers"
+def neighbours(text: object) -> object:
+    """Check a pattern of neighbours such as `2:4`."""
+    if text is not None:
+        parse_pattern(text)
+    return text
+
+
+SHARES = (
+    "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers, or a rule such as "
+    "{rule: erk, k: 0.1}"
+)
 
 
 def shares(k: Any) -> Any:
-    """Check `k`: a share in (0, 1], or such shares by pattern."""
+    """Check `k`: a share in (0, 1], such shares by pattern, or a rule."""
     if k is None:
+        return k
+    if is_rule(k):
+        mistakes = rule_mistakes(k)
+        for name in ("k", *own_shares(k)):
+            if name in k and not is_share(k[name]):
+                mistakes.append(f"{name} is {k[name]!r}; expected a number above 0 and up to 1")
+        if mistakes:
+            raise ValueError("; and ".join(mistakes))
         return k
     shares = k.values() if isinstance(k, dict) else [k]
     keys = list(k) if isinstance(k, dict) else []
@@ -78,3 +100,26 @@ def shares(k: Any) -> Any:
     ):
         raise ValueError(f"expected {SHARES}")
     return k
+
+
+def floors(value: Any, info: ValidationInfo) -> float | None:
+    """Check a floor against k, the scope and the learner."""
+    learner, scope = info.data.get("learner"), info.data.get("scope")
+    if value is None or learner is None or not get_learner(learner).takes_k:  # which `Surgery` says
+        return value
+    mistake = floor_mistake(value, info.data.get("k"), scope or "global")
+    if mistake is None and not get_learner(learner).takes_floor:
+        mistake = f"expected null; {learner} ranks without a floor"
+    if mistake is not None:
+        raise ValueError(mistake)
+    return as_floor(value)
+
+
+def ramp(value: Any) -> dict[str, Any] | None:
+    """Return a schedule of k with all of its keys."""
+    if value is None:
+        return None
+    try:
+        return asdict(KSchedule.of(value))
+    except ConversionError as error:
+        raise ValueError(str(error)) from None

@@ -18,18 +18,39 @@ from pydantic import (
 )
 
 from ..codecs import get_codec
-from ..errors import ConversionError, RecipeError, UnknownName
+from ..errors import RecipeError
 from ..learners import get_learner
-from ..masking.settings import DEFAULT, IN_LAYERS, WITHOUT_K, with_learner, without_k
-from ..models.libraries import resolve, resolve_with_tag
-from ..models.pretrained import with_tag
+from ..masking.k_schedule import KSchedule
+from ..masking.settings import (
+    ALONE,
+    DEFAULT,
+    IN_LAYERS,
+    WITHOUT_K,
+    is_rule,
+    share_of,
+    with_learner,
+    with_share,
+    without_k,
+    without_pattern,
+)
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, commit, known, look_up_optimizer, options, recordable, schemes, shares
+from .checks import (
+    SHARES,
+    floors,
+    known,
+    look_up_optimizer,
+    neighbours,
+    options,
+    ramp,
+    schemes,
+    shares,
+)
 from .expected import shown
 from .keys import Key
 from .mistakes import Missing, validated
+from .model import Model
 from .overrides import override
 from .schedule import rates
 from .sections import STRICT, Hub, LotteryTicket, Share, data_title, hub_section
@@ -44,88 +65,82 @@ class _Section(BaseModel):
     model_config = STRICT
 
 
-class Model(_Section):
-    """The network: a name that `build` knows, its arguments, and its weights.
-
-    Attributes:
-        name: the network, such as `timm/resnet50`, `torchvision/resnet18` or `popup_surgery/conv4`. The tag in
-            `timm/resnet50.a1_in1k` is read as `pretrained`.
-        kwargs: its arguments, such as `{num_classes: 10}`.
-        pretrained: as for `build`: false for random weights, true for the library's default weights, a tag, or a file
-            of weights.
-        init_from: a popup artifact to start from, as a file or an address on the Hub such as `hf://user/repo`. The run
-            takes its seed, and scores that begin with its mask. With `surgery: none`, it takes the weights and trains
-            those that take part.
-        init_commit: the commit that an address in `init_from` stands for. A run fills it in when it begins, so that it
-            resumes with the same file, whatever is pushed to the Hub meanwhile.
-    """
-
-    name: Annotated[str, known(resolve), Field(examples=["timm/resnet18"])]
-    pretrained: bool | str = False
-    init_from: str | None = None
-    init_commit: Annotated[str | None, AfterValidator(commit), Key(affects_result=False)] = None
-    kwargs: Annotated[dict[str, Any], AfterValidator(recordable), Field(examples=[{"num_classes": 10}])] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _tag(cls, values: Any) -> Any:
-        """Move the tag of pretrained weights in the name to `pretrained`."""
-        if not isinstance(values, dict) or not isinstance(values.get("name"), str):
-            return values
-        try:
-            library, name, tag = resolve_with_tag(values["name"])
-            if not tag:
-                return values
-            weights = with_tag(values["name"], tag, values.get("pretrained"))
-            return {**values, "name": f"{library}/{name}", "pretrained": weights}
-        except ConversionError as error:
-            raise ValueError(str(error)) from None
-        except UnknownName:
-            return values  # as the check of the name says
-
-
 class Surgery(_Section):
     """The arguments of `convert`. A recipe must set `scaled`, and `k` if the learner takes one.
 
     With `scheme: pretrained`, and neither `learner` nor `k`, the learner is `piggyback`.
 
     Attributes:
+        k_schedule: k by epoch, such as `{kind: cubic, start: 1.0, begin: 0, epochs: 10}`. `kind` is `linear`, `cubic`,
+            `steps` or `constant`. The share kept is `start` up to epoch `begin`, counted from 0, and `k` from epoch
+            `begin + epochs` on, which must be before the last one ends. `steps` also has `every`, the epochs between
+            two steps. `scaled` takes `k` from the start. Null for the same k in all epochs. See
+            [methods](../methods.md).
+        pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
+            k. Null ranks whole layers.
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
-            share of ones allows. The network is the same.
+            share of ones allows, or `pattern_coded`, as few as the pattern allows. The network is the same.
     """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value
     learner_options: Annotated[dict[str, Any], AfterValidator(options)] = DEFAULT.learner_options.value
     k: Annotated[
-        float | dict[str, float] | None, PlainValidator(shares), Field(validate_default=True), Key(affects_speed=False)
+        float | dict[str, Any] | None,
+        PlainValidator(shares),
+        Field(validate_default=True),
+        Key(affects_speed=False),
     ] = None
     scheme: Annotated[str | dict[str, str], AfterValidator(schemes), Key(affects_speed=False)] = DEFAULT.scheme.value
     scaled: Annotated[bool, Key(affects_speed=False)]
     seed: Annotated[int, Field(ge=0, lt=2**64), Key(affects_speed=False)] = DEFAULT.seed.value
     scope: Literal["layer", "global"] = DEFAULT.scope.value
+    pattern: Annotated[str | None, BeforeValidator(neighbours)] = DEFAULT.pattern.value
+    floor: Annotated[float | None, PlainValidator(floors)] = DEFAULT.floor.value
     include: str | list[str] | None = DEFAULT.include.value
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
     norm: Literal["frozen", "train"] = DEFAULT.norm.value
     train: str | list[str] | None = DEFAULT.train.value
+    k_schedule: Annotated[
+        dict[str, Any] | None,
+        PlainValidator(ramp),
+        Field(examples=[{"kind": "cubic", "epochs": 10}]),
+        Key(affects_speed=False),
+    ] = None
     encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
     @model_validator(mode="wrap")
     @classmethod
     def _of_pretrained(cls, values: Any, validate: ModelWrapValidatorHandler["Surgery"]) -> "Surgery":
-        """Set the learner that the scheme brings, which does not count as set, since another k would change it."""
-        if not isinstance(values, dict) or (completed := with_learner(values)) == values:
+        """Set the learner that the scheme brings, and the k that the pattern does.
+
+        They do not count as set, since another k or pattern would change them.
+        """
+        if not isinstance(values, dict) or (completed := with_share(with_learner(values))) == values:
             return validate(values)
         surgery = validate(completed)
-        surgery.model_fields_set.discard("learner")
+        surgery.model_fields_set.difference_update(name for name in completed if completed[name] != values.get(name))
         return surgery
 
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
-        return self.model_dump(exclude={"encoding"})
+        return self.model_dump(exclude={"encoding", "k_schedule"})
 
-    @field_validator("k", "scaled", "scope")
+    @field_validator("pattern")
+    @classmethod
+    def _beside_the_pattern(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """Check that no other key contradicts the pattern."""
+        if value is None or info.data.get("learner") is None:
+            return value
+        k, scope, share = info.data.get("k"), info.data.get("scope"), share_of(value)
+        wrong = [] if k in (None, share) else [f"k is {shown(k)}, and the pattern sets {share:g}: leave k out"]
+        wrong += [] if scope in (None, "layer") else [f"scope is {scope}, and {ALONE}"]
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return value
+
+    @field_validator("k", "scaled", "scope", "pattern", "floor", "k_schedule")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
         """Check a key against whether the learner takes a k."""
@@ -133,15 +148,20 @@ class Surgery(_Section):
         if learner is None:
             return value
         chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
-        takes_k = chosen.takes_k
-        if name == "k" and takes_k and value is not None and (wrong := chosen.k_error(value)):
+        if not chosen.takes_k and value != WITHOUT_K.get(name):
+            raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
+        if name == "k" and chosen.takes_k and value is not None and (wrong := chosen.k_error(value)):
             raise ValueError(wrong)
         if name == "scope" and value == "global" and not chosen.ranks_globally:
             raise ValueError(f"expected layer; {IN_LAYERS}")
-        if not takes_k and value != WITHOUT_K[name]:
-            raise ValueError(f"expected {json.dumps(WITHOUT_K[name])}; {without_k(learner)}")
-        if name == "k" and value is None and takes_k:
+        if name == "pattern" and value is not None and not chosen.takes_pattern:
+            raise ValueError(f"expected null; {without_pattern(learner)}")
+        if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
+            raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
+        if name == "k" and value is None and chosen.takes_k:
             raise Missing(SHARES)
+        if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
+            raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")
         return value
 
     @field_validator("encoding")
@@ -151,6 +171,8 @@ class Surgery(_Section):
         learner = info.data.get("learner")
         if value != "bitpack" and learner is not None and get_learner(learner).learns_weights:
             raise ValueError(f"expected bitpack; {learner} trains the weights, so that the run's file has no masks")
+        if get_codec(value).needs_pattern and info.data.get("pattern", value) is None:
+            raise ValueError(f"expected bitpack or range_coded, or a pattern such as 2:4, which {value} needs")
         return value
 
 
@@ -338,6 +360,17 @@ class Recipe(_Section):
                     f"surgery.scheme {scheme} would overwrite the weights of model.pretrained; set surgery.scheme to "
                     "pretrained to keep them"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ramp(self) -> "Recipe":
+        """Check that k reaches its final value before the last epoch, which is the run's result."""
+        given = None if self.surgery == "none" else self.surgery.k_schedule
+        if given is not None and (end := KSchedule(**given).end) >= self.training.epochs:
+            raise ValueError(
+                f"surgery.k_schedule reaches k in epoch {end}, counted from 0; expected at most "
+                f"{self.training.epochs - 1}, the last of training.epochs {self.training.epochs}, which is the result"
+            )
         return self
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ..artifact.reader import naming
 from ..config.schema import Data, parse_data
 from ..data.batches import Progress, quiet
 from ..data.folders import recognised
@@ -16,6 +17,7 @@ from ..data.open import held, open_image
 from ..data.reading import warn_of_skipped
 from ..errors import DataError, RecipeError
 from ..training.evaluation import accuracy_of
+from ..training.outputs import logits_of
 from .opened import Opened, open_result
 from .setup import image_size, open_for
 
@@ -55,16 +57,18 @@ def evaluate(
         The accuracy, 0 … 1, the number of images, the data set's name, and images per second.
 
     Raises:
-        ArtifactError: the file is damaged, or its architecture is `custom`, which no library builds.
+        ArtifactError: the file is damaged, or its architecture is `custom`, which no library builds; or ONNX Runtime
+            cannot run it.
         DataError: the file names no data set; the data set is missing or does not fit the network; or an image
             cannot be read.
     """
     artifact = open_result(path)
     data = data_of(artifact, data, data_dir)
-    model = artifact.network(base=base).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = artifact.network(base=base).float().to("cuda" if torch.cuda.is_available() else "cpu")
     batches = open_for(model, data, progress, train=False, classes=class_names(artifact))
     began = time.perf_counter()
-    accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
+    with naming(artifact.path):
+        accuracy, images = accuracy_of(model, batches.validation(), nullcontext)
     if batches.skipped:
         warn_of_skipped(batches.skipped, batches.left_out)
     return Evaluation(accuracy, images, data.title, images / (time.perf_counter() - began))
@@ -89,16 +93,20 @@ def predict(
 
     Raises:
         ArtifactError: as for `load`.
-        DataError: an image cannot be read, or the file does not say how images are prepared.
+        DataError: an image cannot be read, the file does not say how images are prepared, or the network does not
+            classify them.
     """
     artifact = open_result(path)
-    data, model = recorded_data(artifact), artifact.network(base=base)
+    data, model = recorded_data(artifact), artifact.network(base=base).float()
     size = image_size(data, model)
     if not images:
         return []
     batch = torch.stack([open_image(Path(image), data, size) for image in images])
-    with torch.inference_mode():
-        probabilities = model(batch).float().softmax(1)
+    logits = logits_of(model, batch).float()
+    if not bool(logits.isfinite().all()):
+        odd = images[int((~logits.isfinite()).any(1).nonzero()[0])]
+        raise DataError(f"the outputs of {artifact.path} for {odd} are not finite")
+    probabilities = logits.softmax(1)
     classes = class_names(artifact)
     if len(classes) != probabilities.shape[1]:
         classes = [str(i) for i in range(probabilities.shape[1])]

@@ -13,7 +13,7 @@ from ..artifact.probe import probe_input
 from ..data.batches import Batches
 from ..exporting.check import check_export
 from ..exporting.convolutions import quantise_convolutions
-from ..exporting.onnx_file import OnnxNetwork
+from ..exporting.onnx_file import written
 from ..exporting.packing import pack_products
 from ..exporting.program import repeated
 from ..exporting.to_onnx import fits, onnx_bytes, to_proto
@@ -41,13 +41,13 @@ def pack(
     """
     plain = None
     if fits(graph):
-        plain = OnnxNetwork(onnx_bytes(to_proto(graph), metadata))
+        plain = written(onnx_bytes(to_proto(graph), metadata))
         check_export(model, plain.outputs, inputs)
     layers = pack_products(graph, "fast" if fast else "small", rounded)
     shown = list(_calibration(inputs, images))
     proto, layers = quantise_convolutions(to_proto(graph), layers, shown, rounded)
     contents = onnx_bytes(proto, metadata)
-    packed = OnnxNetwork(contents)
+    packed = written(contents)
     found: dict[str, Any] = {
         "layers": tuple(layers),
         "difference": check_export(model, packed.outputs, shown[0], BOUND),

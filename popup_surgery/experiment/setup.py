@@ -17,6 +17,7 @@ from ..errors import DataError, RecipeError
 from ..hub import Address, is_address
 from ..learners import get_learner
 from ..masking.convert import convert
+from ..masking.k_schedule import KSchedule, check_schedule
 from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
@@ -53,7 +54,8 @@ def run_folder(path: Path, recipe: Recipe, stem: str) -> RunFolder:
 
 def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tuple[Trainer, tuple[int, int, int]]:
     """Return a trainer with a recipe's network, data and optimiser, ready for the first step; and the images' size."""
-    model = _network(recipe)
+    model, schedule = _network(recipe), k_schedule(recipe)
+    check_schedule(model, schedule)
     try_optimizer(
         [parameter for parameter in model.parameters() if parameter.requires_grad], recipe.training, accelerator
     )
@@ -68,7 +70,13 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
         return TicketTrainer(*parts, recipe.lottery_ticket), size
-    return Trainer(*parts, start_masks(recipe)), size
+    return Trainer(*parts, start_masks(recipe), schedule), size
+
+
+def k_schedule(recipe: Recipe) -> KSchedule | None:
+    """Return the schedule of k that a recipe has; None if k is the same in all epochs."""
+    given = None if recipe.surgery == "none" else recipe.surgery.k_schedule
+    return None if given is None else KSchedule.of(given)
 
 
 def first_file(recipe: Recipe) -> str | None:

@@ -45,6 +45,21 @@ def check_export(
     return worst
 
 
+def check_repeats(model: nn.Module, example: Tensor) -> None:
+    """Check, before the work, that a network computes the same each time.
+
+    Raises:
+        ConversionError: it does not.
+    """
+    inputs = repeated(example, 2)
+    first = [output.clone() for output in outputs_of(model, inputs)]  # a network may return memory of its own
+    if difference(outputs_of(model, inputs), first) > BOUND:
+        raise ConversionError(
+            f"the {type(model).__name__} cannot be exported: its outputs for the same inputs differ from pass to pass, "
+            "because it draws random numbers or changes its own buffers"
+        )
+
+
 def _own_error(model: nn.Module, inputs: Tensor) -> float:
     """Return how far rounding to float32 moves a network's outputs, as a share of the largest; 0 if it is not known."""
     try:
@@ -57,12 +72,15 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Return the largest difference of outputs, as a share of the largest expected one.
 
     Raises:
-        ConversionError: the expected outputs are not finite, so that nothing can be compared.
+        ConversionError: the expected outputs are not finite, so that nothing can be compared; or the shapes differ.
     """
-    if [each.shape for each in found] != [each.shape for each in expected]:
-        return float("inf")
+    if _shapes(found) != _shapes(expected):
+        raise ConversionError(
+            f"nothing was written: the export's outputs are {_shapes(found)}, and the network's {_shapes(expected)}"
+        )
     worst = 0.0
     for ours, theirs in zip(found, expected, strict=True):
+        ours, theirs = (torch.view_as_real(t) if t.is_complex() else t for t in (ours.detach(), theirs.detach()))
         ours, theirs = ours.double(), theirs.double().cpu()
         if not bool(torch.isfinite(theirs).all()):
             raise ConversionError("nothing was written: the network's outputs for random inputs are not finite")
@@ -70,3 +88,7 @@ def difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
             off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
             worst = max(worst, off if off == off else float("inf"))
     return worst
+
+
+def _shapes(outputs: Sequence[Tensor]) -> str:
+    return ", ".join(f"{'complex ' * t.is_complex()}{' × '.join(map(str, t.shape)) or 'one number'}" for t in outputs)

@@ -1,6 +1,10 @@
 """The packages of the extra `[onnx]`."""
 
+import logging
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module, metadata
 from types import ModuleType
 
@@ -27,7 +31,8 @@ def needed(name: str) -> ModuleType:
     except Exception as error:  # a package that does not fit the others may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == name:
             raise PopupError(f"the package {name} is not installed; {INSTALL}") from None
-        raise PopupError(f"the package {name} cannot be imported ({error}); {INSTALL}") from error
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise PopupError(f"the package {name} cannot be imported ({why}); {INSTALL}") from error
     oldest, version = OLDEST[name], _version(name, module)
     if tuple(map(int, re.findall(r"\d+", version)[: len(oldest)])) < oldest:
         raise PopupError(f"{name} is {version}; expected {'.'.join(map(str, oldest))} or newer: {INSTALL}")
@@ -37,4 +42,21 @@ def needed(name: str) -> ModuleType:
 def _version(name: str, module: ModuleType) -> str:
     if isinstance(version := getattr(module, "__version__", None), str):
         return version
-    return metadata.version(name)
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # Python takes any folder of that name for a package
+        where = ", ".join(getattr(module, "__path__", ())) or name
+        raise PopupError(f"the package {name} is not installed, and {where} is none; {INSTALL}") from None
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Context manager: the exporters' warnings and advice, which are about their own graphs, are not shown."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,22 +1,23 @@
 """A program of torch.export as an ONNX model."""
 
 import json
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind, TensorArgument
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import ConversionError
-from .needed import check_packages
+from .needed import check_packages, silence
 from .packing import WEIGHTED
 
 if TYPE_CHECKING:
     import onnx_ir
 
-LARGEST = 2**31 - 1  # bytes of one protobuf message
+LARGEST = 2**31 - 2**24  # bytes of weights in one protobuf message, beside its graph and metadata
 
 
 def to_onnx(program: ExportedProgram, inputs: str, outputs: list[str]) -> "onnx_ir.Model":
@@ -26,9 +27,15 @@ def to_onnx(program: ExportedProgram, inputs: str, outputs: list[str]) -> "onnx_
         ConversionError: an operator of the network has no translation.
     """
     check_packages()
+    for spec in program.graph_signature.output_specs:
+        other = getattr(spec.arg, "value", spec.arg)  # None is left out
+        if spec.kind is OutputKind.USER_OUTPUT and not isinstance(spec.arg, TensorArgument) and other is not None:
+            raise ConversionError(
+                f"the network returns {getattr(other, 'name', other)!r:.40} beside its tensors; an ONNX file returns "
+                "tensors only"
+            )
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            warnings.simplefilter("ignore")
+        with silence(), sdpa_kernel(SDPBackend.MATH):
             translated: Any = torch.onnx.export(
                 program, dynamo=True, verbose=False, input_names=[inputs], output_names=outputs
             )
@@ -38,10 +45,26 @@ def to_onnx(program: ExportedProgram, inputs: str, outputs: list[str]) -> "onnx_
             cause = cause.__cause__
         raise ConversionError(f"the network cannot be written as ONNX: {' '.join(str(cause).split())[:300]}") from error
     model: onnx_ir.Model = translated.model
+    _register_constants(model)
     _name_layers(model)
     strip(model)
     _name_batch(model)
     return model
+
+
+def _register_constants(model: "onnx_ir.Model") -> None:
+    """Let the graph have every constant that its nodes read.
+
+    onnxscript's optimiser forgets one of two with the same name, as it calls the bounds of two clamps of one tensor.
+    """
+    graph = model.graph
+    there = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for value in [value for node in graph for value in node.inputs if value is not None]:
+        if value.producer() is None and value.const_value is not None and id(value) not in there:
+            there.add(id(value))
+            if value.name is None or value.name in graph.initializers:
+                value.name = f"{value.name}_{len(there)}"
+            graph.register_initializer(value)
 
 
 def _name_layers(model: "onnx_ir.Model") -> None:
@@ -87,6 +110,20 @@ def fits(model: "onnx_ir.Model") -> bool:
     return _weights(model) <= LARGEST
 
 
+def check_size(model: nn.Module) -> None:
+    """Raise `ConversionError` if a network's weights do not fit into one ONNX file, before it is translated."""
+    tensors: Iterable[Tensor] = {id(each): each for each in (*model.parameters(), *model.buffers())}.values()
+    _check_size(sum(each.nbytes for each in tensors), ", or a packed one")
+
+
+def _check_size(size: int, or_else: str = "") -> None:
+    if size > LARGEST:
+        raise ConversionError(
+            f"the network's weights take {size / 1e9:,.1f} GB, and an ONNX file holds {LARGEST / 1e9:.1f}; write a "
+            f".pt2 or .safetensors file{or_else}"
+        )
+
+
 def _weights(model: "onnx_ir.Model") -> int:
     return sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value is not None)
 
@@ -99,11 +136,7 @@ def to_proto(model: "onnx_ir.Model") -> Any:
     """
     import onnx_ir
 
-    if not fits(model):
-        raise ConversionError(
-            f"the network's weights take {_weights(model) / 1e9:.1f} GB, and an ONNX file holds 2.1; write a .pt2 or "
-            ".safetensors file, or a packed one"
-        )
+    _check_size(_weights(model))
     return onnx_ir.to_proto(model)
 
 

@@ -44,6 +44,8 @@ class Learner(ABC):
 
     Attributes:
         takes_k: whether k sets the share of weights that is kept. Otherwise the scores alone decide how many take part.
+        takes_floor: whether `select` and `select_traced` take `floors`, as `selection.select` does. They get it only
+            where `convert` was called with a floor.
         trains: whether the scores are trained. Otherwise they keep their first values.
         samples: whether each read of a mask may give a different one. `masks`, `bake` and `save` then use the network
             that `describe_sample` names.
@@ -56,12 +58,16 @@ class Learner(ABC):
             `learns_weights`.
         starts_whole: whether all weights take part at first, so that training begins with the network as it is. Layers
             of a pretrained network that have no pretrained weights, such as a new head, are then trained, not masked.
+        takes_pattern: whether the weights with the largest |score| are kept, so that a pattern such as 2:4 can rank
+            neighbours in place of a whole layer. A subclass that selects in its own way, or not always as many, does
+            not inherit it.
         planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
             `sign` if their signs are learnt too. `plane` returns the bits.
         ranks_globally: whether `scope="global"` suits it, so that `kept` may be of several weights together.
     """
 
     takes_k: bool = True
+    takes_floor: bool = False
     trains: bool = True
     samples: bool = False
     ranks_weights: bool = False
@@ -69,12 +75,17 @@ class Learner(ABC):
     rescale: bool = False
     redraws: bool = False
     starts_whole: bool = False
+    takes_pattern: bool = False
     planes: tuple[str, ...] = ()
     ranks_globally: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         link_methods(cls)
+        bases = [base for base in cls.__bases__ if issubclass(base, Learner)]
+        names = "select", "select_traced", "kept_at"
+        if any(getattr(cls, name) is not getattr(base, name) for base in bases for name in names):
+            cls.takes_pattern = vars(cls).get("takes_pattern", False)
 
     @abstractmethod
     def initial_scores(

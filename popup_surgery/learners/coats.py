@@ -53,7 +53,7 @@ class Coats(EdgePopup):
         return self.coats is None
 
     @property
-    def takes_pattern(self) -> bool:
+    def takes_pattern(self) -> bool:  # type: ignore[override]
         return self.coats is None
 
     def k_error(self, k: Any) -> str:

@@ -21,16 +21,23 @@ class EdgePopup(Learner):
     Exactly `kept` weights take part, and ties go to the lower index; the authors' code leaves ties to its sort.
     """
 
+    takes_pattern = True
+    takes_floor = True
+
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:
         return draw_scores(numel, fan_in, seed, name)
 
-    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
-        return select(scores, kept)
+    def select(
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+    ) -> Selection:
+        return select(scores, kept, floors)
 
-    def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
-        return select_op(list(scores), kept)
+    def select_traced(
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+    ) -> Sequence[Tensor]:
+        return select_op(list(scores), kept, floors)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)

@@ -52,11 +52,11 @@ class Signed(EdgePopup):
         return self.threshold is None
 
     @property
-    def takes_pattern(self) -> bool:
+    def takes_pattern(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
     @property
-    def takes_floor(self) -> bool:
+    def takes_floor(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
     def initial_scores(
@@ -70,16 +70,18 @@ class Signed(EdgePopup):
             )
         return draw_scores(numel, 1 / bound**2 if self.init != "uniform" else fan_in, seed, name)
 
-    def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **how: Any) -> Selection:
+    def select(
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+    ) -> Selection:
         if self.threshold is None:
-            return super().select(scores, kept, names, **how)
+            return super().select(scores, kept, names, floors)
         return _Thresholded(tuple(self.select_traced(scores, kept)), -1, -1)
 
     def select_traced(
-        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **how: Any
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
     ) -> Sequence[Tensor]:
         if self.threshold is None:
-            return super().select_traced(scores, kept, names, **how)
+            return super().select_traced(scores, kept, names, floors)
         return [score.abs() > self._threshold for score in scores]
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:

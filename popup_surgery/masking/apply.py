@@ -11,10 +11,12 @@ from ..torch_compat import NormWithStatistics
 from ..weights.fill import fill, values_digest
 from ..weights.source import source_of
 from ..weights.streams import draw, untied
+from .checks import check_memory, check_rest, check_score_name, check_writable
 from .layer import masked_class, swap
 from .plan import Plan, PlannedRest, PlannedWeight
-from .planning import check_memory, check_rest, check_score_name, check_writable
 from .ranking import STATE, RankGroup, drop_hooks
+from .settings import MaskingSettings
+from .shares import floor_count
 from .state import MaskedParam, ModuleState, slots_of, state_of
 from .unmasked import FROZEN, Generated
 from .walk import Place, masked_weights, places_of
@@ -53,7 +55,7 @@ def apply(core: nn.Module, planned: Plan) -> None:
     core.__dict__[STATE].settings = settings
     _note_digest(core)
     if settings.scope == "global":
-        _rank_together(core, learner, settings.by_pattern("k")["*"])
+        _rank_together(core, learner, settings)
 
 
 # find and prepare: what can fail
@@ -124,7 +126,7 @@ def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned
     for (weight, held), score in zip(masked, scores, strict=True):
         source = source_of(weight.distribution)
         source.fill(held[0].tensor, weight.std, settings.seed, weight.key)
-        ranking = RankGroup(learner, weight.kept or 0)
+        ranking = RankGroup(learner, weight.kept or 0, weight.pattern)
         index = ranking.add(held[0].module, held[0].name, weight.key)
         for _, module, name in held:
             slots.setdefault(module, {})[name] = MaskedParam(
@@ -165,7 +167,7 @@ def _note_digest(core: nn.Module) -> None:
         note_origin(core, digest=(unique[0].dtype, values_digest(unique)))
 
 
-def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:
+def _rank_together(core: nn.Module, learner: Learner, settings: MaskingSettings) -> None:
     """Put all masked weights of `core` into one ranking group, in place of the groups they had."""
     ranking = RankGroup(learner, 0)
     place: dict[int, int] = {}
@@ -174,6 +176,8 @@ def _rank_together(core: nn.Module, learner: Learner, k: float) -> None:
     for module in core.modules():
         for name, slot in slots_of(module).items():
             slot.ranking, slot.index = ranking, place[id(module._parameters[name])]
-    ranking.kept = kept_count(sum(score.numel() for score in ranking.scores()), k)
+    ranking.kept = kept_count(ranking.numel, settings.by_pattern("k")["*"])
+    if settings.floor is not None:
+        ranking.floors = tuple(floor_count(score.numel(), settings.floor) for score in ranking.scores())
     drop_hooks(core)
     ranking.hold_during_forward(core)

@@ -34,7 +34,9 @@ def convert(
     seed: int = DEFAULT.seed,
     learner: str = DEFAULT.learner,
     learner_options: Mapping[str, Any] = DEFAULT.learner_options,
+    pattern: str | None = DEFAULT.pattern,
     scope: Scope = DEFAULT.scope,
+    floor: float | None = DEFAULT.floor,
     include: Patterns = DEFAULT.include,
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
@@ -58,8 +60,10 @@ def convert(
             for `build`, or an `Architecture`. A named network is built without its own initialisation, which would take
             most of the time.
         k: share of each layer's weights that is kept, in (0, 1]; or shares by glob pattern on layer names. The last
-            pattern that matches counts; a layer that none matches gets the default. Learners whose scores decide how
-            many weights are kept, such as `supermask`, take no k.
+            pattern that matches counts; a layer that none matches gets the default. Or a rule that spreads one share of
+            the network over its layers: `{"rule": "erk", "k": 0.1}`, with `uniform`, `erk`, `balanced` or `fan`
+            (docs/methods.md); patterns beside it set the share of single layers. Learners whose scores decide how many
+            weights are kept, such as `supermask`, take no k.
         scheme: how weights are made: a key of `weights.SCHEMES`, such as `kaiming_normal`, for random ones; or
             `pretrained`, which leaves weights unchanged (Piggyback, Mallya et al., ECCV 2018), except those to mask for
             which `build` found no pretrained values; or schemes by pattern, as for k.
@@ -68,7 +72,12 @@ def convert(
         learner, learner_options: how scores become a mask and are trained: a key of `learners.LEARNERS`, and options of
             that learner by name, documented in its class. With the one scheme `pretrained`, and neither a learner nor
             k, the learner is `piggyback`, which starts with the whole pretrained network.
+        pattern: `2:4` keeps the 2 weights with the largest |score| of each 4 neighbours, in place of a share of the
+            layer; likewise any N:M with 1 ≤ N < M ≤ 16. Neighbours are consecutive input channels of one output and one
+            kernel position. Where the channels do not divide by M, a remainder of r keeps ⌈r·N/M⌉. It sets k to N/M.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
+        floor: with `scope="global"`, what each layer keeps at least, so that none loses all of its weights: a share
+            below 1 of its weights, or a number of weights from 1.
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
             A layer that came frozen, in a network that did not, stays as it is unless `include` names it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the

@@ -2,8 +2,8 @@
 
 The class becomes a subclass with a property in place of the weight, as that of a masked layer does (`layer.py`). A read
 gives a new parameter, which lives only as long as someone uses it. So two weights in use at once never share memory,
-and what stays is a uint8 buffer of two bits a weight and the constant. `state_dict` has the plain weights under their
-keys.
+and what stays is a uint8 buffer of two bits a weight and the constant. A write to such a parameter would be lost; the
+next read refuses it. `state_dict` has the plain weights under their keys.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from ..errors import MaskedWeightError, PopupError
 from ..models.layer_types import layer_type_of
 from ..models.structure import PLAIN_TYPE
-from ..torch_compat import ModuleMethods, forget_weight_list, is_replica
+from ..torch_compat import ModuleMethods, forget_weight_list, is_func_wrapper, is_replica
 from .layer import guard
+from .masked_weight import Watch
 from .ternary import unpack
 
 _SHAPES = "_popup_packed"  # in a packed layer's __dict__: the shapes of its packed weights, by parameter name
-_ORDER = "_popup_order"  # their memory formats, by parameter name
+_ORDER = "_popup_order"  # whether channels are last in memory, by parameter name: torch.save pickles no memory format
 _LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _TRAINED = "_popup_requires_grad"  # the names of those that would require a gradient in the plain layer
+_WATCHES = "_popup_watches"  # of the parameters that were read last, by name
 _INSTEAD = "load the file without packed"
 
 
@@ -52,9 +54,8 @@ class Packed(ModuleMethods):
         for name, shape in self.__dict__[_SHAPES].items():
             if len(shape) in _LAST:
                 value = self._buffers[_value_name(name)]  # type: ignore[attr-defined]
-                example = value.new_empty([2] * len(shape)).contiguous(memory_format=order[name])
-                last = fn(example).is_contiguous(memory_format=_LAST[len(shape)])
-                order[name] = _LAST[len(shape)] if last else torch.contiguous_format
+                example = value.new_empty([2] * len(shape)).contiguous(memory_format=_format(order[name], shape))
+                order[name] = fn(example).is_contiguous(memory_format=_LAST[len(shape)])
         return fn
 
     def _popup_save(self, saved: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -74,7 +75,7 @@ class Packed(ModuleMethods):
             weight = read(self, name)  # type: ignore[arg-type]
             if (given := state_dict.get(prefix + name)) is None:
                 missing.append(prefix + name)
-            elif given.shape != weight.shape or not torch.equal(given.to(weight.device), weight):
+            elif not _are(given, weight):
                 raise MaskedWeightError(
                     f"{prefix + name} is held as bits, and the state_dict has other values, which it cannot take; "
                     f"{_INSTEAD}"
@@ -97,6 +98,19 @@ class Packed(ModuleMethods):
         return f"{plain}, {packed}" if plain else packed
 
 
+def _are(given: Any, weight: Tensor) -> bool:
+    """Return whether a `state_dict` has these values, in whatever dtype a plain network would take them."""
+    if not isinstance(given, Tensor) or given.shape != weight.shape:
+        return False
+    if given.is_meta or weight.is_meta:
+        return weight.is_meta  # which has no values, and takes any
+    return torch.equal(given.to(weight.device, weight.dtype), weight)
+
+
+def _format(last: bool, shape: tuple[int, ...]) -> torch.memory_format:
+    return _LAST[len(shape)] if last else torch.contiguous_format
+
+
 def _codes_name(name: str) -> str:
     return f"_popup_codes_{name}"
 
@@ -111,8 +125,28 @@ def read(module: nn.Module, name: str) -> Tensor:
     codes, value = buffers[_codes_name(name)], buffers[_value_name(name)]
     assert codes is not None
     assert value is not None
-    weight = unpack(codes, value, module.__dict__[_SHAPES][name])
-    return weight.to(memory_format=module.__dict__[_ORDER][name])
+    shape = module.__dict__[_SHAPES][name]
+    return unpack(codes, value, shape).to(memory_format=_format(module.__dict__[_ORDER][name], shape))
+
+
+class _Watches(dict[str, Watch]):
+    """The watches of a layer, by parameter name. Copies begin with none."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _Watches, ()
+
+
+def _watched(module: nn.Module, name: str, weight: nn.Parameter) -> nn.Parameter:
+    """Return a weight whose writes the next read finds. Raise `MaskedWeightError` if the one before was written to."""
+    watches = module.__dict__[_WATCHES]
+    if (before := watches.pop(name, None)) is not None and before.written():
+        raise MaskedWeightError(
+            f"{name} of {type(module).__name__} was written to, and the write is lost: it is held as bits, and made of "
+            f"them at each read; {_INSTEAD}"
+        )
+    if not torch.jit.is_tracing() and not is_func_wrapper(weight):
+        watches[name] = Watch(weight)
+    return weight
 
 
 def _property(name: str) -> property:
@@ -126,7 +160,7 @@ def _property(name: str) -> property:
             # even where no gradient is computed
             trained = name in self.__dict__[_TRAINED] and not torch.is_grad_enabled()
             with torch.inference_mode(False), torch.no_grad():
-                return nn.Parameter(read(self, name), trained)
+                return _watched(self, name, nn.Parameter(read(self, name), trained))
         except AttributeError as error:  # nn.Module would give None in its place
             raise MaskedWeightError(f"{name} of {type(self).__name__} cannot be computed: {error}") from error
 
@@ -174,8 +208,8 @@ def pack(module: nn.Module, weights: Mapping[str, tuple[Tensor, Tensor]]) -> Non
         module._parameters[name] = None  # keeps its place in the state_dict
         module.register_buffer(_codes_name(name), codes, persistent=False)
         module.register_buffer(_value_name(name), value, persistent=False)
-    order = dict.fromkeys(shapes, torch.contiguous_format)
-    module.__dict__ |= {_SHAPES: shapes, _TRAINED: tuple(trained), _ORDER: order}
+    order = dict.fromkeys(shapes, False)
+    module.__dict__ |= {_SHAPES: shapes, _TRAINED: tuple(trained), _ORDER: order, _WATCHES: _Watches()}
     module.__class__ = cls
     _guard(module)
 

@@ -16,13 +16,26 @@ from ..models.architecture import origin_of
 from ..models.layer_types import Fans, layer_type_of
 from ..selection import kept_count
 from ..weights import PRETRAINED
-from ..weights.source import source_of, source_of_scheme
-from .memory import overlapping, overlaps_itself
+from ..weights.source import source_of_scheme
+from .checks import check_memory, check_rest, check_score_name, check_writable
+from .neighbours import pattern_of
 from .packed import refuse_packed
 from .patterns import check_patterns, last_match, matches, several
 from .plan import Plan, PlannedRest, PlannedWeight
 from .ranking import parameter_of, score_name, score_of
-from .settings import DEFAULT, Choice, MaskingSettings, Patterns, Schemes, Scope, Shares, given_in, own_copy
+from .settings import (
+    DEFAULT,
+    Choice,
+    MaskingSettings,
+    Patterns,
+    Schemes,
+    Scope,
+    Shares,
+    given_in,
+    is_rule,
+    own_copy,
+)
+from .shares import check_together, counts_by_rule
 from .state import slots_of, state_of
 from .unmasked import FRESH, FROZEN, NAMED, UnmaskedRule, is_norm, treatment
 from .walk import Place, masked_weights, places_of, unwrap
@@ -37,7 +50,9 @@ def plan(
     seed: int = DEFAULT.seed,
     learner: str = DEFAULT.learner,
     learner_options: Mapping[str, Any] = DEFAULT.learner_options,
+    pattern: str | None = DEFAULT.pattern,
     scope: Scope = DEFAULT.scope,
+    floor: float | None = DEFAULT.floor,
     include: Patterns = DEFAULT.include,
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
@@ -255,19 +270,6 @@ def _is_weight(key: str, tensor: Tensor | None) -> bool:
     return True
 
 
-def check_mode(key: str, tensor: Tensor) -> None:
-    """Raise `ConversionError` for a tensor that can neither be written to nor get a gradient."""
-    if tensor.is_inference():
-        raise ConversionError(f"{key} was made under torch.inference_mode; build the network outside it")
-
-
-def check_writable(key: str, tensor: Tensor) -> None:
-    """Raise `ConversionError` unless the values of `tensor` can be replaced."""
-    check_mode(key, tensor)
-    if overlaps_itself(tensor):
-        raise ConversionError(f"{key} is an expanded tensor, whose elements share memory; make it contiguous first")
-
-
 def _chosen(fans: Matched, settings: MaskingSettings) -> Matched:
     include, exclude = several(settings.include), several(settings.exclude)
     return {
@@ -290,6 +292,7 @@ class _Decision:
         trained: what is trained by itself.
         frozen: what stays because it came frozen.
         fresh: names of layers that have no pretrained weights.
+        by_rule: how many weights a rule keeps, by the names of a module and of its parameter.
     """
 
     def __init__(
@@ -299,8 +302,9 @@ class _Decision:
         trained: _Trained,
         frozen: _Frozen,
         fresh: Collection[str],
+        by_rule: Mapping[tuple[str, str], int],
     ) -> None:
-        self.settings, self.chosen, self.fresh = settings, chosen, fresh
+        self.settings, self.chosen, self.fresh, self.by_rule = settings, chosen, fresh, by_rule
         self.trained, self.frozen = trained, frozen
         self.layers = {layer for layer, _ in chosen}
         self.shares, self.schemes = settings.by_pattern("k"), settings.by_pattern("scheme")
@@ -315,7 +319,11 @@ class _Decision:
         """Plan a weight to mask; `ConversionError` if it cannot be masked as the settings ask."""
         key, tensor, fans = held[0].key, held[0].tensor, self.chosen[chosen.layer, chosen.name]
         share = self.shares[last_match(chosen.layer, self.shares)]
+        pattern = pattern_of(key, tensor.numel(), fans, self.settings.pattern)
         kept = None if share is None else kept_count(tensor.numel(), share)
+        if (spread_here := self.by_rule.get((chosen.layer, chosen.name))) is not None:
+            kept, share = spread_here, spread_here / tensor.numel()
+        kept = kept if pattern is None else pattern.kept(tensor.numel())
         if kept == 0 and self.settings.scope == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
         for place in held:
@@ -328,7 +336,8 @@ class _Decision:
             )
         cls, owners = type(held[0].module).__name__, tuple(place.key for place in held)
         shape = tuple(tensor.shape)
-        return PlannedWeight(key, cls, shape, share, kept, scheme, source.distribution, std, fans.fan_in, owners)
+        drawn = scheme, source.distribution, std, fans.fan_in
+        return PlannedWeight(key, cls, shape, share, kept, *drawn, owners, pattern)
 
     def _scheme(self, layer: str) -> str:
         """Return a layer's scheme. Without pretrained weights it is drawn, unless its own pattern says otherwise."""
@@ -366,20 +375,6 @@ class _Decision:
         return own if own is not None and rule.action == "left" else rule
 
 
-def check_score_name(place: Place) -> None:
-    """Raise `ConversionError` if a weight's module uses the name of the weight's score for something else."""
-    if hasattr(place.module, score_name(place.name)):
-        raise ConversionError(f"{score_name(place.key)} exists already; the score of {place.key} needs that name")
-
-
-def check_rest(planned: PlannedRest, tensor: Tensor) -> None:
-    """Raise `ConversionError` unless the plan for an unmasked parameter can be carried out."""
-    if planned.treatment.action != "left" and not planned.done:
-        check_writable(planned.key, tensor)
-    elif planned.train:
-        check_mode(planned.key, tensor)
-
-
 # record
 
 
@@ -390,35 +385,20 @@ def _plan(core: nn.Module, settings: MaskingSettings, first: bool) -> Plan:
     if before and first and settings.scope == "global":
         raise ConversionError(f"scope='global' ranks all layers together, and {len(before)} are masked already")
     fresh = origin_of(core).fresh if first else {layer for layer, _ in chosen}
-    decide = _Decision(settings, chosen, trained, frozen, fresh)
-    decided = [decide(held) for held in _unmasked(core)]
+    unmasked = _unmasked(core)
+    by_rule = counts_by_rule(core, unmasked, chosen, settings, first) if is_rule(settings.k) else {}
+    decide = _Decision(settings, chosen, trained, frozen, fresh, by_rule)
+    decided = [decide(held) for held in unmasked]
     planned = Plan(
         tuple(each for each in decided if isinstance(each, PlannedWeight)),
         tuple(each for each in decided if isinstance(each, PlannedRest)),
         before,
         settings,
     )
-    total = planned.weights + sum(before.values())
-    if settings.scope == "global" and kept_count(total, settings.by_pattern("k")["*"]) == 0:
-        raise ConversionError(f"k={settings.k!r} keeps none of the network's {total:,} weights")
+    if settings.scope == "global":
+        check_together(settings, [*before.values(), *(weight.numel for weight in planned.masked)])
     check_memory(core, planned)
     return planned
-
-
-def check_memory(core: nn.Module, planned: Plan) -> None:
-    """Raise `ConversionError` if conversion or training would change a tensor by writing to another one."""
-    written = {weight.key for weight in planned.masked if not source_of(weight.distribution).in_base}
-    written |= {o.key for o in planned.rest if o.train or (o.treatment.action != "left" and not o.done)}
-    tensors = {place.key: place.tensor for place in places_of(core)} | dict(core.named_buffers())
-    named = list({id(tensor): (key, tensor) for key, tensor in reversed(tensors.items())}.values())
-    for one, other in overlapping([tensor for _, tensor in named]):
-        pair = {named[one][0], named[other][0]}
-        if keys := sorted(pair & written):
-            (changed,) = pair - {keys[0]}
-            raise ConversionError(
-                f"{keys[0]} shares memory with {changed} and is not the same Parameter, so writing to one would change "
-                "the other; give both the same Parameter, or give one a copy of its own with clone()"
-            )
 
 
 def _unmasked(core: nn.Module) -> list[list[Place]]:

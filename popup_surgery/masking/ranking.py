@@ -1,13 +1,16 @@
 """Groups of weights that are ranked together, and when their masks are computed again."""
 
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.sym_node import DynamicInt
 
+from ..errors import ConversionError, some
 from ..learners import Learner
-from ..selection import Selection
+from ..selection import Selection, kept_count
+from ..selection.pattern import Pattern, select_pattern, select_pattern_op
 from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
@@ -36,24 +39,31 @@ class RankGroup:
 
     Attributes:
         kept: how many weights take part; 0 if the learner takes no k.
+        pattern: if there is one, which of the neighbours in the group's one weight take part.
         kept_now: how many take part at this point of the training; None if as many as `kept`.
+        floors: how many weights each member keeps at least; None if there is no floor.
     """
 
-    kept_now: int | None = None  # on the class, for groups pickled before this attribute existed
+    kept_now: int | None = None  # on the class, for groups pickled before these attributes existed
+    pattern: Pattern | None = None
+    floors: tuple[int, ...] | None = None
+    _in_graphs: int | None = None  # `in_force` as compiled graphs take it; None if it has always been `kept`
 
-    def __init__(self, learner: Learner, kept: int) -> None:
+    def __init__(self, learner: Learner, kept: int, pattern: Pattern | None = None) -> None:
         self.learner = learner
         self.kept = kept
+        self.pattern = pattern
         self.members: list[tuple[nn.Module, str]] = []
         self.streams: list[str] = []
         self._selection: Selection | None = None
         self._held: dict[int, _Held] = {}  # by thread, while it runs a forward of a root
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_selection": None, "_held": {}}
+        return self.__dict__ | {"_selection": None, "_held": {}, "_in_graphs": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_held": {}})  # None in earlier versions
+        self._update_compiled()
 
     def add(self, module: nn.Module, name: str, stream: str) -> int:
         """Add the weight `name` of `module` to the group, and return its index."""
@@ -64,15 +74,57 @@ class RankGroup:
     def scores(self) -> list[Tensor]:
         return [score_of(module, name) for module, name in self.members]
 
-    def at(self, progress: float) -> None:
-        """Keep as many weights as the learner says when this share of the training is done, 0 … 1."""
-        before, now = self._kept(), self.learner.kept_at(progress, self.kept)
-        self.kept_now = None if now == self.kept else min(now, sum(score.numel() for score in self.scores()))
-        if self._kept() != before:
+    def at(self, progress: float, kept: int | None = None) -> None:
+        """Keep as many weights as the learner says when this share of the training is done, 0 … 1.
+
+        Args:
+            kept: the number that k gives at this point; None for the number that it gives in the end.
+        """
+        before, now = self.in_force, self.learner.kept_at(progress, self.kept if kept is None else kept)
+        self.kept_now = None if now == self.kept else min(now, self.numel)
+        self._update_compiled()
+        if self.in_force != before:
             self._selection = None
 
-    def _kept(self) -> int:
+    def _update_compiled(self) -> None:
+        """Note what compiled graphs are to keep: a number that they take as an input, once it has changed."""
+        if self.kept_now is not None or self._in_graphs is not None:
+            self._in_graphs = DynamicInt(self.in_force)
+
+    def _kept_in_graph(self) -> int:
+        """Return `in_force` for a compiler, which would take a plain number for a constant."""
+        return self.in_force if self._in_graphs is None or torch.compiler.is_exporting() else self._in_graphs
+
+    def count(self, share: float | None) -> int:
+        """Return how many weights of the group a share keeps; with None, as many as in the end.
+
+        Raises:
+            ConversionError: it keeps none, or fewer than the floor, or another number than the pattern.
+        """
+        if self.pattern is not None and share not in (None, self.pattern.keep / self.pattern.of):
+            raise ConversionError(
+                f"k={share:g} is not that of the pattern {self.pattern}, which keeps as many all the time"
+            )
+        if self.pattern is not None:
+            return self.kept
+        kept = self.kept if share is None else kept_count(self.numel, share)
+        least = max(1, sum(self.floors or ()))
+        if kept < least:
+            raise ConversionError(
+                f"k={share:g} keeps {kept:,} of the {self.numel:,} weights of {some(self.streams)}; expected at least "
+                f"{least:,}{', which the floor keeps' if self.floors else ''}"
+            )
+        return kept
+
+    @property
+    def in_force(self) -> int:
+        """How many weights take part now."""
         return self.kept if self.kept_now is None else self.kept_now
+
+    @property
+    def numel(self) -> int:
+        """The number of weights in the group."""
+        return sum(score.numel() for score in self.scores())
 
     def mask(self, index: int, score: Tensor | None = None) -> Tensor:
         """Return the mask of member `index`: bool, of its weight's shape.
@@ -82,17 +134,31 @@ class RankGroup:
         """
         compiling = torch.compiler.is_compiling()
         held = None if compiling else self._held.get(get_ident())
-        scores, kept = self.scores() if held is None else [score_of(*one) for one in held.members], self._kept()
+        scores, kept = (
+            self.scores() if held is None else [score_of(*one) for one in held.members],
+            self._kept_in_graph() if compiling else self.in_force,
+        )
+        floors = {} if self.floors is None else {"floors": self.floors}
         if score is not None:
             scores[index] = score
+        if self.pattern is not None:
+            return self._among_neighbours(scores[index], compiling)
         if compiling or under_transform(scores):
-            return self.learner.select_traced([score.detach() for score in scores], kept, self.streams)[index]
+            return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **floors)[index]
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
         selection = self._selection  # which other threads may replace meanwhile
         if selection is None or not selection.holds(scores, index if checked else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
-                selection = self._selection = self.learner.select(scores, kept, self.streams)
+                selection = self._selection = self.learner.select(scores, kept, self.streams, **floors)
         return selection.masks[index]
+
+    def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:
+        """Return the mask of the group's one score. To find it costs no more than to tell whether it still holds."""
+        pattern = cast(Pattern, self.pattern)
+        if compiling or under_transform([score]):
+            return select_pattern_op(score.detach(), [pattern.keep, pattern.of, pattern.channels, pattern.stride])
+        with torch.inference_mode(False):
+            return select_pattern(score, pattern)
 
     def score(self, index: int) -> Tensor:
         """Return the score of member `index` that `mask` ranks."""

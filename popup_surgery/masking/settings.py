@@ -7,18 +7,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import SimpleNamespace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeGuard, get_args
 
-from ..errors import ConversionError, nearest
+from ..errors import ConversionError, PopupError, nearest
 
 Patterns = str | Sequence[str] | None
-Shares = float | Mapping[str, float]
+Shares = float | Mapping[str, float | str]
 Schemes = str | Mapping[str, str]
 Scope = Literal["layer", "global"]
 Choice = Literal["frozen", "train"]
 
 OF_PRETRAINED = "piggyback"  # the learner of the scheme `pretrained` if neither a learner nor k is given
-WITHOUT_K: dict[str, Any] = {"k": None, "scaled": False, "scope": "layer"}  # the only values for learners without k
+RULES = ("balanced", "erk", "fan", "uniform")  # how k is spread over the layers: `masking.shares`
+# the only values for learners without k
+WITHOUT_K: dict[str, Any] = {"k": None, "pattern": None, "scaled": False, "scope": "layer", "floor": None}
 _WORDS = {"scope": get_args(Scope), "others": get_args(Choice), "norm": get_args(Choice)}
 
 
@@ -32,12 +34,14 @@ class MaskingSettings:
     """
 
     k: Shares | None = 0.3
+    pattern: str | None = None
     scheme: Schemes = "signed_kaiming_constant"
     scaled: bool = True
     seed: int = 0
     learner: str = "edge_popup"
     learner_options: Mapping[str, Any] = field(default_factory=dict)
     scope: Scope = "layer"
+    floor: float | None = None
     include: Patterns = None
     exclude: Patterns = None
     others: Choice = "frozen"
@@ -59,7 +63,7 @@ class MaskingSettings:
         from ..weights import PRETRAINED, get_scheme
         from ..weights.streams import check_seed
 
-        asked = cls(**with_learner(given))
+        asked = cls(**with_share(with_learner(given)))
         learner = get_learner(asked.learner, asked.learner_options)
         if not learner.takes_k:
             for name, expected in WITHOUT_K.items():
@@ -68,6 +72,8 @@ class MaskingSettings:
                         f"{name} is {given[name]!r}; expected {expected!r}; {without_k(asked.learner)}"
                     )
             asked = replace(asked, **WITHOUT_K)
+        if asked.pattern is not None:
+            _check_pattern(asked)
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
@@ -76,28 +82,91 @@ class MaskingSettings:
         k = None if asked.k is None else _checked_shares(asked)
         if wrong := learner.k_error(k):
             raise ConversionError(f"k is {k!r}; {wrong}")
+        if asked.floor is not None:
+            _check_floor(asked, k)
         for scheme in asked.by_pattern("scheme").values():
             if scheme != PRETRAINED:
                 get_scheme(scheme)
         copies = {name: own_copy(value) for name, value in vars(asked).items()}
-        return cls(**copies | {"k": k, "seed": check_seed(asked.seed)})
+        return cls(**copies | {"k": k, "seed": check_seed(asked.seed), "floor": as_floor(asked.floor)})
+
+    @property
+    def ranked(self) -> str:
+        """How scores are ranked, in words."""
+        if self.pattern is not None:
+            return f"ranked among neighbours, {self.pattern}"
+        return "ranked over all layers" if self.scope == "global" else "ranked layer by layer"
 
     def by_pattern(self, name: Literal["k", "scheme"]) -> dict[str, Any]:
-        """Return k or the scheme by glob pattern. `*` comes first, unless the caller gave it in another place."""
+        """Return k or the scheme by glob pattern. `*` comes first, unless the caller gave it in another place.
+
+        With a rule, `*` gets the share of the whole network.
+        """
         value = getattr(self, name)
         if not isinstance(value, Mapping):
             return {"*": value}
+        if name == "k" and is_rule(value):
+            value = {"*": value.get("k"), **own_shares(value)}
         for pattern in value:
             if not isinstance(pattern, str):
                 raise ConversionError(f"{name} has the key {pattern!r}; expected a glob pattern on layer names")
         return dict(value) if "*" in value else {"*": getattr(DEFAULT, name).value, **value}
 
 
+def share_of(pattern: str) -> float:
+    """Return N/M of a pattern; `ValueError` says what was expected."""
+    from ..selection.pattern import parse_pattern
+
+    keep, of = parse_pattern(pattern)
+    return keep / of
+
+
+def with_share(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings, with the k of their pattern if they have none, and their learner takes one.
+
+    A pattern or learner that is none sets no k; later checks say what is wrong with it.
+    """
+    from ..learners import get_learner
+
+    if given.get("pattern") is None or given.get("k") is not None:
+        return dict(given)
+    try:
+        takes_k = get_learner(given.get("learner", MaskingSettings.learner), given.get("learner_options")).takes_k
+        return {**given, "k": share_of(given["pattern"])} if takes_k else dict(given)
+    except (ValueError, PopupError):
+        return dict(given)
+
+
+def _check_pattern(asked: "MaskingSettings") -> None:
+    """Raise `ConversionError` if the pattern is none, or does not go with the other arguments."""
+    from ..learners import get_learner
+
+    try:
+        share = share_of(str(asked.pattern))
+    except ValueError as error:
+        raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
+    if not get_learner(asked.learner, asked.learner_options).takes_pattern:
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
+    if asked.scope != "layer":
+        raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
+    if asked.k != share:
+        raise ConversionError(f"k is {asked.k!r}; expected {share:g}, which the pattern {asked.pattern} sets, or none")
+
+
+ALONE = "a pattern ranks the neighbours in each layer among themselves"
+
+
+def without_pattern(learner: str) -> str:
+    """Return why `learner` does not take a pattern, for a message."""
+    return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
+
+
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given settings, with a learner if their scheme is `pretrained` and they have neither learner nor k."""
+    """Return the given settings, with a learner if they have none, and the scheme is `pretrained` and no k given."""
     from ..weights import PRETRAINED
 
-    brings = given.get("scheme") == PRETRAINED and "learner" not in given and given.get("k") is None
+    free = given.get("k") is None and given.get("pattern") is None
+    brings = given.get("scheme") == PRETRAINED and "learner" not in given and free
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
 
 
@@ -110,20 +179,82 @@ def without_k(learner: str) -> str:
     return f"{why}; scheme pretrained brings it unless k or a learner is given" if learner == OF_PRETRAINED else why
 
 
+def is_rule(k: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Return whether k is a rule for all layers, not a share nor shares by pattern."""
+    return isinstance(k, Mapping) and "rule" in k and not isinstance(k["rule"], Real)
+
+
+def own_shares(k: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shares by pattern that a rule leaves alone."""
+    return {pattern: share for pattern, share in k.items() if pattern not in ("rule", "k")}
+
+
+def rule_mistakes(k: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the rule in k, apart from its shares."""
+    found = []
+    if k["rule"] not in RULES:
+        found.append(f"rule is {k['rule']!r}; expected {', '.join(RULES[:-1])} or {RULES[-1]}")
+    if "k" not in k:
+        found.append("k is missing beside rule; expected the share that the whole network keeps")
+    if "*" in k:
+        found.append("'*' is beside rule and would leave it no layer; expected a narrower pattern")
+    return found
+
+
+def is_share(share: Any) -> bool:
+    """Return whether this is a share of weights that can be kept."""
+    return isinstance(share, Real) and not isinstance(share, bool) and 0 < float(share) <= 1
+
+
 def _checked_shares(asked: MaskingSettings) -> Shares:
     """Return k as a float, or as floats by pattern; `ConversionError` if a share is not in (0, 1] or cannot be used."""
+    rule = is_rule(asked.k)
+    if is_rule(asked.k) and (mistakes := rule_mistakes(asked.k)):
+        raise ConversionError(f"k is {asked.k!r}: {'; and '.join(mistakes)}")
     by_pattern = asked.by_pattern("k")
     for pattern, share in by_pattern.items():
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < float(share) <= 1:
-            where = f" for {pattern!r}" if isinstance(asked.k, Mapping) else ""
+        if not is_share(share):
+            where = f" for {pattern!r}" if isinstance(asked.k, Mapping) and not (rule and pattern == "*") else ""
             raise ConversionError(
                 f"k{where} is {share!r}; expected a number above 0 and up to 1, the share of weights kept"
             )
+    if asked.scope == "global" and rule:
+        raise ConversionError(
+            f"scope='global' ranks all layers together and spreads k by the scores; expected a number, not {asked.k!r}"
+        )
     if asked.scope == "global" and len(set(by_pattern.values())) > 1:
         raise ConversionError("scope='global' ranks all layers together and takes one k, not one for each pattern")
     if asked.scope == "global" or not isinstance(asked.k, Mapping):
         return float(by_pattern["*"])
-    return {pattern: float(share) for pattern, share in asked.k.items()}
+    return {pattern: share if isinstance(share, str) else float(share) for pattern, share in asked.k.items()}
+
+
+def floor_mistake(floor: Any, k: Any, scope: str) -> str | None:
+    """Return what was expected in place of `floor`; None if it can be used."""
+    if isinstance(floor, bool) or not isinstance(floor, Real) or not 0 < float(floor) < 2**63:
+        return "expected a share above 0 and below 1, or a number of weights from 1"
+    if float(floor) >= 1 and not float(floor).is_integer():
+        return "expected a share above 0 and below 1, or a whole number of weights"
+    if scope != "global":
+        return "expected none unless scope is global; by itself, each layer keeps its own k"
+    if isinstance(k, Real) and float(k) < float(floor) < 1:
+        return f"expected at most k, {k}"
+    return None
+
+
+def as_floor(floor: float | None) -> float | None:
+    """Return a floor as a number of weights, an int, or as a share, a float."""
+    return floor if floor is None else int(floor) if floor >= 1 else float(floor)
+
+
+def _check_floor(asked: MaskingSettings, k: Shares | None) -> None:
+    """Raise `ConversionError` unless the floor can be used with the other settings."""
+    from ..learners import get_learner
+
+    if mistake := floor_mistake(asked.floor, k, asked.scope):
+        raise ConversionError(f"floor is {asked.floor!r}; {mistake}")
+    if not get_learner(asked.learner, asked.learner_options).takes_floor:
+        raise ConversionError(f"floor is {asked.floor!r}; expected None: {asked.learner} ranks without a floor")
 
 
 def own_copy(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Weights of the values −c, 0 and +c at two bits each: a byte for four of them, and a table of all bytes."""
 
+from collections.abc import Sequence
 from functools import cache
 from math import prod
 
@@ -23,30 +24,39 @@ def _signs_of_bytes() -> Tensor:
 def unpack(codes: Tensor, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return the weights that `codes` stand for: a new contiguous tensor with the dtype and device of `value`.
 
-    The operator `popup_surgery::unpack`, so that a graph of `torch.compile` or `torch.export` has it as one node.
+    For tracers it is the operator `popup_surgery::unpack`, so that a graph of `torch.compile` or `torch.export` has it
+    as one node. The first call of such an operator imports the whole compiler, some 160 MB; so others do without.
 
     Args:
         codes: uint8 [ceil(n / 4)], as `artifact.rebuild.codes` makes them.
         value: the constant c > 0, [1], of any float dtype.
         shape: of the weights, n in all.
     """
-    return unpack_op(codes, value, shape)
+    traced = torch.compiler.is_compiling() or type(codes) is not Tensor
+    return unpack_op(codes, value, shape) if traced else _unpack(codes, value, shape)
 
 
-@torch.library.custom_op("popup_surgery::unpack", mutates_args=())
-def unpack_op(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
-    """The operator behind `unpack`."""
-    table = _signs_of_bytes().to(value.device).to(value.dtype) * value.detach()  # exact, and +0.0 where dropped
+def _unpack(codes: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor:
+    wide = value.dtype if value.dtype.itemsize > 2 else torch.float32  # which the CPU multiplies, unlike 8 bits
+    table = _signs_of_bytes().to(value.device).to(wide) * value.detach().to(wide)  # exact, and +0.0 where dropped
+    table = table.to(value.dtype)
     if codes.device.type != "cpu":
         four = table.index_select(0, codes.int())
     else:
         four = torch.empty((len(codes), 4), dtype=value.dtype)
-        words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[value.dtype.itemsize]  # NumPy has no bfloat16
+        # NumPy has no bfloat16
+        words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[table.itemsize]
         rows, out, bytes_ = table.view(words).numpy(), four.view(words).numpy(), codes.numpy()
         for start in range(0, len(bytes_), _PIECE):
             piece = slice(start, start + _PIECE)
             np.take(rows, bytes_[piece], axis=0, out=out[piece], mode="clip")
     return four.view(-1)[: prod(shape)].view(shape)
+
+
+@torch.library.custom_op("popup_surgery::unpack", mutates_args=())
+def unpack_op(codes: Tensor, value: Tensor, shape: list[int]) -> Tensor:
+    """The operator behind `unpack`."""
+    return _unpack(codes, value, shape)
 
 
 @unpack_op.register_fake

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .backend import backend_of
+from .bits import MAGNITUDE
 
 
 def kept_count(n: int, k: float) -> int:
@@ -49,7 +50,7 @@ class Selection:
         return backend_of(looked_at).holds((self.masks, self.threshold, self.last), scores, only)
 
 
-def select(scores: Sequence[Tensor], kept: int) -> Selection:
+def select(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> Selection:
     """Keep exactly `kept` of the group's weights: those with the largest |score|. Ties go to the lower index.
 
     Never sorts. A NaN ranks above infinity.
@@ -57,36 +58,76 @@ def select(scores: Sequence[Tensor], kept: int) -> Selection:
     Args:
         scores: float32 tensors of any shape and strides, ranked together in this order.
         kept: from 0 to the number of all elements.
+        floors: how many weights each of the scores keeps at least: its own largest. All others are ranked together.
 
     Raises:
-        ValueError: a score is not float32, or `kept` is out of range.
+        ValueError: a score is not float32, or `kept` or a floor is out of range.
     """
     total = sum(score.numel() for score in scores)
     if any(score.dtype != torch.float32 for score in scores):
         raise ValueError(f"scores are ranked in float32, not {[str(score.dtype) for score in scores]}")
     if not 0 <= kept <= total:
         raise ValueError(f"kept is {kept}; expected 0 to {total}, the number of scores")
+    if floors:
+        return _with_floors(scores, kept, floors)
     return Selection(*backend_of(scores).select(scores, kept))
 
 
+@dataclass(frozen=True)
+class _Floored(Selection):
+    """Masks of scores with floors: those of `_raised` scores, and of each score's own largest, `lowest`."""
+
+    lowest: tuple[Selection, ...]
+
+    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
+        looked_at = range(len(scores)) if only is None else [only]
+        if len(scores) != len(self.masks) or not all(self.lowest[i].holds([scores[i]]) for i in looked_at):
+            return False
+        raised = list(scores)
+        for i in looked_at:
+            raised[i] = _raised(scores[i], self.lowest[i])
+        return super().holds(raised, only)
+
+
+def _with_floors(scores: Sequence[Tensor], kept: int, floors: Sequence[int]) -> Selection:
+    """Return what `select` promises for floors. They decide nothing if the ranking together already fulfils them."""
+    if len(floors) != len(scores) or sum(floors) > kept:
+        raise ValueError(f"the floors are {list(floors)}; expected one for each of {len(scores)} scores, {kept} in all")
+    if all(score.device.type == "cpu" for score in scores):  # elsewhere the host would wait for the counts
+        plain = select(scores, kept)
+        if all(int(mask.count_nonzero()) >= floor for mask, floor in zip(plain.masks, floors, strict=True)):
+            return plain
+    lowest = tuple(select([score], floor) for score, floor in zip(scores, floors, strict=True))
+    together = select([_raised(score, own) for score, own in zip(scores, lowest, strict=True)], kept)
+    return _Floored(together.masks, together.threshold, together.last, lowest)
+
+
+def _raised(score: Tensor, lowest: Selection) -> Tensor:
+    """Return the score with the weights of its floor above all numbers."""
+    bits = score.detach().view(torch.int32)
+    return torch.where(lowest.masks[0], MAGNITUDE, bits).view(torch.float32)
+
+
 @torch.library.custom_op("popup_surgery::select", mutates_args=())
-def select_op(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
-    """Return `select(scores, kept).masks`, as one operator that compilers and tracers do not look into."""
-    return list(select(scores, kept).masks)
+def select_op(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> list[Tensor]:
+    """Return `select(…).masks`, as one operator that compilers and tracers do not look into."""
+    return list(select(scores, kept, floors).masks)
 
 
 @select_op.register_fake
-def _(scores: Sequence[Tensor], kept: int) -> list[Tensor]:
+def _(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for score in scores]
 
 
 @select_op.register_vmap
-def _(info: Any, in_dims: Any, scores: Sequence[Tensor], kept: int) -> tuple[list[Tensor], list[int]]:
+def _(
+    info: Any, in_dims: Any, scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None
+) -> tuple[list[Tensor], list[int]]:
     """Rank each member of a stack of scores, such as an ensemble's, by itself."""
     dims = in_dims[0]
     rows = [score if dim is None else score.movedim(dim, 0) for score, dim in zip(scores, dims, strict=True)]
     each = [
-        select_op([row if dim is None else row[i] for row, dim in zip(rows, dims, strict=True)], kept)
+        select_op([row if dim is None else row[i] for row, dim in zip(rows, dims, strict=True)], kept, floors)
         for i in range(info.batch_size)
     ]
     return [torch.stack(masks) for masks in zip(*each, strict=True)], [0] * len(scores)

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..learners.base import Learner, TrainedWeight
-from ..masking.ranking import RankGroup, parameter_of, score_of
+from ..masking.k_schedule import KSchedule, scheduled
+from ..masking.ranking import parameter_of, score_of
+from ..masking.state import MaskedParam
 from ..masking.walk import masked_weights
 
 
@@ -17,32 +19,41 @@ class LearnerHooks:
     Args:
         core: the network.
         seed: the run's seed, for `Learner.after_step`.
+        schedule: the share of weights that is kept in each epoch; None for that of the conversion.
     """
 
-    def __init__(self, core: nn.Module, seed: int) -> None:
-        self.seed = seed
-        self.groups: dict[int, RankGroup] = {}
+    def __init__(self, core: nn.Module, seed: int, schedule: KSchedule | None = None) -> None:
+        self.seed, self.schedule = seed, schedule
+        self.groups: dict[int, MaskedParam] = {}  # by the group's id, one of its weights
         self.weights: dict[int, tuple[Learner, list[TrainedWeight]]] = {}
         for _, module, name, slot in masked_weights(core):
             group, learner = slot.ranking, slot.ranking.learner
-            self.groups[id(group)] = group
+            self.groups[id(group)] = slot
             weight, score = parameter_of(module, name), score_of(module, name)
             mask: Callable[[], Tensor] = partial(slot.mask, module, name)
             trained = TrainedWeight(slot.stream, weight, score, mask, slot.distribution, slot.std, slot.seed)
             self.weights.setdefault(id(learner), (learner, []))[1].append(trained)
 
-    def at(self, progress: float) -> None:
-        """Set the share of the training that is done, 0 … 1.
+    def at(self, progress: float, epoch: int) -> None:
+        """Set the share of the training that is done, 0 … 1, and the epoch, counted from 0.
 
         Masks read from now on keep the number of weights scheduled for it.
         """
-        for group in self.groups.values():
-            group.at(progress)
+        for slot in self.groups.values():
+            slot.ranking.at(progress, scheduled(slot, self.schedule, epoch))
+
+    @property
+    def k(self) -> float | None:
+        """The share of all weights that the masks keep now, if it is scheduled."""
+        groups = [slot.ranking for slot in self.groups.values()]
+        if self.schedule is None:
+            return None
+        return sum(group.in_force for group in groups) / sum(group.numel for group in groups)
 
     @torch.no_grad()
-    def step_done(self, progress: float, step: int) -> None:
-        """Tell the learners that the optimiser has made the `step`-th step of the run."""
-        self.at(progress)
+    def step_done(self, progress: float, epoch: int, step: int) -> None:
+        """Tell the learners that the optimiser has made the `step`-th step of the run, in an epoch counted from 0."""
+        self.at(progress, epoch)
         for learner, weights in self.weights.values():
             learner.after_step(weights, self.seed, step)
 

@@ -20,9 +20,10 @@ def packed(masks: Mapping[str, Tensor]) -> dict[str, Packed]:
 class MaskHistory:
     """The masks of a run at one bit per weight: the `initial` ones, those `before` the last epoch, and the `latest`."""
 
-    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+    def __init__(self, masks: Mapping[str, Tensor], initial: Mapping[str, Tensor] | None = None) -> None:
         self.numel = {key: mask.numel() for key, mask in masks.items()}
-        self.initial = self.before = self.latest = packed(masks)
+        self.before = self.latest = packed(masks)
+        self.initial = self.latest if initial is None else packed(initial)
 
     def add(self, masks: Mapping[str, Tensor]) -> float:
         """Record the masks at the end of an epoch. Returns the share of bits that changed in it, 0 … 1."""

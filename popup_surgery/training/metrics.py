@@ -31,7 +31,8 @@ class Epoch:
     """One line of metrics.jsonl. Shares are 0 … 1; `accuracy` is that on the validation images.
 
     `changed` is the share of mask bits that differ from the epoch before, 0 where nothing is masked. `skipped` counts
-    the images of both splits that could not be read and were left out.
+    the images of both splits that could not be read and were left out. `k` is the share of all masked weights that took
+    part in the epoch; it is None, and not in the line, unless the recipe has a `surgery.k_schedule`.
     """
 
     epoch: int
@@ -43,10 +44,11 @@ class Epoch:
     seconds: float
     images_per_second: float
     skipped: int = 0
+    k: float | None = None
 
     def line(self) -> dict[str, Any]:
         """Return the epoch as a JSON object, with null for numbers that are not finite."""
-        return _finite(asdict(self))
+        return {name: value for name, value in _finite(asdict(self)).items() if name != "k" or value is not None}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ..errors import DataError
 from ..models.architecture import describe
 
 Size = tuple[int, int, int]
+REMEDY = "; set data.input_size to a size that it takes"
 
 AUXILIARY: dict[type, float] = {GoogLeNetOutputs: 0.3, InceptionOutputs: 0.4}
 """Weight of the loss of each auxiliary head, by what the network returns in training.
@@ -33,16 +34,25 @@ def heads(output: Any) -> list[tuple[Tensor, float]]:
     return [(first, 1.0), *((other, weight) for other in others if other is not None)]
 
 
+def logits_of(model: nn.Module, images: Tensor, remedy: str = "") -> Tensor:
+    """Return the logits of a network in eval mode, [images, classes]; it stays in that mode.
+
+    Raises:
+        DataError: it does not take these images, or returns something else; with the `remedy`.
+    """
+    output = _returned(model.eval(), images, "does not take", remedy)
+    _width(model, output, len(images), "")
+    return output
+
+
 def answers(model: nn.Module, size: Size) -> int:
     """Return the number of classes of a network, and leave it in eval mode.
 
     Raises:
         DataError: it does not take images of `size`, or returns something else than logits for each image.
     """
-    model.eval()
     device = next(model.parameters()).device
-    output = _returned(model, torch.zeros(1, *size, device=device), "does not take")
-    return _width(model, output, 1, "")
+    return logits_of(model, torch.zeros(1, *size, device=device), REMEDY).shape[1]
 
 
 def fewest_images(model: nn.Module, size: Size, classes: int) -> int:
@@ -54,10 +64,10 @@ def fewest_images(model: nn.Module, size: Size, classes: int) -> int:
         DataError: it does not train on images of `size`, or returns something in training that has no known loss.
     """
     device = next(model.parameters()).device
-    with _untouched(model), ambient_seed([0]):
+    with untouched(model), ambient_seed([0]):
         model.train()
         images = torch.randn(2, *size, device=device)
-        for output, _ in heads(_returned(model, images, "does not train on")):
+        for output, _ in heads(_returned(model, images, "does not train on", REMEDY)):
             if (found := _width(model, output, 2, " in training")) != classes:
                 raise DataError(f"{_name(model)} returns {found} logits in training and {classes} otherwise")
         try:
@@ -68,16 +78,14 @@ def fewest_images(model: nn.Module, size: Size, classes: int) -> int:
     return 1
 
 
-def _returned(model: nn.Module, images: Tensor, what: str) -> Any:
+def _returned(model: nn.Module, images: Tensor, what: str, remedy: str) -> Any:
     try:
         with torch.no_grad():
             return model(images)
     except Exception as error:  # a library's network may raise anything
         shape = " × ".join(map(str, images.shape[1:]))
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(
-            f"the network {what} images of {shape}; set data.input_size to a size that it takes: {reason}"
-        ) from error
+        raise DataError(f"the network {what} images of {shape}{remedy}: {reason}") from error
 
 
 def _width(model: nn.Module, output: Any, images: int, when: str) -> int:
@@ -100,7 +108,7 @@ def _name(model: nn.Module) -> str:
 
 
 @contextmanager
-def _untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module) -> Iterator[None]:
     """Context manager: give the buffers and the mode of each module back at the end."""
     before = [
         (module, module.training, [(name, buffer, buffer.clone()) for name, buffer in _buffers(module)])

@@ -17,6 +17,7 @@ from ..data.workers import worker_deaths
 from ..errors import RunError, Stopped
 from ..learners import sampled
 from ..masking.bake import bake, masks
+from ..masking.k_schedule import KSchedule
 from . import trainer_state
 from .agreement import Agreement
 from .checkpoint import Checkpoint, file_of
@@ -41,6 +42,7 @@ class Trainer:
 
     Args:
         weight_masks: bool masks of a plain network's parameters, by name. Weights outside them stay 0.
+        k_schedule: the share of weights that a converted network's masks keep, by epoch.
 
     Attributes:
         history: the epochs that have ended.
@@ -59,6 +61,7 @@ class Trainer:
         accelerator: Accelerator,
         progress: Progress,
         weight_masks: Mapping[str, Tensor] = MappingProxyType({}),
+        k_schedule: KSchedule | None = None,
     ) -> None:
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
@@ -74,9 +77,10 @@ class Trainer:
         self.batch = self.step = self.checkpoint_step = 0
         self.seconds = 0.0
         self.logged = [0.0, 0.0, 0.0]
-        self.hooks = LearnerHooks(model, training.seed)
-        self.hooks.at(0.0)
-        self.mask_history = MaskHistory(self.masks())
+        self.hooks = LearnerHooks(model, training.seed, k_schedule)
+        of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
+        self.hooks.at(0.0, 0)
+        self.mask_history = MaskHistory(self.masks(), of_k)
 
     @property
     def epoch(self) -> int:
@@ -108,8 +112,8 @@ class Trainer:
             DataError: an image cannot be read; a worker process of the loader died.
             Stopped: `stop` returned true.
         """
-        self.hooks.at(self._progress())
         while self.epoch < self.epochs:
+            self.hooks.at(self._progress(), self.epoch)
             if not self.batch:
                 self._begin_epoch()
             self._train_epoch(save, stop, after_steps)
@@ -184,7 +188,7 @@ class Trainer:
                 return False
             self.batch += 1
             self.step += 1
-            self.hooks.step_done(self._progress(), self.step)
+            self.hooks.step_done(self._progress(), self.epoch, self.step)
         return True
 
     def _log(self, after_steps: AfterSteps) -> None:
@@ -212,7 +216,7 @@ class Trainer:
 
     def _end_epoch(self, after_epoch: AfterEpoch) -> None:
         """Validate, and add the epoch's numbers to the history."""
-        self.hooks.at((self.epoch + 1) / self.epochs)
+        self.hooks.at((self.epoch + 1) / self.epochs, self.epoch)
         self._check_finite()
         loss, right, seen = self.agreement.total(self.update.sums).tolist()
         correct, images = self._validate()
@@ -222,6 +226,7 @@ class Trainer:
         epoch = Epoch(
             self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen, correct / images,
             self.mask_history.add(self.masks()), self.seconds, seen / self.seconds, skipped,
+            self.hooks.k,
         )  # fmt: skip
         self.history.append(epoch)
         self.batch, self.seconds, self.data.skipped = 0, 0.0, 0

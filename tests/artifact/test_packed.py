@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -16,7 +18,7 @@ import popup_surgery as ps
 from popup_surgery import ArtifactError, ConversionError, MaskedWeightError, PopupError
 from popup_surgery.masking.packed import Packed
 from popup_surgery.masking.ternary import unpack
-from support import equal_states
+from support import PATIENCE, equal_states
 
 Make = Callable[[], nn.Module]
 IMAGES = 3, 32, 32
@@ -329,3 +331,14 @@ def test_a_mask_on_pretrained_weights_is_refused(tmp_path: Path) -> None:
     path = saved(Products(), tmp_path / "net.safetensors", scheme="pretrained")
     with pytest.raises(ArtifactError, match=r"a mask on pretrained weights.*use MaskBank"):
         ps.load(path, Products(), packed=True)
+
+
+def test_a_pass_imports_no_compiler(tmp_path: Path) -> None:
+    """It takes more memory than most networks."""
+    file = saved(ps.build("popup_surgery/fc", width=0.1, in_chans=3, img_size=8), tmp_path / "net.popup.safetensors")
+    code = (
+        "import sys, torch, popup_surgery as ps; "
+        f"network = ps.load({str(file)!r}, packed=True); network(torch.zeros(1, 3, 8, 8)); network.state_dict(); "
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)

@@ -42,7 +42,7 @@ def test_the_keys_that_no_result_depends_on() -> None:
 def test_the_keys_that_no_step_takes_longer_for() -> None:
     words = "epochs lr momentum weight_decay schedule warmup_epochs label_smoothing seed"
     assert {path for path, key in KEYS.items() if not key.affects_speed} == {
-        *(f"surgery.{name}" for name in ("k", "scheme", "scaled", "seed", "encoding")),
+        *(f"surgery.{name}" for name in ("k", "k_schedule", "scheme", "scaled", "seed", "encoding")),
         *(f"training.{name}" for name in words.split()),
         "data.permute_seed",
         "training.keep_scores",

@@ -123,8 +123,8 @@ def test_without_coats_it_is_edge_popup() -> None:
 @pytest.mark.parametrize("scheme", ["signed_kaiming_constant", "kaiming_uniform"])
 def test_a_run_starts_with_the_coats_of_a_file(scheme: str, tmp_path: Path) -> None:
     def make(seed: int) -> nn.Module:
-        net = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 3))
-        net = convert(net, 0.5, scheme=scheme, learner_options={"coats": [0.5, 0.25, 0.1, 0.05]})
+        plain = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 3))
+        net = convert(plain, 0.5, scheme=scheme, learner_options={"coats": [0.5, 0.25, 0.1, 0.05]})
         for name, parameter in net.named_parameters():
             if name.endswith("_score"):
                 parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))

@@ -23,182 +23,12 @@ from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import StochasticDepth
 
+from networks import NETS, TIMM, TORCHVISION, allow_shrinking, input_shape
 from popup_surgery import bake, build, convert, load, plan, save
-from popup_surgery.models.architecture import KWARGS
 from popup_surgery.models.libraries import architecture_of
 from support import asked, slow_except
 
 K = 0.5
-TEN = {"num_classes": 10}
-SMALL = {"num_classes": 10, "img_size": 64}
-SHORT = {"num_classes": 10, "img_size": 64, "depth": 2}  # where the smallest member of a file has 80 million weights
-
-# arguments by name; those beyond `KWARGS`, in SHRINK, are let through in the worker processes alone
-TIMM: dict[str, dict[str, Any]] = {
-    "beit_base_patch16_224": SHORT,
-    "halonet_h1": TEN,
-    "test_byobnet": TEN,
-    "cait_xxs24_224": SMALL,
-    "coat_tiny": SMALL,
-    "convit_tiny": SMALL,
-    "convmixer_768_32": TEN,
-    "test_convnext": TEN,
-    "cpubone_nano": TEN,
-    "crossvit_tiny_240": TEN,
-    "csatv2": TEN,
-    "cs3darknet_focus_s": TEN,
-    "cspnext_tiny": TEN,
-    "davit_tiny": TEN,
-    "deepseek_vit_412m": SHORT | {"img_size": 56},
-    "deit_tiny_patch16_224": SMALL,
-    "densenet121": TEN,
-    "dla46x_c": TEN,
-    "dpn48b": TEN,
-    "edgenext_xx_small": TEN,
-    "efficientformer_l1": TEN,
-    "efficientformerv2_s0": SMALL,
-    "test_efficientnet": TEN,
-    "efficientvim_m1": TEN,
-    "efficientvit_b0": TEN,
-    "efficientvit_m0": TEN | {"img_size": 96},
-    "vit_tiny_patch16_dinov3_qkvb": SMALL,
-    "fasternet_t0": TEN,
-    "fastvit_t8": TEN,
-    "focalnet_tiny_srf": TEN,
-    "gcvit_xxtiny": SMALL,
-    "gemma4_vit_167m": SHORT,
-    "ghostnet_050": TEN,
-    "hardcorenas_b": TEN,
-    "hgnetv2_b0": TEN,
-    "hiera_tiny_224": SMALL,
-    "sam2_hiera_tiny": TEN,
-    "hrnet_w18_small": TEN,
-    "iformer_t": TEN,
-    "inception_next_atto": TEN,
-    "inception_resnet_v2": TEN,
-    "inception_v3": TEN,
-    "inception_v4": TEN,
-    "lcnetv2_small": TEN,
-    "levit_128s": SMALL,
-    "lowformer_b0": TEN,
-    "test_mambaout": TEN,
-    "test_coatnet": SMALL,
-    "poolformerv2_s12": TEN,
-    "gmlp_ti16_224": SMALL,
-    "mobilenetv3_small_050": TEN,
-    "mobilenetv5_base": TEN | {"channel_multiplier": 0.5},
-    "mobilevit_xxs": SMALL,
-    "mvitv2_tiny": SMALL,
-    "naflexvit_base_patch16_parfac_gap": SHORT,
-    "nasnetalarge": TEN,
-    "nest_tiny": SMALL,
-    "nextvit_small": TEN,
-    "test_nfnet": TEN,
-    "pit_ti_224": SMALL,
-    "pnasnet5large": TEN,
-    "pvt_v2_b0": TEN,
-    "qwen3_vit_88m": SHORT,
-    "rdnet_tiny": TEN,
-    "regnetx_002": TEN,
-    "repghostnet_050": TEN,
-    "repvit_m1": SMALL,
-    "res2next50": TEN,
-    "resnest14d": TEN,
-    "test_resnet": TEN,
-    "resnetv2_18": TEN,
-    "rexnet_100": TEN,
-    "selecsls42": TEN,
-    "legacy_seresnet18": TEN,
-    "sequencer2d_s": SMALL,
-    "shvit_s1": TEN,
-    "skresnet18": TEN,
-    "starnet_s050": TEN,
-    "swiftformer_xs": SMALL,
-    "swin_tiny_patch4_window7_224": SMALL,
-    "swinv2_tiny_window16_256": SMALL,
-    "swinv2_cr_tiny_224": SMALL,
-    "tiny_vit_5m_224": TEN,
-    "tnt_s_legacy_patch16_224": SMALL,
-    "tresnet_m": TEN,
-    "twins_svt_small": SMALL,
-    "vgg11": TEN | {"mlp_ratio": 0.05},
-    "visformer_tiny": SMALL,
-    "test_vit": SMALL,
-    "vit_tiny_r_s16_p8_224": SMALL,
-    "test_vit_relpos": SMALL,
-    "samvit_base_patch16_224": SHORT,
-    "vitamin_small_224": SMALL,
-    "volo_d1_224": SMALL,
-    "ese_vovnet19b_slim_dw": TEN,
-    "legacy_xception": TEN,
-    "xception41p": TEN,
-    "xcit_nano_12_p8_224": SMALL,
-}
-TORCHVISION: dict[str, dict[str, Any]] = {
-    "alexnet": TEN,
-    "convnext_tiny": TEN,
-    "deeplabv3_mobilenet_v3_large": TEN,
-    "densenet121": TEN,
-    "efficientnet_b0": TEN,
-    "fasterrcnn_mobilenet_v3_large_320_fpn": TEN,
-    "fcn_resnet50": TEN,
-    "fcos_resnet50_fpn": TEN,
-    "googlenet": TEN,
-    "inception_v3": TEN,
-    "keypointrcnn_resnet50_fpn": {},
-    "lraspp_mobilenet_v3_large": TEN,
-    "maskrcnn_resnet50_fpn": TEN,
-    "maxvit_t": TEN,
-    "mc3_18": TEN,
-    "mnasnet0_5": TEN,
-    "mobilenet_v2": TEN,
-    "mobilenet_v3_small": TEN,
-    "mvit_v2_s": TEN,
-    "quantized_googlenet": TEN,
-    "quantized_inception_v3": TEN,
-    "quantized_mobilenet_v2": TEN,
-    "quantized_mobilenet_v3_large": TEN,
-    "quantized_resnet18": TEN,
-    "quantized_shufflenet_v2_x0_5": TEN,
-    "raft_small": {},
-    "regnet_y_400mf": TEN,
-    "resnet18": TEN,
-    "retinanet_resnet50_fpn": TEN,
-    "s3d": TEN,
-    "shufflenet_v2_x0_5": TEN,
-    "squeezenet1_1": TEN,
-    "ssd300_vgg16": TEN,
-    "ssdlite320_mobilenet_v3_large": TEN,
-    "swin3d_t": TEN,
-    "swin_t": TEN,
-    "swin_v2_t": TEN,
-    "vgg11": TEN,
-    "vit_b_16": TEN | {"image_size": 64},
-}
-NETS = {f"timm/{name}": kwargs for name, kwargs in TIMM.items()}
-NETS |= {f"torchvision/{name}": kwargs for name, kwargs in TORCHVISION.items()}
-SHRINK = ("channel_multiplier", "depth", "image_size", "mlp_ratio")
-
-# the shape of one input; elsewhere 3 × 64 × 64
-INPUTS = {
-    "timm/deepseek_vit_412m": (3, 56, 56),
-    "timm/efficientvit_m0": (3, 96, 96),
-    "timm/efficientformer_l1": (3, 224, 224),
-    "timm/halonet_h1": (3, 256, 256),
-    "timm/inception_resnet_v2": (3, 96, 96),
-    "timm/inception_v3": (3, 96, 96),
-    "timm/inception_v4": (3, 96, 96),
-    "torchvision/inception_v3": (3, 299, 299),
-    "torchvision/maxvit_t": (3, 224, 224),
-    "torchvision/mc3_18": (3, 4, 64, 64),
-    "torchvision/mvit_v2_s": (3, 16, 224, 224),
-    "torchvision/quantized_inception_v3": (3, 299, 299),
-    "torchvision/raft_small": (3, 128, 128),
-    "torchvision/s3d": (3, 16, 224, 224),
-    "torchvision/ssd300_vgg16": (3, 300, 300),
-    "torchvision/ssdlite320_mobilenet_v3_large": (3, 320, 320),
-    "torchvision/swin3d_t": (3, 8, 64, 64),
-}
 
 # scores that no gradient can reach; in the plain network the weights are without one too, as it is built
 ONE_CHANNEL = "behind a LayerNorm over one channel, which gives its bias alone, 0 at first"
@@ -297,8 +127,7 @@ class Outcome:
 def _start() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
-    for name in SHRINK:
-        KWARGS[name] = ("an argument of these tests", lambda value: True)
+    allow_shrinking()
 
 
 def _still(model: nn.Module, name: str) -> nn.Module:
@@ -309,16 +138,12 @@ def _still(model: nn.Module, name: str) -> nn.Module:
         elif type(module).__name__ == "DropPath":
             module.drop_prob = 0.0  # type: ignore[assignment]
         elif isinstance(module, GeneralizedRCNNTransform) and module.fixed_size is None:
-            module.min_size, module.max_size = (_shape(name)[-1],), _shape(name)[-1]
+            module.min_size, module.max_size = (input_shape(name)[-1],), input_shape(name)[-1]
         elif isinstance(module, RegionProposalNetwork | RoIHeads):
             module.box_coder.weights = (1e4,) * 4
             if isinstance(module, RoIHeads):
                 module.score_thresh, module.detections_per_img, module.fg_bg_sampler.batch_size_per_image = 0.0, 8, 16
     return model
-
-
-def _shape(name: str) -> tuple[int, ...]:
-    return INPUTS.get(name, (3, 64, 64))
 
 
 def _is_detector(model: nn.Module) -> bool:
@@ -327,7 +152,7 @@ def _is_detector(model: nn.Module) -> bool:
 
 def _pass(model: nn.Module, name: str, seed: int) -> list[Tensor]:
     """All outputs for the inputs of that seed; a detector's in training are its losses."""
-    generator, shape = torch.Generator().manual_seed(seed), _shape(name)
+    generator, shape = torch.Generator().manual_seed(seed), input_shape(name)
     count = 1 if len(shape) == 4 and shape[-1] > 64 else 3 if shape[-1] < 200 else 2
     x = torch.randn(count, *shape, generator=generator)
     torch.manual_seed(0)  # detectors choose at random what they learn from
