@@ -24,6 +24,7 @@ from ..masking.k_schedule import KSchedule
 from ..masking.settings import (
     ALONE,
     DEFAULT,
+    IN_LAYERS,
     WITHOUT_K,
     is_rule,
     share_of,
@@ -144,16 +145,20 @@ class Surgery(_Section):
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
-        if not get_learner(learner).takes_k and value != WITHOUT_K.get(name):
+        chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
+        if not chosen.takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
-        options = info.data.get("learner_options")
-        if name == "pattern" and value is not None and not get_learner(learner, options).takes_pattern:
+        if name == "k" and chosen.takes_k and value is not None and (wrong := chosen.k_error(value)):
+            raise ValueError(wrong)
+        if name == "scope" and value == "global" and not chosen.ranks_globally:
+            raise ValueError(f"expected layer; {IN_LAYERS}")
+        if name == "pattern" and value is not None and not chosen.takes_pattern:
             raise ValueError(f"expected null; {without_pattern(learner)}")
         if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
             raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
-        if name == "k_schedule" and value is not None and get_learner(learner, options).schedules_k:
+        if name == "k_schedule" and value is not None and chosen.schedules_k:
             raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
-        if name == "k" and value is None and get_learner(learner).takes_k:
+        if name == "k" and value is None and chosen.takes_k:
             raise Missing(SHARES)
         if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
             raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")

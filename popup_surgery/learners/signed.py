@@ -55,6 +55,10 @@ class Signed(EdgePopup):
     def takes_pattern(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
+    @property
+    def takes_floor(self) -> bool:  # type: ignore[override]
+        return self.threshold is None
+
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:
@@ -90,6 +94,11 @@ class Signed(EdgePopup):
 
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return ~self.effective(weight, score, mask)[mask].signbit()
+
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return how many weights take part, Σ|m|; its gradient is that of the sum of |s|, straight through."""
+        factor = self.effective(torch.ones_like(score), score, mask)
+        return (factor * _sign(score.detach(), factor)).sum()
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return scores with the same signs, above the threshold for the weights in `masks`, and not elsewhere."""
