@@ -24,6 +24,7 @@ from ..masking.k_schedule import KSchedule
 from ..masking.settings import (
     ALONE,
     DEFAULT,
+    IN_LAYERS,
     WITHOUT_K,
     is_rule,
     share_of,
@@ -52,6 +53,7 @@ from .keys import Key
 from .mistakes import Missing, validated
 from .model import Model
 from .overrides import override
+from .penalty import Penalty
 from .schedule import rates
 from .sections import STRICT, Fraction, Hub, LotteryTicket, Positive, hub_section
 from .yaml import read_yaml
@@ -143,14 +145,20 @@ class Surgery(_Section):
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
-        if not get_learner(learner).takes_k and value != WITHOUT_K.get(name):
+        chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
+        if not chosen.takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
-        options = info.data.get("learner_options")
-        if name == "pattern" and value is not None and not get_learner(learner, options).takes_pattern:
+        if name == "k" and chosen.takes_k and value is not None and (wrong := chosen.k_error(value)):
+            raise ValueError(wrong)
+        if name == "scope" and value == "global" and not chosen.ranks_globally:
+            raise ValueError(f"expected layer; {IN_LAYERS}")
+        if name == "pattern" and value is not None and not chosen.takes_pattern:
             raise ValueError(f"expected null; {without_pattern(learner)}")
         if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
             raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
-        if name == "k" and value is None and get_learner(learner).takes_k:
+        if name == "k_schedule" and value is not None and chosen.schedules_k:
+            raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
+        if name == "k" and value is None and chosen.takes_k:
             raise Missing(SHARES)
         if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
             raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")
@@ -188,6 +196,8 @@ class Training(_Section):
         accumulate: number of pieces into which each process cuts its part of a batch, to save memory.
             `data.batch_size` is the size of the whole batch, over all processes and pieces.
         clip_norm: largest norm of all gradients together; null for no limit.
+        density_penalty: a section with `weight` and `target` (0), for learners without k: the loss of each batch gains
+            `weight` · max(0, density − `target`), where the density is the share of masked weights that take part.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
             each epoch.
         precision: dtype of the forward pass. Scores and their ranking are always float32.
@@ -227,6 +237,7 @@ class Training(_Section):
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     clip_norm: Positive | None = None
+    density_penalty: Annotated[Penalty, Field(examples=[{"weight": 1.0, "target": 0.3}])] = None
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), Key(affects_result=False)] = 10.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
