@@ -95,11 +95,6 @@ class Signed(EdgePopup):
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return ~self.effective(weight, score, mask)[mask].signbit()
 
-    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
-        """Return how many weights take part, Σ|m|; its gradient is that of the sum of |s|, straight through."""
-        factor = self.effective(torch.ones_like(score), score, mask)
-        return (factor * _sign(score.detach(), factor)).sum()
-
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return scores with the same signs, above the threshold for the weights in `masks`, and not elsewhere."""
         if self.threshold is None:
