@@ -84,9 +84,10 @@ class Regions:
             while waiting:
                 node = self.nodes[waiting.pop()]
                 tensors = (*self._given(node.name), *node.output)
-                near = {name for tensor in tensors for name in (self.made.get(tensor), *self.users.get(tensor, []))}
-                waiting += near & inside
-                region |= near & inside
+                near = {name for tensor in tensors for name in (self.made.get(tensor, ""), *self.users.get(tensor, []))}
+                near &= inside
+                waiting += near
+                region |= near
                 inside -= near
             yield region & chosen
 
