@@ -23,7 +23,6 @@ from popup_surgery.selection import Selection
 from popup_surgery.signals import SIGNALS
 from support import Outcome, short, write_images
 
-
 # no timed assertions: how long an example takes says how busy the machine is
 hypothesis.settings.register_profile("suite", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("suite")

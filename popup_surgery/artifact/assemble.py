@@ -27,11 +27,16 @@ def assemble(
         encoding: the codec of all masks; None: of each mask the one that the manifest names.
 
     Raises:
-        ArtifactError: the manifest cannot be written.
+        ArtifactError: the manifest cannot be written, or the codec needs a pattern that a mask does not have.
         UnknownName: there is no such codec.
     """
     if encoding is not None:
-        get_codec(encoding)
+        codec = get_codec(encoding)
+        if codec.needs_pattern and (odd := [entry.name for entry in manifest.masked if entry.pattern is None]):
+            raise ArtifactError(
+                f"the encoding {encoding} is for masks of a pattern such as 2:4, and {odd[0]!r} has none; expected "
+                "bitpack or range_coded"
+            )
         manifest = replace(manifest, masked=tuple(replace(entry, encoding=encoding) for entry in manifest.masked))
     try:
         text = canonical(manifest.text())
@@ -41,7 +46,9 @@ def assemble(
         raise ArtifactError(f"the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
     tensors = {
-        f"{e.name}.mask": torch.from_numpy(get_codec(e.encoding).to_bytes(bits[e.name].mask, e.shape, e.kept or 0))
+        f"{e.name}.mask": torch.from_numpy(
+            get_codec(e.encoding).to_bytes(bits[e.name].mask, e.shape, e.kept or 0, e.pattern)
+        )
         for e in manifest.masked
     }
     tensors |= {f"{name}.{kind}": torch.from_numpy(p) for name, b in bits.items() for kind, p in b.planes.items()}

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
+from ..codecs import get_codec
 from ..codecs.bitpack import ones, unpack_mask
+from ..codecs.pattern_coded import obeys
 from ..errors import ArtifactError, ConversionError
 from ..masking.bake import masks as network_masks
 from .assemble import assemble
 from .container import Container, Header, local, located, open_file, read_safetensors
-from .manifest import Manifest
+from .manifest import Manifest, TensorSpec
 from .planes import Packed
 from .reader import Contents, Parts, naming, read_contents, read_front
 from .rebuild import masks_digest, stored_tensor
@@ -98,7 +100,8 @@ class Artifact:
         Args:
             manifest: its numbers of kept weights and its `masks_sha256` are replaced by those of `masks`; everything
                 else, such as `weights_sha256` and the probe, must be right already. It has no planes, which are for
-                the weights that its own masks keep.
+                the weights that its own masks keep. A pattern that a mask does not obey is dropped, and `range_coded`
+                takes the place of an encoding that needs it.
             masks: the packed mask of each masked weight, by name.
             stored: the tensors that no seed gives, as in another artifact's `contents.stored`.
             path: what messages call it.
@@ -106,7 +109,7 @@ class Artifact:
         if entry := next((entry for entry in manifest.masked if entry.planes), None):
             raise ArtifactError(f"{entry.name!r} has the plane {entry.planes[0]!r}, which is for another mask")
         decoded = {entry.name: masks[entry.name] for entry in manifest.masked}
-        entries = tuple(replace(entry, kept=ones(decoded[entry.name])) for entry in manifest.masked)
+        entries = tuple(_with_mask(entry, decoded[entry.name]) for entry in manifest.masked)
         manifest = replace(manifest, masked=entries, masks_sha256=masks_digest(list(decoded.values())))
         artifact = cls(path, manifest, None)
         artifact.__dict__["contents"] = Contents.of(manifest, decoded, stored)
@@ -196,6 +199,15 @@ class Artifact:
             return fill_network(self.contents, model, base, masked, packed)
 
 
+def _with_mask(entry: TensorSpec, mask: Packed) -> TensorSpec:
+    """Return the entry of a weight under another mask."""
+    entry = replace(entry, kept=ones(mask))
+    if entry.pattern is None or obeys(mask, entry.shape, entry.pattern):
+        return entry
+    encoding = "range_coded" if get_codec(entry.encoding).needs_pattern else entry.encoding
+    return replace(entry, pattern=None, encoding=encoding)
+
+
 def repack(path: str | Path | Artifact, output: str | Path, *, encoding: str) -> Manifest:
     """Write a popup artifact again, with its masks in another encoding. No bit of the network changes.
 
@@ -205,13 +217,14 @@ def repack(path: str | Path | Artifact, output: str | Path, *, encoding: str) ->
     Args:
         path: the file, or an open `Artifact`.
         output: the file to write; it may be `path`. An existing file is replaced atomically.
-        encoding: `bitpack`, one bit a weight; or `range_coded`, as few bits as the masks' shares of ones allow.
+        encoding: `bitpack`, one bit a weight; `range_coded`, as few bits as the masks' shares of ones allow; or
+            `pattern_coded`, as few as a pattern such as 2:4 allows.
 
     Returns:
         The manifest of the new file.
 
     Raises:
-        ArtifactError: the file is damaged.
+        ArtifactError: the file is damaged, or has no pattern, which the encoding needs.
         UnknownName: there is no such encoding.
         PopupError: the file cannot be written. An existing file is unchanged.
     """

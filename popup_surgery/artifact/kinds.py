@@ -7,7 +7,7 @@ from typing import Any
 METADATA = "popup_surgery"
 DENSE = "popup_surgery_dense"  # key of the metadata of dense weights that this library wrote (experiment/dense.py)
 
-ARTIFACT = "a popup artifact; popup-surgery inspect, verify, evaluate, predict, sanity, export and diff take it"
+ARTIFACT = "a popup artifact; popup-surgery inspect, verify, evaluate, predict, sanity, export, bench and diff take it"
 WEIGHTS = "popup-surgery convert NAME --scheme pretrained --weights FILE"
 
 # how files of other formats begin

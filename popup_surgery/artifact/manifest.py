@@ -4,14 +4,15 @@ import hashlib
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 
-from ..codecs import CODECS
+from ..codecs import CODECS, get_codec
 from ..errors import ArtifactError
 from ..models.architecture import Architecture, Base
+from ..selection.pattern import Pattern
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
@@ -20,7 +21,11 @@ from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
-FEATURES = ("range_coded", *PLANES)  # what `requires` may name: what readers of the first files do not know
+FEATURES = (
+    "range_coded",
+    "pattern_coded",
+    *PLANES,
+)  # what `requires` may name: what readers of the first files do not know
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
@@ -33,7 +38,7 @@ class TensorSpec:
     `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask, and
     `planes` are the kinds of the planes that change the weights that take part. A masked tensor with the distribution
     `base` is not drawn: its values come from the base, and its `std` is 0. `note` is informational: scheme, scaled, k,
-    fan_in.
+    fan_in. `pattern` says that the mask keeps N of each M neighbours.
     """
 
     name: str
@@ -45,6 +50,7 @@ class TensorSpec:
     kept: int | None = None
     note: dict[str, Any] = field(default_factory=dict)
     encoding: str = "bitpack"
+    pattern: Pattern | None = None
     planes: tuple[str, ...] = ()
 
     @property
@@ -65,6 +71,8 @@ class TensorSpec:
             "dtype": self.dtype,
         }
         entry |= {"distribution": self.distribution, **self.note, **source_of(self.distribution).record(self.std)}
+        if self.pattern is not None:
+            entry["pattern"] = asdict(self.pattern)
         entry |= {} if self.kept is None else {"kept": self.kept, "encoding": self.encoding}
         return entry | ({"planes": list(self.planes)} if self.planes else {})
 
@@ -315,10 +323,31 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         else None,
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
-        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}", _planes))
+        pattern=_pattern(entry, where, numel) if masked else None,
+        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}, without gaps between coats", _planes))
         if masked and "planes" in entry
         else (),
     )
+
+
+def _pattern(entry: dict[str, Any], where: str, numel: int) -> Pattern | None:
+    """Check the pattern of a masked tensor, against its shape, its number of kept weights and its encoding."""
+    if "pattern" not in entry:
+        if get_codec(entry["encoding"]).needs_pattern:
+            raise ArtifactError(f"{where} has the encoding {entry['encoding']!r}; expected a pattern beside it")
+        return None
+    given, where = entry["pattern"], f"{where}.pattern"
+    if not isinstance(given, dict):
+        raise ArtifactError(f"{where} is {_short(given)}; expected an object")
+    names = [each.name for each in fields(Pattern)]
+    found = Pattern(*(_get(given, name, "an integer", lambda v: type(v) is int, f"{where}.") for name in names))
+    if not found.fits(numel):
+        raise ArtifactError(f"{where} is {_short(given)}, which is no pattern for {entry['shape']}")
+    if entry["kept"] != found.kept(numel):
+        raise ArtifactError(
+            f"{where} keeps {found.kept(numel)} of {numel} weights; expected {entry['kept']}, as kept is"
+        )
+    return found
 
 
 def _standard_deviation(value: Any) -> bool:
@@ -329,7 +358,10 @@ def _standard_deviation(value: Any) -> bool:
 
 
 def _planes(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and value == [kind for kind in PLANES if kind in value]
+    if not isinstance(value, list) or not value or value != [kind for kind in PLANES if kind in value]:
+        return False
+    coats = [kind for kind in value if kind.startswith("coat")]
+    return coats == [f"coat{i}" for i in range(2, len(coats) + 2)]
 
 
 def _known(value: Any, names: Any) -> bool:

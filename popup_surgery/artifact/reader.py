@@ -13,10 +13,11 @@ import numpy as np
 
 from ..codecs import get_codec
 from ..codecs.bitpack import ones
+from ..codecs.pattern_coded import obeys
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, TensorSpec, read_manifest
-from .planes import Bits, Packed, plane_error
+from .planes import Bits, Packed
 from .rebuild import masks_digest, tensors_digest
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Contents:
         Raises:
             ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
         """
-        entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).needs_kept]
+        entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).expands]
         if not self._decoded and sum(entry.numel for entry in entries) > LIMIT:
             raise ArtifactError(
                 f"the masks are for more than {LIMIT:,} weights, and no network is at hand to compare them with"
@@ -120,9 +121,8 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
         if tensor.dtype == "BOOL" and np.frombuffer(part, np.uint8).max(initial=0) > 1:
             raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
     for entry in manifest.masked:
-        for kind, plane in planes[entry.name].items():
-            if wrong := plane_error(plane, entry.kept or 0):
-                raise ArtifactError(f"'{entry.name}.{kind}' {wrong}")
+        if wrong := Bits(np.empty(0, np.uint8), planes[entry.name]).wrong(entry.name, entry.kept or 0):
+            raise ArtifactError(wrong)
     if digest != manifest.tensors_sha256:
         raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
     return Contents(manifest, encoded, parts, planes)
@@ -132,7 +132,7 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
     """Check that each masked tensor has a mask and its planes, and that their sizes are possible."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
-        sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0)
+        sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0, entry.pattern)
         if mask is None:
             raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
         if mask.dtype != "U8" or len(mask.shape) != 1 or mask.shape[0] not in sizes:
@@ -145,7 +145,8 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
             plane = container.tensors.get(name)
             if plane is None:
                 raise ArtifactError(f"{entry.name!r} has no plane {kind!r}; expected the tensor {name!r}")
-            if plane.dtype != "U8" or plane.shape != (size,):
+            exact = kind in ("sign", "coat2")  # a later coat has a bit for each 1 of the one before
+            if plane.dtype != "U8" or len(plane.shape) != 1 or not size * exact <= plane.shape[0] <= size:
                 found = f"{plane.dtype} {list(plane.shape)}"
                 raise ArtifactError(f"{name!r} is {found}; expected U8 [{size}] for {entry.kept:,} kept weights")
 
@@ -163,10 +164,13 @@ def _check_places(manifest: Manifest, container: Container) -> None:
 
 def _mask(entry: TensorSpec, part: memoryview) -> Packed:
     """Decode the bits of a mask, and check that the number of ones is the manifest's."""
+    codec, data = get_codec(entry.encoding), np.frombuffer(part, np.uint8)
     try:
-        packed = get_codec(entry.encoding).to_bits(np.frombuffer(part, np.uint8), entry.shape, entry.kept or 0)
+        packed = codec.to_bits(data, entry.shape, entry.kept or 0, entry.pattern)
     except ValueError as error:
         raise ArtifactError(f"'{entry.name}.mask' {error}") from error
     if ones(packed) != entry.kept:
         raise ArtifactError(f"'{entry.name}.mask' keeps {ones(packed)} weights; expected {entry.kept}")
+    if entry.pattern is not None and not codec.needs_pattern and not obeys(packed, entry.shape, entry.pattern):
+        raise ArtifactError(f"'{entry.name}.mask' does not keep {entry.pattern} of its neighbours, as its pattern says")
     return packed

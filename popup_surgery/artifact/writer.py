@@ -62,7 +62,8 @@ def save(
             the learner samples, the key `mask` says which network the file holds.
         probe: shape of an input, batch first. The first outputs for such an input are recorded, so that `verify`
             notices if a library has changed the network of that name.
-        encoding: how masks are stored: the name of a codec in `popup_surgery.codecs`.
+        encoding: how masks are stored: the name of a codec in `popup_surgery.codecs`. `pattern_coded` is for networks
+            that were converted with a `pattern`.
 
     Returns:
         The manifest: the description in the file, as written.
@@ -297,10 +298,10 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
         k = group.in_force / group.numel
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
-    shape = tuple(weight.shape)
     entry = TensorSpec(
-        name, slot.stream, shape, dtype, slot.distribution, std, kept, note, planes=tuple(learner.planes)
-    )
+        name, slot.stream, tuple(weight.shape), dtype, slot.distribution, std, kept, note,
+        planes=tuple(learner.planes), pattern=slot.ranking.pattern,
+    )  # fmt: skip
     return entry, Bits(packed, planes)
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..plugins import load_entry_points
-from . import bitpack, range_coded  # noqa: F401
+from . import bitpack, pattern_coded, range_coded  # noqa: F401
 from .base import CODECS, Codec, get_codec, register_codec
 
 __all__ = ["CODECS", "Codec", "get_codec", "register_codec"]

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import UnknownName
+from ..selection.pattern import Pattern
 
 Bytes = NDArray[np.uint8]
 Shape = tuple[int, ...]
@@ -28,6 +30,8 @@ class Codec:
         needs_kept: whether the three also take the number of ones, as their last argument. `bound` may then accept a
             file that is smaller than the bits: they are decoded only after the shape has matched a network's, or if
             there are at most 2³³ of them in the file.
+        needs_pattern: whether the three take the weight's pattern, such as 2:4, as their last argument. The codec is
+            for weights that have one, and `bound` may accept small files in the same way.
     """
 
     name: str
@@ -35,18 +39,27 @@ class Codec:
     decode: Callable[..., Bytes]
     bound: Callable[..., range]
     needs_kept: bool = False
+    needs_pattern: bool = False
 
-    def to_bytes(self, packed: Bytes, shape: Shape, kept: int) -> Bytes:
+    @property
+    def expands(self) -> bool:
+        """Whether a file may be much smaller than the bits in it."""
+        return self.needs_kept or self.needs_pattern
+
+    def to_bytes(self, packed: Bytes, shape: Shape, kept: int, pattern: Pattern | None = None) -> Bytes:
         """Return the bytes of a mask that has `kept` ones."""
-        return self.encode(packed, shape, kept) if self.needs_kept else self.encode(packed, shape)
+        return self.encode(packed, shape, *self._more(kept, pattern))
 
-    def to_bits(self, data: Bytes, shape: Shape, kept: int) -> Bytes:
+    def to_bits(self, data: Bytes, shape: Shape, kept: int, pattern: Pattern | None = None) -> Bytes:
         """Return the packed mask whose bytes these are; `ValueError` if no mask has them."""
-        return self.decode(data, shape, kept) if self.needs_kept else self.decode(data, shape)
+        return self.decode(data, shape, *self._more(kept, pattern))
 
-    def sizes(self, shape: Shape, kept: int) -> range:
+    def sizes(self, shape: Shape, kept: int, pattern: Pattern | None = None) -> range:
         """Return the possible numbers of bytes for a mask of a shape that has `kept` ones."""
-        return self.bound(shape, kept) if self.needs_kept else self.bound(shape)
+        return self.bound(shape, *self._more(kept, pattern))
+
+    def _more(self, kept: int, pattern: Pattern | None) -> list[Any]:
+        return [kept] * self.needs_kept + [pattern] * self.needs_pattern
 
 
 CODECS: dict[str, Codec] = {}

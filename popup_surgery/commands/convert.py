@@ -37,6 +37,10 @@ TrainOption = Annotated[
     list[str] | None,
     typer.Option(help="Glob pattern of layers and parameters to train and store, not to mask; repeatable."),
 ]
+PatternOption = Annotated[
+    str | None,
+    typer.Option(help="Such as 2:4, which keeps 2 of each 4 neighbours along the input channels, in place of --k."),
+]
 RuleOption = Annotated[
     str | None,
     typer.Option(help=f"Spread --k over the layers by a rule: {', '.join(RULES)}; default: the same share in each."),
@@ -58,6 +62,7 @@ def run(
         float | None,
         typer.Option(help=f"Share of each layer's weights that is kept, in (0, 1]; default: {DEFAULT.k}."),
     ] = None,
+    pattern: PatternOption = None,
     k_rule: RuleOption = None,
     scheme: Annotated[
         str, typer.Option(help="Distribution of the random weights; pretrained keeps the library's weights.")
@@ -102,10 +107,9 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner, "scope": scope.value,
-        "floor": floor,
-        "include": include or None, "exclude": exclude or None, "others": others.value, "norm": norm.value,
-        "train": train or None,
+        "k": k, "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
+        "scope": scope.value, "floor": floor, "include": include or None, "exclude": exclude or None,
+        "others": others.value, "norm": norm.value, "train": train or None,
     }  # fmt: skip
     if k_rule is not None:
         given["k"] = {"rule": k_rule, "k": DEFAULT.k.value if k is None else k}
@@ -138,7 +142,8 @@ def _convert(
     from ..weights import PRETRAINED
     from ..weights.streams import check_seed
 
-    get_codec(encoding)
+    if get_codec(encoding).needs_pattern and "pattern" not in given:
+        raise ConversionError(f"--encoding {encoding} is for masks of a pattern; add one, such as --pattern 2:4")
     scheme = given["scheme"]
     if weights is not None and scheme != PRETRAINED:
         raise ConversionError(

@@ -50,9 +50,10 @@ def run(
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
     encodings = ", ".join(sorted({entry.encoding for entry in manifest.masked}))
+    patterns = "".join(sorted({f", {entry.pattern} of neighbours" for entry in manifest.masked if entry.pattern}))
     sizes = opened.sizes
     assert sizes is not None
-    show(f"masks: {encodings}, {8 * sizes.masks / manifest.weights:.3f} bits a weight")
+    show(f"masks: {encodings}{patterns}, {8 * sizes.masks / manifest.weights:.3f} bits a weight")
     if planes := sorted({kind for entry in manifest.masked for kind in entry.planes}):
         show(f"planes: {', '.join(planes)}, {8 * sizes.planes / max(manifest.kept, 1):.3f} bits a kept weight")
     show(

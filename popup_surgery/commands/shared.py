@@ -41,7 +41,11 @@ def a_file(help: str) -> Any:
 
 
 EncodingOption = Annotated[
-    str, typer.Option(help="How the masks are stored: bitpack, or range_coded, which is smaller if k is not 0.5.")
+    str,
+    typer.Option(
+        help="How the masks are stored: bitpack; range_coded, which is smaller if k is not 0.5; or pattern_coded, the "
+        "smallest for masks of a pattern such as 2:4."
+    ),
 ]
 Base = Annotated[File | None, typer.Option(parser=as_file, help="File of the pretrained weights under the mask.")]
 

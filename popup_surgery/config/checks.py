@@ -11,6 +11,7 @@ from ..learners import get_learner
 from ..masking.k_schedule import KSchedule
 from ..masking.settings import as_floor, floor_mistake, is_rule, is_share, own_shares, rule_mistakes
 from ..models.architecture import check_kwargs
+from ..selection.pattern import parse_pattern
 from ..weights import PRETRAINED, get_scheme
 
 
@@ -67,7 +68,17 @@ def commit(name: str | None) -> str | None:
     return name
 
 
-SHARES = "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers, or with a rule"
+def neighbours(text: object) -> object:
+    """Check a pattern of neighbours such as `2:4`."""
+    if text is not None:
+        parse_pattern(text)
+    return text
+
+
+SHARES = (
+    "a number above 0 and up to 1, or a mapping from patterns on layer names to such numbers, or a rule such as "
+    "{rule: erk, k: 0.1}"
+)
 
 
 def shares(k: Any) -> Any:

@@ -1,9 +1,9 @@
-"""YAML for recipes: 1e-4 is a number, and a duplicate key is an error."""
+"""YAML for recipes: 1e-4 is a number, 2:4 is text, and a duplicate key is an error."""
 
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -27,8 +27,21 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False)
 
 
+def _decimal(pattern: re.Pattern[str]) -> re.Pattern[str]:
+    """Return a pattern of numbers without those in base 60, which have colons."""
+    return re.compile(f"(?!.*:)(?:{pattern.pattern})", pattern.flags)
+
+
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-4 as a number and refuses duplicate keys. YAML 1.1 reads 1e-4 as a string and takes the last key."""
+    """Reads 1e-4 as a number and 2:4 as text, and refuses duplicate keys.
+
+    YAML 1.1 reads 1e-4 as a string and 2:4 as 124, a number in base 60. It takes the last of several equal keys.
+    """
+
+    yaml_implicit_resolvers: ClassVar = {  # type: ignore[misc]
+        first: [(tag, _decimal(pattern) if tag.endswith((":int", ":float")) else pattern) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -307,8 +307,8 @@ def _bytes(count: int | None, plain: int | None) -> str:
 
 
 def _with_ratio(shown: str, value: float | None, plain: float | None) -> str:
-    """Return a value with its ratio to PyTorch's; alone if it is PyTorch's own, or is not known."""
-    if not value or not plain or value is plain:
+    """Return a value with its ratio to PyTorch's; alone if it is the same, or is not known."""
+    if not value or not plain or value == plain:
         return shown
     ratio = value / plain
     return f"{shown} × {ratio:.{0 if ratio > 10 else 2 if ratio > 0.1 else 3}f}"

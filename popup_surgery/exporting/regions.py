@@ -84,10 +84,11 @@ class Regions:
             while waiting:
                 node = self.nodes[waiting.pop()]
                 tensors = (*self._given(node.name), *node.output)
-                near = {name for tensor in tensors for name in (self.made.get(tensor, ""), *self.users.get(tensor, []))}
-                near &= inside
-                waiting += near
-                region |= near
+                near = {
+                    name for tensor in tensors for name in (self.made.get(tensor), *self.users.get(tensor, [])) if name
+                }
+                waiting += near & inside
+                region |= near & inside
                 inside -= near
             yield region & chosen
 

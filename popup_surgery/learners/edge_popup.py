@@ -21,6 +21,7 @@ class EdgePopup(Learner):
     Exactly `kept` weights take part, and ties go to the lower index; the authors' code leaves ties to its sort.
     """
 
+    takes_pattern = True
     takes_floor = True
 
     def initial_scores(

@@ -126,7 +126,7 @@ def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned
     for (weight, held), score in zip(masked, scores, strict=True):
         source = source_of(weight.distribution)
         source.fill(held[0].tensor, weight.std, settings.seed, weight.key)
-        ranking = RankGroup(learner, weight.kept or 0)
+        ranking = RankGroup(learner, weight.kept or 0, weight.pattern)
         index = ranking.add(held[0].module, held[0].name, weight.key)
         for _, module, name in held:
             slots.setdefault(module, {})[name] = MaskedParam(

@@ -34,6 +34,7 @@ def convert(
     seed: int = DEFAULT.seed,
     learner: str = DEFAULT.learner,
     learner_options: Mapping[str, Any] = DEFAULT.learner_options,
+    pattern: str | None = DEFAULT.pattern,
     scope: Scope = DEFAULT.scope,
     floor: float | None = DEFAULT.floor,
     include: Patterns = DEFAULT.include,
@@ -71,6 +72,9 @@ def convert(
         learner, learner_options: how scores become a mask and are trained: a key of `learners.LEARNERS`, and options of
             that learner by name, documented in its class. With the one scheme `pretrained`, and neither a learner nor
             k, the learner is `piggyback`, which starts with the whole pretrained network.
+        pattern: `2:4` keeps the 2 weights with the largest |score| of each 4 neighbours, in place of a share of the
+            layer; likewise any N:M with 1 ≤ N < M ≤ 16. Neighbours are consecutive input channels of one output and one
+            kernel position. Where the channels do not divide by M, a remainder of r keeps ⌈r·N/M⌉. It sets k to N/M.
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
         floor: with `scope="global"`, what each layer keeps at least, so that none loses all of its weights: a share
             below 1 of its weights, or a number of weights from 1.

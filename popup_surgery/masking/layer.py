@@ -96,7 +96,7 @@ class Masked(ModuleMethods):
 
     def extra_repr(self) -> str:
         shares = ", ".join(
-            f"{name} masked" + ("" if slot.k is None else f", k={slot.k:g}")
+            f"{name} masked" + ("" if slot.k is None else f", {slot.ranking.pattern or f'k={slot.k:g}'}")
             for name, slot in self.__dict__[STATE].masked.items()
         )
         return ", ".join(filter(None, [super().extra_repr(), shares]))  # type: ignore[misc]

@@ -4,10 +4,12 @@ import io
 import json
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ..errors import ConversionError
+from ..selection.pattern import Pattern
 from ..weights.source import source_of
-from .settings import MaskingSettings
+from .settings import MaskingSettings, is_rule
 from .unmasked import FRESH, NAMED, UnmaskedRule
 
 
@@ -25,6 +27,7 @@ class PlannedWeight:
             is 0.
         fan_in: inputs summed into one output.
         owners: all of its `state_dict` keys, `key` first.
+        pattern: which weights are neighbours, and how many of them are kept; None if all are ranked together.
     """
 
     key: str
@@ -37,6 +40,7 @@ class PlannedWeight:
     std: float
     fan_in: float
     owners: tuple[str, ...]
+    pattern: Pattern | None = None
 
     @property
     def numel(self) -> int:
@@ -127,10 +131,7 @@ class Plan:
             found = json.loads(text)
             given = {name: value for name, value in found["settings"].items() if name != "k" or value is not None}
             return cls(
-                tuple(
-                    PlannedWeight(**each | {"shape": tuple(each["shape"]), "owners": tuple(each["owners"])})
-                    for each in found["masked"]
-                ),
+                tuple(_weight(each) for each in found["masked"]),
                 tuple(
                     PlannedRest(
                         **each | {"shape": tuple(each["shape"]), "treatment": UnmaskedRule(**each["treatment"])}
@@ -183,12 +184,15 @@ class Plan:
         kept = f"{self.kept:,} kept ({self.kept / max(self.weights, 1):.1%})"
         if settings.k is None:
             kept = "the scores decide how many are kept"
+        elif is_rule(settings.k):
+            kept += f" by the rule {settings.k['rule']}"
+        least = "" if settings.floor is None else f", each keeps at least {settings.floor:g}"
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters{trained}; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
             f"{schemes}, seed {settings.seed}, {settings.learner}, "
-            f"ranked {'over all layers' if settings.scope == 'global' else 'layer by layer'}"
+            f"{settings.ranked}{least}"
         )
 
     def __str__(self) -> str:
@@ -218,3 +222,10 @@ class Plan:
         console.print(*tables, f"{self.coverage}\n{self.totals()}", sep="\n", highlight=False)
         text = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines())
+
+
+def _weight(found: dict[str, Any]) -> PlannedWeight:
+    """Return what `to_json` wrote as `found`."""
+    pattern = found.get("pattern")
+    whole = {"shape": tuple(found["shape"]), "owners": tuple(found["owners"])}
+    return PlannedWeight(**found | whole | {"pattern": None if pattern is None else Pattern(**pattern)})

@@ -18,6 +18,7 @@ from ..selection import kept_count
 from ..weights import PRETRAINED
 from ..weights.source import source_of_scheme
 from .checks import check_memory, check_rest, check_score_name, check_writable
+from .neighbours import pattern_of
 from .packed import refuse_packed
 from .patterns import check_patterns, last_match, matches, several
 from .plan import Plan, PlannedRest, PlannedWeight
@@ -49,6 +50,7 @@ def plan(
     seed: int = DEFAULT.seed,
     learner: str = DEFAULT.learner,
     learner_options: Mapping[str, Any] = DEFAULT.learner_options,
+    pattern: str | None = DEFAULT.pattern,
     scope: Scope = DEFAULT.scope,
     floor: float | None = DEFAULT.floor,
     include: Patterns = DEFAULT.include,
@@ -317,9 +319,11 @@ class _Decision:
         """Plan a weight to mask; `ConversionError` if it cannot be masked as the settings ask."""
         key, tensor, fans = held[0].key, held[0].tensor, self.chosen[chosen.layer, chosen.name]
         share = self.shares[last_match(chosen.layer, self.shares)]
+        pattern = pattern_of(key, tensor.numel(), fans, self.settings.pattern)
         kept = None if share is None else kept_count(tensor.numel(), share)
         if (spread_here := self.by_rule.get((chosen.layer, chosen.name))) is not None:
             kept, share = spread_here, spread_here / tensor.numel()
+        kept = kept if pattern is None else pattern.kept(tensor.numel())
         if kept == 0 and self.settings.scope == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
         for place in held:
@@ -332,7 +336,8 @@ class _Decision:
             )
         cls, owners = type(held[0].module).__name__, tuple(place.key for place in held)
         shape = tuple(tensor.shape)
-        return PlannedWeight(key, cls, shape, share, kept, scheme, source.distribution, std, fans.fan_in, owners)
+        drawn = scheme, source.distribution, std, fans.fan_in
+        return PlannedWeight(key, cls, shape, share, kept, *drawn, owners, pattern)
 
     def _scheme(self, layer: str) -> str:
         """Return a layer's scheme. Without pretrained weights it is drawn, unless its own pattern says otherwise."""

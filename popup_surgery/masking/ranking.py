@@ -1,7 +1,7 @@
 """Groups of weights that are ranked together, and when their masks are computed again."""
 
 from threading import get_ident
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.fx.experimental.sym_node import DynamicInt
 from ..errors import ConversionError, some
 from ..learners import Learner
 from ..selection import Selection, kept_count
+from ..selection.pattern import Pattern, select_pattern, select_pattern_op
 from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
@@ -38,17 +39,20 @@ class RankGroup:
 
     Attributes:
         kept: how many weights take part; 0 if the learner takes no k.
+        pattern: if there is one, which of the neighbours in the group's one weight take part.
         kept_now: how many take part at this point of the training; None if as many as `kept`.
         floors: how many weights each member keeps at least; None if there is no floor.
     """
 
     kept_now: int | None = None  # on the class, for groups pickled before these attributes existed
+    pattern: Pattern | None = None
     floors: tuple[int, ...] | None = None
     _in_graphs: int | None = None  # `in_force` as compiled graphs take it; None if it has always been `kept`
 
-    def __init__(self, learner: Learner, kept: int) -> None:
+    def __init__(self, learner: Learner, kept: int, pattern: Pattern | None = None) -> None:
         self.learner = learner
         self.kept = kept
+        self.pattern = pattern
         self.members: list[tuple[nn.Module, str]] = []
         self.streams: list[str] = []
         self._selection: Selection | None = None
@@ -95,8 +99,14 @@ class RankGroup:
         """Return how many weights of the group a share keeps; with None, as many as in the end.
 
         Raises:
-            ConversionError: it keeps none, or fewer than the floor.
+            ConversionError: it keeps none, or fewer than the floor, or another number than the pattern.
         """
+        if self.pattern is not None and share not in (None, self.pattern.keep / self.pattern.of):
+            raise ConversionError(
+                f"k={share:g} is not that of the pattern {self.pattern}, which keeps as many all the time"
+            )
+        if self.pattern is not None:
+            return self.kept
         kept = self.kept if share is None else kept_count(self.numel, share)
         least = max(1, sum(self.floors or ()))
         if kept < least:
@@ -131,6 +141,8 @@ class RankGroup:
         floors = {} if self.floors is None else {"floors": self.floors}
         if score is not None:
             scores[index] = score
+        if self.pattern is not None:
+            return self._among_neighbours(scores[index], compiling)
         if compiling or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **floors)[index]
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
@@ -139,6 +151,14 @@ class RankGroup:
             with torch.inference_mode(False):  # a mask must outlive the mode
                 selection = self._selection = self.learner.select(scores, kept, self.streams, **floors)
         return selection.masks[index]
+
+    def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:
+        """Return the mask of the group's one score. To find it costs no more than to tell whether it still holds."""
+        pattern = cast(Pattern, self.pattern)
+        if compiling or under_transform([score]):
+            return select_pattern_op(score.detach(), [pattern.keep, pattern.of, pattern.channels, pattern.stride])
+        with torch.inference_mode(False):
+            return select_pattern(score, pattern)
 
     def score(self, index: int) -> Tensor:
         """Return the score of member `index` that `mask` ranks."""

@@ -9,7 +9,7 @@ from numbers import Real
 from types import SimpleNamespace
 from typing import Any, Literal, TypeGuard, get_args
 
-from ..errors import ConversionError, nearest
+from ..errors import ConversionError, PopupError, nearest
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float | str]
@@ -20,7 +20,7 @@ Choice = Literal["frozen", "train"]
 OF_PRETRAINED = "piggyback"  # the learner of the scheme `pretrained` if neither a learner nor k is given
 RULES = ("balanced", "erk", "fan", "uniform")  # how k is spread over the layers: `masking.shares`
 # the only values for learners without k
-WITHOUT_K: dict[str, Any] = {"k": None, "scaled": False, "scope": "layer", "floor": None}
+WITHOUT_K: dict[str, Any] = {"k": None, "pattern": None, "scaled": False, "scope": "layer", "floor": None}
 _WORDS = {"scope": get_args(Scope), "others": get_args(Choice), "norm": get_args(Choice)}
 
 
@@ -34,6 +34,7 @@ class MaskingSettings:
     """
 
     k: Shares | None = 0.3
+    pattern: str | None = None
     scheme: Schemes = "signed_kaiming_constant"
     scaled: bool = True
     seed: int = 0
@@ -62,18 +63,25 @@ class MaskingSettings:
         from ..weights import PRETRAINED, get_scheme
         from ..weights.streams import check_seed
 
-        asked = cls(**with_learner(given))
-        if not get_learner(asked.learner, asked.learner_options).takes_k:
+        asked = cls(**with_share(with_learner(given)))
+        learner = get_learner(asked.learner, asked.learner_options)
+        if not learner.takes_k:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
                     raise ConversionError(
                         f"{name} is {given[name]!r}; expected {expected!r}; {without_k(asked.learner)}"
                     )
             asked = replace(asked, **WITHOUT_K)
+        if asked.pattern is not None:
+            _check_pattern(asked)
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
+        if asked.scope == "global" and not learner.ranks_globally:
+            raise ConversionError(f"scope is 'global'; expected 'layer'; {IN_LAYERS}")
         k = None if asked.k is None else _checked_shares(asked)
+        if wrong := learner.k_error(k):
+            raise ConversionError(f"k is {k!r}; {wrong}")
         if asked.floor is not None:
             _check_floor(asked, k)
         for scheme in asked.by_pattern("scheme").values():
@@ -81,6 +89,13 @@ class MaskingSettings:
                 get_scheme(scheme)
         copies = {name: own_copy(value) for name, value in vars(asked).items()}
         return cls(**copies | {"k": k, "seed": check_seed(asked.seed), "floor": as_floor(asked.floor)})
+
+    @property
+    def ranked(self) -> str:
+        """How scores are ranked, in words."""
+        if self.pattern is not None:
+            return f"ranked among neighbours, {self.pattern}"
+        return "ranked over all layers" if self.scope == "global" else "ranked layer by layer"
 
     def by_pattern(self, name: Literal["k", "scheme"]) -> dict[str, Any]:
         """Return k or the scheme by glob pattern. `*` comes first, unless the caller gave it in another place.
@@ -98,12 +113,64 @@ class MaskingSettings:
         return dict(value) if "*" in value else {"*": getattr(DEFAULT, name).value, **value}
 
 
+def share_of(pattern: str) -> float:
+    """Return N/M of a pattern; `ValueError` says what was expected."""
+    from ..selection.pattern import parse_pattern
+
+    keep, of = parse_pattern(pattern)
+    return keep / of
+
+
+def with_share(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the given settings, with the k of their pattern if they have none, and their learner takes one.
+
+    A pattern or learner that is none sets no k; later checks say what is wrong with it.
+    """
+    from ..learners import get_learner
+
+    if given.get("pattern") is None or given.get("k") is not None:
+        return dict(given)
+    try:
+        takes_k = get_learner(given.get("learner", MaskingSettings.learner), given.get("learner_options")).takes_k
+        return {**given, "k": share_of(given["pattern"])} if takes_k else dict(given)
+    except (ValueError, PopupError):
+        return dict(given)
+
+
+def _check_pattern(asked: "MaskingSettings") -> None:
+    """Raise `ConversionError` if the pattern is none, or does not go with the other arguments."""
+    from ..learners import get_learner
+
+    try:
+        share = share_of(str(asked.pattern))
+    except ValueError as error:
+        raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
+    if not get_learner(asked.learner, asked.learner_options).takes_pattern:
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
+    if asked.scope != "layer":
+        raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
+    if asked.k != share:
+        raise ConversionError(f"k is {asked.k!r}; expected {share:g}, which the pattern {asked.pattern} sets, or none")
+
+
+ALONE = "a pattern ranks the neighbours in each layer among themselves"
+
+
+def without_pattern(learner: str) -> str:
+    """Return why `learner` does not take a pattern, for a message."""
+    return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
+
+
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the given settings, with a learner if their scheme is `pretrained` and they have neither learner nor k."""
+    """Return the given settings, with a learner if they have none, and the scheme is `pretrained` and no k given."""
     from ..weights import PRETRAINED
 
-    brings = given.get("scheme") == PRETRAINED and "learner" not in given and given.get("k") is None
+    free = given.get("k") is None and given.get("pattern") is None
+    brings = given.get("scheme") == PRETRAINED and "learner" not in given and free
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
+
+
+IN_LAYERS = "the learner's options rank each layer by itself"
 
 
 def without_k(learner: str) -> str:

@@ -13,10 +13,18 @@ from ..torch_compat import RecurrentWeights
 
 @dataclass(frozen=True)
 class Fans:
-    """How many inputs are summed into one output of a weight, and how many outputs one input reaches."""
+    """How many inputs are summed into one output of a weight, and how many outputs one input reaches.
+
+    Attributes:
+        channels, stride: how many of the inputs belong to one kernel position, and how many elements of the weight, in
+            row-major order, lie from one of these to the next. Together they say which weights are neighbours, for
+            `convert(model, pattern="2:4")`; without `channels` that is refused.
+    """
 
     fan_in: float
     fan_out: float
+    channels: int | None = None
+    stride: int = 1
 
 
 @dataclass(frozen=True)
@@ -44,29 +52,29 @@ class LayerType:
 
 
 def _linear(module: nn.Linear) -> dict[str, Fans]:
-    return {"weight": Fans(float(module.in_features), float(module.out_features))}
+    return {"weight": Fans(float(module.in_features), float(module.out_features), module.in_features)}
 
 
 def _conv(module: Any) -> dict[str, Fans]:
-    volume = float(prod(module.kernel_size))
-    return {"weight": Fans(module.in_channels // module.groups * volume, module.out_channels * volume)}
+    volume, per_group = prod(module.kernel_size), module.in_channels // module.groups
+    return {"weight": Fans(float(per_group * volume), float(module.out_channels * volume), per_group, volume)}
 
 
 def _conv_transpose(module: Any) -> dict[str, Fans]:
     volume, stride = prod(module.kernel_size), prod(module.stride)
-    per_group = module.in_channels // module.groups
-    return {"weight": Fans(per_group * volume / stride, module.out_channels * volume / stride)}
+    per_group, beside = module.in_channels // module.groups, module.out_channels // module.groups * volume
+    return {"weight": Fans(per_group * volume / stride, module.out_channels * volume / stride, per_group, beside)}
 
 
 def _conv1d_of_transformers(module: Any) -> dict[str, Fans]:
-    fan_in, fan_out = map(float, module._parameters["weight"].shape)
-    return {"weight": Fans(fan_in, fan_out)}
+    inputs, outputs = module._parameters["weight"].shape
+    return {"weight": Fans(float(inputs), float(outputs), inputs, outputs)}
 
 
 def _packed(module: nn.Module, names: tuple[str, ...]) -> dict[str, Fans]:
     """Return the fans of the two-dimensional weights (outputs, inputs) whose names start with one of `names`."""
     found = {name: tensor for name, tensor in module._parameters.items() if name.startswith(names)}
-    return {n: Fans(float(t.shape[1]), float(t.shape[0])) for n, t in found.items() if t is not None}
+    return {n: Fans(float(t.shape[1]), float(t.shape[0]), t.shape[1]) for n, t in found.items() if t is not None}
 
 
 _ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, fields
@@ -37,6 +38,7 @@ class Numbers:
         seconds: time spent on the epochs, in seconds.
         size: size of the artifact or the dense weights, in bytes.
         weights, kept: number of masked weights, and of those that the mask keeps; a dense run keeps all.
+        stored: bytes of the file's tensors, which are masks and what stands beside them: without header and manifest.
     """
 
     accuracy: float
@@ -44,6 +46,7 @@ class Numbers:
     size: float
     weights: float
     kept: float
+    stored: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,20 @@ class Outcome:
             folder.check_recipe()
             epochs = folder.history()
             seconds = sum(epoch["seconds"] for epoch in epochs)
-            numbers = Numbers(epochs[-1]["accuracy"], seconds, folder.final.stat().st_size, *counts(folder))
+            size = folder.final.stat().st_size
+            numbers = Numbers(epochs[-1]["accuracy"], seconds, size, *counts(folder), size - _header(folder.final))
         except PopupError as error:
             return cls(run, State.FAILED, error=str(error))
         except (OSError, ValueError, LookupError) as error:
             return cls(run, State.FAILED, error=f"{folder.path} is damaged ({error!r}); remove it to run it again")
         folder.finish()  # a run that was killed after it wrote its last file leaves its checkpoints behind
         return cls(run, State.FINISHED, numbers)
+
+
+def _header(file: Path) -> int:
+    """Return how many bytes of a safetensors file come before its tensors."""
+    with file.open("rb") as start:
+        return 8 + int.from_bytes(start.read(8), "little")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from coder import Writer
 from popup_surgery.codecs import CODECS
 from popup_surgery.codecs.bitpack import ones, pack
 from popup_surgery.codecs.range_coded import GAPS, TOTAL, byte_frequencies, gap_frequencies
@@ -62,28 +62,6 @@ def masks(draw: Any, largest: int = 20_000) -> Mask:
 
 
 # --- the page's coder, which needs no library ------------------------------------------------------------------------
-
-
-class Writer:
-    """The coder of docs/artifact-format.md, with whole numbers of any size."""
-
-    def __init__(self) -> None:
-        self.low, self.range, self.shifts = 0, 2**64 - 1, 0
-
-    def put(self, symbols: Iterable[int], frequencies: list[int]) -> None:
-        before = [0, *np.cumsum(frequencies).tolist()]
-        for symbol in symbols:
-            scale = self.range >> 24
-            self.low += scale * before[symbol]
-            self.range = scale * frequencies[symbol]
-            if self.range < 2**32:
-                self.low, self.range, self.shifts = self.low << 32, self.range << 32, self.shifts + 1
-
-    def bytes(self) -> bytes:
-        p = self.low + 2**32 - 1 >> 32
-        words = [p >> 32 * i & 2**32 - 1 for i in range(self.shifts, -1, -1)]
-        words += [0] * (self.low + self.range >> 32 == p)
-        return np.array(words, "<u4").tobytes()
 
 
 def as_the_page_writes(mask: Mask) -> bytes:

@@ -520,3 +520,19 @@ def test_a_folder_of_other_classes(cli: Cli, tmp_path: Path, make_images: Callab
     call = ("train", "digits", "--set", "data.name=folder", "--data-dir", tmp_path / "data", "-o", tmp_path / "run")
     refused(cli(*call), "different classes")
     assert not (tmp_path / "run").exists()
+
+
+def test_convert_spreads_k_by_a_rule_and_keeps_a_floor(cli: Cli) -> None:
+    planned = json.loads(cli("convert", "conv4", "--k", "0.1", "--k-rule", "erk", "--dry-run", "--json").out)
+    assert planned["settings"]["k"] == {"rule": "erk", "k": 0.1}
+    assert planned["masked"][0]["kept"] == 1728 == planned["masked"][-1]["kept"] - 832
+    together = cli("convert", "conv4", "--k", "0.1", "--scope", "global", "--floor", "16", "--dry-run")
+    assert "ranked over all layers, each keeps at least 16" in together.out
+    for words, said in (
+        (["--k-rule", "erks"], "rule is 'erks'; expected balanced, erk, fan or uniform"),
+        (["--floor", "0.1"], "floor is 0.1; expected none unless scope is global"),
+        (["--k-rule", "erk", "--scope", "global"], "scope='global' ranks all layers together"),
+    ):
+        done = cli("convert", "conv4", "--dry-run", *words)
+        assert done.status == 2
+        assert said in done.err

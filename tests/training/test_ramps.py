@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 
 from popup_surgery import Recipe, RecipeError, inspect, train, verify
+from popup_surgery.data.batches import quiet
 from popup_surgery.errors import ConversionError, Stopped
+from popup_surgery.experiment.setup import prepare
 from popup_surgery.masking.k_schedule import KSchedule
 from popup_surgery.selection import kept_count
-from support import digits_command, lines, stopping
+from popup_surgery.training.distributed import start
+from support import digits_command, lines, slow_except, stopping
 
 CUBIC: dict[str, Any] = {"kind": "cubic", "start": 1.0, "begin": 1, "epochs": 2}
 SETTINGS = ["training.epochs=4", "surgery.k=0.2", f"surgery.k_schedule={json.dumps(CUBIC)}"]
@@ -25,7 +28,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_each_epoch_keeps_its_share_and_the_file_the_last_one(through: Any) -> None:
-    schedule = KSchedule(**CUBIC)
+    schedule = KSchedule.of(CUBIC)
     shares = [schedule.at(epoch, 0.2) for epoch in range(4)]
     assert shares == [1.0, 1.0, pytest.approx(0.3), 0.2]
     expected = [sum(kept_count(n, share) for n in DIGITS) / sum(DIGITS) for share in shares]
@@ -34,6 +37,14 @@ def test_each_epoch_keeps_its_share_and_the_file_the_last_one(through: Any) -> N
     assert [entry.kept for entry in inspect(through.file).masked] == [kept_count(n, 0.2) for n in DIGITS]
     assert {entry.note["k"] for entry in inspect(through.file).masked} == {0.2}
     assert verify(through.file)
+    assert (through.output / "masks.png").exists()
+
+
+def test_the_masks_are_compared_with_those_that_k_alone_gives() -> None:
+    recipe = Recipe.load("digits", SETTINGS)
+    trainer, _ = prepare(recipe, start(recipe.training), quiet)
+    assert all(mask.all() for mask in trainer.masks().values())
+    assert [layer.overlap for layer in trainer.layers()] == [kept_count(n, 0.2) / n for n in DIGITS]
 
 
 def test_the_weights_of_scaled_layers_are_those_of_the_final_k(through: Any, tmp_path: Path) -> None:
@@ -43,7 +54,7 @@ def test_the_weights_of_scaled_layers_are_those_of_the_final_k(through: Any, tmp
     assert "k" not in lines(plain.output)[0]
 
 
-@pytest.mark.parametrize("after", [45, 70, 100])
+@pytest.mark.parametrize("after", slow_except([45, 70, 100], [100]))
 def test_a_run_that_was_stopped_ends_in_the_same_file(through: Any, after: int, tmp_path: Path) -> None:
     """At the end of an epoch, within the ramp, and in the middle of its last epoch."""
     with pytest.raises(Stopped):
@@ -61,7 +72,7 @@ def test_a_global_ranking_with_a_floor_follows_the_schedule(tmp_path: Path) -> N
     kept = [entry.kept for entry in inspect(result.file).masked]
     assert sum(map(int, kept)) == kept_count(sum(DIGITS), 0.02)  # type: ignore[arg-type]
     assert min(map(int, kept)) >= 5  # type: ignore[arg-type]
-    schedule = KSchedule(**CUBIC)
+    schedule = KSchedule.of(CUBIC)
     assert [epoch.k for epoch in result.history] == [
         kept_count(sum(DIGITS), schedule.at(epoch, 0.02)) / sum(DIGITS) for epoch in range(4)
     ]
