@@ -109,6 +109,8 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
     ]
     if _takes_k(one.learner):
         rows.insert(2, ("k, the share that is kept", _several(note.get("k") for note in notes)))
+    if patterns := sorted({str(entry.pattern) for entry in manifest.masked if entry.pattern}):
+        rows.append(("pattern", f"{', '.join(patterns)} of neighbours along the input channels"))
     if one.learner:
         rows.append(("learner", code(one.learner)))
     if any(source_of(entry.distribution).drawn for entry in manifest.masked):
