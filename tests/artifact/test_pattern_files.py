@@ -27,6 +27,7 @@ from popup_surgery import (
     inspect,
     load,
     masks,
+    model_card,
     overlap,
     repack,
     save,
@@ -287,4 +288,4 @@ def test_the_golden_file_in_other_formats(tmp_path: Path) -> None:
 
 def test_what_people_read_says_the_pattern(tmp_path: Path) -> None:
     save(converted(), tmp_path / "net.popup.safetensors")
-    assert "| pattern | 2:4 of neighbours along the input channels |" in card(tmp_path / "net.popup.safetensors")
+    assert "| pattern | 2:4 of neighbours along the input channels |" in model_card(tmp_path / "net.popup.safetensors")
