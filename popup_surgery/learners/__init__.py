@@ -8,6 +8,7 @@ from ..deprecated import warn_of_methods
 from ..errors import ConversionError, UnknownName, nearest
 from ..plugins import load_entry_points
 from .base import Learner
+from .coats import Coats
 from .dnw import DNW
 from .edge_popup import EdgePopup
 from .gem_miner import GemMiner
@@ -20,6 +21,7 @@ from .supermask import Supermask
 __all__ = [
     "DNW",
     "LEARNERS",
+    "Coats",
     "EdgePopup",
     "GemMiner",
     "Learner",
@@ -76,7 +78,7 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
     return replace(learner, **options) if options else learner  # type: ignore[type-var]
 
 
-register_learner("edge_popup", EdgePopup())
+register_learner("edge_popup", Coats())
 register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
 register_learner("piggyback", Piggyback())

@@ -71,6 +71,7 @@ class Learner(ABC):
             not inherit it.
         planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
             `sign` if their signs are learnt too. `plane` returns the bits.
+        ranks_globally: whether `scope="global"` suits it, so that `kept` may be of several weights together.
     """
 
     takes_k: bool = True
@@ -85,6 +86,7 @@ class Learner(ABC):
     starts_whole: bool = False
     takes_pattern: bool = False
     planes: tuple[str, ...] = ()
+    ranks_globally: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -127,13 +129,19 @@ class Learner(ABC):
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """Return the weight that the network computes with: shape and dtype of `weight`, differentiable in `score`."""
 
+    def k_error(self, k: Any) -> str:
+        """Return what k was expected to be, as a clause for a message, if the learner's options allow only another."""
+        return ""
+
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        """Return the bits of a plane in `planes`: bool, one for each weight that takes part, in row-major order.
+        """Return the bits of a plane in `planes`: bool, one for each weight that it is about, in row-major order.
 
         The effective weights that a file gives back with them must be those of `effective`.
 
         Args:
-            kind: the plane. For `sign`, a bit is True where the effective weight is positive.
+            kind: the plane. `sign` is about the weights that take part; a bit is True where the effective weight is
+                positive. `coat2` is about the same, `coat3` about those in coat 2, and so on; a bit is True where the
+                weight is in that coat too.
             weight, score, mask: as for `effective`.
         """
         raise NotImplementedError(f"{type(self).__name__} names the plane {kind!r} and has no method `plane`")

@@ -55,6 +55,10 @@ class Signed(EdgePopup):
     def takes_pattern(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
+    @property
+    def takes_floor(self) -> bool:  # type: ignore[override]
+        return self.threshold is None
+
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:

@@ -64,7 +64,8 @@ class MaskingSettings:
         from ..weights.streams import check_seed
 
         asked = cls(**with_share(with_learner(given)))
-        if not get_learner(asked.learner, asked.learner_options).takes_k:
+        learner = get_learner(asked.learner, asked.learner_options)
+        if not learner.takes_k:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
                     raise ConversionError(
@@ -76,7 +77,11 @@ class MaskingSettings:
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
+        if asked.scope == "global" and not learner.ranks_globally:
+            raise ConversionError(f"scope is 'global'; expected 'layer'; {IN_LAYERS}")
         k = None if asked.k is None else _checked_shares(asked)
+        if wrong := learner.k_error(k):
+            raise ConversionError(f"k is {k!r}; {wrong}")
         if asked.floor is not None:
             _check_floor(asked, k)
         for scheme in asked.by_pattern("scheme").values():
@@ -163,6 +168,9 @@ def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
     free = given.get("k") is None and given.get("pattern") is None
     brings = given.get("scheme") == PRETRAINED and "learner" not in given and free
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
+
+
+IN_LAYERS = "the learner's options rank each layer by itself"
 
 
 def without_k(learner: str) -> str:

@@ -16,7 +16,7 @@ from popup_surgery.errors import Stopped
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.learners import LEARNERS, get_learner
 from popup_surgery.learners.base import Learner
-from popup_surgery.masking.ranking import score_of
+from popup_surgery.masking.ranking import parameter_of, score_of
 from popup_surgery.masking.walk import masked_weights
 from popup_surgery.training.distributed import leave, start
 from support import PATIENCE, TESTS, slow_except, stopping
@@ -114,7 +114,8 @@ def test_shared_and_wrapped_networks_count_each_weight_once() -> None:
     model: Any = convert(nn.Sequential(layer, nn.ReLU(), layer), learner="piggyback")
     model[0].weight_score.data[:2] = 0
     assert density_penalty(nn.DataParallel(model)).item() == pytest.approx(0.5)
-    assert density_penalty(torch.compile(model)).item() == pytest.approx(0.5)
+    compiled: Any = torch.compile(model)
+    assert density_penalty(compiled).item() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +154,7 @@ def test_ten_steps_are_those_of_the_loss_with_the_penalty(accumulate: int) -> No
     plain = build("popup_surgery/conv2", width=0.25, in_chans=1, img_size=8)
     for parameter in plain.parameters():
         parameter.data.zero_()  # the biases
-    weights = {key: module._parameters[name].detach() for key, module, name, _ in masked_weights(fit.core)}
+    weights = {key: parameter_of(module, name).detach() for key, module, name, _ in masked_weights(fit.core)}
     s: Any = {key: torch.full_like(weight, 1e-2).requires_grad_() for key, weight in weights.items()}
     buffers = {key: torch.zeros_like(weight) for key, weight in weights.items()}
     threshold, n, found = torch.tensor(5e-3), sum(map(torch.numel, weights.values())), []
