@@ -54,6 +54,6 @@ def _check(learner: Learner) -> None:
     if learner.takes_k:
         known = (name for name, other in LEARNERS.items() if type(other) is type(learner))
         raise ConversionError(
-            f"{next(known, type(learner).__name__)} takes a k, which sets how many weights are kept; a penalty on their number "
-            "needs a learner without one, such as supermask or piggyback"
+            f"{next(known, type(learner).__name__)} takes a k, which sets how many weights are kept; a penalty on "
+            "their number needs a learner without one, such as supermask or piggyback"
         )
