@@ -34,8 +34,8 @@ from popup_surgery.torch_compat import BatchNorm
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "timm", "torchvision")
 IMPORTED = [
-    "timm", "torchvision", "torch.onnx", "onnxscript.optimizer", "onnxscript.function_libs.torch_lib.ops", "onnxruntime",
-    "popup_surgery.experiment.export",
+    "timm", "torchvision", "torch.onnx", "onnxscript.optimizer", "onnxscript.function_libs.torch_lib.ops",
+    "onnxruntime", "popup_surgery.experiment.export",
 ]  # fmt: skip
 Row = dict[str, Any]
 
@@ -163,7 +163,9 @@ def _short(reason: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], help="run only networks with one of these in their name")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="run only networks with one of these in their name, in this order"
+    )
     parser.add_argument("--seconds", type=int, default=300, help="limit of processor time of each network")
     parser.add_argument("--memory", type=int, default=6, help="memory limit of each network in GB")
     parser.add_argument("--again", action="store_true", help="run again what did not export")
@@ -171,9 +173,10 @@ def main() -> None:
     arguments = parser.parse_args()
     file, versions = arguments.folder / "exported.json", {name: metadata.version(name) for name in PACKAGES}
     rows = {row["network"]: row for row in json.loads(file.read_text())["networks"]} if file.exists() else {}
-    for name in NETS:
-        to_do = name not in rows or (arguments.again and "difference" not in rows[name])
-        if to_do and any(word in name for word in arguments.only):
+    done = {name for name, row in rows.items() if "difference" in row or not arguments.again}
+    for name in [name for word in arguments.only for name in NETS if word in name]:
+        if name not in done:
+            done.add(name)
             rows[name] = in_process(name, arguments.seconds, arguments.memory)
             print(" ".join(f"{value}" for key, value in rows[name].items() if key != "arguments"), flush=True)
             ordered = [rows[name] for name in NETS if name in rows]

@@ -54,9 +54,11 @@ def run(
             artifact, batches=batch or (1, 8), rounds=rounds, threads=threads, fast=fast, input_size=input_size,
             base=base, progress=progress,
         )  # fmt: skip
+    if json_:
+        print(json.dumps(found.to_json(), indent=2), flush=True)
+    else:
+        show(str(found))
     if output is not None:
         found.draw(output)
-    if json_:
-        print(json.dumps(found.to_json(), indent=2))
-    else:
-        show(str(found), *([f"wrote {output}"] if output is not None else []))
+        if not json_:
+            show(f"wrote {output}")

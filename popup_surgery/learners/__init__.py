@@ -11,6 +11,7 @@ from .base import Learner
 from .coats import Coats
 from .dnw import DNW
 from .edge_popup import EdgePopup
+from .gem_miner import GemMiner
 from .piggyback import Piggyback
 from .random_mask import RandomMask
 from .sampling import sampled
@@ -22,6 +23,7 @@ __all__ = [
     "LEARNERS",
     "Coats",
     "EdgePopup",
+    "GemMiner",
     "Learner",
     "Piggyback",
     "RandomMask",
@@ -82,6 +84,7 @@ register_learner("dnw", DNW())
 register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
 register_learner("signed", Signed())
+register_learner("gem_miner", GemMiner())
 
 
 def _take(name: str, found: Any) -> None:

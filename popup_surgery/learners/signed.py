@@ -87,13 +87,13 @@ class Signed(EdgePopup):
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)
 
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return Σ|m|, with the gradient sign(s) for kept and dropped weights alike, which pulls all scores to 0."""
+        ones = torch.ones_like(score)
+        return (self.effective(ones, score, mask) * _sign(score.detach(), ones)).sum()
+
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return ~self.effective(weight, score, mask)[mask].signbit()
-
-    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
-        """Return how many weights take part, Σ|m|; its gradient is that of the sum of |s|, straight through."""
-        factor = self.effective(torch.ones_like(score), score, mask)
-        return (factor * _sign(score.detach(), factor)).sum()
 
     def seed_from_mask(self, scores: Sequence[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """Return scores with the same signs, above the threshold for the weights in `masks`, and not elsewhere."""

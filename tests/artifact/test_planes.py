@@ -334,7 +334,7 @@ def of_decoder(case: Case) -> None:
         pytest.skip("needs a C compiler")
     unpack = Unpack(build_decoder(case.folder), case.folder)
     said = unpack.refusal(case.path.read_bytes())
-    assert said == "the file needs a newer reader: its format_version or requires"
+    assert said == 'the file needs a newer reader: version 1, requires ["sign"]'
 
 
 def of_combine(case: Case) -> None:

@@ -196,7 +196,7 @@ OF_THE_VALIDATOR = re.compile(
 )
 
 
-SECTIONS = {name: section_of(Recipe, name) for name in Recipe.model_fields if name != "plugins"}
+SECTIONS: dict[str, Any] = {name: section_of(Recipe, name) for name in Recipe.model_fields if name != "plugins"}
 EVERY_KEY = [*SECTIONS, *(f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields)]
 
 

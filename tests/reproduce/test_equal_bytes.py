@@ -102,7 +102,7 @@ def test_rounding(bits: int, share: float) -> None:
         expected += 4 + mask.sum() * bits / 8 + math.log2(math.comb(w.size, int(mask.sum()))) / 8
     assert size == pytest.approx(expected)
     assert left == round(share * 720)
-    assert torch.equal(network[0].bias, state["0.bias"])
+    assert torch.equal(network.get_parameter("0.bias"), state["0.bias"])
 
 
 def test_edge_popup_at_the_same_bytes_is_read_off_its_curve() -> None:
