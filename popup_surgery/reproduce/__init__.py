@@ -64,7 +64,7 @@ SCALES: dict[str, dict[str, Protocol]] = {
         )),
         "equal-bytes": Protocol(
             ("data.max_train=32", "data.max_validation=16", "training.epochs=2", "data.batch_size=16",
-             "model.kwargs.width=0.25"), 1, ("conv4",),
+             "model.kwargs.width=0.25", "surgery.k_schedule=[{kind: cubic, start: 0.5, epochs: 1}]"), 1, ("conv4",),
         ),
     },
 }  # fmt: skip

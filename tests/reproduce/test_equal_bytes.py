@@ -39,6 +39,16 @@ def test_small_takes_one_network_and_full_takes_all() -> None:
     assert {run.recipe.model.name for run in other.runs} == {"popup_surgery/conv2"}
 
 
+@pytest.mark.slow
+def test_each_series_runs_two_steps(ten: Path, tmp_path: Path) -> None:
+    sweep = sweep_of("equal-bytes", "tiny", ["model.kwargs.width=0.1"], data_dir=ten)
+    firsts = {run.label: run for run in reversed(sweep.runs)}
+    result = reproduce("equal-bytes", "tiny", replace(sweep, runs=tuple(firsts.values())), tmp_path, Here())
+    assert all(outcome.numbers is not None for outcome in result.outcomes)
+    series = {row["series"] for row in json.loads(result.files[1].read_text())["rows"]}
+    assert series == {*firsts, "dense, pruned, 8 bits", "dense, pruned, 4 bits"}
+
+
 def test_bytes_are_those_of_the_tensors(done: tuple[Any, Path, Any]) -> None:
     _, output, result = done
     for outcome in result.outcomes:
