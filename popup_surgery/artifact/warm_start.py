@@ -54,8 +54,8 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             learner, mine, theirs = slot.ranking.learner, rebuilt(module, name, slot, mask), entries[entry.name]
             if other := [kind for kind in entry.planes if kind not in learner.planes]:
                 raise ArtifactError(
-                    f"{entry.name!r} has the plane {other[0]!r}, with which {type(learner).__name__} cannot start; "
-                    "convert the network with the file's learner"
+                    f"{entry.name!r} has the plane {other[0]!r}, with which the network's learner cannot start; "
+                    "convert the network with the learner of the file, and its options"
                 )
             if "sign" in learner.planes:  # which the scores get below
                 flipped[entry.name] = mine.signbit() != theirs.signbit()

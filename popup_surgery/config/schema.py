@@ -24,19 +24,28 @@ from ..masking.k_schedule import KSchedule
 from ..masking.settings import (
     ALONE,
     DEFAULT,
-    IN_LAYERS,
     WITHOUT_K,
     is_rule,
     share_of,
     with_learner,
     with_share,
     without_k,
-    without_pattern,
 )
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import SHARES, floors, known, look_up_optimizer, neighbours, options, ramp, schemes, shares
+from .checks import (
+    SHARES,
+    beside_learner,
+    floors,
+    known,
+    look_up_optimizer,
+    neighbours,
+    options,
+    ramp,
+    schemes,
+    shares,
+)
 from .data import Data
 from .expected import shown
 from .keys import Key
@@ -138,12 +147,7 @@ class Surgery(_Section):
         chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
         if not chosen.takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
-        if name == "k" and chosen.takes_k and value is not None and (wrong := chosen.k_error(value)):
-            raise ValueError(wrong)
-        if name == "scope" and value == "global" and not chosen.ranks_globally:
-            raise ValueError(f"expected layer; {IN_LAYERS}")
-        if name == "pattern" and value is not None and not chosen.takes_pattern:
-            raise ValueError(f"expected null; {without_pattern(learner)}")
+        beside_learner(name, value, learner, chosen)
         if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
             raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
         if name == "k_schedule" and value is not None and chosen.schedules_k:

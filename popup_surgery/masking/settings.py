@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import SimpleNamespace
-from typing import Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 from ..errors import ConversionError, PopupError, nearest
+
+if TYPE_CHECKING:
+    from ..learners import Learner
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float | str]
@@ -145,8 +148,10 @@ def _check_pattern(asked: "MaskingSettings") -> None:
         share = share_of(str(asked.pattern))
     except ValueError as error:
         raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
-    if not get_learner(asked.learner, asked.learner_options).takes_pattern:
-        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
+    chosen = get_learner(asked.learner, asked.learner_options)
+    if not chosen.takes_pattern:
+        why = without_pattern(asked.learner, chosen)
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {why}")
     if asked.scope != "layer":
         raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
     if asked.k != share:
@@ -156,8 +161,10 @@ def _check_pattern(asked: "MaskingSettings") -> None:
 ALONE = "a pattern ranks the neighbours in each layer among themselves"
 
 
-def without_pattern(learner: str) -> str:
-    """Return why `learner` does not take a pattern, for a message."""
+def without_pattern(learner: str, chosen: "Learner") -> str:
+    """Return why a learner with its options does not take a pattern, for a message."""
+    if not chosen.ranks_globally:
+        return IN_LAYERS
     return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
 
 

@@ -289,7 +289,10 @@ def of_dense(case: Case) -> None:
 
 def of_packed_onnx(case: Case) -> None:
     """Signed constants stay ternary: their products are packed exactly."""
-    done = ps.export(case.path, case.folder / "net.onnx", packed=True)
+    net = ps.build("popup_surgery/conv2", **{**CONV2, "width": 1.0})  # large enough to gain from it
+    wide = case.folder / "wide.popup.safetensors"
+    ps.save(ps.convert(net, 0.25, scheme=case.scheme, **KINDS[case.kind]), wide, probe=(1, 1, 8, 8))
+    done = ps.export(wide, case.folder / "net.onnx", packed=True)
     how = {layer.name: layer.how for layer in done.layers}
     ternary = "constant" in case.scheme and case.kind == "sign"
     assert any(said in ("2 bits", "int8") for said in how.values()) == ternary, how
@@ -334,7 +337,8 @@ def of_decoder(case: Case) -> None:
         pytest.skip("needs a C compiler")
     unpack = Unpack(build_decoder(case.folder), case.folder)
     said = unpack.refusal(case.path.read_bytes())
-    assert said == 'the file needs a newer reader: version 1, requires ["sign"]'
+    named = ",".join(f'"{kind}"' for kind in PLANES_OF[case.kind])
+    assert said == f"the file needs a newer reader: version 1, requires [{named}]"
 
 
 def of_combine(case: Case) -> None:
@@ -457,6 +461,22 @@ def test_other_dtypes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     bank = ps.MaskBank(Artifact.open(tmp_path / "net"), model=plain())
     bank.add("net", tmp_path / "net")
     assert all(torch.equal(value, expected[name]) for name, value in bank.use("net").state_dict().items())
+
+
+@pytest.mark.parametrize("encoding", ["bitpack", "range_coded", "pattern_coded"])
+def test_signs_beside_a_pattern(encoding: str, tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8, 3))
+
+    net = ps.convert(plain(), pattern="2:4", learner="signed")
+    manifest = ps.save(net, tmp_path / "net", encoding=encoding)
+    assert manifest.requires == [*([] if encoding == "bitpack" else [encoding]), "sign"]
+    found, expected = ps.load(tmp_path / "net", plain()).state_dict(), ps.bake(net).state_dict()
+    page = reader(decoders=2)["read"](tmp_path / "net")
+    assert found.keys() == expected.keys() == page.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+        assert page[name].tobytes() == value.numpy().tobytes()
 
 
 def test_a_key_where_a_plane_must_stand_is_refused(tmp_path: Path) -> None:

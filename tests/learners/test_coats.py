@@ -167,6 +167,10 @@ EXPECTED = r"; expected 2 to 8 shares kept, above 0 and up to 1, each smaller th
         ),
         ({"k": {"*": 0.3}, "learner_options": {"coats": [0.3, 0.1]}}, r"k is \{'\*': 0\.3\}; expected 0\.3, the first"),
         ({"learner_options": {"coats": [0.2, 0.1]}}, r"k is 0\.3; expected 0\.2, the first of learner_options\.coats"),
+        (
+            {"pattern": "2:4", "learner_options": {"coats": [0.5, 0.1]}},
+            r"pattern is '2:4'; expected None; the learner's",
+        ),
         ({"scope": "global", "learner_options": {"coats": [0.3, 0.1]}}, r"scope is 'global'; expected 'layer'; the le"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_run_starts_with_the_signs_of_a_file(scheme: str, options: dict[str, A
     assert equal_states(bake(again), bake(source))
     before = make(3)
     with pytest.raises(
-        ArtifactError, match=r"'0\.weight' has the plane 'sign', with which EdgePopup cannot start; con"
+        ArtifactError, match=r"'0\.weight' has the plane 'sign', with which the network's learner cannot start; con"
     ):
         start_from(before, tmp_path / "file")
     assert equal_states(bake(before), bake(make(3)))
