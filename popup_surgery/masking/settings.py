@@ -158,7 +158,7 @@ ALONE = "a pattern ranks the neighbours in each layer among themselves"
 
 def without_pattern(learner: str) -> str:
     """Return why `learner` does not take a pattern, for a message."""
-    return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
+    return f"a pattern keeps the largest scores among neighbours, and {learner} with its options chooses in another way"
 
 
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
