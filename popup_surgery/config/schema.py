@@ -36,17 +36,7 @@ from ..masking.settings import (
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
-from .checks import (
-    SHARES,
-    floors,
-    known,
-    look_up_optimizer,
-    neighbours,
-    options,
-    ramp,
-    schemes,
-    shares,
-)
+from .checks import SHARES, floors, known, look_up_optimizer, neighbours, options, ramp, schemes, shares
 from .data import Data
 from .expected import shown
 from .keys import Key
