@@ -134,7 +134,7 @@ def beside_learner(name: str, value: Any, learner: str, chosen: Learner) -> None
     if name == "scope" and value == "global" and not chosen.ranks_globally:
         raise ValueError(f"expected layer; {IN_LAYERS}")
     if name == "pattern" and value is not None and not chosen.takes_pattern:
-        raise ValueError(f"expected null; {without_pattern(learner, chosen)}")
+        raise ValueError(f"expected null; {without_pattern(learner)}")
 
 
 def ramp(value: Any) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 from ..errors import ConversionError, PopupError, nearest
 
 if TYPE_CHECKING:
-    from ..learners import Learner
+    pass
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float | str]
@@ -150,7 +150,7 @@ def _check_pattern(asked: "MaskingSettings") -> None:
         raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
     chosen = get_learner(asked.learner, asked.learner_options)
     if not chosen.takes_pattern:
-        why = without_pattern(asked.learner, chosen)
+        why = without_pattern(asked.learner)
         raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {why}")
     if asked.scope != "layer":
         raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
@@ -161,11 +161,9 @@ def _check_pattern(asked: "MaskingSettings") -> None:
 ALONE = "a pattern ranks the neighbours in each layer among themselves"
 
 
-def without_pattern(learner: str, chosen: "Learner") -> str:
-    """Return why a learner with its options does not take a pattern, for a message."""
-    if not chosen.ranks_globally:
-        return IN_LAYERS
-    return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
+def without_pattern(learner: str) -> str:
+    """Return why `learner` does not take a pattern, for a message."""
+    return f"a pattern keeps the largest scores among neighbours, and {learner} with its options chooses in another way"
 
 
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:

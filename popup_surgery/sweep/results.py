@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -126,9 +126,15 @@ def write(name: str, outcomes: Sequence[Outcome], output: Path) -> None:
     write_atomically(output / "runs.csv", _runs_csv(found, output).encode())
 
 
+def _written(numbers: Numbers | None) -> dict[str, Any]:
+    """Return the numbers that a sweep's files have; None for what is not known yet."""
+    names = [field.name for field in fields(Numbers) if field.name != "stored"]
+    return {name: numbers and getattr(numbers, name) for name in names}
+
+
 def _columns(point: Point) -> dict[str, Any]:
     """Return n, accuracy, std, seconds, size, weights and kept; None for what is not known yet."""
-    mean = asdict(point.mean) if point.mean else dict.fromkeys(field.name for field in fields(Numbers))
+    mean = _written(point.mean)
     return {"n": point.n, "accuracy": mean.pop("accuracy"), "std": point.std, **mean}
 
 
@@ -155,10 +161,9 @@ def _as_csv(found: Sequence[Point]) -> str:
 
 def _runs_csv(found: Sequence[Point], output: Path) -> str:
     """Return the runs as CSV, one row each, with seed, state, numbers, folder and error."""
-    nothing = dict.fromkeys(field.name for field in fields(Numbers))
     rows = []
     for outcome in (outcome for point in found for outcome in point.outcomes):
-        run, numbers = outcome.run, asdict(outcome.numbers) if outcome.numbers else nothing
+        run, numbers = outcome.run, _written(outcome.numbers)
         about = {"seed": run.seed, "state": outcome.state.value, **numbers, "folder": run.folder(output).path.name}
         rows.append((run.label, run.values, {**about, "error": outcome.error}))
     return _csv(rows)

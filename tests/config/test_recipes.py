@@ -389,9 +389,9 @@ hidden: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "exclude": patterns,
     }
 )
-surgeries = st.just("none") | hidden.map(
-    lambda values: values if LEARNERS[values["learner"]].takes_k else values | WITHOUT_K
-)
+surgeries = st.just("none") | hidden.filter(
+    lambda values: values["scope"] == "layer" or not isinstance(values["k"], dict)
+).map(lambda values: values if LEARNERS[values["learner"]].takes_k else values | WITHOUT_K)
 recipes = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries(

@@ -217,6 +217,8 @@ BAD = r"expected 'N:M', N of each M neighbours, with 1 <= N < M <= 16, such as '
         ({"pattern": "2:4", "k": 0.3}, r"k is 0\.3; expected 0\.5, which the pattern 2:4 sets, or none"),
         ({"pattern": "2:4", "k": {"*": 0.5}}, r"k is \{'\*': 0\.5\}; expected 0\.5, which the pattern 2:4 sets"),
         ({"pattern": "2:4", "scope": "global"}, r"scope is 'global'; expected 'layer'; a pattern ranks the neighbours"),
+        ({"pattern": "2:4", "learner_options": {"coats": [0.5, 0.1]}}, r"pattern is '2:4'; expected None; a pattern"),
+        ({"pattern": "2:4", "learner": "gem_miner"}, r"pattern is '2:4'; expected None; a pattern keeps the largest"),
         ({"pattern": "2:4", "learner": "supermask"}, r"pattern is '2:4'; expected None; supermask takes no k, because"),
         ({"pattern": "2:4", "learner": "piggyback"}, r"pattern is '2:4'; expected None; piggyback takes no k, because"),
     ],
@@ -248,7 +250,7 @@ def test_a_learner_that_selects_in_its_own_way_takes_no_pattern(monkeypatch: pyt
 
     for name, made in (("signed", Signed), ("growing", Growing), ("mixed", Mixed)):
         monkeypatch.setitem(LEARNERS, name, made())
-        with pytest.raises(ConversionError, match=f"pattern is '2:4'; expected None; {name} does not keep the weights"):
+        with pytest.raises(ConversionError, match=f"pattern is '2:4'; expected None; a pattern .* {name} with its"):
             convert(nn.Linear(8, 4), pattern="2:4", learner=name)
     monkeypatch.setitem(LEARNERS, "louder", Louder())
     layer: Any = convert(nn.Linear(8, 4), pattern="2:4", learner="louder")
