@@ -53,7 +53,7 @@ def pack(
         "difference": check_export(model, packed.outputs, shown[0], BOUND),
     }
     if plain is not None:
-        found["time"] = _time(packed, plain, repeated(inputs, 1))
+        found["time"] = _time(packed, plain, repeated(inputs, 1)) if any(layer.packed for layer in layers) else 1.0
     if images is not None:
         found |= _on_images(model, packed, images)
     return contents, found

@@ -110,6 +110,8 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
     surgery = recipe_of(manifest).get("surgery")
     if _takes_k(one.learner, surgery.get("learner_options") if isinstance(surgery, dict) else None):
         rows.insert(2, ("k, the share that is kept", _several(note.get("k") for note in notes)))
+    if patterns := sorted({str(entry.pattern) for entry in manifest.masked if entry.pattern}):
+        rows.append(("pattern", f"{', '.join(patterns)} of neighbours along the input channels"))
     if one.learner:
         rows.append(("learner", code(one.learner)))
     if planes := sorted({kind for entry in manifest.masked for kind in entry.planes}):

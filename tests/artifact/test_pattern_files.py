@@ -27,6 +27,7 @@ from popup_surgery import (
     inspect,
     load,
     masks,
+    model_card,
     overlap,
     repack,
     save,
@@ -283,3 +284,8 @@ def test_the_golden_file_in_other_formats(tmp_path: Path) -> None:
     assert equal_states(dense, load(path))
     done = export(path, tmp_path / "net.onnx", packed=True)
     assert any(layer.how in ("2 bits", "int8") for layer in done.layers)
+
+
+def test_what_people_read_says_the_pattern(tmp_path: Path) -> None:
+    save(converted(), tmp_path / "net.popup.safetensors")
+    assert "| pattern | 2:4 of neighbours along the input channels |" in model_card(tmp_path / "net.popup.safetensors")

@@ -122,8 +122,8 @@ def test_shared_and_wrapped_networks_count_each_weight_once() -> None:
     ("model", "arguments", "says"),
     [
         (lambda: nn.Linear(3, 2), {}, r"Linear has no masked weights; convert it first"),
-        (lambda: convert(nn.Linear(3, 2), 0.5), {}, r"EdgePopup takes a k, which sets how many weights are kept"),
-        (lambda: net("gem_miner"), {}, r"GemMiner takes a k"),
+        (lambda: convert(nn.Linear(3, 2), 0.5), {}, r"edge_popup takes a k, which sets how many weights are kept"),
+        (lambda: net("gem_miner"), {}, r"gem_miner takes a k"),
         (lambda: net("supermask"), {"weight": 0}, r"weight is 0; expected a number above 0"),
         (lambda: net("supermask"), {"weight": float("nan")}, r"weight is nan; expected a number above 0"),
         (lambda: net("supermask"), {"weight": True}, r"weight is True; expected a number above 0"),
