@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import popup_surgery as ps
+from popup_surgery.signals import interruptible
 
 NETWORKS = ("resnet50", "convnext_tiny", "vit_base_patch16_224", "vit_large_patch16_224")
 
@@ -30,7 +31,7 @@ def main() -> None:
     for name in NETWORKS:
         if arguments.only not in name:
             continue
-        with tempfile.TemporaryDirectory() as folder:
+        with interruptible(), tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / f"{name}.popup.safetensors"
             ps.save(ps.convert(f"timm/{name}", 0.3), file)
             found = ps.bench(

@@ -113,6 +113,8 @@ def kind(annotation: Any, limits: Any = ()) -> str:
         return " or ".join(f"`{_yaml(word)}`" for word in arguments)
     if origin is list:
         return f"list of {kind(arguments[0])}"
+    if inspect.isclass(annotation) and issubclass(annotation, BaseModel):
+        return "section of " + " and ".join(f"`{name}`" for name in annotation.model_fields)
     if origin is dict:
         return "mapping" if arguments[1] is Any else f"mapping to {kind(arguments[1])}"
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}

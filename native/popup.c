@@ -728,9 +728,9 @@ static int read_manifest(popup_file *file, text manifest) {
     TRY(check_json(file, "manifest", manifest, 1));
     TRY(need(file, &whole_file, manifest, KEYS, keys, v));
     REFUSE(!is(v[FORMAT], "\"popup-surgery\""), NULL, "the format is not popup-surgery");
-    int coded = is(v[REQUIRES], "[\"range_coded\"]");
-    if (!is(v[VERSION], "1") || (!coded && !is(v[REQUIRES], "[]")))
-        return fail(file, POPUP_UNSUPPORTED, NULL, "the file needs a newer reader: its format_version or requires");
+    int coded = is(v[REQUIRES], "[\"range_coded\"]"), known = is(v[VERSION], "1") && (coded || is(v[REQUIRES], "[]"));
+    if (!known) return fail(file, POPUP_UNSUPPORTED, NULL, "the file needs a newer reader: version %.*s, requires %.*s",
+        (int)(v[VERSION].end - v[VERSION].at), v[VERSION].at, (int)(v[REQUIRES].end - v[REQUIRES].at), v[REQUIRES].at);
     for (int i = 0; i < 4; i++) TRY(take_digest(file, keys[DIGESTS + i][0], v[DIGESTS + i], file->digests[i]));
     /* of the text without the member and the comma behind it, which is there as keys are sorted */
     sha256_add(&hash, manifest.at, (size_t)(v[DIGESTS].at - manifest.at) - strlen("\"manifest_sha256\":"));

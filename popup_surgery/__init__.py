@@ -32,6 +32,7 @@ _HOMES = {
     "learners": ("sampled",),
     "masking.bake": ("bake",),
     "masking.convert": ("convert",),
+    "masking.density": ("density_penalty",),
     "masking.k_schedule": ("KSchedule", "set_k"),
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from .learners import sampled
     from .masking.bake import bake
     from .masking.convert import convert
+    from .masking.density import density_penalty
     from .masking.k_schedule import KSchedule, set_k
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan

@@ -324,7 +324,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
         pattern=_pattern(entry, where, numel) if masked else None,
-        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}", _planes))
+        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}, without gaps between coats", _planes))
         if masked and "planes" in entry
         else (),
     )
@@ -358,7 +358,10 @@ def _standard_deviation(value: Any) -> bool:
 
 
 def _planes(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and value == [kind for kind in PLANES if kind in value]
+    if not isinstance(value, list) or not value or value != [kind for kind in PLANES if kind in value]:
+        return False
+    coats = [kind for kind in value if kind.startswith("coat")]
+    return coats == [f"coat{i}" for i in range(2, len(coats) + 2)]
 
 
 def _known(value: Any, names: Any) -> bool:

@@ -1,34 +1,30 @@
 """Planes: bits beside a mask that change the weights that take part (docs/artifact-format.md, section 8)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codecs.bitpack import padding_is_zero
+from ..codecs.bitpack import ones, padding_is_zero
 from ..weights.streams import CHUNK, Floats
 
 Packed = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
 
 
-def _signed(values: Floats, positive: Bools) -> Floats:
-    """Return the magnitudes with other signs. Zeros get one too."""
-    return np.copysign(values, np.where(positive, np.float32(1), np.float32(-1)))
-
-
-# Each turns the values of the weights that take part, and their bits, into effective weights.
-PLANES: dict[str, Callable[[Floats, Bools], Floats]] = {"sign": _signed}
+COATS = 8
+PLANES = ("sign", *(f"coat{i}" for i in range(2, COATS + 1)))
 
 
 @dataclass(frozen=True)
 class Bits:
-    """What a file says about one masked weight: its packed mask, and its planes by kind, in the order of the manifest.
+    """What a file says about one masked weight: its packed mask, and its planes by kind, in the order of `PLANES`.
 
     Attributes:
         mask: uint8 [ceil(n / 8)].
-        planes: of each kind uint8 [ceil(kept / 8)], a bit for each weight that takes part, lowest bit first.
+        planes: of each kind uint8, lowest bit first: a bit for each weight that takes part, and of the coats after
+            coat 2 for each weight of the coat before.
     """
 
     mask: Packed
@@ -40,39 +36,74 @@ class Bits:
         Args:
             values: pieces of float32, in row-major order, whose sizes are multiples of 8 but for the last.
         """
-        start = place = 0
+        start, places = 0, dict.fromkeys(self.planes, 0)
+
+        def take(kind: str, count: int) -> Bools:
+            places[kind] += count
+            return _unpacked(self.planes[kind], places[kind] - count, count)
+
         for piece in values:
             kept = _unpacked(self.mask, start, len(piece))
             taken = piece[kept]
-            for kind, plane in self.planes.items():
-                taken = PLANES[kind](taken, _unpacked(plane, place, len(taken)))
+            count, inside = np.ones(len(taken), np.float32), np.arange(len(taken))
+            for kind in self.planes:
+                if kind == "sign":
+                    taken = _signed(taken, take(kind, len(taken)))
+                else:
+                    inside = inside[take(kind, len(inside))]
+                    count[inside] += 1
             out = np.zeros(len(piece), np.float32)
-            out[kept] = taken
+            out[kept] = taken * count
             yield out
-            start, place = start + len(piece), place + len(taken)
+            start += len(piece)
 
     def spread(self, kind: str, numel: int) -> Packed:
-        """Return a plane with a bit for every weight, 0 for those that do not take part: uint8 [ceil(numel / 8)]."""
-        out, place = np.empty(len(self.mask), np.uint8), 0
-        for start in range(0, numel, CHUNK):
-            bits = _unpacked(self.mask, start, min(CHUNK, numel - start))
-            kept = int(bits.sum())
-            bits[bits] = _unpacked(self.planes[kind], place, kept)
-            out[start // 8 : start // 8 + -(-len(bits) // 8)] = np.packbits(bits, bitorder="little")
-            place += kept
-        return out
+        """Return a plane with a bit for every weight, 0 for those that it is not about: uint8 [ceil(numel / 8)]."""
+        about = self.mask
+        for before in self._before(kind):
+            about = _spread(about, self.planes[before], numel)
+        return _spread(about, self.planes[kind], numel)
 
     def moved(self, order: NDArray[np.int64]) -> "Bits":
         """Return the bits with the weights in another order: place i gets what place order[i] has."""
         n = len(order)
-        mask = _unpacked(self.mask, 0, n)[order]
-        planes = {kind: _unpacked(self.spread(kind, n), 0, n)[order][mask] for kind in self.planes}
-        return Bits(_packed(mask), {kind: _packed(plane) for kind, plane in planes.items()})
+        about = {"": self.mask} | {kind: self.spread(kind, n) for kind in self.planes}
+        there = {kind: _unpacked(bits, 0, n)[order] for kind, bits in about.items()}
+        planes = {kind: _packed(there[kind][there[["", *self._before(kind)][-1]]]) for kind in self.planes}
+        return Bits(_packed(there[""]), planes)
+
+    def wrong(self, name: str, kept: int) -> str:
+        """Return what is wrong with the planes of a weight that keeps `kept`; empty if nothing is."""
+        n = kept
+        for kind, plane in self.planes.items():
+            count = kept if kind == "sign" else n
+            if len(plane) != -(-count // 8):
+                return f"'{name}.{kind}' has {len(plane)} bytes; expected {-(-count // 8)} for {count:,} weights"
+            if not padding_is_zero(plane, count):
+                return f"'{name}.{kind}' has padding bits that are not 0"
+            n = n if kind == "sign" else ones(plane)
+        return ""
+
+    def _before(self, kind: str) -> list[str]:
+        """Return the coats between the mask and a plane."""
+        return [] if kind == "sign" else [f"coat{i}" for i in range(2, int(kind.removeprefix("coat")))]
 
 
-def plane_error(plane: Packed, kept: int) -> str:
-    """Return what is wrong with the bytes of a plane for `kept` weights, whose number is right; empty if nothing is."""
-    return "" if padding_is_zero(plane, kept) else "has padding bits that are not 0"
+def _signed(values: Floats, positive: Bools) -> Floats:
+    """Return the magnitudes with other signs. Zeros get one too."""
+    return np.copysign(values, np.where(positive, np.float32(1), np.float32(-1)))
+
+
+def _spread(about: Packed, plane: Packed, numel: int) -> Packed:
+    """Return the bits of `plane` at the places of the ones in `about`, and 0 elsewhere."""
+    out, place = np.empty(len(about), np.uint8), 0
+    for start in range(0, numel, CHUNK):
+        bits = _unpacked(about, start, min(CHUNK, numel - start))
+        count = int(bits.sum())
+        bits[bits] = _unpacked(plane, place, count)
+        out[start // 8 : start // 8 + -(-len(bits) // 8)] = _packed(bits)
+        place += count
+    return out
 
 
 def _unpacked(packed: Packed, start: int, count: int) -> Bools:

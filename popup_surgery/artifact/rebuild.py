@@ -33,6 +33,9 @@ def effective_pieces(
         return
     weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base)
     if bits.planes:
+        dtype = DTYPES[entry.dtype]
+        if dtype.itemsize < 4:  # rounded before the product too, as in a network of that dtype
+            weights = (torch.from_numpy(piece).to(dtype).float().numpy() for piece in weights)
         yield from bits.effective(weights)
         return
     for piece, ones in zip(weights, unpack(bits.mask, entry.numel), strict=True):

@@ -6,12 +6,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ..codecs.bitpack import unpack_mask
 from ..errors import ArtifactError
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import parameter_of, score_of
 from ..masking.walk import masked_weights, unwrap
+from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
 from .file import Artifact
+from .manifest import TensorSpec
+from .planes import Bits
 from .reader import naming
 from .restore import fill_network
 
@@ -43,18 +47,23 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             here, there = ("file", "network") if odd in masks else ("network", "file")
             raise ArtifactError(f"{odd!r} is masked in the {here} but not in the {there}; convert the same layers")
         flipped: dict[str, Tensor] = {}
+        bits, nested = artifact.contents.decode(), dict[str, list[Tensor]]()
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
             mask = masks[entry.name].to(entries[entry.name].device)
             learner, mine, theirs = slot.ranking.learner, rebuilt(module, name, slot, mask), entries[entry.name]
             if other := [kind for kind in entry.planes if kind not in learner.planes]:
                 raise ArtifactError(
-                    f"{entry.name!r} has the plane {other[0]!r}, with which {type(learner).__name__} cannot start; "
-                    "convert the network with the file's learner"
+                    f"{entry.name!r} has the plane {other[0]!r}, with which the network's learner cannot start; "
+                    "convert the network with the learner of the file, and its options"
                 )
             if "sign" in learner.planes:  # which the scores get below
                 flipped[entry.name] = mine.signbit() != theirs.signbit()
                 mine = mine.copysign(theirs)
+            elif entry.planes:
+                values = (piece.float().numpy() for piece in pieces_of(mine))
+                mine = fill(torch.empty_like(mine), bits[entry.name].effective(values))
+                nested[entry.name] = [_mask(bits[entry.name], kind, entry) for kind in entry.planes]
             if not torch.equal(mine, theirs):
                 raise ArtifactError(
                     f"the weights of {entry.name!r} differ: the file's are "
@@ -74,11 +83,19 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             first = [parameter_of(module, name).float() for _, module, name in members]
             given = first if ranking.learner.ranks_weights else scores
             found = ranking.learner.seed_from_mask(given, chosen)
+            for inner in zip(
+                *(nested.get(key, []) for key, _, _ in members), strict=True
+            ):  # coats, from the outside in
+                found = ranking.learner.seed_from_mask(found, [mask.to(found[0].device) for mask in inner])
             for score, (key, _, _), mask, moved in zip(scores, members, chosen, found, strict=True):
                 if key in flipped:
                     factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
                     moved = torch.where(mask, moved.copysign(factor), moved)
                 score.copy_(moved)
+
+
+def _mask(bits: Bits, kind: str, entry: TensorSpec) -> Tensor:
+    return torch.from_numpy(unpack_mask(bits.spread(kind, entry.numel), entry.shape))
 
 
 def _origin(distribution: str, std: float, seed: int) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ..selection.pattern import Pattern
 from .base import Bytes, Codec, Shape, register_codec
+from .range_coded import bytes_of, words_of
 
 PIECE = 1 << 20  # weights that are coded at a time
 
@@ -110,13 +111,13 @@ def _encode(packed: Bytes, shape: Shape, pattern: Pattern) -> Bytes:
                     raise ValueError(f"does not keep {pattern.keep} of each {pattern.of} neighbours")
                 writer.put(symbols)
         writer.finish()
-    return coder.get_compressed().astype("<u4", copy=False).view(np.uint8)
+    return bytes_of(coder)
 
 
 def _decode(data: Bytes, shape: Shape, pattern: Pattern) -> Bytes:
     packed = np.zeros(-(-math.prod(shape) // 8), np.uint8)
     try:
-        _read(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32), packed, math.prod(shape), pattern)
+        _read(words_of(data), packed, math.prod(shape), pattern)
     except AssertionError as error:  # constriction's, for words that no symbols give
         raise ValueError("has bytes that are no mask") from error
     if not np.array_equal(_encode(packed, shape, pattern), data):

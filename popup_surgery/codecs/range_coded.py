@@ -75,7 +75,17 @@ def _encode(packed: Bytes, shape: Shape, kept: int) -> Bytes:
         model = _model(byte_frequencies(n, kept))
         for start in range(0, packed.size, PIECE):
             coder.encode(packed[start : start + PIECE].astype(np.int32), model)
+    return bytes_of(coder)
+
+
+def bytes_of(coder: Any) -> Bytes:
+    """Return what a range encoder of constriction has written."""
     return coder.get_compressed().astype("<u4", copy=False).view(np.uint8)
+
+
+def words_of(data: Bytes) -> NDArray[np.uint32]:
+    """Return the words that `bytes_of` wrote, for a range decoder."""
+    return np.frombuffer(data.tobytes(), "<u4").astype(np.uint32)
 
 
 def _gaps(packed: Bytes, n: int, zeros: bool) -> Iterator[NDArray[np.int64]]:
@@ -99,7 +109,7 @@ def _decode(data: Bytes, shape: Shape, kept: int) -> Bytes:
     packed, rare = np.zeros(-(-n // 8), np.uint8), min(kept, n - kept)
     if rare:
         try:
-            _read(np.frombuffer(data.tobytes(), "<u4").astype(np.uint32), packed, n, kept)
+            _read(words_of(data), packed, n, kept)
         except AssertionError as error:  # constriction's, for words that no symbols give
             raise ValueError("has bytes that are no mask") from error
     if rare * RARE < n and kept > rare:

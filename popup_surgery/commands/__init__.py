@@ -40,6 +40,8 @@ from . import (
 )
 from .shared import STOPPED, printable, replace_unprintable, shown_by, with_import
 
+INTERRUPTED = 130  # exit status
+
 
 class _Group(TyperGroup):
     """All commands. Help is in characters that stdout can show: typer writes UTF-8 where that is ASCII."""
@@ -123,7 +125,10 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     try:
         with command():
-            return app(standalone_mode=False) or 0
+            status = app(standalone_mode=False) or 0
+        if status == INTERRUPTED:  # typer has caught it
+            raise KeyboardInterrupt
+        return status
     except UsageError as error:
         shown = io.StringIO()
         error.show(shown)
@@ -146,4 +151,4 @@ def main() -> int:
         return 2
     except (typer.Abort, KeyboardInterrupt):
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED

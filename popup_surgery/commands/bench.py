@@ -33,16 +33,16 @@ def run(
     \b
     $ popup-surgery bench digits.popup.safetensors --threads 1
     inputs  way                   time of a pass   peak memory      in memory        file          outputs differ by
-    1       PyTorch               0.293 ms         4,735 kB         4,735 kB         7,650 bytes
-    1       PyTorch, packed=True  1.77 ms × 6.05   5,923 kB × 1.25  5,923 kB × 1.25  7,650 bytes   0 %
-    1       ONNX, float32         0.078 ms × 0.27  11 MB × 2.31     11 MB × 2.31     98 kB × 13    3.5e-05 %
-    1       ONNX, --packed        0.101 ms × 0.34  11 MB × 2.35     11 MB × 2.35     30 kB × 3.93  0.39 %
-    8       PyTorch               1.11 ms          12 MB
-    8       PyTorch, packed=True  3.07 ms × 2.76   13 MB × 1.10
-    8       ONNX, float32         0.172 ms × 0.15  11 MB × 0.95
-    8       ONNX, --packed        0.225 ms × 0.20  11 MB × 0.97
+    1       PyTorch               0.399 ms         4,739 kB         4,739 kB         7,706 bytes
+    1       PyTorch, packed=True  2.34 ms × 5.86   5,980 kB × 1.26  5,980 kB × 1.26  7,706 bytes   0 %
+    1       ONNX, float32         0.107 ms × 0.27  11 MB × 2.31     11 MB × 2.31     98 kB × 13    4e-05 %
+    1       ONNX, --packed        0.152 ms × 0.38  11 MB × 2.35     11 MB × 2.35     30 kB × 3.91  0.33 %
+    8       PyTorch               1.32 ms          12 MB
+    8       PyTorch, packed=True  4.97 ms × 3.76   13 MB × 1.11
+    8       ONNX, float32         0.244 ms × 0.18  11 MB × 0.95
+    8       ONNX, --packed        0.326 ms × 0.25  11 MB × 0.97
     popup_surgery/conv2, inputs of 1 × 8 × 8; medians of 5 rounds, in which the ways took turns
-    AMD EPYC (avx2, fma, avx512f, avx512_vnni, avx512_bf16); 1 thread on 2 cores, load before 15.1
+    AMD EPYC (avx2, fma, avx512f, avx512_vnni, avx512_bf16); 1 thread on 2 cores, load before 13.5
     other processes used the cores too, so the ratios count and not the times
     """
     if output is not None:
@@ -54,9 +54,11 @@ def run(
             artifact, batches=batch or (1, 8), rounds=rounds, threads=threads, fast=fast, input_size=input_size,
             base=base, progress=progress,
         )  # fmt: skip
+    if json_:
+        print(json.dumps(found.to_json(), indent=2), flush=True)
+    else:
+        show(str(found))
     if output is not None:
         found.draw(output)
-    if json_:
-        print(json.dumps(found.to_json(), indent=2))
-    else:
-        show(str(found), *([f"wrote {output}"] if output is not None else []))
+        if not json_:
+            show(f"wrote {output}")

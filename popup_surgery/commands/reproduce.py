@@ -19,7 +19,7 @@ class Scale(StrEnum):
 
 
 def run(
-    figure: Annotated[str, typer.Argument(help="figure3 to figure10, or table2.")],
+    figure: Annotated[str, typer.Argument(help="figure3 to figure10, table2, or equal-bytes.")],
     scale: Annotated[
         Scale, typer.Option(help="full: the paper's protocol; small: some hours on two CPU cores; tiny: a smoke test.")
     ] = Scale.full,
@@ -50,6 +50,8 @@ def run(
     ] = None,
 ) -> int:
     """Reproduce a figure or table of the paper: run its sweep, draw it, and print it beside the paper's numbers.
+
+    equal-bytes is not in the paper: it compares methods by accuracy over bytes of masks and stored tensors.
 
     \b
     $ popup-surgery reproduce figure7 --scale tiny --only 'Signed Constant' --set 'surgery.k=[0.5]' \

@@ -1,6 +1,8 @@
 """The recipes and sweeps that come with the package."""
 
+import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,6 @@ SHIPPED = next(
     for folder in (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
     if folder.is_dir()
 )
-
-SWEEPS = ("paper/", "many_tasks/")  # the names of sweeps begin with one of them
 
 
 def find(name: str | Path) -> Path:
@@ -37,16 +37,19 @@ def find(name: str | Path) -> Path:
 
 def shipped() -> list[str]:
     """Return the names of the recipes that come with the package."""
-    return [name for name in _files() if not name.startswith(SWEEPS)]
+    return [name for name, sweep in _files().items() if not sweep]
 
 
 def shipped_sweeps() -> list[str]:
     """Return the names of the sweeps that come with the package."""
-    return [name for name in _files() if name.startswith(SWEEPS)]
+    return [name for name, sweep in _files().items() if sweep]
 
 
-def _files() -> list[str]:
-    return sorted(path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*.yaml"))
+@cache
+def _files() -> dict[str, bool]:
+    """Return by name whether each shipped file is a sweep, which its keys say, as they do for `is_sweep`."""
+    texts = {path.relative_to(SHIPPED).with_suffix("").as_posix(): path.read_text() for path in SHIPPED.rglob("*.yaml")}
+    return {name: bool(re.search(r"^(recipe|runs):", texts[name], re.M)) for name in sorted(texts)}
 
 
 def is_sweep(values: Mapping[str, Any]) -> bool:

@@ -7,9 +7,18 @@ from typing import Any
 from pydantic import AfterValidator, ValidationInfo
 
 from ..errors import ConversionError, PopupError, unknown
-from ..learners import get_learner
+from ..learners import Learner, get_learner
 from ..masking.k_schedule import KSchedule
-from ..masking.settings import as_floor, floor_mistake, is_rule, is_share, own_shares, rule_mistakes
+from ..masking.settings import (
+    IN_LAYERS,
+    as_floor,
+    floor_mistake,
+    is_rule,
+    is_share,
+    own_shares,
+    rule_mistakes,
+    without_pattern,
+)
 from ..models.architecture import check_kwargs
 from ..selection.pattern import parse_pattern
 from ..weights import PRETRAINED, get_scheme
@@ -105,14 +114,27 @@ def shares(k: Any) -> Any:
 def floors(value: Any, info: ValidationInfo) -> float | None:
     """Check a floor against k, the scope and the learner."""
     learner, scope = info.data.get("learner"), info.data.get("scope")
-    if value is None or learner is None or not get_learner(learner).takes_k:  # which `Surgery` says
+    if value is None or learner is None:
+        return value
+    chosen = get_learner(learner, info.data.get("learner_options"))
+    if not chosen.takes_k:  # which `Surgery` says
         return value
     mistake = floor_mistake(value, info.data.get("k"), scope or "global")
-    if mistake is None and not get_learner(learner).takes_floor:
+    if mistake is None and not chosen.takes_floor:
         mistake = f"expected null; {learner} ranks without a floor"
     if mistake is not None:
         raise ValueError(mistake)
     return as_floor(value)
+
+
+def beside_learner(name: str, value: Any, learner: str, chosen: Learner) -> None:
+    """Check `k`, `scope` or `pattern` against a learner with its options."""
+    if name == "k" and value is not None and chosen.takes_k and (wrong := chosen.k_error(value)):
+        raise ValueError(wrong)
+    if name == "scope" and value == "global" and not chosen.ranks_globally:
+        raise ValueError(f"expected layer; {IN_LAYERS}")
+    if name == "pattern" and value is not None and not chosen.takes_pattern:
+        raise ValueError(f"expected null; {without_pattern(learner)}")
 
 
 def ramp(value: Any) -> dict[str, Any] | None:

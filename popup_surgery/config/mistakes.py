@@ -18,12 +18,12 @@ class Missing(ValueError):
 def validated(cls: type[_M], values: Any, name: str) -> _M:
     """Build a section from plain values. The `RecipeError` has one sentence for each key with a mistake."""
     try:
-        return cls.model_validate(values)
+        return cls.model_validate(values, context=values if isinstance(values, dict) else None)
     except ValidationError as error:
         by_key: dict[tuple[Any, ...], list[Any]] = {}
         for each in error.errors():
             if each["loc"][-1:] != ("literal['none']",):
-                by_key.setdefault(tuple(_keys(each["loc"]))[:2], []).append(each)
+                by_key.setdefault(_path(cls, each["loc"]), []).append(each)
         found = [_sentence(cls, key, errors, values) for key, errors in by_key.items()]
         head = f"{name} has {len(found)} mistakes:\n" if len(found) > 1 else f"{name}: "
         raise RecipeError(head + "\n".join(found)) from None
@@ -36,15 +36,30 @@ def _keys(path: tuple[Any, ...]) -> Iterator[Any]:
             yield part
 
 
-def section_of(root: type[BaseModel], key: Any) -> type[BaseModel]:
-    """Return the section under a key, perhaps a member of a union."""
-    kind = root.model_fields[key].annotation
-    return next(each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel))
+def _path(root: type[BaseModel], location: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the path of the key that an error is about, without places within its value."""
+    found: list[Any] = []
+    section: type[BaseModel] | None = root
+    for key in _keys(location):
+        if section is None:
+            break
+        found.append(key)
+        section = section_of(section, key)
+    return tuple(found)
+
+
+def section_of(root: type[BaseModel], key: Any) -> type[BaseModel] | None:
+    """Return the section under a key, perhaps a member of a union; None if there is none."""
+    kind = root.model_fields[key].annotation if key in root.model_fields else None
+    found = (each for each in (kind, *get_args(kind)) if isinstance(each, type) and issubclass(each, BaseModel))
+    return next(found, None)
 
 
 def _sentence(root: type[BaseModel], path: tuple[Any, ...], errors: list[Any], values: Any) -> str:
     """Turn pydantic's errors about one key into a sentence that names the key, its value and what was expected."""
-    section = section_of(root, path[0]) if len(path) > 1 else root
+    section = root
+    for part in path[:-1]:
+        section = section_of(section, part) or section
     key = ".".join(map(str, path)) or "the recipe"
     if errors[0]["type"] in ("extra_forbidden", "invalid_key"):
         return f"{key} is not a key of a recipe; nearest: {nearest(str(path[-1]), section.model_fields)}"

@@ -30,13 +30,13 @@ from ..masking.settings import (
     with_learner,
     with_share,
     without_k,
-    without_pattern,
 )
 from ..plugins import load_plugins
 from ..weights import is_pretrained
 from .catalog import find, is_sweep
 from .checks import (
     SHARES,
+    beside_learner,
     floors,
     known,
     look_up_optimizer,
@@ -46,18 +46,16 @@ from .checks import (
     schemes,
     shares,
 )
+from .data import Data
 from .expected import shown
 from .keys import Key
 from .mistakes import Missing, validated
 from .model import Model
 from .overrides import override
+from .penalty import Penalty
 from .schedule import rates
-from .sections import STRICT, Hub, LotteryTicket, Share, data_title, hub_section
+from .sections import STRICT, Fraction, Hub, LotteryTicket, Positive, hub_section
 from .yaml import read_yaml
-
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -146,14 +144,15 @@ class Surgery(_Section):
         learner, name = info.data.get("learner"), str(info.field_name)
         if learner is None:
             return value
-        if not get_learner(learner).takes_k and value != WITHOUT_K.get(name):
+        chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
+        if not chosen.takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
-        options = info.data.get("learner_options")
-        if name == "pattern" and value is not None and not get_learner(learner, options).takes_pattern:
-            raise ValueError(f"expected null; {without_pattern(learner)}")
+        beside_learner(name, value, learner, chosen)
         if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
             raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
-        if name == "k" and value is None and get_learner(learner).takes_k:
+        if name == "k_schedule" and value is not None and chosen.schedules_k:
+            raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
+        if name == "k" and value is None and chosen.takes_k:
             raise Missing(SHARES)
         if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
             raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")
@@ -169,75 +168,6 @@ class Surgery(_Section):
         if get_codec(value).needs_pattern and info.data.get("pattern", value) is None:
             raise ValueError(f"expected bitpack or range_coded, or a pattern such as 2:4, which {value} needs")
         return value
-
-
-class Data(_Section):
-    """A data set, and how its images become batches.
-
-    Attributes:
-        name: `digits`, or one of timm's names: `torch/cifar10`; `folder` (of folders, or of tar files that the two
-            splits name, such as `train.tar`); `hfds/…`; `hfids/…` (streamed); or `wds/…` for shards that the two
-            splits name, such as `train-{0000..0146}.tar`.
-        root: the data set's folder; for `hfds` and `hfids`, the folder of its cache. `digits` needs none.
-        download: let the data set's library download it.
-        train_split, val_split: the data set's names for its training and its validation images.
-        batch_size: images per step, over all processes.
-        max_train, max_validation: at most this many images, chosen at random, the same for every seed; null for all.
-        input_size: channels, height, width; null for the network's own.
-        mean, std: mean and standard deviation of each channel, for images scaled to 0 … 1.
-        in_memory: hold the decoded images in memory as uint8. With null, this depends on their size, and on whether
-            `scale`, `auto_augment`, `re_prob` or `color_jitter` need work on single images.
-        pad: for images in memory: zero pixels added on each side before a random crop.
-        hflip: probability of a horizontal flip.
-        scale, ratio, color_jitter, auto_augment, re_prob: for images not in memory: arguments of timm's transforms.
-        crop_pct, interpolation: how timm's transforms resize and crop images.
-        same_size: what happens in validation and prediction, and to images in memory, if an image has the network's
-            size already. `keep` leaves it as it is; `crop` resizes and crops it as all others. With null, it is as in
-            versions before this key: `keep` if images are held in memory, and otherwise `crop`.
-        permute_seed: permute the pixels of every image, its last step before the network, in one way that this seed
-            decides: a task of permuted MNIST (Goodfellow et al., 2013). All channels move together. Null for none.
-        image_key, label_key: for `hfds` and `hfids`, the columns of the images and the labels; null for `image` and
-            `label`. For `wds`, the parts of a sample; the label may also be a key of its `json`.
-        workers: processes that decode images, for each process that trains.
-        on_error: what happens at an image that cannot be read. `stop` ends the run and names the image; `skip` leaves
-            it out and counts it.
-    """
-
-    name: str = "digits"
-    root: Annotated[str | None, Key(affects_result=False)] = None
-    download: Annotated[bool, Key(affects_result=False)] = False
-    train_split: str = "train"
-    val_split: str = "validation"
-    max_train: Annotated[int, Field(ge=1)] | None = None
-    max_validation: Annotated[int, Field(ge=1)] | None = None
-    batch_size: Annotated[int, Field(ge=1, le=1 << 20)] = 128
-    input_size: Annotated[
-        Annotated[list[Annotated[int, Field(ge=1, le=8192)]], Field(min_length=3, max_length=3)] | None,
-        Field(examples=[[3, 32, 32]]),
-    ] = None
-    mean: list[Finite] | None = None
-    std: list[Positive] | None = None
-    in_memory: bool | None = None
-    pad: Annotated[int, Field(ge=0, le=1024)] = 0
-    hflip: Fraction = 0.0
-    scale: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    ratio: Annotated[list[Positive], Field(min_length=2, max_length=2)] | None = None
-    color_jitter: Annotated[float, Field(ge=0)] = 0.0
-    auto_augment: str | None = None
-    re_prob: Fraction = 0.0
-    crop_pct: Share = 0.875
-    interpolation: str = "bilinear"
-    same_size: Literal["keep", "crop"] | None = "keep"
-    permute_seed: Annotated[Annotated[int, Field(ge=0, lt=2**64)] | None, Key(affects_speed=False)] = None
-    image_key: str | None = None
-    label_key: str | None = None
-    workers: Annotated[int, Field(ge=0, le=256), Key(affects_result=False)] = 2
-    on_error: Annotated[Literal["stop", "skip"], Key(affects_result=False)] = "stop"
-
-    @property
-    def title(self) -> str:
-        """What tables call the data set."""
-        return data_title(self.name, self.permute_seed)
 
 
 class Training(_Section):
@@ -260,6 +190,8 @@ class Training(_Section):
         accumulate: number of pieces into which each process cuts its part of a batch, to save memory.
             `data.batch_size` is the size of the whole batch, over all processes and pieces.
         clip_norm: largest norm of all gradients together; null for no limit.
+        density_penalty: a section with `weight` and `target` (0), for learners without k: the loss of each batch gains
+            `weight` · max(0, density − `target`), where the density is the share of masked weights that take part.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
             each epoch.
         precision: dtype of the forward pass. Scores and their ranking are always float32.
@@ -299,6 +231,7 @@ class Training(_Section):
     mixup_mode: Literal["batch", "pair", "elem"] = "batch"
     accumulate: Annotated[int, Field(ge=1, le=1024)] = 1
     clip_norm: Positive | None = None
+    density_penalty: Annotated[Penalty, Field(examples=[{"weight": 1.0, "target": 0.3}])] = None
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), Key(affects_result=False)] = 10.0
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False

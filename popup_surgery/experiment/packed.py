@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..artifact.probe import probe_input
-from ..data.batches import Batches
+from ..data.batches import VALIDATION, Batches, ProcessShard
 from ..exporting.check import check_export
 from ..exporting.convolutions import quantise_convolutions
 from ..exporting.onnx_file import written
@@ -53,7 +53,7 @@ def pack(
         "difference": check_export(model, packed.outputs, shown[0], BOUND),
     }
     if plain is not None:
-        found["time"] = _time(packed, plain, repeated(inputs, 1))
+        found["time"] = _time(packed, plain, repeated(inputs, 1)) if any(layer.packed for layer in layers) else 1.0
     if images is not None:
         found |= _on_images(model, packed, images)
     return contents, found
@@ -68,7 +68,8 @@ def _calibration(inputs: Tensor, images: Batches | None) -> Iterator[Tensor]:
                 yield probe_input(seed, tuple(inputs.shape)).to(inputs.dtype)
         return
     left = CALIBRATION
-    for batch, _ in images.validation():
+    every = max(1, (images.counts[VALIDATION] or 0) // left)  # of all classes, though a folder has one after the other
+    for batch, _ in images.validation(ProcessShard(0, every)):
         yield batch[:left].cpu()
         left -= len(batch)
         if left <= 0:

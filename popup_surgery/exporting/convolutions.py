@@ -4,7 +4,7 @@ import contextlib
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,16 @@ from torch import Tensor
 from ..errors import ConversionError
 from .needed import needed
 from .packing import PackedLayer, ternary
-
-BETWEEN = ("Relu", "MaxPool", "Add")  # what stays in int8 between convolutions
+from .regions import BETWEEN, Regions
 
 
 def quantise_convolutions(
     model: Any, layers: list[PackedLayer], images: Iterable[Tensor], rounded: bool
 ) -> tuple[Any, list[PackedLayer]]:
-    """Return a model whose ungrouped convolutions have int8 weights, and `layers` with what was done.
+    """Return a model whose convolutions have int8 weights where that is faster, and `layers` with what was done.
 
-    The range of each activation is the one that it has for `images`. Ternary weights stay exact: they become −64, 0
-    and 64 times c / 64. So small integers do not saturate on processors without VNNI either.
+    Grouped ones stay. The range of each activation is the one that it has for `images`. Ternary weights stay exact:
+    they become −64, 0 and 64 times c / 64. So small integers do not saturate on processors without VNNI either.
 
     Args:
         model: onnx.ModelProto.
@@ -44,10 +43,13 @@ def quantise_convolutions(
             continue
         if rounded or ternary(values.reshape(len(values), -1).T) is not None:
             chosen[node.name] = values
-    told = [_told(layer, chosen) for layer in layers]
-    if not chosen:
+    regions = Regions(model)
+    worth = regions.worth(chosen)
+    told = [_told(layer, chosen, worth) for layer in layers]
+    if not worth:
         return model, told
-    quantised = _quantised(model, {*chosen, *_between(model, set(chosen))}, images)
+    chosen = {name: chosen[name] for name in worth}
+    quantised = _quantised(model, {*worth, *regions.between(worth)}, images)
     after = {each.name: each for each in quantised.graph.initializer}
     for node in model.graph.node:
         if node.name in chosen and not rounded:
@@ -60,22 +62,13 @@ def quantise_convolutions(
     return quantised, told
 
 
-def _told(layer: PackedLayer, chosen: dict[str, Any]) -> PackedLayer:
-    if layer.name in chosen:
+def _told(layer: PackedLayer, candidates: Collection[str], worth: Collection[str]) -> PackedLayer:
+    if layer.name in worth:
         size = layer.before // 4 + 4 * layer.shape[0]
         return replace(layer, after=size, how="int8, activations too", packed=True)
-    return replace(layer, how="not ternary") if layer.how == "a convolution" else layer
-
-
-def _between(model: Any, chosen: set[str]) -> set[str]:
-    """Return the nodes all of whose inputs come from chosen convolutions, perhaps through other such nodes."""
-    made = {output: node.name for node in model.graph.node if node.name in chosen for output in node.output}
-    found = set()
-    for node in model.graph.node:  # in an order in which they can run
-        if node.op_type in BETWEEN and all(name in made for name in node.input):
-            found.add(node.name)
-            made |= dict.fromkeys(node.output, node.name)
-    return found
+    if layer.how != "a convolution":
+        return layer
+    return replace(layer, how="a convolution too small to gain" if layer.name in candidates else "not ternary")
 
 
 def _quantised(model: Any, nodes: set[str], images: Iterable[Tensor]) -> Any:

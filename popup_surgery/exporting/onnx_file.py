@@ -126,7 +126,7 @@ def open_session(source: str | bytes) -> Any:
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
     try:
-        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except Exception as error:  # the runtime's errors have no class of their own
         why = " ".join(str(error).split())[:300]
         raise ArtifactError(f"ONNX Runtime {runtime.__version__} cannot open it: {why}") from error

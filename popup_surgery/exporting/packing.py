@@ -6,6 +6,7 @@ network gives the same file on every machine.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ MICROSOFT = "com.microsoft"  # the domain of ONNX Runtime's own operators
 WIDEST = 64  # a rounded weight's largest magnitude: two products with 8 bits do not saturate 16, without VNNI too
 LEAST = {128: 384, 64: 640}  # by block: from which inner size 2 bits are not slower than float32
 LEAST_INT8 = 32
+LEAST_WORK = 100_000  # multiply-adds for one input; below, rounding the activations takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,8 @@ def _pack(
             how = "not ternary"
         elif block is None and len(matrix) < LEAST_INT8:
             how = f"an inner size below {LEAST_INT8}"
+        elif _rows(node) * matrix.size < LEAST_WORK:
+            how = "a product too small to gain"
         else:
             how = "2 bits" if block is not None else "int8"
             found = how, block or 0
@@ -91,14 +95,24 @@ def _pack(
 
 def _refusal(node: "onnx_ir.Node", values: NDArray[np.generic]) -> str:
     """Return why a node cannot be packed whatever its values; empty if it can."""
-    if node.op_type.startswith("Conv"):
-        groups = _number(node, "group", 1)
-        return "a grouped convolution" if groups > 1 else "a convolution"
+    if node.op_type == "ConvTranspose":
+        return "a transposed convolution"
+    if node.op_type == "Conv" and _number(node, "group", 1) > 1:
+        return "a grouped convolution"
+    if node.op_type == "Conv":
+        return "a convolution" if values.dtype == np.float32 else f"{values.dtype}"
     if values.dtype != np.float32 or values.ndim != 2:
         return f"{values.dtype} of {values.ndim} axes"
     if _number(node, "alpha", 1.0) != 1 or _number(node, "beta", 1.0) != 1 or _number(node, "transA", 0):
         return "a scaled product"
     return ""
+
+
+def _rows(node: "onnx_ir.Node") -> int:
+    """Return how many rows a product has for one input, as far as the graph says it."""
+    given = node.inputs[0]
+    sizes = given.shape if given is not None and given.shape is not None else [1]
+    return prod(size for size in list(sizes)[:-1] if isinstance(size, int))
 
 
 def ternary(matrix: Weights) -> Weights | None:
@@ -147,7 +161,8 @@ def _replace(model: "onnx_ir.Model", node: "onnx_ir.Node", matrix: Weights, scal
     import onnx_ir as ir
 
     inner, outputs = matrix.shape
-    name, (given, old, *bias) = node.name or "", node.inputs
+    name, given, old = node.name or "", node.inputs[0], node.inputs[1]
+    last, bias = _bias(node, outputs)
     attributes: dict[str, int] = {}
     parts: dict[str, NDArray[Any]]
     if block:
@@ -162,17 +177,32 @@ def _replace(model: "onnx_ir.Model", node: "onnx_ir.Node", matrix: Weights, scal
         model.graph.register_initializer(value)
         constants.append(value)
     kind = "MatMulNBits" if block else "DynamicQuantizeMatMul"
-    product = ir.Node(MICROSOFT, kind, [given, *constants], ir.convenience.convert_attributes(attributes), name=name)
-    nodes = [product]
-    if bias and bias[0] is not None:
-        nodes.append(ir.Node("", "Add", [product.outputs[0], bias[0]], name=f"{name}.bias"))
-    result, before = nodes[-1].outputs[0], node.outputs[0]
+    within = not block and bias is not None and bias.shape is not None and tuple(bias.shape) == (outputs,)
+    inputs = [given, *constants, None, bias] if within else [given, *constants]
+    nodes = [ir.Node(MICROSOFT, kind, inputs, ir.convenience.convert_attributes(attributes), name=name)]
+    if bias is not None and not within:
+        nodes.append(ir.Node("", "Add", [nodes[0].outputs[0], bias], name=f"{name}.bias"))
+    result, before = nodes[-1].outputs[0], last.outputs[0]
     result.name, result.shape, result.type = before.name, before.shape, before.type
-    ir.convenience.replace_nodes_and_values(model.graph, node, [node], nodes, [before], [result])
+    replaced = [node] if last is node else [node, last]
+    ir.convenience.replace_nodes_and_values(model.graph, last, replaced, nodes, [before], [result])
     if old is not None and old.name and not old.uses():
         model.graph.initializers.pop(old.name, None)
     model.graph.opset_imports[MICROSOFT] = 1
     return sum(array.nbytes for array in parts.values())
+
+
+def _bias(node: "onnx_ir.Node", outputs: int) -> tuple["onnx_ir.Node", "onnx_ir.Value | None"]:
+    """Return a product's bias, if it has one, and the node that adds it: the product's own or an Add after it."""
+    if len(node.inputs) > 2 and node.inputs[2] is not None:
+        return node, node.inputs[2]
+    product = node.outputs[0]
+    users = [each.node for each in product.uses()]
+    if len(users) == 1 and users[0].op_type == "Add" and not product.is_graph_output():
+        (other,) = [each for each in users[0].inputs if each is not product] or [None]
+        if other is not None and other.const_value is not None and tuple(other.const_value.shape) == (outputs,):
+            return users[0], other
+    return node, None
 
 
 def _number(node: "onnx_ir.Node", name: str, default: float) -> float:

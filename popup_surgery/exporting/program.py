@@ -67,7 +67,7 @@ class _AttentionOnFourAxes(TorchFunctionMode):
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **more: Any) -> Any:
     """Return what `F.scaled_dot_product_attention` does, and call it with four axes."""
-    tensors = (query, key, value, mask)
+    tensors: tuple[Any, ...] = (query, key, value, mask)
     if query.ndim < 4:  # a mask is broadcast
         tensors = (*(tensor[(None,) * (4 - tensor.ndim)] for tensor in tensors[:3]), mask)
     elif query.ndim > 4:

@@ -8,8 +8,10 @@ from ..deprecated import warn_of_methods
 from ..errors import ConversionError, UnknownName, nearest
 from ..plugins import load_entry_points
 from .base import Learner
+from .coats import Coats
 from .dnw import DNW
 from .edge_popup import EdgePopup
+from .gem_miner import GemMiner
 from .piggyback import Piggyback
 from .random_mask import RandomMask
 from .sampling import sampled
@@ -19,7 +21,9 @@ from .supermask import Supermask
 __all__ = [
     "DNW",
     "LEARNERS",
+    "Coats",
     "EdgePopup",
+    "GemMiner",
     "Learner",
     "Piggyback",
     "RandomMask",
@@ -74,12 +78,13 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
     return replace(learner, **options) if options else learner  # type: ignore[type-var]
 
 
-register_learner("edge_popup", EdgePopup())
+register_learner("edge_popup", Coats())
 register_learner("supermask", Supermask())
 register_learner("dnw", DNW())
 register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
 register_learner("signed", Signed())
+register_learner("gem_miner", GemMiner())
 
 
 def _take(name: str, found: Any) -> None:

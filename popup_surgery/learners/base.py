@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +19,16 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class TrainedWeight:
-    """One masked weight of a network in training, as passed to `after_step`.
+    """One masked weight of a network in training, as passed to the hooks of its learner.
 
     Attributes:
         name: its stream name.
         weight, score: its parameters. The next step reads what is written into them.
         mask: returns the current mask. It ranks the scores again if they have changed.
         distribution, std, seed: what its values were drawn from. The distribution is `base` for pretrained weights.
+        group: a number that it shares with the weights it is ranked with.
+        kept: how many weights of its group k keeps; 0 if the learner takes no k.
+        floor: how many of its own weights are kept at least.
     """
 
     name: str
@@ -34,6 +38,9 @@ class TrainedWeight:
     distribution: str
     std: float
     seed: int
+    group: int = 0
+    kept: int = 0
+    floor: int = 0
 
 
 class Learner(ABC):
@@ -44,6 +51,7 @@ class Learner(ABC):
 
     Attributes:
         takes_k: whether k sets the share of weights that is kept. Otherwise the scores alone decide how many take part.
+        schedules_k: whether the learner itself comes to k in the course of a training. A schedule of k is then refused.
         takes_floor: whether `select` and `select_traced` take `floors`, as `selection.select` does. They get it only
             where `convert` was called with a floor.
         trains: whether the scores are trained. Otherwise they keep their first values.
@@ -63,9 +71,11 @@ class Learner(ABC):
             not inherit it.
         planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
             `sign` if their signs are learnt too. `plane` returns the bits.
+        ranks_globally: whether `scope="global"` suits it, so that `kept` may be of several weights together.
     """
 
     takes_k: bool = True
+    schedules_k: bool = False
     takes_floor: bool = False
     trains: bool = True
     samples: bool = False
@@ -76,6 +86,7 @@ class Learner(ABC):
     starts_whole: bool = False
     takes_pattern: bool = False
     planes: tuple[str, ...] = ()
+    ranks_globally: bool = True
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -118,13 +129,19 @@ class Learner(ABC):
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         """Return the weight that the network computes with: shape and dtype of `weight`, differentiable in `score`."""
 
+    def k_error(self, k: Any) -> str:
+        """Return what k was expected to be, as a clause for a message, if the learner's options allow only another."""
+        return ""
+
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        """Return the bits of a plane in `planes`: bool, one for each weight that takes part, in row-major order.
+        """Return the bits of a plane in `planes`: bool, one for each weight that it is about, in row-major order.
 
         The effective weights that a file gives back with them must be those of `effective`.
 
         Args:
-            kind: the plane. For `sign`, a bit is True where the effective weight is positive.
+            kind: the plane. `sign` is about the weights that take part; a bit is True where the effective weight is
+                positive. `coat2` is about the same, `coat3` about those in coat 2, and so on; a bit is True where the
+                weight is in that coat too.
             weight, score, mask: as for `effective`.
         """
         raise NotImplementedError(f"{type(self).__name__} names the plane {kind!r} and has no method `plane`")
@@ -185,6 +202,50 @@ class Learner(ABC):
             seed: the run's seed.
             step: how many steps the run has made, including those before a resume.
         """
+
+    @contextmanager
+    def around_step(self, weights: Sequence[TrainedWeight]) -> Iterator[None]:
+        """Context manager that the training loop enters before each step, the forward pass included, in every process.
+
+        When it exits, the optimiser has changed the scores, and `after_step` has not been called. All that is kept from
+        one step to the next must be in the scores, which checkpoints store.
+
+        Args:
+            weights: all masked weights of the network that use this learner.
+        """
+        yield
+
+    def after_epoch(self, weights: Sequence[TrainedWeight], epoch: int, epochs: int) -> None:  # noqa: B027
+        """Hook that the training loop calls at the end of each epoch, before validation, in every process.
+
+        It may write into scores. No gradients are recorded.
+
+        Args:
+            weights: all masked weights of the network that use this learner.
+            epoch: the epoch that has ended, counted from 1.
+            epochs: the epochs of the run.
+        """
+
+    def penalty(self, score: Tensor) -> Tensor | None:
+        """Return what the loss of each batch gains for the scores of one weight, differentiable; None for nothing.
+
+        Args:
+            score: float32, of any shape.
+        """
+        return None
+
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return how many weights take part: a float32 scalar, differentiable in `score` as the mask is in `effective`.
+
+        It is what `training.density_penalty` lowers. By default it is the sum of `effective` for weights that are all
+        1, without the learner's factor.
+
+        Args:
+            score: float32, of any shape.
+            mask: the current mask of these scores.
+        """
+        ones = torch.ones_like(score)
+        return self.effective(ones, score, mask).sum() / self.scale(ones, mask)
 
     def describe_sample(self) -> str:
         """Return a human-readable name of the network that `masks`, `bake` and `save` use."""

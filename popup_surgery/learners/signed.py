@@ -55,6 +55,10 @@ class Signed(EdgePopup):
     def takes_pattern(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
+    @property
+    def takes_floor(self) -> bool:  # type: ignore[override]
+        return self.threshold is None
+
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
     ) -> Iterator[NDArray[np.float32]]:
@@ -82,6 +86,11 @@ class Signed(EdgePopup):
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)
+
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return Σ|m|, with the gradient sign(s) for kept and dropped weights alike, which pulls all scores to 0."""
+        ones = torch.ones_like(score)
+        return (self.effective(ones, score, mask) * _sign(score.detach(), ones)).sum()
 
     def plane(self, kind: str, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return ~self.effective(weight, score, mask)[mask].signbit()

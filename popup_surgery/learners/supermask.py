@@ -75,6 +75,16 @@ class Supermask(Learner):
         above = [score.detach().abs().clamp(min=torch.finfo(torch.float32).tiny) for score in scores]
         return [torch.where(mask, score, -score) for mask, score in zip(masks, above, strict=True)]
 
+    def kept_weights(self, score: Tensor, mask: Tensor) -> Tensor:
+        """Return how many weights the network of a file keeps, with the gradient of Σ σ(s), the expected number.
+
+        With `sample` it is the expected number itself.
+        """
+        probability = score.sigmoid()
+        if self.sample is not None:
+            return probability.sum()
+        return ((score > 0) + (probability - probability.detach())).sum()
+
     def describe_sample(self) -> str:
         name = named(self.sample)
         return "the most probable network" if name is None else f"the sample {name}"

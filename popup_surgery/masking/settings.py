@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from types import SimpleNamespace
-from typing import Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 from ..errors import ConversionError, PopupError, nearest
+
+if TYPE_CHECKING:
+    pass
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float | str]
@@ -64,7 +67,8 @@ class MaskingSettings:
         from ..weights.streams import check_seed
 
         asked = cls(**with_share(with_learner(given)))
-        if not get_learner(asked.learner, asked.learner_options).takes_k:
+        learner = get_learner(asked.learner, asked.learner_options)
+        if not learner.takes_k:
             for name, expected in WITHOUT_K.items():
                 if given.get(name, expected) != expected:
                     raise ConversionError(
@@ -76,7 +80,11 @@ class MaskingSettings:
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
+        if asked.scope == "global" and not learner.ranks_globally:
+            raise ConversionError(f"scope is 'global'; expected 'layer'; {IN_LAYERS}")
         k = None if asked.k is None else _checked_shares(asked)
+        if wrong := learner.k_error(k):
+            raise ConversionError(f"k is {k!r}; {wrong}")
         if asked.floor is not None:
             _check_floor(asked, k)
         for scheme in asked.by_pattern("scheme").values():
@@ -140,8 +148,10 @@ def _check_pattern(asked: "MaskingSettings") -> None:
         share = share_of(str(asked.pattern))
     except ValueError as error:
         raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
-    if not get_learner(asked.learner, asked.learner_options).takes_pattern:
-        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
+    chosen = get_learner(asked.learner, asked.learner_options)
+    if not chosen.takes_pattern:
+        why = without_pattern(asked.learner)
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {why}")
     if asked.scope != "layer":
         raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
     if asked.k != share:
@@ -153,7 +163,7 @@ ALONE = "a pattern ranks the neighbours in each layer among themselves"
 
 def without_pattern(learner: str) -> str:
     """Return why `learner` does not take a pattern, for a message."""
-    return f"{learner} does not keep the weights with the largest scores, which a pattern chooses among neighbours"
+    return f"a pattern keeps the largest scores among neighbours, and {learner} with its options chooses in another way"
 
 
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -163,6 +173,9 @@ def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
     free = given.get("k") is None and given.get("pattern") is None
     brings = given.get("scheme") == PRETRAINED and "learner" not in given and free
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
+
+
+IN_LAYERS = "the learner's options rank each layer by itself"
 
 
 def without_k(learner: str) -> str:

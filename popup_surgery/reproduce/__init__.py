@@ -15,45 +15,58 @@ from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, RunError, unknown
 from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
 from ..sweep.archive import Archive
-from .figures import FIGURES, NET, Figure
+from .figures import FIGURES, NET, PAPER, Figure
 from .picture import draw
+from .rounded import with_rounded
 from .table import as_json, as_markdown, panel_of, rows, short
 
-__all__ = ["FIGURES", "SCALES", "Reproduction", "Scale", "redraw", "reproduce", "sweep_of"]
+__all__ = ["FIGURES", "PAPER", "SCALES", "Protocol", "Reproduction", "redraw", "reproduce", "sweep_of"]
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much of the paper's protocol is run.
+class Protocol:
+    """What a scale changes of a figure's protocol.
 
     Attributes:
-        cifar10, imagenet: recipe settings that differ from the paper's.
-        seeds: number of seeds for CIFAR-10; the paper's number if None. ImageNet keeps the paper's one seed.
+        settings: recipe settings that differ.
+        seeds: number of seeds; the sweep's own if None.
+        networks: networks that run if the user chooses none; all if empty.
     """
 
-    cifar10: tuple[str, ...] = ()
-    imagenet: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     seeds: int | None = None
+    networks: tuple[str, ...] = ()
 
 
-SCALES = {
-    "full": Scale(),
-    "small": Scale(
-        ("data.max_train=4000", "data.batch_size=32", "data.max_validation=2000", "training.epochs=5"),
-        (
+# By scale, and the protocols of figures.
+SCALES: dict[str, dict[str, Protocol]] = {
+    "full": {},
+    "small": {
+        "cifar10": Protocol(
+            ("data.max_train=4000", "data.batch_size=32", "data.max_validation=2000", "training.epochs=5"), 2
+        ),
+        "imagenet": Protocol((
             "data.max_train=2500", "data.max_validation=500", "training.epochs=5", "training.warmup_epochs=1",
             "data.input_size=[[3, 64, 64]]", "data.batch_size=32", "data.workers=2", "training.precision=float32",
+        )),
+        "equal-bytes": Protocol(
+            ("data.max_train=10000", "data.batch_size=64", "training.epochs=20", "model.kwargs.width=0.25"),
+            networks=("conv4",),
         ),
-        2,
-    ),
-    "tiny": Scale(
-        ("data.max_train=32", "data.max_validation=16", "training.epochs=1", "data.batch_size=16"),
-        (
+    },
+    "tiny": {
+        "cifar10": Protocol(
+            ("data.max_train=32", "data.max_validation=16", "training.epochs=1", "data.batch_size=16"), 1
+        ),
+        "imagenet": Protocol((
             "data.max_train=8", "data.max_validation=4", "training.epochs=1", "training.warmup_epochs=0",
             "data.input_size=[[3, 32, 32]]", "data.batch_size=4", "data.workers=0", "training.precision=float32",
+        )),
+        "equal-bytes": Protocol(
+            ("data.max_train=32", "data.max_validation=16", "training.epochs=2", "data.batch_size=16",
+             "model.kwargs.width=0.25", "surgery.k_schedule=[{kind: cubic, start: 0.5, epochs: 1}]"), 1, ("conv4",),
         ),
-        1,
-    ),
+    },
 }  # fmt: skip
 
 
@@ -91,13 +104,12 @@ def sweep_of(
         RecipeError: the settings are not valid, `only` leaves no run, or two runs would have the same place in the
             figure.
     """
-    found, chosen = _look_up(figure, scale)
-    own = chosen.imagenet if found.imagenet else chosen.cifar10
-    seeds = chosen.seeds if seeds is None and not found.imagenet else seeds
-    file = find(f"paper/{found.sweep}")
+    found, protocol = _look_up(figure, scale)
+    seeds = protocol.seeds if seeds is None else seeds
+    file = find(found.sweep)
     values = read_yaml(file)
-    settings = _apply(values["runs"], [*own, *settings])
-    _choose(values["runs"], only)  # before the settings are checked: they may apply only to these runs
+    settings = _apply(values["runs"], [*protocol.settings, *settings])
+    _choose(values["runs"], only, protocol.networks)  # before the settings are checked: they may apply only to these
     if not values["runs"]:
         raise RecipeError(
             f"{figure} has no run of {' and '.join(only)} together; expected a series and a network that it has"
@@ -105,7 +117,7 @@ def sweep_of(
     sweep = Sweep.parse(values, figure, settings, seeds=seeds, data_dir=data_dir, folder=file.parent)
     taken: dict[tuple[Any, ...], Run] = {}
     for run in sweep.runs:
-        x = run.values.get(NET if found.x == "kept" else found.x)
+        x = run.point if found.x == "stored" else run.values.get(NET if found.x == "kept" else found.x)
         other = taken.setdefault((run.label, panel_of(found, run.values), as_text(x), run.seed), run)
         if other is not run:
             one, two = flat(other.recipe.dump()), flat(run.recipe.dump())
@@ -207,7 +219,7 @@ def _place(run: Run) -> tuple[str, str, int]:
 
 def _show(figure: str, scale: str, outcomes: Sequence[Outcome], note: str, output: Path) -> Reproduction:
     """Write the figure and its table into the folder `output`."""
-    found, shown = FIGURES[figure], points(outcomes)
+    found, shown = FIGURES[figure], points(with_rounded(outcomes, output) if figure == "equal-bytes" else outcomes)
     table = rows(found, shown)
     text = as_markdown(found, table, note)
     files = _files(figure, scale, output)
@@ -218,8 +230,8 @@ def _show(figure: str, scale: str, outcomes: Sequence[Outcome], note: str, outpu
     return Reproduction(tuple(outcomes), text, tuple(files))
 
 
-def _choose(entries: list[dict[str, Any]], only: Sequence[str]) -> None:
-    """Remove all series and networks that are not in `only` from a figure's grids."""
+def _choose(entries: list[dict[str, Any]], only: Sequence[str], usual: Sequence[str]) -> None:
+    """Remove all series and networks that are not in `only` from the grids; `usual` are the networks if none is."""
     series = dict.fromkeys(entry["label"] for entry in entries)
     networks = dict.fromkeys(short(net) for entry in entries for net in entry.get("grid", {}).get(NET, []))
     for name in only:
@@ -227,6 +239,8 @@ def _choose(entries: list[dict[str, Any]], only: Sequence[str]) -> None:
             raise unknown("series or network", name, series | networks)
     if series.keys() & only:
         entries[:] = [entry for entry in entries if entry["label"] in only]
+    if not networks.keys() & only:
+        only = usual
     if networks.keys() & only:
         for entry in entries:
             entry["grid"][NET] = [net for net in entry["grid"][NET] if short(net) in only]
@@ -256,12 +270,13 @@ def _apply(entries: list[dict[str, Any]], settings: Sequence[str]) -> list[str]:
     return left
 
 
-def _look_up(figure: str, scale: str) -> tuple[Figure, Scale]:
+def _look_up(figure: str, scale: str) -> tuple[Figure, Protocol]:
     if figure not in FIGURES:
         raise unknown("figure", figure, FIGURES)
     if scale not in SCALES:
         raise unknown("scale", scale, SCALES)
-    return FIGURES[figure], SCALES[scale]
+    found = FIGURES[figure]
+    return found, SCALES[scale].get(found.protocol, Protocol())
 
 
 def _note(sweep: Sweep, scale: str, settings: Sequence[str]) -> str:

@@ -30,11 +30,12 @@ class Figure:
     """One figure or table.
 
     Attributes:
-        sweep: name of its sweep in recipes/paper.
-        x, x_label: the grid key on the x axis, or `kept`, the number of weights kept; and the label of the axis.
+        sweep: its sweep in recipes/.
+        x, x_label: the grid key on the x axis, or one of a run's `Numbers`; and the label of the axis.
         panels: the grid key with one panel for each of its values.
         reported: the paper's numbers.
-        imagenet: whether it is about ImageNet instead of CIFAR-10.
+        protocol: what it is trained on and for how long, a key of each of `SCALES`.
+        baseline: label of the series that the others are compared with at the same x, in place of the paper's numbers.
     """
 
     title: str
@@ -43,7 +44,8 @@ class Figure:
     x_label: str
     panels: str | None = None
     reported: tuple[Reported, ...] = ()
-    imagenet: bool = False
+    protocol: str = "cifar10"
+    baseline: str = ""
 
 
 _FIGURE3, _TABLE2 = "figure 3", "the authors' table"
@@ -87,14 +89,24 @@ _RESNET50 = tuple(
 )  # fmt: skip
 _WEIGHTS = "weights kept (%)"
 
-FIGURES = {
-    "figure3": Figure("Going deeper: CIFAR-10", "figure3", K, _WEIGHTS, NET, _DEEPER),
-    "figure4": Figure("Going wider: CIFAR-10, k = 50 %", "figure4", WIDTH, "width multiplier", NET, _WIDE),
-    "figure5": Figure("A fixed number of parameters: Conv4, CIFAR-10", "figure5", WIDTH, "width multiplier"),
-    "figure6": Figure("Against Zhou et al.: CIFAR-10", "figure6", K, _WEIGHTS, NET, _ZHOU),
-    "figure7": Figure("The distribution of the weights: CIFAR-10", "figure7", K, _WEIGHTS, NET, _DISTRIBUTION),
-    "figure8": Figure("ImageNet, k = 30 %", "figure8", "kept", "parameters", None, _LARGE, True),
-    "table2": Figure("ImageNet, k = 30 %", "figure8", "kept", "parameters", None, _LARGE, True),
-    "figure9": Figure("ResNet-50 on ImageNet, against Zhou et al.", "figure9", K, _WEIGHTS, None, _RESNET50, True),
-    "figure10": Figure("ResNet-50 on ImageNet, by distribution", "figure10", K, _WEIGHTS, None, _RESNET50, True),
+PAPER = {
+    "figure3": Figure("Going deeper: CIFAR-10", "paper/figure3", K, _WEIGHTS, NET, _DEEPER),
+    "figure4": Figure("Going wider: CIFAR-10, k = 50 %", "paper/figure4", WIDTH, "width multiplier", NET, _WIDE),
+    "figure5": Figure("A fixed number of parameters: Conv4, CIFAR-10", "paper/figure5", WIDTH, "width multiplier"),
+    "figure6": Figure("Against Zhou et al.: CIFAR-10", "paper/figure6", K, _WEIGHTS, NET, _ZHOU),
+    "figure7": Figure("The distribution of the weights: CIFAR-10", "paper/figure7", K, _WEIGHTS, NET, _DISTRIBUTION),
+    "figure8": Figure("ImageNet, k = 30 %", "paper/figure8", "kept", "parameters", None, _LARGE, "imagenet"),
+    "table2": Figure("ImageNet, k = 30 %", "paper/figure8", "kept", "parameters", None, _LARGE, "imagenet"),
+    "figure9": Figure(
+        "ResNet-50 on ImageNet, against Zhou et al.", "paper/figure9", K, _WEIGHTS, None, _RESNET50, "imagenet"
+    ),
+    "figure10": Figure(
+        "ResNet-50 on ImageNet, by distribution", "paper/figure10", K, _WEIGHTS, None, _RESNET50, "imagenet"
+    ),
 }
+FIGURES = PAPER | {
+    "equal-bytes": Figure(
+        "Methods at equal bytes: CIFAR-10", "methods/equal_bytes", "stored", "bytes of masks and stored tensors", NET,
+        protocol="equal-bytes", baseline="edge-popup",
+    ),
+}  # fmt: skip

@@ -49,6 +49,8 @@ def draw(figure: Figure, points: Sequence[Point], note: str, path: Path) -> None
         axis.set(xlabel=figure.x_label, title=title, ylabel="" if axis is not axes[0] else "accuracy (%)")
         if figure.x == K:
             axis.set_xlim(0, 100)
+        if figure.x == "stored":
+            axis.set_xscale("log")
         axis.grid(alpha=0.3)
     if panels:
         _draw_legend(drawing, axes)

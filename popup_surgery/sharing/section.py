@@ -107,10 +107,15 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
         ("weights kept", f"{one.kept:,} of {one.weights:,} ({_percent(one.kept, one.weights)}) in {len(notes)} layers"),
         ("scheme", f"{_several(note.get('scheme') for note in notes)}, {_several(scaled)}"),
     ]
-    if _takes_k(one.learner):
+    surgery = recipe_of(manifest).get("surgery")
+    if _takes_k(one.learner, surgery.get("learner_options") if isinstance(surgery, dict) else None):
         rows.insert(2, ("k, the share that is kept", _several(note.get("k") for note in notes)))
+    if patterns := sorted({str(entry.pattern) for entry in manifest.masked if entry.pattern}):
+        rows.append(("pattern", f"{', '.join(patterns)} of neighbours along the input channels"))
     if one.learner:
         rows.append(("learner", code(one.learner)))
+    if planes := sorted({kind for entry in manifest.masked for kind in entry.planes}):
+        rows.append(("beside the mask, for kept weights", ", ".join(map(code, planes))))
     if any(source_of(entry.distribution).drawn for entry in manifest.masked):
         rows.append(("seed", str(one.seed)))
     if (base := manifest.base) is not None:
@@ -135,10 +140,10 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
     return rows
 
 
-def _takes_k(learner: str) -> bool:
+def _takes_k(learner: str, options: Any) -> bool:
     """Return whether k is a setting of the learner; of one that is not known here, it may be."""
     try:
-        return get_learner(learner).takes_k
+        return get_learner(learner, options).takes_k
     except PopupError:
         return True
 

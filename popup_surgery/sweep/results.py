@@ -3,9 +3,10 @@
 import csv
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from enum import StrEnum
 from itertools import groupby
 from pathlib import Path
@@ -37,6 +38,7 @@ class Numbers:
         seconds: time spent on the epochs, in seconds.
         size: size of the artifact or the dense weights, in bytes.
         weights, kept: number of masked weights, and of those that the mask keeps; a dense run keeps all.
+        stored: bytes of the file's tensors, which are masks and what stands beside them: without header and manifest.
     """
 
     accuracy: float
@@ -44,6 +46,7 @@ class Numbers:
     size: float
     weights: float
     kept: float
+    stored: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -65,13 +68,20 @@ class Outcome:
             folder.check_recipe()
             epochs = folder.history()
             seconds = sum(epoch["seconds"] for epoch in epochs)
-            numbers = Numbers(epochs[-1]["accuracy"], seconds, folder.final.stat().st_size, *counts(folder))
+            size = folder.final.stat().st_size
+            numbers = Numbers(epochs[-1]["accuracy"], seconds, size, *counts(folder), size - _header(folder.final))
         except PopupError as error:
             return cls(run, State.FAILED, error=str(error))
         except (OSError, ValueError, LookupError) as error:
             return cls(run, State.FAILED, error=f"{folder.path} is damaged ({error!r}); remove it to run it again")
         folder.finish()  # a run that was killed after it wrote its last file leaves its checkpoints behind
         return cls(run, State.FINISHED, numbers)
+
+
+def _header(file: Path) -> int:
+    """Return how many bytes of a safetensors file come before its tensors."""
+    with file.open("rb") as start:
+        return 8 + int.from_bytes(start.read(8), "little")
 
 
 @dataclass(frozen=True)
@@ -116,9 +126,15 @@ def write(name: str, outcomes: Sequence[Outcome], output: Path) -> None:
     write_atomically(output / "runs.csv", _runs_csv(found, output).encode())
 
 
+def _written(numbers: Numbers | None) -> dict[str, Any]:
+    """Return the numbers that a sweep's files have; None for what is not known yet."""
+    names = [field.name for field in fields(Numbers) if field.name != "stored"]
+    return {name: numbers and getattr(numbers, name) for name in names}
+
+
 def _columns(point: Point) -> dict[str, Any]:
     """Return n, accuracy, std, seconds, size, weights and kept; None for what is not known yet."""
-    mean = asdict(point.mean) if point.mean else dict.fromkeys(field.name for field in fields(Numbers))
+    mean = _written(point.mean)
     return {"n": point.n, "accuracy": mean.pop("accuracy"), "std": point.std, **mean}
 
 
@@ -145,10 +161,9 @@ def _as_csv(found: Sequence[Point]) -> str:
 
 def _runs_csv(found: Sequence[Point], output: Path) -> str:
     """Return the runs as CSV, one row each, with seed, state, numbers, folder and error."""
-    nothing = dict.fromkeys(field.name for field in fields(Numbers))
     rows = []
     for outcome in (outcome for point in found for outcome in point.outcomes):
-        run, numbers = outcome.run, asdict(outcome.numbers) if outcome.numbers else nothing
+        run, numbers = outcome.run, _written(outcome.numbers)
         about = {"seed": run.seed, "state": outcome.state.value, **numbers, "folder": run.folder(output).path.name}
         rows.append((run.label, run.values, {**about, "error": outcome.error}))
     return _csv(rows)

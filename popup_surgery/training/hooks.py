@@ -1,6 +1,7 @@
 """What the loop tells a network's learners: how much of the training is done, and that a step was made."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
@@ -31,7 +32,10 @@ class LearnerHooks:
             self.groups[id(group)] = slot
             weight, score = parameter_of(module, name), score_of(module, name)
             mask: Callable[[], Tensor] = partial(slot.mask, module, name)
-            trained = TrainedWeight(slot.stream, weight, score, mask, slot.distribution, slot.std, slot.seed)
+            trained = TrainedWeight(
+                slot.stream, weight, score, mask, slot.distribution, slot.std, slot.seed,
+                list(self.groups).index(id(group)), group.kept, 0 if group.floors is None else group.floors[slot.index],
+            )  # fmt: skip
             self.weights.setdefault(id(learner), (learner, []))[1].append(trained)
 
     def at(self, progress: float, epoch: int) -> None:
@@ -50,12 +54,33 @@ class LearnerHooks:
             return None
         return sum(group.in_force for group in groups) / sum(group.numel for group in groups)
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Context manager around a step of the run."""
+        with ExitStack() as stack:
+            for learner, weights in self.weights.values():
+                stack.enter_context(learner.around_step(weights))
+            yield
+
     @torch.no_grad()
     def step_done(self, progress: float, epoch: int, step: int) -> None:
         """Tell the learners that the optimiser has made the `step`-th step of the run, in an epoch counted from 0."""
         self.at(progress, epoch)
         for learner, weights in self.weights.values():
             learner.after_step(weights, self.seed, step)
+
+    @torch.no_grad()
+    def epoch_done(self, epoch: int, epochs: int) -> None:
+        """Tell the learners that an epoch, counted from 1, has ended. The masks keep what they keep at its end."""
+        for learner, weights in self.weights.values():
+            learner.after_epoch(weights, epoch, epochs)
+        self.at(epoch / epochs, epoch - 1)
+
+    def penalty(self) -> Tensor | None:
+        """Return what the learners add to the loss; None if they add nothing."""
+        each = [learner.penalty(one.score) for learner, weights in self.weights.values() for one in weights]
+        found = [penalty for penalty in each if penalty is not None]
+        return torch.stack(found).sum() if found else None
 
     def redrawn(self) -> set[int]:
         """Return the ids of the weights that a learner changes although they get no gradient."""

@@ -31,6 +31,10 @@ class MaskHistory:
         changed = sum(ones(mask ^ self.before[key]) for key, mask in self.latest.items())
         return changed / max(sum(self.numel.values()), 1)
 
+    def density(self) -> float | None:
+        """Return the share of weights that the latest masks keep, 0 … 1; None where nothing is masked."""
+        return sum(map(ones, self.latest.values())) / sum(self.numel.values()) if self.numel else None
+
     def layers(self) -> list[LayerMask]:
         """Return the numbers of each weight's latest mask."""
         return [

@@ -32,7 +32,9 @@ class Epoch:
 
     `changed` is the share of mask bits that differ from the epoch before, 0 where nothing is masked. `skipped` counts
     the images of both splits that could not be read and were left out. `k` is the share of all masked weights that took
-    part in the epoch; it is None, and not in the line, unless the recipe has a `surgery.k_schedule`.
+    part in the epoch; it is None, and not in the line, unless the recipe has a `surgery.k_schedule`. `density` is the
+    share of weights that the masks keep at its end, None where nothing is masked and in runs of version 0.1.
+    `train_loss` is that of the images, without penalties.
     """
 
     epoch: int
@@ -45,10 +47,12 @@ class Epoch:
     images_per_second: float
     skipped: int = 0
     k: float | None = None
+    density: float | None = None
 
     def line(self) -> dict[str, Any]:
-        """Return the epoch as a JSON object, with null for numbers that are not finite."""
-        return {name: value for name, value in _finite(asdict(self)).items() if name != "k" or value is not None}
+        """Return the epoch as a JSON object: null for numbers that are not finite, no k or density where it is None."""
+        values = _finite(asdict(self))
+        return {name: value for name, value in values.items() if name not in ("k", "density") or value is not None}
 
 
 @dataclass(frozen=True)

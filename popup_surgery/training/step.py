@@ -23,18 +23,26 @@ class OptimizerStep:
 
     Args:
         classes: number of classes of the data set; 0 if unknown.
+        penalty: returns what the loss of each batch gains beside that of the images; None for nothing.
 
     Attributes:
         parameters: what a step changes: all parameters of the model that require a gradient.
         model, optimizer: as prepared by Accelerate.
-        sums: float64 tensor [3] of the summed loss, the correct answers and the images since the last reset to 0.
+        sums: float64 tensor [3] of the summed loss without the penalty, the correct answers and the images since the
+            last reset to 0.
         not_finite: the first step whose loss was not finite, or -1. It is a tensor, so that no step waits for it.
     """
 
     def __init__(
-        self, model: nn.Module, training: Training, accelerator: Accelerator, part: ProcessShard, classes: int
+        self,
+        model: nn.Module,
+        training: Training,
+        accelerator: Accelerator,
+        part: ProcessShard,
+        classes: int,
+        penalty: Callable[[], Tensor | None] = lambda: None,
     ) -> None:
-        self.training, self.accelerator, self.part = training, accelerator, part
+        self.training, self.accelerator, self.part, self.penalty = training, accelerator, part, penalty
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = optimizer_of(self.parameters, training)
         self.second_order = second_order(optimizer)
@@ -117,7 +125,9 @@ class OptimizerStep:
         if self.parameters:
             with for_derivatives(self.optimizer.optimizer):
                 create_graph = {"create_graph": True} if self.second_order else {}
-                self.accelerator.backward(loss * (weight * self.part.processes), **create_graph)
+                penalty = self.penalty()
+                whole = loss if penalty is None else loss + penalty
+                self.accelerator.backward(whole * (weight * self.part.processes), **create_graph)
         return loss.detach(), found[0][0].detach()
 
     def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, count: int, number: int) -> None:

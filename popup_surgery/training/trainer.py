@@ -17,6 +17,7 @@ from ..data.workers import worker_deaths
 from ..errors import RunError, Stopped
 from ..learners import sampled
 from ..masking.bake import bake, masks
+from ..masking.density import density_penalty
 from ..masking.k_schedule import KSchedule
 from . import trainer_state
 from .agreement import Agreement
@@ -66,7 +67,7 @@ class Trainer:
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
         self.part = ProcessShard(accelerator.process_index, accelerator.num_processes, training.accumulate)
-        self.update = OptimizerStep(model, training, accelerator, self.part, len(data.classes))
+        self.update = OptimizerStep(model, training, accelerator, self.part, len(data.classes), self._penalty)
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.weight_masks = WeightMasks(model, weight_masks, accelerator.device)
         self.weight_masks.apply_during(self.optimizer.optimizer)
@@ -184,12 +185,13 @@ class Trainer:
         # with a learner that samples, all pieces of a step see the same network, in all processes
         with sampled(self.training.seed, self.epoch, self.batch):
             seed_generators([self.training.seed, self.epoch, self.batch, self.part.rank])
-            if not self.update(pieces, self.step, lambda: self._rate(self.batch)):
-                return False
-            self.batch += 1
-            self.step += 1
-            self.hooks.step_done(self._progress(), self.epoch, self.step)
-        return True
+            with self.hooks.step():
+                made = self.update(pieces, self.step, lambda: self._rate(self.batch))
+            if made:
+                self.batch += 1
+                self.step += 1
+                self.hooks.step_done(self._progress(), self.epoch, self.step)
+        return made
 
     def _log(self, after_steps: AfterSteps) -> None:
         """Report the steps since the last report, if as many as the recipe says were made."""
@@ -200,6 +202,14 @@ class Trainer:
         loss, images = self.logged[0] - before[0], self.logged[2] - before[2]
         rate = self.optimizer.param_groups[0]["lr"]
         after_steps(Steps(self.epoch + 1, self.step, rate, loss / images if images else math.nan))
+
+    def _penalty(self) -> Tensor | None:
+        """Return what the loss of a batch gains beside that of the images; None for nothing."""
+        of_learners, section = self.hooks.penalty(), self.training.density_penalty
+        if section is None:
+            return of_learners
+        of_density = density_penalty(self.core, section.weight, section.target)
+        return of_density if of_learners is None else of_density + of_learners
 
     def _rate(self, batch: int) -> float:
         """Return the learning rate of a batch of this epoch."""
@@ -216,8 +226,8 @@ class Trainer:
 
     def _end_epoch(self, after_epoch: AfterEpoch) -> None:
         """Validate, and add the epoch's numbers to the history."""
-        self.hooks.at((self.epoch + 1) / self.epochs, self.epoch)
         self._check_finite()
+        self.hooks.epoch_done(self.epoch + 1, self.epochs)
         loss, right, seen = self.agreement.total(self.update.sums).tolist()
         correct, images = self._validate()
         skipped = self.agreement.skipped(self.data)
@@ -226,7 +236,7 @@ class Trainer:
         epoch = Epoch(
             self.epoch + 1, self.optimizer.param_groups[0]["lr"], loss / seen, right / seen, correct / images,
             self.mask_history.add(self.masks()), self.seconds, seen / self.seconds, skipped,
-            self.hooks.k,
+            self.hooks.k, self.mask_history.density(),
         )  # fmt: skip
         self.history.append(epoch)
         self.batch, self.seconds, self.data.skipped = 0, 0.0, 0

@@ -1,10 +1,12 @@
 """`load(…, packed=True)`: masked weights held as bits, the outputs to the bit those of the plain network."""
 
 import copy
+import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -198,13 +200,81 @@ def test_functional_calls_replace_weights(tmp_path: Path) -> None:
     assert same(plain, packed, given(3, 6))
 
 
-def test_copies_and_pickles(tmp_path: Path) -> None:
+def through_torch(network: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(network, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, copy.copy, through_torch, lambda net: pickle.loads(pickle.dumps(net, protocol=2))]
+)
+def test_copies_and_pickles(copied: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     plain, packed = both(saved(Recurrent(), tmp_path / "net.safetensors"), Recurrent)
-    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+    assert same(plain, packed, given(2, 4, 5))
+    for other in [copied(packed)]:
         assert same(plain, other, given(2, 4, 5))
         assert held(other) == held(packed)
         with pytest.raises(MaskedWeightError, match="held as bits"):
             other.get_submodule("cell").weight_ih = nn.Parameter(torch.zeros(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.complex64, torch.complex128])
+@pytest.mark.filterwarnings("ignore:Complex modules:UserWarning")
+def test_casts_to_rare_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    plain, packed = both(saved(Products(), tmp_path / "net.safetensors"), Products)
+    ours, theirs = packed.to(dtype).state_dict(), plain.to(dtype).state_dict()
+    words = {1: torch.uint8, 8: torch.int64, 16: torch.complex128}[dtype.itemsize]
+    assert all(torch.equal(ours[key].view(words), theirs[key].view(words)) for key in theirs)
+
+
+def test_threads_share_a_network(tmp_path: Path) -> None:
+    plain, packed = both(saved(Recurrent(), tmp_path / "net.safetensors"), Recurrent)
+    inputs = [torch.randn(2, 4, 5) for _ in range(8)]
+
+    def passes(x: Tensor) -> bool:
+        with torch.no_grad():
+            return all(torch.equal(packed(x), plain(x)) for _ in range(20))
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(passes, inputs))
+
+
+def test_training_and_checkpointing_leave_the_weights(tmp_path: Path) -> None:
+    plain, packed = both(saved(Attention(), tmp_path / "net.safetensors"), Attention)
+    optimiser = torch.optim.SGD(packed.train().parameters(), lr=0.1)
+    x = given(2, 4, 8).requires_grad_()
+    torch.utils.checkpoint.checkpoint(packed, x, use_reentrant=False).square().sum().backward()
+    assert x.grad is not None
+    optimiser.step()
+    ours, theirs = packed.state_dict(), plain.state_dict()
+    kept = theirs.keys() - dict(packed.named_parameters()).keys()
+    assert kept
+    assert all(torch.equal(ours[key], theirs[key]) for key in kept)
+    assert not torch.equal(ours["up.bias"], theirs["up.bias"])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda layer: layer.reset_parameters(),
+        lambda layer: nn.init.zeros_(layer.weight),
+        lambda layer: layer.weight.detach()[0].fill_(1),
+    ],
+)
+def test_writes_in_place_are_reported_once(write: Callable[[nn.Linear], None], tmp_path: Path) -> None:
+    """The next read says it; copies have nothing to say."""
+    plain, packed = both(saved(Products(), tmp_path / "net.safetensors"), Products)
+
+    def use() -> None:
+        write(packed.a)  # type: ignore[arg-type]
+        assert same(plain, copy.deepcopy(packed), given(3, 6))
+        packed(given(3, 6))
+
+    with pytest.raises(MaskedWeightError, match=r"weight of PackedLinear was written to, and the write is lost"):
+        use()
+    assert torch.equal(packed.a.weight, plain.a.weight)  # type: ignore[union-attr, arg-type]
 
 
 def test_the_meta_device_takes_it(tmp_path: Path) -> None:
@@ -265,11 +335,23 @@ def test_a_tenth_of_the_memory(tmp_path: Path) -> None:
     assert held(packed) <= 0.10 * held(plain)
 
 
+def test_states_of_another_dtype_or_without_values(tmp_path: Path) -> None:
+    """As a plain network takes them: rounded to its own dtype; on the meta device there is nothing to compare."""
+    plain, packed = both(saved(Products(), tmp_path / "net.safetensors"), Products)
+    packed.bfloat16().load_state_dict(plain.state_dict())
+    assert equal_states(packed, copy.deepcopy(plain).bfloat16())
+    packed.to("meta").load_state_dict(plain.to("meta").state_dict())
+
+
 def test_states_that_differ_are_refused(tmp_path: Path) -> None:
     plain, packed = both(saved(Products(), tmp_path / "net.safetensors"), Products)
     state = plain.state_dict() | {"b.weight": torch.ones(6, 6)}
     with pytest.raises(MaskedWeightError, match=r"b.weight is held as bits, and the state_dict has other values"):
         packed.load_state_dict(state)
+    with pytest.raises(MaskedWeightError, match=r"a.weight is held as bits, and the state_dict has other values"):
+        packed.load_state_dict(plain.state_dict() | {"a.weight": 3})
+    with pytest.raises(MaskedWeightError, match=r"a.weight is held as bits, and the state_dict has other values"):
+        packed.load_state_dict(plain.state_dict() | {"a.weight": torch.empty(6, 6, device="meta")})
     with pytest.raises(RuntimeError, match=r"Missing key.*a.weight"):
         packed.load_state_dict({key: value for key, value in plain.state_dict().items() if key != "a.weight"})
 
@@ -302,6 +384,9 @@ def test_writes_are_refused(write: Callable[[nn.Module], None], tmp_path: Path) 
         (lambda net, path: ps.load(path, net), ArtifactError, "be filled"),
         (lambda net, path: ps.load(path, net, packed=True), ArtifactError, "be filled"),
         (lambda net, path: ps.MaskBank(net), ConversionError, "be switched"),
+        (lambda net, path: ps.start_from(net, path), ConversionError, "be baked"),
+        (lambda net, path: ps.save(torch.compile(net), path.with_name("n")), ArtifactError, "be saved"),  # type: ignore[arg-type]
+        (lambda net, path: ps.convert(nn.Sequential(net, nn.Linear(1000, 2)), k=0.5), ConversionError, "be converted"),
     ],
 )
 def test_uses_that_need_the_plain_network(

@@ -20,11 +20,14 @@ from popup_surgery import (
     Recipe,
     RecipeError,
     bake,
+    build,
     combine,
     convert,
+    export,
     inspect,
     load,
     masks,
+    model_card,
     overlap,
     repack,
     save,
@@ -260,3 +263,29 @@ def test_masks_of_no_bytes_for_huge_shapes_take_no_memory(
     assert not isinstance(tried.inspected, ArtifactError), "the header is right"
     assert tried.refused_by_network
     assert "the masks are for more than 8,589,934,592 weights" in str(tried.verified)
+
+
+# --- together with other kinds ---------------------------------------------------------------------------------------
+
+
+def test_signs_beside_a_pattern(tmp_path: Path) -> None:
+    net = convert(network(), pattern="2:4", learner="signed", seed=5)
+    manifest = save(net, tmp_path / "net", encoding=CODED)
+    assert manifest.requires == [CODED, "sign"]
+    assert equal_states(load(tmp_path / "net", network()), bake(net))
+    assert verify(tmp_path / "net", network())
+
+
+@pytest.mark.slow
+def test_the_golden_file_in_other_formats(tmp_path: Path) -> None:
+    path = GOLDEN / "pattern_coded.popup.safetensors"
+    export(path, tmp_path / "dense.safetensors")
+    dense = build("popup_surgery/conv2", pretrained=tmp_path / "dense.safetensors", width=0.25, in_chans=3, img_size=8)
+    assert equal_states(dense, load(path))
+    done = export(path, tmp_path / "net.onnx", packed=True)
+    assert any(layer.how in ("2 bits", "int8") for layer in done.layers)
+
+
+def test_what_people_read_says_the_pattern(tmp_path: Path) -> None:
+    save(converted(), tmp_path / "net.popup.safetensors")
+    assert "| pattern | 2:4 of neighbours along the input channels |" in model_card(tmp_path / "net.popup.safetensors")

@@ -41,14 +41,16 @@ def digest(state: dict[str, Tensor]) -> str:
 # --- the vectors and the file of the format's page --------------------------------------------------------------------
 
 
-def test_golden_file() -> None:
-    golden = json.loads((GOLDEN / "planes.json").read_text(encoding="utf-8"))["artifact"]
-    assert hashlib.sha256(FILE.read_bytes()).hexdigest() == golden["file_sha256"]
-    manifest = ps.inspect(FILE)
+@pytest.mark.parametrize("index", [0, 1])
+def test_golden_files(index: int) -> None:
+    golden = json.loads((GOLDEN / "planes.json").read_text(encoding="utf-8"))["artifacts"][index]
+    file = GOLDEN / golden["file"]
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == golden["file_sha256"]
+    manifest = ps.inspect(file)
     assert (manifest.masks_sha256, manifest.requires) == (golden["masks_sha256"], golden["requires"])
-    assert ps.verify(FILE)
-    assert digest(ps.load(FILE).state_dict()) == golden["state_dict_sha256"]
-    page = {name: torch.from_numpy(np.asarray(array)) for name, array in reader()["read"](FILE).items()}
+    assert ps.verify(file)
+    assert digest(ps.load(file).state_dict()) == golden["state_dict_sha256"]
+    page = {name: torch.from_numpy(np.asarray(array)) for name, array in reader()["read"](file).items()}
     assert digest(page) == golden["state_dict_sha256"], "the page's reader"
 
 
@@ -78,12 +80,24 @@ def test_the_pages_reader_reads_signs(scheme: str, tmp_path: Path) -> None:
 
 # --- every reader with every kind -------------------------------------------------------------------------------------
 
-KINDS: dict[str, dict[str, Any]] = {"sign": {"learner": "signed"}}
+SHARES = [0.25, 0.08, 0.03]
+KINDS: dict[str, dict[str, Any]] = {"sign": {"learner": "signed"}, "coats": {"learner_options": {"coats": SHARES}}}
+PLANES_OF = {"sign": ("sign",), "coats": ("coat2", "coat3")}
 
 
 def sign(weight: Tensor, score: Tensor, k: float) -> Tensor:
     mask = top_of([score], round(k * score.numel()))[0]
     return torch.where(mask, weight * score.sign(), torch.zeros(()))
+
+
+def coats_of(score: Tensor, shares: list[float]) -> Tensor:
+    """How many coats each weight has."""
+    n = score.numel()
+    return sum(top_of([score], n - int((1 - share) * n))[0].float() for share in shares)  # type: ignore[return-value]
+
+
+def coats(weight: Tensor, score: Tensor, k: float) -> Tensor:
+    return weight * coats_of(score, [k, *SHARES[1:]]) + 0
 
 
 def converted(kind: str, scheme: str, **settings: Any) -> nn.Module:
@@ -99,7 +113,7 @@ def converted(kind: str, scheme: str, **settings: Any) -> nn.Module:
 def independent(net: nn.Module, kind: str) -> dict[str, Tensor]:
     """What a file must give, from the network's tensors alone."""
     entries = {name: value.detach() for name, value in net.state_dict().items()}
-    rule = {"sign": sign}[kind]
+    rule = {"sign": sign, "coats": coats}[kind]
     return {
         name: rule(value, entries[f"{name}_score"], 0.25) if f"{name}_score" in entries else value
         for name, value in entries.items()
@@ -241,13 +255,21 @@ def of_sanity(case: Case) -> None:
     raw = case.net.state_dict()
     for place, name in enumerate(ps.masks(case.net)):
         mask, m = case.state[name] != 0, case.state[name].sign()
+        base = raw[name].abs()
+        if case.kind == "coats":
+            m, base = coats_of(case.net.state_dict()[f"{name}_score"], SHARES), raw[name]
         assert torch.equal(as_it_is[name], case.state[name])
-        assert torch.equal(seeds[name].sign(), m), "learnt signs stay"
+        assert torch.equal(seeds[name] != 0, mask)
+        assert not torch.equal(seeds[name], as_it_is[name]) or (case.kind == "sign" and "constant" in case.scheme)
+        if case.kind == "sign":
+            assert torch.equal(seeds[name].sign(), m), "learnt signs stay"
+        elif "constant" in case.scheme:
+            assert torch.equal(seeds[name].abs(), as_it_is[name].abs()), "coats stay"
         assert torch.equal(inverted[name], torch.where(mask, torch.zeros(()), raw[name]))
         assert torch.equal(shared[name], -2 * m)
         order = torch.from_numpy(np.random.default_rng([0, place]).permutation(mask.numel()))
         moved = m.view(-1)[order].view(m.shape)
-        assert torch.equal(shuffled[name], raw[name].abs() * moved)
+        assert torch.equal(shuffled[name], base * moved + 0)
 
 
 def of_images(case: Case) -> None:
@@ -267,21 +289,30 @@ def of_dense(case: Case) -> None:
 
 def of_packed_onnx(case: Case) -> None:
     """Signed constants stay ternary: their products are packed exactly."""
-    done = ps.export(case.path, case.folder / "net.onnx", packed=True)
+    net = ps.build("popup_surgery/conv2", **{**CONV2, "width": 1.0})  # large enough to gain from it
+    wide = case.folder / "wide.popup.safetensors"
+    ps.save(ps.convert(net, 0.25, scheme=case.scheme, **KINDS[case.kind]), wide, probe=(1, 1, 8, 8))
+    done = ps.export(wide, case.folder / "net.onnx", packed=True)
     how = {layer.name: layer.how for layer in done.layers}
-    assert any(said in ("2 bits", "int8") for said in how.values()) == ("constant" in case.scheme), how
+    ternary = "constant" in case.scheme and case.kind == "sign"
+    assert any(said in ("2 bits", "int8") for said in how.values()) == ternary, how
 
 
 def of_repack(case: Case) -> None:
     there, back = case.folder / "there", case.folder / "back"
     manifest = ps.repack(case.path, there, encoding="range_coded")
-    assert manifest.requires == ["range_coded", case.kind]
+    assert manifest.requires == ["range_coded", *PLANES_OF[case.kind]]
     case.check(ps.load(there))
     assert ps.verify(there)
     ps.repack(there, back, encoding="bitpack")
     assert back.read_bytes() == case.path.read_bytes()
     ps.save(case.net, case.folder / "coded", provenance=manifest.provenance, encoding="range_coded", probe=(1, 1, 8, 8))
     assert (case.folder / "coded").read_bytes() == there.read_bytes()
+
+
+def of_bank_of_coded_masks(case: Case) -> None:
+    there = case.folder / "there"
+    ps.repack(case.path, there, encoding="range_coded")
     bank = ps.MaskBank(there)
     bank.add("coded", there)
     sizes = Artifact.open(there).sizes
@@ -306,7 +337,8 @@ def of_decoder(case: Case) -> None:
         pytest.skip("needs a C compiler")
     unpack = Unpack(build_decoder(case.folder), case.folder)
     said = unpack.refusal(case.path.read_bytes())
-    assert said == "the file needs a newer reader: its format_version or requires"
+    named = ",".join(f'"{kind}"' for kind in PLANES_OF[case.kind])
+    assert said == f"the file needs a newer reader: version 1, requires [{named}]"
 
 
 def of_combine(case: Case) -> None:
@@ -344,7 +376,11 @@ def of_inspect(case: Case) -> None:
     assert sizes.total == case.path.stat().st_size
     entries = ps.inspect(case.path).masked
     assert sizes.masks == sum(-(-entry.numel // 8) for entry in entries)
-    assert sizes.planes == sum(-(-(entry.kept or 0) // 8) for entry in entries)
+    if case.kind == "sign":
+        assert sizes.planes == sum(-(-(entry.kept or 0) // 8) for entry in entries)
+    else:
+        inner = [entry.numel - int((1 - SHARES[1]) * entry.numel) for entry in entries]
+        assert sizes.planes == sum(-(-(entry.kept or 0) // 8) for entry in entries) + sum(-(-n // 8) for n in inner)
 
 
 CONSUMERS: dict[str, Callable[[Case], None]] = {
@@ -352,8 +388,16 @@ CONSUMERS: dict[str, Callable[[Case], None]] = {
 }
 NO_COMBINE = r"'features\.0\.weight' has the plane '{kind}', so its weights are not those of the seed or base alone"
 REFUSED = {
-    ("combine", "sign"): NO_COMBINE,
-    ("other_masks", "sign"): r"'features\.0\.weight' has the plane '{kind}', which is for another mask",
+    **dict.fromkeys([("combine", "sign"), ("combine", "coats")], NO_COMBINE),
+    **dict.fromkeys(
+        [("other_masks", "sign"), ("other_masks", "coats")],
+        r"'features\.0\.weight' has the plane '{kind}', which is for another mask",
+    ),
+    **dict.fromkeys(
+        [("bank", "coats"), ("infer", "coats"), ("bank_of_coded_masks", "coats")],
+        r"'features\.0\.weight' has the plane 'coat2', so its weights are not those of the base; a bank takes masks",
+    ),
+    ("packed", "coats"): r"'features\.0\.weight' has the planes coat2, coat3, and its values are more than −c, 0 and c",
     ("packed", "kaiming_normal"): "the values of 'features.0.weight' are normal, not one constant; packed=True takes",
 }
 SLOW = {("packed_onnx", "kaiming_normal"), ("images", "kaiming_normal"), ("decoder", "kaiming_normal")}
@@ -376,7 +420,8 @@ def test_inspect_says_where_the_bytes_go(cli: Callable[..., Outcome]) -> None:
 
 
 def test_all_kinds_are_tried() -> None:
-    assert set(KINDS) == set(PLANES)
+    assert {kind for kinds in PLANES_OF.values() for kind in kinds} == set(PLANES[:3])
+    assert ("sign", *(f"coat{i}" for i in range(2, 9))) == PLANES
 
 
 @pytest.mark.parametrize(
@@ -390,11 +435,11 @@ def test_all_kinds_are_tried() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_reader_takes_it_or_refuses_it(kind: str, consumer: str, scheme: str, tmp_path: Path) -> None:
     case = Case(kind, scheme, tmp_path)
-    says = REFUSED.get((consumer, kind)) or REFUSED.get((consumer, scheme))
+    says = REFUSED.get((consumer, scheme)) or REFUSED.get((consumer, kind))
     if says is None:
         CONSUMERS[consumer](case)
         return
-    with pytest.raises(ArtifactError, match=says.format(kind=kind)) as caught:
+    with pytest.raises(ArtifactError, match=says.format(kind=PLANES_OF[kind][0])) as caught:
         CONSUMERS[consumer](case)
     assert "\n" not in str(caught.value)
 
@@ -405,15 +450,33 @@ def test_other_dtypes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     def plain() -> nn.Module:
         return nn.Sequential(nn.Linear(70, 33), nn.Linear(33, 5)).to(dtype)
 
-    net = ps.convert(plain(), 0.4, scheme="kaiming_normal", **KINDS[kind])
+    net = ps.convert(plain(), 0.25, scheme="kaiming_normal", **KINDS[kind])
     manifest = ps.save(net, tmp_path / "net", probe=(1, 70))
     found, expected = ps.load(tmp_path / "net", plain()).state_dict(), ps.bake(net).state_dict()
     assert all(torch.equal(found[name], value) and found[name].dtype == dtype for name, value in expected.items())
     assert ps.verify(tmp_path / "net", plain())
+    assert manifest.requires == [*PLANES_OF[kind]]
+    if kind != "sign":
+        return
     bank = ps.MaskBank(Artifact.open(tmp_path / "net"), model=plain())
     bank.add("net", tmp_path / "net")
     assert all(torch.equal(value, expected[name]) for name, value in bank.use("net").state_dict().items())
-    assert manifest.requires == [kind]
+
+
+@pytest.mark.parametrize("encoding", ["bitpack", "range_coded", "pattern_coded"])
+def test_signs_beside_a_pattern(encoding: str, tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(6, 8, 3), nn.Flatten(), nn.Linear(8, 3))
+
+    net = ps.convert(plain(), pattern="2:4", learner="signed")
+    manifest = ps.save(net, tmp_path / "net", encoding=encoding)
+    assert manifest.requires == [*([] if encoding == "bitpack" else [encoding]), "sign"]
+    found, expected = ps.load(tmp_path / "net", plain()).state_dict(), ps.bake(net).state_dict()
+    page = reader(decoders=2)["read"](tmp_path / "net")
+    assert found.keys() == expected.keys() == page.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value)
+        assert page[name].tobytes() == value.numpy().tobytes()
 
 
 def test_a_key_where_a_plane_must_stand_is_refused(tmp_path: Path) -> None:
@@ -449,6 +512,53 @@ def resized(by: int) -> Callable[[File], object]:
     return change
 
 
+@pytest.fixture(params=["bitpack", "range_coded"])
+def coated(request: pytest.FixtureRequest, tmp_path: Path) -> File:
+    path = tmp_path / "original"
+    ps.save(ps.convert(Net(), 0.6, exclude="kept", seed=3, learner_options={"coats": [0.6, 0.5, 0.2]}), path)
+    ps.repack(path, path, encoding=request.param)
+    return take_apart(path.read_bytes())
+
+
+OF_COATS: dict[str, tuple[Callable[[File], object], str]] = {
+    "a byte more for the first": (
+        tensor("first.weight.coat2", "U8", [3], b"\0\0\0"),
+        r"'first\.weight\.coat2' is U8 \[3\]; expected U8 \[2\] for 12 kept weights",
+    ),
+    "a byte more for the second": (
+        tensor("first.weight.coat3", "U8", [3], b"\0\0\0"),
+        r"'first\.weight\.coat3' is U8 \[3\]; expected U8 \[2\] for 12 kept weights",
+    ),
+    "a byte less for the second": (
+        tensor("first.weight.coat3", "U8", [1], b"\0"),
+        r"'first\.weight\.coat3' has 1 bytes; expected 2 for 10 weights",
+    ),
+    "fewer weights in the coat before": (
+        tensor("first.weight.coat2", "U8", [2], b"\0\1"),
+        r"'first\.weight\.coat3' has 2 bytes; expected 1 for 1 weights",
+    ),
+    "trailing bits": (
+        tensor("first.weight.coat3", "U8", [2], b"\0\x80"),
+        r"'first\.weight\.coat3' has padding bits that are not 0",
+    ),
+    "a gap": (
+        both(masked(0, planes=["coat3"]), masked(1, planes=["coat3"]), drop("first.weight.coat2")),
+        r"masked\[0\]\.planes is \['coat3'\]; expected a list of some of sign, .*, without gaps between coats",
+    ),
+    "another order": (masked(0, planes=["coat3", "coat2"]), r"masked\[0\]\.planes is \['coat3', 'coat2'\]; expected"),
+    "a ninth coat": (masked(0, planes=["coat2", "coat9"]), r"masked\[0\]\.planes is \['coat2', 'coat9'\]; expected"),
+}
+
+
+@pytest.mark.parametrize("name", OF_COATS)
+def test_coats_that_are_refused(name: str, coated: File, tmp_path: Path) -> None:
+    change, says = OF_COATS[name]
+    tried = attempt(tmp_path / "f", apply(coated, change))
+    assert tried.refused_with_data
+    assert re.search(says, str(tried.loaded)), tried.loaded
+    assert attempt(tmp_path / "f", coated.bytes()).verified
+
+
 def padded(file: File) -> None:
     """The first mask keeps 10 weights."""
     dtype, shape, data = file.tensors["first.weight.sign"]
@@ -463,16 +573,16 @@ WRONG: dict[str, tuple[Callable[[File], object], str]] = {
     "none": (drop("first.weight.sign"), r"'first\.weight' has no plane 'sign'; expected the tensor 'first\.weight\.s"),
     "an unknown kind": (
         masked(0, planes=["size"]),
-        r"masked\[0\]\.planes is \['size'\]; expected a list of some of sign",
+        r"masked\[0\]\.planes is \['size'\]; expected a list of some of sign, coat2",
     ),
     "an unknown kind that requires names": (
         both(masked(0, planes=["size"]), top(requires=["size"])),
         r"the file requires 'size', which this reader does not know",
     ),
     "a kind twice": (masked(0, planes=["sign", "sign"]), r"masked\[0\]\.planes is \['sign', 'sign'\]; expected a list"),
-    "no kind": (masked(0, planes=[]), r"masked\[0\]\.planes is \[\]; expected a list of some of sign"),
-    "no list": (masked(0, planes="sign"), r"masked\[0\]\.planes is 'sign'; expected a list of some of sign"),
-    "null": (masked(0, planes=None), r"masked\[0\]\.planes is None; expected a list of some of sign"),
+    "no kind": (masked(0, planes=[]), r"masked\[0\]\.planes is \[\]; expected a list of some of sign, coat2"),
+    "no list": (masked(0, planes="sign"), r"masked\[0\]\.planes is 'sign'; expected a list of some of sign, coat2"),
+    "null": (masked(0, planes=None), r"masked\[0\]\.planes is None; expected a list of some of sign, coat2"),
     "lists in the list": (masked(0, planes=[["sign"]]), r"masked\[0\]\.planes is \[\['sign'\]\]; expected a list"),
     "requires nothing": (top(requires=[]), r"requires is \[\]; expected \[.*'sign'\], as the encodings and planes say"),
     "requires it twice": (

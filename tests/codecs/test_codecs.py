@@ -58,7 +58,9 @@ def encoded(codec: Codec, mask: Mask) -> np.ndarray:
     return codec.to_bytes(pack(mask), mask.shape, int(mask.sum()))
 
 
-CONTRACT = pytest.mark.parametrize("codec", [*CODECS.values(), INVERTED], ids=lambda codec: codec.name)
+# test_pattern_coded.py has the same for those that need a pattern, which most masks do not obey
+ANY = [codec for codec in CODECS.values() if not codec.needs_pattern]
+CONTRACT = pytest.mark.parametrize("codec", [*ANY, INVERTED], ids=lambda codec: codec.name)
 EXAMPLES = settings(max_examples=100, deadline=None)
 
 
@@ -169,7 +171,9 @@ def test_a_reader_that_lacks_the_codec_says_so(tmp_path: Path) -> None:
     save(convert(network(), seed=3), tmp_path / "net", encoding="inverted")
     del CODECS["inverted"]
     for reader in (load, inspect, verify):
-        with pytest.raises(ArtifactError, match=r"encoding is 'inverted'; expected one of bitpack, range_coded, the "):
+        with pytest.raises(
+            ArtifactError, match=r"encoding is 'inverted'; expected one of bitpack, range_coded, pattern"
+        ):
             reader(tmp_path / "net")
     with pytest.raises(UnknownName, match="unknown encoding 'inverted'"):
         save(convert(network(), seed=3), tmp_path / "other", encoding="inverted")

@@ -143,6 +143,7 @@ CALLS: dict[str, tuple[str, list[str]]] = {
     "export to ONNX": (".onnx", ["export", "digits.popup.safetensors"]),
     "convert": (".safetensors", ["convert", "conv2"]),
     "sanity": (".png", ["sanity", "digits.popup.safetensors"]),
+    "bench": (".png", ["bench", "digits.popup.safetensors"]),
     "recipes": (".yaml", ["recipes", "digits"]),
 }
 

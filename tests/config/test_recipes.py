@@ -196,7 +196,7 @@ OF_THE_VALIDATOR = re.compile(
 )
 
 
-SECTIONS = {name: section_of(Recipe, name) for name in Recipe.model_fields if name != "plugins"}
+SECTIONS: dict[str, Any] = {name: section_of(Recipe, name) for name in Recipe.model_fields if name != "plugins"}
 EVERY_KEY = [*SECTIONS, *(f"{name}.{key}" for name, section in SECTIONS.items() for key in section.model_fields)]
 
 
@@ -389,9 +389,9 @@ hidden: st.SearchStrategy[dict[str, Any]] = st.fixed_dictionaries(
         "exclude": patterns,
     }
 )
-surgeries = st.just("none") | hidden.map(
-    lambda values: values if LEARNERS[values["learner"]].takes_k else values | WITHOUT_K
-)
+surgeries = st.just("none") | hidden.filter(
+    lambda values: values["scope"] == "layer" or not isinstance(values["k"], dict)
+).map(lambda values: values if LEARNERS[values["learner"]].takes_k else values | WITHOUT_K)
 recipes = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries(

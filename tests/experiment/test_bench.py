@@ -87,6 +87,7 @@ def test_the_digits_in_every_way(first: ps.Result, cli: Cli, temporary: Path, tm
     assert not list(temporary.iterdir())
 
 
+@pytest.mark.slow
 def test_ways_that_there_are_not(tmp_path: Path, cli: Cli) -> None:
     """Weights that are not ternary, an input that is not 224 pixels wide, and no file that names it."""
     net = ps.build("timm/test_resnet", in_chans=4)

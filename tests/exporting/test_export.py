@@ -128,6 +128,11 @@ class Attends(nn.Linear):
 class Clamps(nn.Linear):
     """Bounds of one tensor that are tensors, twice."""
 
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    d: Tensor
+
     def __init__(self) -> None:
         super().__init__(4, 4)
         for name, value in {"a": -0.2, "b": 0.1, "c": -0.1, "d": 0.2}.items():

@@ -13,7 +13,12 @@ from onnx import numpy_helper
 from torch import nn
 
 import popup_surgery as ps
+from popup_surgery.config.schema import Data
+from popup_surgery.data.in_memory import InMemory
+from popup_surgery.experiment.packed import _calibration
+from popup_surgery.exporting import packing
 from popup_surgery.exporting.packing import block_of, eight_bits, ternary, two_bits
+from popup_surgery.exporting.regions import Regions
 from support import Outcome, slow_except
 
 Cli = Callable[..., Outcome]
@@ -64,8 +69,10 @@ class Mixed(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 12, 1), nn.Flatten(),
-            nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 40), nn.ReLU(), nn.Linear(40, 7),
+            nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Conv2d(64, 64, 3, padding=1, groups=64),
+            nn.Conv2d(64, 12, 1), nn.Flatten(),
+            nn.Linear(768, 160), nn.ReLU(), nn.Linear(160, 640), nn.ReLU(), nn.Linear(640, 160), nn.ReLU(),
+            nn.Linear(160, 7), nn.ReLU(), nn.Linear(7, 5),
         )  # fmt: skip
 
 
@@ -78,36 +85,40 @@ def mixed() -> nn.Sequential:
 
 def test_each_layer_is_packed_or_has_a_reason(mixed: nn.Sequential, tmp_path: Path) -> None:
     with torch.no_grad():
-        mixed.get_parameter("9.weight").add_(torch.rand(7, 40))  # as pretrained weights
+        mixed.get_parameter("10.weight").add_(torch.rand(160, 640))  # as pretrained weights
     example = torch.randn(2, 3, 12, 12)
     done = ps.export(mixed, tmp_path / "net.onnx", example=example, packed=True)
     assert {layer.name: (layer.how, layer.packed) for layer in done.layers} == {
         "0": ("int8, activations too", True),
-        "2": ("a grouped convolution", False),
-        "3": ("int8, activations too", True),
-        "5": ("2 bits", True),
-        "7": ("int8", True),
-        "9": ("not ternary", False),
+        "2": ("int8, activations too", True),
+        "3": ("a grouped convolution", False),
+        "4": ("a convolution too small to gain", False),
+        "6": ("2 bits", True),
+        "8": ("int8", True),
+        "10": ("not ternary", False),
+        "12": ("a product too small to gain", False),
+        "14": ("an inner size below 32", False),
     }
-    (bits,) = [layer for layer in done.layers if layer.name == "5"]
-    assert bits.before == 768 * 64 * 4
+    (bits,) = [layer for layer in done.layers if layer.name == "6"]
+    assert bits.before == 768 * 160 * 4
     assert bits.after < 0.1 * bits.before
     assert done.time is not None
     assert done.difference is not None
     assert 1e-4 < done.difference < 0.1
     weights = {each.name: each for each in onnx.load(tmp_path / "net.onnx").graph.initializer}
-    assert np.array_equal(numpy_helper.to_array(weights["9.weight"]), mixed.get_parameter("9.weight").detach().numpy())
+    kept = mixed.get_parameter("10.weight").detach().numpy()
+    assert np.array_equal(numpy_helper.to_array(weights["10.weight"]), kept)
 
 
 @pytest.mark.slow
 def test_options_of_packing(mixed: nn.Sequential, tmp_path: Path) -> None:
     with torch.no_grad():
-        mixed.get_parameter("9.weight").add_(torch.rand(7, 40))
+        mixed.get_parameter("10.weight").add_(torch.rand(160, 640))
     example = torch.randn(2, 3, 12, 12)
     fast = ps.export(mixed, tmp_path / "fast.onnx", example=example, fast=True)
-    assert [layer.how for layer in fast.layers if layer.name in "57"] == ["int8", "int8"]
+    assert [layer.how for layer in fast.layers if layer.name in "68"] == ["int8", "int8"]
     rounded = ps.export(mixed, tmp_path / "fast.onnx", example=example, rounded=True)
-    assert [layer.packed for layer in rounded.layers if layer.name in "29"] == [False, True]
+    assert [layer.packed for layer in rounded.layers if layer.name in ("3", "10")] == [False, True]
 
 
 def test_a_packed_file_takes_any_number_of_inputs(mixed: nn.Sequential, tmp_path: Path) -> None:
@@ -125,6 +136,23 @@ def test_only_onnx_files_are_packed(cli: Cli, artifact: Path) -> None:
     assert (outcome.status, outcome.err) == (2, "error: only .onnx files are packed; the path is net.pt2\n")
 
 
+def test_a_network_of_small_layers_stays_as_it_is(cli: Cli, artifact: Path) -> None:
+    outcome = cli("export", artifact, "-o", "packed.onnx", "--packed")
+    assert "too small to gain" in outcome.out
+    assert "takes 1.00 × the time of the float32 file" in outcome.out
+    assert "same first class on 100.00 %" in outcome.out
+    cli("export", artifact, "-o", "plain.onnx")
+    assert Path("packed.onnx").read_bytes() == Path("plain.onnx").read_bytes()
+
+
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pack small layers too."""
+    monkeypatch.setattr(packing, "LEAST_WORK", 0)
+    monkeypatch.setattr(Regions, "worth", lambda self, candidates: set(candidates))
+
+
+@pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("how", slow_except(["--packed", "--fast"], ["--packed"]))
 def test_digits_keep_their_classes(how: str, cli: Cli, artifact: Path) -> None:
     """The trained digits: at most 0.3 points lost, and the same first class on 99 % of the images."""
@@ -139,6 +167,17 @@ def test_digits_keep_their_classes(how: str, cli: Cli, artifact: Path) -> None:
     assert same >= 99
     assert cli("evaluate", "net.onnx").out.startswith(f"{packed:.2f} % of 359")
     assert Path("net.onnx").stat().st_size < 40_000
+
+
+def test_activations_have_the_ranges_of_all_classes() -> None:
+    """A folder has one class after the other."""
+    labels = torch.arange(10).repeat_interleave(40)
+    images = labels.byte()[:, None, None, None].expand(-1, 1, 8, 8)
+    splits = {"train": (images, labels), "validation": (images, labels)}
+    data = InMemory(Data(batch_size=24), (1, 8, 8), 0, torch.device("cpu"), splits, list("0123456789"))
+    shown = torch.cat(list(_calibration(torch.empty(0), data)))
+    assert len(shown) == 32
+    assert len(shown[:, 0, 0, 0].unique()) == 10
 
 
 @pytest.mark.slow

@@ -111,9 +111,30 @@ def test_every_learner_goes_on_from_a_file(learner: str, tmp_path: Path) -> None
 def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path) -> None:
     overrides = [f"surgery.learner={learner}", "training.epochs=2", "training.lr=0.01"]
     overrides += [] if LEARNERS[learner].takes_k else ["surgery.k=null"]
-    through = train("digits", overrides=overrides, output=tmp_path / "through")
+    through, result = stopped_and_resumed(overrides, tmp_path)
     moved = any(epoch.changed for epoch in through.history)
     assert moved == LEARNERS[learner].trains
+    plain = build_digits(result.file) if LEARNERS[learner].learns_weights else load(result.file)
+    assert equal_states(result.model, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["surgery.learner=signed", "surgery.learner_options.threshold=0.01", "surgery.k=null"],
+        ["surgery.learner_options={coats: [0.5, 0.2, 0.1]}"],
+    ],
+)
+def test_learners_with_options_run_in_the_loop_and_go_on(overrides: list[str], tmp_path: Path) -> None:
+    through, result = stopped_and_resumed([*overrides, "training.epochs=2", "training.lr=0.01"], tmp_path)
+    assert any(epoch.changed for epoch in through.history)
+    assert equal_states(result.model, load(result.file))
+
+
+def stopped_and_resumed(overrides: list[str], tmp_path: Path) -> tuple[Any, Any]:
+    """A run, and the same one stopped after an epoch and resumed; their files are equal."""
+    through = train("digits", overrides=overrides, output=tmp_path / "through")
 
     def after(epoch: Any) -> None:
         if epoch.epoch == 1:
@@ -123,8 +144,7 @@ def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path
         train("digits", overrides=overrides, output=tmp_path / "run", after_epoch=after)
     result = train("digits", overrides=overrides, output=tmp_path / "run", resume=True)
     assert result.file.read_bytes() == through.file.read_bytes()
-    plain = build_digits(result.file) if LEARNERS[learner].learns_weights else load(result.file)
-    assert equal_states(result.model, plain)
+    return through, result
 
 
 # supermask: the equations
@@ -382,7 +402,7 @@ def test_supermask_goes_on_from_a_file(options: dict[str, Any], tmp_path: Path) 
         ({"learner": "supermask", "learner_options": {"sample": -1}}, r"sample is -1; expected an integer from 0"),
         ({"learner": "supermask", "learner_options": {"rescal": True}}, r"no option 'rescal'; nearest: rescale"),
         ({"learner": "supermask", "learner_options": "rescale"}, r"learner_options is 'rescale'; expected a mapping"),
-        ({"learner_options": {"rescale": True}}, r"edge_popup has no option 'rescale'; nearest: none"),
+        ({"learner_options": {"rescale": True}}, r"edge_popup has no option 'rescale'; nearest: coats"),
     ],
 )
 def test_what_convert_refuses(settings: dict[str, Any], says: str) -> None:

@@ -8,10 +8,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from popup_surgery import ArtifactError, ConversionError, bake, convert, masks, save, start_from
+from popup_surgery import (
+    ArtifactError,
+    ConversionError,
+    RecipeError,
+    bake,
+    convert,
+    inspect,
+    load,
+    masks,
+    save,
+    start_from,
+    train,
+)
 from popup_surgery.learners import Signed, get_learner
 from popup_surgery.weights import SCHEMES
-from support import equal_states, top
+from support import GOLDEN, equal_states, top
 
 THRESHOLD: dict[str, Any] = {"threshold": 0.1}
 
@@ -171,7 +183,7 @@ def test_a_run_starts_with_the_signs_of_a_file(scheme: str, options: dict[str, A
     assert equal_states(bake(again), bake(source))
     before = make(3)
     with pytest.raises(
-        ArtifactError, match=r"'0\.weight' has the plane 'sign', with which EdgePopup cannot start; con"
+        ArtifactError, match=r"'0\.weight' has the plane 'sign', with which the network's learner cannot start; con"
     ):
         start_from(before, tmp_path / "file")
     assert equal_states(bake(before), bake(make(3)))
@@ -210,3 +222,27 @@ def test_what_convert_refuses(settings: dict[str, Any], says: str) -> None:
         convert(layer, learner="signed", **settings)
     assert "\n" not in str(caught.value)
     assert type(layer) is nn.Linear
+
+
+def test_a_recipe_has_no_k_if_there_is_a_threshold(tmp_path: Path) -> None:
+    tiny = GOLDEN / "tiny.yaml"
+    options = ["surgery.learner=signed", "surgery.learner_options.threshold=0.1", "training.epochs=1"]
+    with pytest.raises(RecipeError, match=r"surgery\.k is 0\.5; expected null; signed takes no k"):
+        train(tiny, overrides=options, output=tmp_path / "k")
+    with pytest.raises(RecipeError, match=r"surgery\.k"):
+        train(tiny, overrides=["surgery.learner=signed", "surgery.k=null"], output=tmp_path / "none")
+    result = train(tiny, overrides=[*options, "surgery.k=null"], output=tmp_path / "run")
+    assert {entry.planes for entry in inspect(result.file).masked} == {("sign",)}
+    assert equal_states(load(result.file), result.model)
+
+
+@pytest.mark.parametrize("options", [{}, THRESHOLD])
+def test_the_number_of_kept_weights_has_a_gradient(options: dict[str, Any]) -> None:
+    learner = get_learner("signed", options)
+    assert isinstance(learner, Signed)
+    score = x(40).requires_grad_()
+    mask = learner.select([score], 10).masks[0]
+    kept = learner.kept_weights(score, mask)
+    kept.backward()
+    assert int(kept) == int(mask.sum())
+    assert torch.equal(score.grad, score.detach().sign())  # type: ignore[arg-type]

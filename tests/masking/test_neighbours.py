@@ -13,7 +13,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from transformers.pytorch_utils import Conv1D
 
 from masking.layers import LAYERS, Block, images, layers_of, pickled, raw, reverse, saved, sequential
-from popup_surgery import ConversionError, bake, convert, load, masks, plan, save, start_from
+from popup_surgery import ConversionError, bake, convert, load, masks, plan, save, set_k, start_from
 from popup_surgery.learners import LEARNERS, EdgePopup
 from popup_surgery.learners.base import Learner
 from popup_surgery.masking.plan import Plan
@@ -217,6 +217,8 @@ BAD = r"expected 'N:M', N of each M neighbours, with 1 <= N < M <= 16, such as '
         ({"pattern": "2:4", "k": 0.3}, r"k is 0\.3; expected 0\.5, which the pattern 2:4 sets, or none"),
         ({"pattern": "2:4", "k": {"*": 0.5}}, r"k is \{'\*': 0\.5\}; expected 0\.5, which the pattern 2:4 sets"),
         ({"pattern": "2:4", "scope": "global"}, r"scope is 'global'; expected 'layer'; a pattern ranks the neighbours"),
+        ({"pattern": "2:4", "learner_options": {"coats": [0.5, 0.1]}}, r"pattern is '2:4'; expected None; a pattern"),
+        ({"pattern": "2:4", "learner": "gem_miner"}, r"pattern is '2:4'; expected None; a pattern keeps the largest"),
         ({"pattern": "2:4", "learner": "supermask"}, r"pattern is '2:4'; expected None; supermask takes no k, because"),
         ({"pattern": "2:4", "learner": "piggyback"}, r"pattern is '2:4'; expected None; piggyback takes no k, because"),
     ],
@@ -248,12 +250,24 @@ def test_a_learner_that_selects_in_its_own_way_takes_no_pattern(monkeypatch: pyt
 
     for name, made in (("signed", Signed), ("growing", Growing), ("mixed", Mixed)):
         monkeypatch.setitem(LEARNERS, name, made())
-        with pytest.raises(ConversionError, match=f"pattern is '2:4'; expected None; {name} does not keep the weights"):
+        with pytest.raises(ConversionError, match=f"pattern is '2:4'; expected None; a pattern .* {name} with its"):
             convert(nn.Linear(8, 4), pattern="2:4", learner=name)
     monkeypatch.setitem(LEARNERS, "louder", Louder())
     layer: Any = convert(nn.Linear(8, 4), pattern="2:4", learner="louder")
     assert torch.equal(layer.weight != 0, chosen(layer.weight_score, 2, 4))
     assert not Learner.takes_pattern
+
+
+def test_no_other_k_can_be_set_later() -> None:
+    net = convert(sequential(), pattern="2:4")
+    before = masks(net)
+    with pytest.raises(
+        ConversionError, match=r"k=0\.3 is not that of the pattern 2:4, which keeps as many all the time"
+    ):
+        set_k(net, 0.3)
+    set_k(net, None)
+    set_k(net, 0.5)
+    assert all(torch.equal(mask, before[key]) for key, mask in masks(net).items())
 
 
 def test_a_type_of_layer_must_say_what_its_neighbours_are(monkeypatch: pytest.MonkeyPatch) -> None:

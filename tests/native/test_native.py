@@ -169,7 +169,12 @@ def test_a_mask_has_one_encoding(file: File, unpack: Unpack) -> None:
         assert unpack.refusal(coded(file, vector).bytes()).startswith("weights_sha256")
 
 
-OTHERS = ("pretrained.popup", "signed.popup")  # which need a base, or a newer reader
+OTHERS = (
+    "pretrained.popup",
+    "signed.popup",
+    "coats.popup",
+    "pattern_coded.popup",
+)  # which need a base or a newer reader
 FILES = [path for path in sorted(GOLDEN.rglob("*.popup.safetensors")) if path.stem not in OTHERS]
 
 
@@ -214,11 +219,20 @@ def test_a_mask_on_pretrained_weights_asks_for_them(unpack: Unpack, tmp_path: Pa
         assert masks[name].numpy().tobytes() == np.packbits(mask.numpy().reshape(-1), bitorder="little").tobytes()
 
 
-def test_a_file_with_planes_is_refused(unpack: Unpack, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "feature"), [("signed", "sign"), ("pattern_coded", "pattern_coded")])
+def test_a_file_with_planes_or_of_a_newer_encoding_is_refused_by_name(
+    name: str, feature: str, unpack: Unpack, tmp_path: Path
+) -> None:
     for form in ((), ("mask",)):
-        done = unpack.run(GOLDEN / "signed.popup.safetensors", tmp_path / "out", *form)
-        assert done.stderr.endswith("the file needs a newer reader: its format_version or requires\n")
+        done = unpack.run(GOLDEN / f"{name}.popup.safetensors", tmp_path / "out", *form)
+        assert done.stderr.endswith(f'the file needs a newer reader: version 1, requires ["{feature}"]\n')
         assert not (tmp_path / "out").exists()
+
+
+def test_a_pattern_in_bits_is_read(unpack: Unpack, tmp_path: Path) -> None:
+    ps.repack(GOLDEN / "pattern_coded.popup.safetensors", tmp_path / "bits", encoding="bitpack")
+    state, expected = unpack.state(tmp_path / "bits"), ps.load(tmp_path / "bits").state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
 
 
 # --- what it must refuse ----------------------------------------------------------------------------------------------

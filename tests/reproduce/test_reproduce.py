@@ -13,7 +13,7 @@ from PIL import Image
 
 from popup_surgery import DataError, RecipeError, UnknownName, train
 from popup_surgery.config.catalog import shipped, shipped_sweeps
-from popup_surgery.reproduce import FIGURES, SCALES, reproduce, sweep_of
+from popup_surgery.reproduce import FIGURES, PAPER, SCALES, Protocol, reproduce, sweep_of
 from popup_surgery.reproduce.table import rows
 from popup_surgery.sweep import Outcome, Run, State, points
 from popup_surgery.sweep.results import Numbers
@@ -25,17 +25,18 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", PAPER)
 def test_a_figures_runs_are_those_of_the_paper(figure: str) -> None:
     full = sweep_of(figure)
     assert len(full.runs) == RUNS[figure]
     seeds = {run.seed for run in full.runs}
-    assert seeds == ({0} if FIGURES[figure].imagenet else {0, 1, 2, 3, 4})
+    protocol = PAPER[figure].protocol
+    assert seeds == ({0} if protocol == "imagenet" else {0, 1, 2, 3, 4})
     assert {run.recipe.training.epochs for run in full.runs} == {100}
     assert {run.recipe.data.max_train for run in full.runs} == {None}
     for scale in SCALES:
         runs = sweep_of(figure, scale).runs
-        assert len(runs) * len(seeds) == RUNS[figure] * (len(seeds) if len(seeds) == 1 else SCALES[scale].seeds or 5)
+        assert len(runs) * len(seeds) == RUNS[figure] * (SCALES[scale].get(protocol, Protocol()).seeds or len(seeds))
 
 
 SCHEMES = {  # by what a label says
@@ -45,10 +46,10 @@ SCHEMES = {  # by what a label says
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("figure", FIGURES)
+@pytest.mark.parametrize("figure", PAPER)
 def test_the_papers_hyperparameters(figure: str) -> None:
     """Sections 4.1 and 4.2; of Zhou et al.'s method and ImageNet the published configurations."""
-    imagenet = FIGURES[figure].imagenet
+    imagenet = PAPER[figure].protocol == "imagenet"
     for run in sweep_of(figure).runs:
         recipe, label, net = run.recipe, run.label, run.recipe.model.name.split("/")[1]
         dense, zhou = label.startswith("dense"), label.startswith("Zhou")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from popup_surgery import Recipe, RecipeError, inspect, train, verify
+from popup_surgery import Recipe, RecipeError, inspect, masks, train, verify
 from popup_surgery.data.batches import quiet
 from popup_surgery.errors import ConversionError, Stopped
 from popup_surgery.experiment.setup import prepare
@@ -45,6 +45,18 @@ def test_the_masks_are_compared_with_those_that_k_alone_gives() -> None:
     trainer, _ = prepare(recipe, start(recipe.training), quiet)
     assert all(mask.all() for mask in trainer.masks().values())
     assert [layer.overlap for layer in trainer.layers()] == [kept_count(n, 0.2) / n for n in DIGITS]
+
+
+def test_every_step_of_an_epoch_keeps_its_share() -> None:
+    recipe = Recipe.load("digits", [*SETTINGS, "data.max_train=96", "data.max_validation=32"])
+    trainer, _ = prepare(recipe, start(recipe.training), quiet)
+    seen: list[int] = []
+    trainer.core.register_forward_pre_hook(
+        lambda net, _: seen.append(sum(int(mask.sum()) for mask in masks(net).values())) if net.training else None
+    )
+    trainer.run(lambda epoch: None)
+    schedule = KSchedule.of(CUBIC)
+    assert seen == [sum(kept_count(n, schedule.at(epoch, 0.2)) for n in DIGITS) for epoch in range(4) for _ in range(3)]
 
 
 def test_the_weights_of_scaled_layers_are_those_of_the_final_k(through: Any, tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ WITHOUT = "surgery.learner=supermask", "surgery.k=null", "surgery.scaled=false"
         (["surgery.pattern=2:4", "surgery.k=0.3"], r"surgery\.pattern is '2:4': k is 0\.3, and the pattern sets"),
         (["surgery.pattern=2:4", "surgery.k={'*': 0.5}"], r"surgery\.pattern is '2:4': k is {\"\*\": 0\.5}, and"),
         ([*PATTERN, "surgery.scope=global"], r"surgery\.pattern is '2:4': scope is global, and a pattern ranks"),
+        ([*PATTERN, "surgery.k_schedule={kind: linear, epochs: 2}"], r"k_schedule is .*; expected null; the pattern"),
         (["surgery.pattern=2:4", *WITHOUT], r"surgery\.pattern is '2:4'; expected null; supermask takes no k, because"),
     ],
 )  # fmt: skip
