@@ -49,7 +49,7 @@ def test_the_page_shows_what_was_found(script: ModuleType) -> None:
 
 @pytest.mark.slow
 def test_the_script_tries_again_what_did_not_export(tmp_path: Path) -> None:
-    call = [sys.executable, ROOT / "benchmarks/exports.py", "--only", "test_resnet", "--folder", tmp_path]
+    call: list[Any] = [sys.executable, ROOT / "benchmarks/exports.py", "--only", "test_resnet", "--folder", tmp_path]
     found = []
     for more in (["--seconds", "1"], [], ["--again"], ["--again", "--seconds", "1"]):
         subprocess.run([*call, *more], check=True)
