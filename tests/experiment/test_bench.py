@@ -90,6 +90,19 @@ def test_the_digits_in_every_way(first: ps.Result, cli: Cli, temporary: Path, tm
 
 
 @pytest.mark.slow
+def test_a_packed_file_is_measured(tmp_path: Path) -> None:
+    ps.save(ps.convert(ps.build("timm/test_resnet"), 0.3), tmp_path / "net")
+    ways = {way.name: way for way in ps.bench(tmp_path / "net", (1,), rounds=2, threads=1).ways}
+    packed, onnx = ways["onnx_packed"], ways["onnx"]
+    assert not packed.refused
+    assert packed.file is not None
+    assert onnx.file is not None
+    assert packed.file < onnx.file
+    assert packed.difference is not None
+    assert 1e-4 < packed.difference < 0.25
+
+
+@pytest.mark.slow
 def test_ways_that_there_are_not(tmp_path: Path, cli: Cli) -> None:
     """Weights that are not ternary, an input that is not 224 pixels wide, and no file that names it."""
     net = ps.build("timm/test_resnet", in_chans=4)
