@@ -92,7 +92,7 @@ def test_the_digits_in_every_way(first: ps.Result, cli: Cli, temporary: Path, tm
 @pytest.mark.slow
 def test_a_packed_file_is_measured(tmp_path: Path) -> None:
     ps.save(ps.convert(ps.build("timm/test_resnet"), 0.3), tmp_path / "net")
-    ways = {way.name: way for way in ps.bench(tmp_path / "net", (1,), rounds=2, threads=1).ways}
+    ways = {way.name: way for way in ps.bench(tmp_path / "net", batches=(1,), rounds=2, threads=1).ways}
     packed, onnx = ways["onnx_packed"], ways["onnx"]
     assert not packed.refused
     assert packed.file is not None
