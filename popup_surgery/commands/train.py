@@ -93,11 +93,10 @@ class _EpochLines:
         # includes validation from the second epoch on
         each = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1) if self.ends[1:] else epoch.seconds
         left = each * (self.epochs - epoch.epoch)
+        k = "" if epoch.k is None else f"k {epoch.k:.4g}  "
         show(
             f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.train_loss:.3f}  training {epoch.train_accuracy:.2%}  "
-            f"accuracy {epoch.accuracy:.2%}  "
-            + (f"k {epoch.k:.4g}  " if epoch.k is not None else "")
-            + f"mask changed {epoch.changed:.2%}  "
+            f"accuracy {epoch.accuracy:.2%}  {k}mask changed {epoch.changed:.2%}  "
             f"{epoch.images_per_second:,.0f} images/s  {timedelta(seconds=round(left))} left".replace("%", " %")
             + (f"  {epoch.skipped:,} skipped" if epoch.skipped else "")
         )

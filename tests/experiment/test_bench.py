@@ -1,6 +1,7 @@
 """`bench`: what it measures of each way to run a file's network, what it says where there is none, what it leaves."""
 
 import json
+import mmap
 import os
 import re
 import signal
@@ -68,20 +69,21 @@ def test_the_digits_in_every_way(first: ps.Result, cli: Cli, temporary: Path, tm
     assert set(found["versions"]) == {"torch", "onnxruntime"}
     ways = {way["name"]: way for way in found["ways"]}
     assert list(ways) == WAYS
+    small = "none of its layers is packed (a convolution too small to gain, a product too small to gain)"
+    assert ways.pop("onnx_packed")["refused"] == small
     for way in ways.values():
         assert not way["refused"]
         for batch in ("1", "3"):
             assert len(way["turns"][batch]) == 2
             assert 0 < min(way["turns"][batch]) <= way["seconds"][batch] <= max(way["turns"][batch])
     assert ways["pytorch"]["file"] == ways["pytorch_packed"]["file"] == Path(first.file).stat().st_size
-    assert ways["onnx"]["file"] > ways["onnx_packed"]["file"] > ways["pytorch"]["file"]
+    assert ways["onnx"]["file"] > ways["pytorch"]["file"]
     if sys.platform == "linux":
         assert all(0 <= way["peak"]["1"] <= way["peak"]["3"] for way in ways.values())
         assert all(way["held"] is not None for way in ways.values())
     assert ways["pytorch"]["difference"] is None
     assert ways["pytorch_packed"]["difference"] == 0
     assert 0 < ways["onnx"]["difference"] < 1e-4
-    assert 1e-4 < ways["onnx_packed"]["difference"] < 0.25
     with Image.open(picture) as image:
         assert image.size > (500, 200)
     assert not list(temporary.iterdir())
@@ -239,8 +241,8 @@ def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.Monk
 def test_memory_that_was_used_and_returned_counts_for_the_peak() -> None:
     if (before := machine.memory(forget=True)) is None:
         pytest.skip("this system does not tell")
-    block = torch.ones(30_000_000)
-    del block
+    with mmap.mmap(-1, 120_000_000) as block:  # torch may take memory that is resident already
+        block.write(bytes(len(block)))
     after = machine.memory()
     assert after is not None
     assert after.peak - before.peak > 100e6

@@ -121,9 +121,9 @@ class Attends(nn.Linear):
             super().forward(x).unflatten(1, {3: (24, 5), 4: (6, 4, 5), 5: (2, 3, 4, 5), 6: (1, 2, 3, 4, 5)}[self.axes])
         )
         key = query.flip(-2) if self.axes < 5 else query[..., :1, :, :]
-        mask = key[..., :1].transpose(-2, -1)
-        if self.axes != 5:
-            mask = torch.ones(query.shape[-2], query.shape[-2]).tril().bool()
+        mask = torch.ones(query.shape[-2], query.shape[-2]).tril().bool()  # no row is all False
+        if self.axes == 5:
+            mask = mask | (key[..., :1, :1] > 0)
         return F.scaled_dot_product_attention(query, key.expand(query.shape), attn_mask=mask, value=query)
 
 

@@ -52,6 +52,8 @@ def test_weight_is_raw_where_the_mask_is_and_plus_zero_elsewhere(kind: str, lear
     assert mask.shape == weight.shape == raw(layer).shape
     assert 0 < mask.sum() < mask.numel()
     values = layer.weight_score if LEARNERS[learner].ranks_weights else raw(layer)
+    if "sign" in LEARNERS[learner].planes:
+        values = values * layer.weight_score.sign()
     assert torch.equal(weight[mask], values[mask])
     zeros = weight[~mask]
     assert (raw(layer)[~mask] < 0).any(), "no negative weight is masked, so that −0.0 could not come up"

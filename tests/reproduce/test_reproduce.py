@@ -252,6 +252,11 @@ def test_every_recipe_runs_two_steps(name: str, ten: Path, tmp_path: Path) -> No
 
 def test_sweeps_are_no_recipes(cli: Callable[..., Any]) -> None:
     paper = [f"paper/figure{n}" for n in (10, 3, 4, 5, 6, 7, 8, 9)]
-    assert shipped_sweeps() == ["many_tasks/permuted_digits", "many_tasks/piggyback_digits", *paper]
+    assert shipped_sweeps() == [
+        "many_tasks/permuted_digits",
+        "many_tasks/piggyback_digits",
+        "methods/equal_bytes",
+        *paper,
+    ]
     assert not set(shipped_sweeps()) & set(shipped())
     assert cli("recipes").out.split() == shipped() + shipped_sweeps()
