@@ -98,6 +98,7 @@ def in_process(name: str, seconds: int, gigabytes: float) -> Row:
         if not receive.poll(20 * seconds):
             return {"network": name, "failed": f"not done after {20 * seconds} seconds"}
         row: Row = receive.recv()
+        process.join(60)
         return row
     except EOFError:
         process.join()
