@@ -67,7 +67,7 @@ def example(help_text: str) -> tuple[list[str], str]:
     return shlex.split(lines[start].strip().removeprefix("$ popup-surgery ")), "\n".join(output)
 
 
-@pytest.mark.parametrize("command", slow_except(COMMANDS, set(COMMANDS) - {"sweep", "reproduce"}))
+@pytest.mark.parametrize("command", slow_except(COMMANDS, set(COMMANDS) - {"sweep", "reproduce", "zoo", "bench"}))
 def test_help_has_a_real_call_and_its_real_output(cli: Cli, artifact: Path, command: str) -> None:
     shown = cli(command, "--help")
     assert shown.status == 0

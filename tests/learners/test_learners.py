@@ -107,7 +107,7 @@ def test_every_learner_goes_on_from_a_file(learner: str, tmp_path: Path) -> None
     assert equal_states(bake(net), bake(source))
 
 
-@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("learner", slow_except(LEARNERS, ["edge_popup", "dnw"]))
 def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path) -> None:
     overrides = [f"surgery.learner={learner}", "training.epochs=2", "training.lr=0.01"]
     overrides += [] if LEARNERS[learner].takes_k else ["surgery.k=null"]

@@ -617,7 +617,10 @@ def test_inductor_computes_and_learns_the_same(dynamo: None) -> None:
         assert differ(masks(model), chosen)  # a compiled graph holds no mask
 
 
-@pytest.mark.parametrize(("net", "scope"), [*((net, "layer") for net in NETS), ("resnet", "global")])
+@pytest.mark.parametrize(
+    ("net", "scope"),
+    [*(pytest.param(net, "layer", marks=[pytest.mark.slow] * (net != "vit")) for net in NETS), ("resnet", "global")],
+)
 def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: Scope) -> None:
     model = hidden(NETS[net], scope=scope).eval()
     program = torch.export.export(model, (images(),)).module()
@@ -628,7 +631,7 @@ def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: Scope
     assert torch.equal(program(images()), other(images()))
 
 
-@pytest.mark.parametrize("net", slow_except(NETS, ["resnet", "vit"]))
+@pytest.mark.parametrize("net", slow_except(NETS, ["resnet"]))
 def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     model = hidden(NETS[net]).eval()
     torch.export.save(torch.export.export(bake(model), (images(),)), tmp_path / "net.pt2")
