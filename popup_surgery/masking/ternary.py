@@ -32,7 +32,7 @@ def unpack(codes: Tensor, value: Tensor, shape: tuple[int, ...]) -> Tensor:
         value: the constant c > 0, [1], of any float dtype.
         shape: of the weights, n in all.
     """
-    traced = torch.compiler.is_compiling() or type(codes) is not Tensor
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or type(codes) is not Tensor
     return unpack_op(codes, value, shape) if traced else _unpack(codes, value, shape)
 
 

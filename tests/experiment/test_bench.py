@@ -219,7 +219,7 @@ def test_an_address_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
     hub.add("me/digits", {"digits.popup.safetensors": GOLD.read_bytes()})
     hub.here(monkeypatch, tmp_path / "home")
     found = ps.bench("hf://me/digits", batches=[1], rounds=1, threads=1)
-    assert [way.name for way in found.measured] == WAYS
+    assert [way.name for way in found.measured] == [way for way in WAYS if way != "onnx_packed"]
 
 
 @pytest.mark.parametrize("name", slow_except(["onnxruntime", "onnxscript"], ["onnxruntime"]))
