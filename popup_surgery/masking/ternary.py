@@ -1,6 +1,8 @@
 """Weights of the values −c, 0 and +c at two bits each: a byte for four of them, and a table of all bytes."""
 
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from math import prod
 
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from ..weights.streams import BITS
 
+_OF_ITS_OWN = 1 << 20  # bytes from which a weight gets memory of its own
 _PIECE = 1 << 16  # bytes made into weights at a time, so that NumPy's wide indices of them stay in cache
 
 
@@ -43,7 +46,7 @@ def _unpack(codes: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor:
     if codes.device.type != "cpu":
         four = table.index_select(0, codes.int())
     else:
-        four = torch.empty((len(codes), 4), dtype=value.dtype)
+        four = _scratch(4 * codes.shape[0], value.dtype).view(-1, 4)
         # NumPy has no bfloat16
         words = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}[table.itemsize]
         rows, out, bytes_ = table.view(words).numpy(), four.view(words).numpy(), codes.numpy()
@@ -51,6 +54,22 @@ def _unpack(codes: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor:
             piece = slice(start, start + _PIECE)
             np.take(rows, bytes_[piece], axis=0, out=out[piece], mode="clip")
     return four.view(-1)[: prod(shape)].view(shape)
+
+
+def _scratch(n: int, dtype: torch.dtype) -> Tensor:
+    """Return memory for `n` values, which goes back to the system with the tensor if it is large.
+
+    The C library keeps what is freed for later, and with every layer's weight the process would grow to the size of the
+    network that is not packed.
+    """
+    nbytes = n * dtype.itemsize
+    if nbytes < _OF_ITS_OWN or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(n, dtype=dtype)
+    memory = mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel may have none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
 
 
 @torch.library.custom_op("popup_surgery::unpack", mutates_args=())

@@ -254,8 +254,9 @@ def test_where_the_system_does_not_tell(tmp_path: Path, monkeypatch: pytest.Monk
 def test_memory_that_was_used_and_returned_counts_for_the_peak() -> None:
     if (before := machine.memory(forget=True)) is None:
         pytest.skip("this system does not tell")
-    with mmap.mmap(-1, 120_000_000) as block:  # torch may take memory that is resident already
-        block.write(bytes(len(block)))
+    with mmap.mmap(-1, 120 << 20) as block:  # other memory may be resident already, and may stay
+        for _ in range(120):
+            block.write(bytes(1 << 20))
     after = machine.memory()
     assert after is not None
     assert after.peak - before.peak > 100e6

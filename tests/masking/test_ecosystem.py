@@ -601,6 +601,7 @@ def test_a_wrapper_around_a_part_is_a_part_of_its_streams(process_group: None, d
 # compilers and exporters -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_inductor_computes_and_learns_the_same(dynamo: None) -> None:
     model = hidden(lambda: nn.Sequential(ConvNormAct(3, 8, 3), ClassifierHead(8, 5)))
     fast = torch.compile(model, fullgraph=True)

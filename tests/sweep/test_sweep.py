@@ -403,6 +403,7 @@ def test_two_sweeps_in_one_folder(tmp_path: Path) -> None:
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_dry_run_counts_and_estimates_and_writes_nothing(cli: Cli, here: Path, tmp_path: Path) -> None:
     more = GRID | {"seeds": [0, 1, 5]}
     before = sorted(here.rglob("*"))
