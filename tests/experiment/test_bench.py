@@ -277,7 +277,7 @@ def test_nothing_stays_when_it_is_interrupted(number: signal.Signals, tmp_path: 
         time.sleep(0.05)
     process.send_signal(number)
     _, errors = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
+    assert process.returncode in (130, -signal.SIGINT)  # Python may end by the signal itself; a shell says 130 of both
     assert errors in ("", "interrupted\n")  # by version of typer
     assert [path.name for path in folder.iterdir() if path.name != ".ses"] == []  # that one is ONNX Runtime's own
     assert not [path for path in Path("/proc").glob("[0-9]*/environ") if _mentions(path, str(folder))]
