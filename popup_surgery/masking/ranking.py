@@ -101,11 +101,11 @@ class RankGroup:
         Raises:
             ConversionError: it keeps none, or fewer than the floor, or another number than the pattern.
         """
-        if self.pattern is not None and share not in (None, self.pattern.keep / self.pattern.of):
-            raise ConversionError(
-                f"k={share:g} is not that of the pattern {self.pattern}, which keeps as many all the time"
-            )
         if self.pattern is not None:
+            if share not in (None, self.pattern.keep / self.pattern.of):
+                raise ConversionError(
+                    f"k={share:g} is not that of the pattern {self.pattern}, which keeps as many all the time"
+                )
             return self.kept
         kept = self.kept if share is None else kept_count(self.numel, share)
         least = max(1, sum(self.floors or ()))

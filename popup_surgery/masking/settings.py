@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 from ..errors import ConversionError, PopupError, nearest
 
 if TYPE_CHECKING:
-    pass
+    from ..learners import Learner
 
 Patterns = str | Sequence[str] | None
 Shares = float | Mapping[str, float | str]
@@ -76,7 +76,7 @@ class MaskingSettings:
                     )
             asked = replace(asked, **WITHOUT_K)
         if asked.pattern is not None:
-            _check_pattern(asked)
+            _check_pattern(asked, learner)
         for name, words in _WORDS.items():
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
@@ -86,7 +86,7 @@ class MaskingSettings:
         if wrong := learner.k_error(k):
             raise ConversionError(f"k is {k!r}; {wrong}")
         if asked.floor is not None:
-            _check_floor(asked, k)
+            _check_floor(asked, k, learner)
         for scheme in asked.by_pattern("scheme").values():
             if scheme != PRETRAINED:
                 get_scheme(scheme)
@@ -140,18 +140,14 @@ def with_share(given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
 
 
-def _check_pattern(asked: "MaskingSettings") -> None:
+def _check_pattern(asked: "MaskingSettings", learner: "Learner") -> None:
     """Raise `ConversionError` if the pattern is none, or does not go with the other arguments."""
-    from ..learners import get_learner
-
     try:
         share = share_of(str(asked.pattern))
     except ValueError as error:
         raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
-    chosen = get_learner(asked.learner, asked.learner_options)
-    if not chosen.takes_pattern:
-        why = without_pattern(asked.learner)
-        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {why}")
+    if not learner.takes_pattern:
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
     if asked.scope != "layer":
         raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
     if asked.k != share:
@@ -252,13 +248,11 @@ def as_floor(floor: float | None) -> float | None:
     return floor if floor is None else int(floor) if floor >= 1 else float(floor)
 
 
-def _check_floor(asked: MaskingSettings, k: Shares | None) -> None:
+def _check_floor(asked: MaskingSettings, k: Shares | None, learner: "Learner") -> None:
     """Raise `ConversionError` unless the floor can be used with the other settings."""
-    from ..learners import get_learner
-
     if mistake := floor_mistake(asked.floor, k, asked.scope):
         raise ConversionError(f"floor is {asked.floor!r}; {mistake}")
-    if not get_learner(asked.learner, asked.learner_options).takes_floor:
+    if not learner.takes_floor:
         raise ConversionError(f"floor is {asked.floor!r}; expected None: {asked.learner} ranks without a floor")
 
 
