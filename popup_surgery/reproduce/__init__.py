@@ -17,7 +17,7 @@ from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, point
 from ..sweep.archive import Archive
 from .figures import FIGURES, NET, PAPER, Figure
 from .picture import draw
-from .rounded import with_rounded
+from .rounded import rounded
 from .table import as_json, as_markdown, panel_of, rows, short
 
 __all__ = ["FIGURES", "PAPER", "SCALES", "Protocol", "Reproduction", "redraw", "reproduce", "sweep_of"]
@@ -155,7 +155,8 @@ def reproduce(
     if os.path.isdir(output):  # a new folder has room for any
         _check(_files(figure, scale, output))
     outcomes = execute(sweep, output, engine, report)
-    return _show(figure, scale, outcomes, _note(sweep, scale, settings), output)
+    more = rounded(outcomes, output) if FIGURES[figure].rounded else []
+    return _show(figure, scale, outcomes, _note(sweep, scale, settings), output, more)
 
 
 def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction:
@@ -217,9 +218,11 @@ def _place(run: Run) -> tuple[str, str, int]:
     return run.label, json.dumps(dict(run.values), sort_keys=True), run.seed
 
 
-def _show(figure: str, scale: str, outcomes: Sequence[Outcome], note: str, output: Path) -> Reproduction:
-    """Write the figure and its table into the folder `output`."""
-    found, shown = FIGURES[figure], points(with_rounded(outcomes, output) if figure == "equal-bytes" else outcomes)
+def _show(
+    figure: str, scale: str, outcomes: Sequence[Outcome], note: str, output: Path, more: Sequence[Outcome] = ()
+) -> Reproduction:
+    """Write the figure and its table into the folder `output`; of `more` outcomes too, which no run has."""
+    found, shown = FIGURES[figure], points([*outcomes, *more])
     table = rows(found, shown)
     text = as_markdown(found, table, note)
     files = _files(figure, scale, output)

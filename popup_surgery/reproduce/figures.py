@@ -36,6 +36,7 @@ class Figure:
         reported: the paper's numbers.
         protocol: what it is trained on and for how long, a key of each of `SCALES`.
         baseline: label of the series that the others are compared with at the same x, in place of the paper's numbers.
+        rounded: whether dense networks are shown pruned and rounded too.
     """
 
     title: str
@@ -46,6 +47,7 @@ class Figure:
     reported: tuple[Reported, ...] = ()
     protocol: str = "cifar10"
     baseline: str = ""
+    rounded: bool = False
 
 
 _FIGURE3, _TABLE2 = "figure 3", "the authors' table"
@@ -107,6 +109,6 @@ PAPER = {
 FIGURES = PAPER | {
     "equal-bytes": Figure(
         "Methods at equal bytes: CIFAR-10", "methods/equal_bytes", "stored", "bytes of masks and stored tensors", NET,
-        protocol="equal-bytes", baseline="edge-popup",
+        protocol="equal-bytes", baseline="edge-popup", rounded=True,
     ),
 }  # fmt: skip

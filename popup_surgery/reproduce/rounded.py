@@ -23,13 +23,13 @@ FILE = "rounded.json"  # in a run's folder: what was measured there
 _KEYS = [f"{bits} bits, kept {kept}" for bits in (8, 4) for kept in (1.0, 0.5, 0.3, 0.1, 0.05)]
 
 
-def with_rounded(outcomes: Sequence[Outcome], output: Path) -> list[Outcome]:
-    """Return the outcomes of a sweep, and after them those of its dense networks pruned and rounded.
+def rounded(outcomes: Sequence[Outcome], output: Path) -> list[Outcome]:
+    """Return what the dense networks of a sweep would be, pruned and rounded.
 
-    For each number of bits and each share of weights that is kept there is one. A network is measured once: the numbers
-    stay in the folder of its run.
+    For each number of bits and each share of weights that is kept there is an outcome. A network is measured once: the
+    numbers stay in the folder of its run.
     """
-    found, points = list(outcomes), len(outcomes)
+    found, points = list[Outcome](), len(outcomes)
     dense = [o for o in outcomes if o.numbers is not None and o.run.folder(output).kind is Kind.WEIGHTS]
     measured = {outcome.run.name: _measured(outcome.run, output) for outcome in dense}
     for number, key in enumerate(_KEYS, 1):
@@ -51,8 +51,9 @@ def _measured(run: Run, output: Path) -> dict[str, dict[str, float]]:
     file = folder.path / FILE
     if file.exists():
         try:
-            return json.loads(file.read_text())
-        except ValueError as error:
+            there = json.loads(file.read_text())
+            return {key: there[key] for key in _KEYS}
+        except (ValueError, LookupError, TypeError) as error:
             raise RunError(f"{file} is damaged; remove it, and it is measured again") from error
     network = open_result(folder.final).network().to("cuda" if torch.cuda.is_available() else "cpu")
     batches = open_for(network, run.recipe.data, quiet, train=False)
