@@ -255,6 +255,22 @@ class Learner(ABC):
 link_methods(Learner)
 
 
+class StraightThrough(torch.autograd.Function):
+    """The masked weight. A subclass has `backward`, which says what gradient the score gets."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        return masked(weight, mask)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        weight, score, mask = inputs
+        # the mask is needed only if the weight is trained too
+        ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
+
+
 def masked(weight: Tensor, mask: Tensor) -> Tensor:
     """Return `weight` where `mask` is True and +0.0 elsewhere, never −0.0.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..selection import Selection, select, select_op
 from ..weights.streams import draw_scores
-from .base import Learner, masked
+from .base import Learner, StraightThrough
 
 
 class EdgePopup(Learner):
@@ -43,20 +43,8 @@ class EdgePopup(Learner):
         return _StraightThrough.apply(weight, score, mask)
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(StraightThrough):
     """The masked weight; the score gets its gradient as if the mask were the score's magnitude."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        return masked(weight, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        weight, score, mask = inputs
-        # the mask is needed only if the weight is trained too
-        ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

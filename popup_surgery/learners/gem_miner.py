@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConversionError
-from ..selection import Selection, select, select_op
+from ..selection import OneRead, Selection, select, select_op
 from ..weights.streams import draw_scores
-from .base import Learner, TrainedWeight, masked
+from .base import Learner, StraightThrough, TrainedWeight
 
 FROZEN = -1.0  # the score of a weight that takes no part any more; those of all others are from 0 to 1
 
@@ -69,7 +69,7 @@ class GemMiner(Learner):
         self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
     ) -> Selection:
         if not kept:
-            return _Rounded(tuple(self.select_traced(scores, kept)), -1, -1)
+            return OneRead(tuple(self.select_traced(scores, kept)))
         found = select(_ranks(scores), kept, floors)
         return _Ranked(found.masks, found.threshold, found.last, found)
 
@@ -128,13 +128,6 @@ def _ranks(scores: Sequence[Tensor]) -> list[Tensor]:
     return [torch.where(score == FROZEN, 0.0, score.detach().clamp(min=least)) for score in scores]
 
 
-class _Rounded(Selection):
-    """Masks of one read. A comparison costs less than a check of the last masks."""
-
-    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
-        return False
-
-
 @dataclass(frozen=True)
 class _Ranked(Selection):
     """Masks of the largest scores: those of their `ranks`."""
@@ -147,19 +140,8 @@ class _Ranked(Selection):
         return self.ranks.holds([next(ranks) if only in (None, i) else s for i, s in enumerate(scores)], only)
 
 
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(StraightThrough):
     """The masked weight; the score gets its gradient as if the mask were the score, unless it is frozen."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        return masked(weight, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        weight, score, mask = inputs
-        ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

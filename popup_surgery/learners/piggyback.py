@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConversionError
-from ..selection import Selection
+from ..selection import OneRead, Selection
 from ..weights.streams import CHUNK
-from .base import Learner, masked
+from .base import Learner, StraightThrough
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Piggyback(Learner):
         return (np.full(min(CHUNK, numel - start), self.init, np.float32) for start in range(0, numel, CHUNK))
 
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
-        return _Thresholded(tuple(self.select_traced(scores, kept)), -1, -1)
+        return OneRead(tuple(self.select_traced(scores, kept)))
 
     def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         return [score > self._threshold for score in scores]
@@ -76,31 +76,12 @@ class Piggyback(Learner):
         return float(np.float32(self.threshold))
 
 
-class _Thresholded(Selection):
-    """Masks of one read. A comparison costs less than a check of the last masks."""
-
-    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
-        return False
-
-
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(StraightThrough):
     """The masked weight; the score gets its gradient as if the mask were the score."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        return masked(weight, mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        weight, score, mask = inputs
-        ctx.dtype = score.dtype
-        ctx.save_for_backward(weight, mask if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        weight, mask = ctx.saved_tensors
-        for_score = grad.to(ctx.dtype) * weight if ctx.needs_input_grad[1] else None
+        weight, score, mask = ctx.saved_tensors
+        for_score = grad.to(score.dtype) * weight if ctx.needs_input_grad[1] else None
         for_weight = torch.where(mask, grad, 0.0) if ctx.needs_input_grad[0] else None
         return for_weight, for_score, None

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConversionError
-from ..selection import Selection
+from ..selection import OneRead, Selection
 from ..weights.streams import draw_scores
-from .base import masked
+from .base import StraightThrough, masked
 from .edge_popup import EdgePopup
 
 
@@ -75,7 +75,7 @@ class Signed(EdgePopup):
     ) -> Selection:
         if self.threshold is None:
             return super().select(scores, kept, names, floors)
-        return _Thresholded(tuple(self.select_traced(scores, kept)), -1, -1)
+        return OneRead(tuple(self.select_traced(scores, kept)))
 
     def select_traced(
         self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
@@ -112,26 +112,12 @@ class Signed(EdgePopup):
         return float(np.float32(self.threshold or 0.0))
 
 
-class _Thresholded(Selection):
-    """Masks of one read. A comparison costs less than a check of the last masks."""
-
-    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
-        return False
-
-
-class _StraightThrough(torch.autograd.Function):
+class _StraightThrough(StraightThrough):
     """The weight, kept, hidden or inverted; the score gets its gradient as if it were the factor itself."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return masked(weight * _sign(score, weight), mask)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        weight, score, mask = inputs
-        ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:

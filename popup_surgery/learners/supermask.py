@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConversionError
-from ..selection import Selection
+from ..selection import OneRead, Selection
 from ..weights.streams import CHUNK, draw_scores
 from .base import Learner, masked
 from .sampling import named, noise
@@ -62,7 +62,7 @@ class Supermask(Learner):
         return (np.full(min(CHUNK, numel - start), self.init, np.float32) for start in range(0, numel, CHUNK))
 
     def select(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Selection:
-        return _Sample(tuple(_choose(s, name, self.sample) for s, name in zip(scores, names, strict=True)), -1, -1)
+        return OneRead(tuple(_choose(s, name, self.sample) for s, name in zip(scores, names, strict=True)))
 
     def select_traced(self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = ()) -> Sequence[Tensor]:
         return [choose_op(score, name, self.sample) for score, name in zip(scores, names, strict=True)]
@@ -88,13 +88,6 @@ class Supermask(Learner):
     def describe_sample(self) -> str:
         name = named(self.sample)
         return "the most probable network" if name is None else f"the sample {name}"
-
-
-class _Sample(Selection):
-    """Masks of one read. The next read draws others."""
-
-    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
-        return False
 
 
 def _choose(score: Tensor, name: str, sample: int | None) -> Tensor:

@@ -50,6 +50,17 @@ class Selection:
         return backend_of(looked_at).holds((self.masks, self.threshold, self.last), scores, only)
 
 
+@dataclass(frozen=True)
+class OneRead(Selection):
+    """Masks of one read: they cost no more than a check of the last ones would, or the next read gives others."""
+
+    threshold: int = -1
+    last: int = -1
+
+    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
+        return False
+
+
 def select(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> Selection:
     """Keep exactly `kept` of the group's weights: those with the largest |score|. Ties go to the lower index.
 
