@@ -1,5 +1,6 @@
 """What several test files use: digits and images as files, runs in this process and in others, and what they left."""
 
+import hashlib
 import io
 import json
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from itertools import count
 from pathlib import Path
@@ -21,7 +22,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from popup_surgery import Result, train
+from popup_surgery import Result, inspect, load, train, verify
+from popup_surgery.artifact import Manifest
 from popup_surgery.config.schema import Data, Surgery
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.data.batches import quiet
@@ -243,3 +245,45 @@ def wait_for(process: subprocess.Popen[str], what: Callable[[], Any]) -> None:
     while not what() and process.poll() is None:
         assert time.monotonic() < until
         time.sleep(0.005)
+
+
+def state_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over tensors sorted by name: name, dtype, shape, bytes, as tests/golden/ records it."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().contiguous()
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
+
+
+def golden_manifest(golden: Mapping[str, Any]) -> Manifest:
+    """The manifest of a golden artifact, which gives what a golden JSON says of it."""
+    path = GOLDEN / golden["file"]
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == golden["file_sha256"]
+    assert verify(path)
+    assert state_digest(load(path).state_dict()) == golden["state_dict_sha256"]
+    manifest = inspect(path)
+    assert manifest.masks_sha256 == golden["masks_sha256"]
+    return manifest
+
+
+def check_ensemble(members: Sequence[nn.Module], images: Tensor) -> None:
+    """A stack of networks of one kind under vmap: each gives what it gives by itself."""
+    parameters, buffers = torch.func.stack_module_state(list(members))
+
+    def call(parameters: Any, buffers: Any) -> Tensor:
+        return torch.func.functional_call(members[0], (parameters, buffers), (images,))
+
+    outputs = torch.func.vmap(call)(parameters, buffers)
+    torch.testing.assert_close(outputs, torch.stack([member(images) for member in members]))
+
+
+def launch(processes: int, script: str | Path, *arguments: object) -> None:
+    """Run a script in several processes of torch.distributed; in one, without it."""
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, *by, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ Digests are compared where a result is exact by design: masks, weights rebuilt f
 training or a forward pass computes may differ between processors, and is compared with a tolerance.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -43,21 +42,12 @@ from popup_surgery import (
 )
 from popup_surgery.sweep import Run, Sweep, execute
 from popup_surgery.sweep.engines import Events, Stop
-from support import PATIENCE, lines, slow_except
+from support import PATIENCE, lines, slow_except, state_digest
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
 CONV2: dict[str, Any] = {"width": 0.05, "in_chans": 1, "img_size": 8}  # of tiny.yaml
 DENSE = GOLDEN / "artifacts" / "dense.safetensors"
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over tensors sorted by name: name, dtype, shape, bytes."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().contiguous()
-        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode() + tensor.numpy().tobytes())
-    return found.hexdigest()
 
 
 def layers() -> nn.Module:
@@ -137,7 +127,7 @@ def open_artifact(name: str) -> nn.Module:
 def test_an_artifact_gives_the_network_that_was_saved(name: str) -> None:
     file, network = GOLDEN / "artifacts" / f"{name}.popup.safetensors", ARTIFACTS[name]
     net, recorded = open_artifact(name), RECORDED["artifacts"][name]
-    assert digest(net.state_dict()) == recorded["state"]
+    assert state_digest(net.state_dict()) == recorded["state"]
     with torch.no_grad():
         torch.testing.assert_close(outputs(net), torch.tensor(recorded["outputs"]), rtol=1e-3, atol=1e-4)
     checked = verify(file, network and network(), base=DENSE if name == "pretrained" else None)
@@ -151,10 +141,10 @@ def test_a_network_starts_from_an_artifact_and_is_saved_as_it_was(name: str, tmp
     surgery = inspect(file).provenance["recipe"]["surgery"]
     net = convert(build("popup_surgery/conv2", **CONV2), **surgery)
     start_from(net, file)
-    assert digest(bake(net).state_dict()) == RECORDED["artifacts"][name]["state"]
+    assert state_digest(bake(net).state_dict()) == RECORDED["artifacts"][name]["state"]
     save(net, tmp_path / "again", provenance=inspect(file).provenance)
     one, other = load_file(file), load_file(tmp_path / "again")
-    assert digest(one) == digest(other)
+    assert state_digest(one) == state_digest(other)
 
 
 @pytest.mark.parametrize("name", [name for name in ARTIFACTS if ARTIFACTS[name] is None])
@@ -169,7 +159,7 @@ def test_an_artifact_is_evaluated_on_the_images_that_it_names(name: str) -> None
 def test_weights_that_were_trained_are_read(name: str) -> None:
     file = GOLDEN / "artifacts" / f"{name}.safetensors"
     net = build("popup_surgery/conv2", pretrained=file, **CONV2)
-    assert digest(net.state_dict()) == digest(load_file(file)) == RECORDED["dense"][name]
+    assert state_digest(net.state_dict()) == state_digest(load_file(file)) == RECORDED["dense"][name]
     if name == "dnw":
         kept = load_file(file.with_suffix(".masks.safetensors"))
         assert all(mask.dtype == torch.bool for mask in kept.values())
@@ -230,7 +220,7 @@ def test_a_stopped_run_resumes_to_the_end(name: str, tmp_path: Path) -> None:
     assert agreement(kept_by(name, here), kept_by(name, GOLDEN / "finished" / name)) > 0.985
     if name == "tiny":
         assert verify(result.file)
-        assert digest(load(result.file).state_dict()) == digest(result.model.state_dict())
+        assert state_digest(load(result.file).state_dict()) == state_digest(result.model.state_dict())
     else:
         assert agreement(nonzero(result.model), kept_by(name, here)) == 1
 
@@ -278,7 +268,7 @@ def test_a_finished_run_is_recognised(name: str, tmp_path: Path, cli: Callable[.
 
     result = train(GOLDEN / f"{name}.yaml", output=run, resume=True, after_epoch=never)
     recorded = RECORDED["finished"][name]
-    assert digest(result.model.state_dict()) == recorded["state"]
+    assert state_digest(result.model.state_dict()) == recorded["state"]
     assert (result.accuracy, result.weights, result.kept) == (
         recorded["accuracy"], recorded["weights"], recorded["kept"],
     )  # fmt: skip
@@ -366,7 +356,7 @@ def a_key_more(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_a_new_key_leaves_a_finished_run_what_it_was(a_key_more: str, tmp_path: Path) -> None:
     run = copied("finished/tiny", tmp_path)
     result = train(GOLDEN / "tiny.yaml", output=run, resume=True)
-    assert digest(result.model.state_dict()) == RECORDED["finished"]["tiny"]["state"]
+    assert state_digest(result.model.state_dict()) == RECORDED["finished"]["tiny"]["state"]
     with pytest.raises(RunError, match=f"of another recipe: {a_key_more} is 7 there and 8 here"):
         train(GOLDEN / "tiny.yaml", overrides=[f"{a_key_more}=8"], output=run, resume=True)
 
@@ -397,9 +387,9 @@ def opened(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", SAVED)
 def test_a_network_of_torch_save_is_what_it_was(name: str) -> None:
     net, recorded = opened(name), RECORDED["saved"][name]
-    assert digest(masks(net)) == recorded["masks"]
+    assert state_digest(masks(net)) == recorded["masks"]
     plain = bake(net).eval()
-    assert digest(plain.state_dict()) == recorded["state"]
+    assert state_digest(plain.state_dict()) == recorded["state"]
     with torch.no_grad():
         torch.testing.assert_close(outputs(plain), torch.tensor(recorded["outputs"]), rtol=1e-3, atol=1e-4)
         if not name.startswith("supermask"):  # which shows a sample
@@ -421,11 +411,11 @@ def test_a_network_of_torch_save_trains_and_is_saved(name: str, tmp_path: Path) 
             save(net, tmp_path / "net")
         return
     save(net, tmp_path / "net")
-    assert digest(load(tmp_path / "net", network()).state_dict()) == digest(bake(net).state_dict())
+    assert state_digest(load(tmp_path / "net", network()).state_dict()) == state_digest(bake(net).state_dict())
     if name in ("conv2", "pretrained"):  # whose description travels with them
         assert inspect(tmp_path / "net").architecture.name == "conv2"
     if name == "pretrained":
-        assert digest(load(tmp_path / "net", base=DENSE).state_dict()) == digest(bake(net).state_dict())
+        assert state_digest(load(tmp_path / "net", base=DENSE).state_dict()) == state_digest(bake(net).state_dict())
 
 
 def saved(net: nn.Module, tmp_path: Path) -> Path:
@@ -447,11 +437,11 @@ def test_a_state_dict_is_read_by_a_network_that_is_converted_now() -> None:
     state = torch.load(GOLDEN / "saved" / "edge_popup.state_dict.pt", weights_only=True)
     recorded = RECORDED["saved"]["edge_popup"]
     net = convert(layers(), k=0.4, seed=5, norm="train")
-    assert digest(masks(net)) != recorded["masks"]
+    assert state_digest(masks(net)) != recorded["masks"]
     assert net.state_dict().keys() == state.keys()
     net.load_state_dict(state)
-    assert digest(masks(net)) == recorded["masks"]
-    assert digest(bake(net).state_dict()) == recorded["state"]
+    assert state_digest(masks(net)) == recorded["masks"]
+    assert state_digest(bake(net).state_dict()) == recorded["state"]
 
 
 # a third party's script

@@ -1,6 +1,5 @@
 """Files of networks with a pattern such as 2:4: in every encoding, for every reader, and from strangers."""
 
-import hashlib
 import json
 import math
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from popup_surgery import (
 )
 from popup_surgery.artifact import stored_masks
 from popup_surgery.codecs import CODECS
-from support import GOLDEN, equal_states
+from support import GOLDEN, equal_states, golden_manifest
 
 CODED = "pattern_coded"
 ENCODINGS = ["bitpack", "range_coded", CODED]
@@ -66,16 +65,7 @@ def coded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_golden_file() -> None:
     golden = json.loads((GOLDEN / "pattern_coded.json").read_text(encoding="utf-8"))["artifact"]
-    path = GOLDEN / golden["file"]
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == golden["file_sha256"]
-    assert verify(path)
-    state, found = load(path).state_dict(), hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode() + tensor.numpy().tobytes())
-    assert found.hexdigest() == golden["state_dict_sha256"]
-    manifest = inspect(path)
-    assert manifest.masks_sha256 == golden["masks_sha256"]
+    manifest = golden_manifest(golden)
     assert manifest.requires == [CODED]
     assert {str(entry.pattern) for entry in manifest.masked} == {"2:4"}
 

@@ -23,19 +23,11 @@ from popup_surgery.analysis import sanity as sanity_module
 from popup_surgery.artifact.planes import PLANES, Bits
 from popup_surgery.codecs.bitpack import pack
 from popup_surgery.sharing.summary import Summary
-from support import GOLDEN, Outcome, write_digit
+from support import GOLDEN, Outcome, golden_manifest, state_digest, write_digit
 from support import top as top_of
 
 FILE = GOLDEN / "signed.popup.safetensors"
 CONV2: dict[str, Any] = {"width": 0.25, "in_chans": 1, "img_size": 8}
-
-
-def digest(state: dict[str, Tensor]) -> str:
-    found = hashlib.sha256()
-    for name in sorted(state):
-        found.update(f"{name}\0{state[name].dtype}\0{tuple(state[name].shape)}\0".encode())
-        found.update(state[name].numpy().tobytes())
-    return found.hexdigest()
 
 
 # --- the vectors and the file of the format's page --------------------------------------------------------------------
@@ -44,14 +36,10 @@ def digest(state: dict[str, Tensor]) -> str:
 @pytest.mark.parametrize("index", [0, 1])
 def test_golden_files(index: int) -> None:
     golden = json.loads((GOLDEN / "planes.json").read_text(encoding="utf-8"))["artifacts"][index]
-    file = GOLDEN / golden["file"]
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == golden["file_sha256"]
-    manifest = ps.inspect(file)
-    assert (manifest.masks_sha256, manifest.requires) == (golden["masks_sha256"], golden["requires"])
-    assert ps.verify(file)
-    assert digest(ps.load(file).state_dict()) == golden["state_dict_sha256"]
-    page = {name: torch.from_numpy(np.asarray(array)) for name, array in reader()["read"](file).items()}
-    assert digest(page) == golden["state_dict_sha256"], "the page's reader"
+    assert golden_manifest(golden).requires == golden["requires"]
+    read = reader()["read"](GOLDEN / golden["file"])
+    page = {name: torch.from_numpy(np.asarray(array)) for name, array in read.items()}
+    assert state_digest(page) == golden["state_dict_sha256"], "the page's reader"
 
 
 def test_vectors() -> None:
@@ -207,7 +195,7 @@ def of_bank(case: Case) -> None:
         assert bank.memory().masks["planes"] > bank.memory().masks["plain"]
         for _ in range(2):
             case.check(bank.use("planes"))
-            assert digest(bank.use("plain").state_dict()) == digest(ps.load(other).state_dict())
+            assert state_digest(bank.use("plain").state_dict()) == state_digest(ps.load(other).state_dict())
         outputs = bank.predict(case.images, "planes")
         assert isinstance(outputs, Tensor)
         assert torch.equal(outputs, case.outputs)

@@ -33,7 +33,7 @@ from popup_surgery import (
 from popup_surgery.artifact import stored_masks
 from popup_surgery.codecs import CODECS
 from popup_surgery.codecs.bitpack import pack
-from support import GOLDEN
+from support import GOLDEN, golden_manifest
 
 CODED = "range_coded"
 GOLDEN_FILES = sorted(file.name for file in (GOLDEN / "artifacts").glob("*.popup.safetensors"))
@@ -57,16 +57,7 @@ def coded(tmp_path: Path) -> Path:
 
 def test_golden_file() -> None:
     golden = json.loads((GOLDEN / "range_coded.json").read_text(encoding="utf-8"))["artifact"]
-    path = GOLDEN / golden["file"]
-    assert hashlib.sha256(path.read_bytes()).hexdigest() == golden["file_sha256"]
-    assert verify(path)
-    state, found = load(path).state_dict(), hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name]
-        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode() + tensor.numpy().tobytes())
-    assert found.hexdigest() == golden["state_dict_sha256"]
-    manifest = inspect(path)
-    assert manifest.masks_sha256 == golden["masks_sha256"]
+    manifest = golden_manifest(golden)
     assert manifest.requires == [CODED]
 
 

@@ -22,7 +22,7 @@ from popup_surgery import (
     train,
 )
 from popup_surgery.weights import SCHEMES
-from support import GOLDEN, equal_states, top
+from support import GOLDEN, check_ensemble, equal_states, top
 
 SHARES = [0.5, 0.25, 0.1]
 
@@ -104,14 +104,7 @@ def test_a_compiled_network_computes_as_an_eager_one(backend: str) -> None:
 def test_functional_calls_and_ensembles_see_each_members_coats() -> None:
     settings: dict[str, Any] = {"learner_options": {"coats": SHARES}}
     members = [convert(nn.Linear(6, 5), 0.5, seed=seed, **settings) for seed in (1, 2, 3)]
-    parameters, buffers = torch.func.stack_module_state(members)
-    images = x(4, 6)
-
-    def call(parameters: Any, buffers: Any) -> Tensor:
-        return torch.func.functional_call(members[0], (parameters, buffers), (images,))
-
-    outputs = torch.func.vmap(call)(parameters, buffers)
-    torch.testing.assert_close(outputs, torch.stack([member(images) for member in members]))
+    check_ensemble(members, x(4, 6))
 
 
 def test_without_coats_it_is_edge_popup() -> None:

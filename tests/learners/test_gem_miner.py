@@ -35,7 +35,7 @@ from popup_surgery.selection import kept_count
 from popup_surgery.training.distributed import start
 from popup_surgery.training.trainer import Trainer
 from popup_surgery.weights import SCHEMES
-from support import PATIENCE, equal_states, slow_except, stopping
+from support import PATIENCE, check_ensemble, equal_states, slow_except, stopping
 
 GEM = ["surgery.learner=gem_miner", "surgery.learner_options={every: 1}", "surgery.scope=global", "surgery.k=0.2"]
 FEW = ["data.max_train=96", "data.max_validation=40", "training.schedule=constant", "training.weight_decay=0"]
@@ -303,14 +303,7 @@ def test_a_compiled_network_has_the_same_masks(backend: str) -> None:
 
 def test_an_ensemble_by_vmap_ranks_each_members_scores() -> None:
     members = [convert(nn.Linear(6, 5), 0.3, learner="gem_miner", seed=seed) for seed in (1, 2, 3)]
-    parameters, buffers = torch.func.stack_module_state(members)
-    images = x(4, 6)
-
-    def call(parameters: Any, buffers: Any) -> Tensor:
-        return torch.func.functional_call(members[0], (parameters, buffers), (images,))
-
-    outputs = torch.func.vmap(call)(parameters, buffers)
-    torch.testing.assert_close(outputs, torch.stack([member(images) for member in members]))
+    check_ensemble(members, x(4, 6))
 
 
 @pytest.mark.slow

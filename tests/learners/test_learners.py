@@ -47,7 +47,7 @@ from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
 from popup_surgery.weights.streams import untied
-from support import PATIENCE, equal_states, slow_except, stopping
+from support import PATIENCE, check_ensemble, equal_states, launch, slow_except, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -301,15 +301,8 @@ def test_a_compiled_network_samples_at_each_call(backend: str) -> None:
 
 def test_an_ensemble_by_vmap_samples_each_members_scores() -> None:
     members = [convert(nn.Linear(6, 5), learner="supermask", seed=seed) for seed in (1, 2, 3)]
-    parameters, buffers = torch.func.stack_module_state(members)
-    images = x(4, 6)
-
-    def call(parameters: Any, buffers: Any) -> Tensor:
-        return torch.func.functional_call(members[0], (parameters, buffers), (images,))
-
     with sampled(2):
-        outputs = torch.func.vmap(call)(parameters, buffers)
-        torch.testing.assert_close(outputs, torch.stack([member(images) for member in members]))
+        check_ensemble(members, x(4, 6))
 
 
 def test_gradient_checkpointing_sees_the_same_sample_twice() -> None:
@@ -748,11 +741,7 @@ def test_processes_and_pieces_of_a_step_see_the_same_sample(tmp_path: Path) -> N
     results = []
     for processes, accumulate in ((1, 1), (2, 2)):
         file = tmp_path / f"{processes}.pt"
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words = [sys.executable, *(launch if processes > 1 else []), str(script), str(file), str(accumulate)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*words, *SUPERMASK], capture_output=True, text=True, timeout=PATIENCE, env=environment)
-        assert done.returncode == 0, done.stderr
+        launch(processes, script, file, accumulate, *SUPERMASK)
         results.append(torch.load(file, weights_only=True))
     for name, score in results[0].items():
         assert (results[1][name] - score).abs().max() <= 1e-6 * score.abs().max(), name

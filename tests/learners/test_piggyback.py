@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from popup_surgery import ConversionError, bake, convert, load, masks, plan, save, start_from
 from popup_surgery.learners import LEARNERS, Piggyback, get_learner
 from popup_surgery.masking.settings import MaskingSettings
-from support import equal_states
+from support import check_ensemble, equal_states
 
 THRESHOLD = np.float32(5e-3)
 
@@ -121,14 +121,8 @@ def test_functional_calls_and_ensembles_compare_each_members_scores() -> None:
     members = [moved(convert(nn.Linear(6, 5), learner="piggyback", seed=seed)) for seed in (1, 2, 3)]
     for scale, member in enumerate(members):
         member.weight_score.data.mul_(scale)
-    parameters, buffers = torch.func.stack_module_state(members)
     images = x(4, 6)
-
-    def call(parameters: Any, buffers: Any) -> Tensor:
-        return torch.func.functional_call(members[0], (parameters, buffers), (images,))
-
-    outputs = torch.func.vmap(call)(parameters, buffers)
-    torch.testing.assert_close(outputs, torch.stack([member(images) for member in members]))
+    check_ensemble(members, images)
     state = dict(members[2].named_parameters())
     torch.testing.assert_close(torch.func.functional_call(members[0], state, (images,)), members[2](images))
 

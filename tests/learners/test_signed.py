@@ -23,7 +23,7 @@ from popup_surgery import (
 )
 from popup_surgery.learners import Signed, get_learner
 from popup_surgery.weights import SCHEMES
-from support import GOLDEN, equal_states, top
+from support import GOLDEN, check_ensemble, equal_states, top
 
 THRESHOLD: dict[str, Any] = {"threshold": 0.1}
 
@@ -132,14 +132,7 @@ def test_a_compiled_network_computes_as_an_eager_one(backend: str, options: dict
 @pytest.mark.parametrize("options", [{}, THRESHOLD])
 def test_functional_calls_and_ensembles_see_each_members_signs(options: dict[str, Any]) -> None:
     members = [convert(nn.Linear(6, 5), learner="signed", learner_options=options, seed=seed) for seed in (1, 2, 3)]
-    parameters, buffers = torch.func.stack_module_state(members)
-    images = x(4, 6)
-
-    def call(parameters: Any, buffers: Any) -> Tensor:
-        return torch.func.functional_call(members[0], (parameters, buffers), (images,))
-
-    outputs = torch.func.vmap(call)(parameters, buffers)
-    torch.testing.assert_close(outputs, torch.stack([member(images) for member in members]))
+    check_ensemble(members, x(4, 6))
 
 
 # scores

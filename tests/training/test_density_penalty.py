@@ -1,7 +1,5 @@
 """The penalty on the share of kept weights: its value and gradient, in the loop, and where it has no place."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from popup_surgery.learners.base import Learner
 from popup_surgery.masking.ranking import parameter_of, score_of
 from popup_surgery.masking.walk import masked_weights
 from popup_surgery.training.distributed import leave, start
-from support import PATIENCE, TESTS, slow_except, stopping
+from support import launch, slow_except, stopping
 
 SUPERMASK = ["surgery.learner=supermask", "surgery.k=null", "training.weight_decay=0"]
 PIGGYBACK = ["surgery.learner=piggyback", "surgery.k=null", "training.weight_decay=0"]
@@ -224,12 +222,7 @@ def test_the_first_update_is_the_same_however_the_batch_is_divided(
     if processes == 1:
         first_update(file, accumulate)
     else:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
-        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment)
-        assert done.returncode == 0, done.stderr
+        launch(processes, __file__, file, accumulate)
     whole, divided = (torch.load(each, weights_only=True) for each in (tmp_path / "whole.pt", file))
     for name, score in whole.items():
         assert (divided[name] - score).abs().max() <= 1e-6 * score.abs().max(), name

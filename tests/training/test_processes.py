@@ -15,7 +15,7 @@ from popup_surgery import Recipe, evaluate
 from popup_surgery.data.batches import quiet
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.training.distributed import leave, start
-from support import PATIENCE, TESTS, digits_begun, digits_command, run_digits, slow_except
+from support import PATIENCE, digits_begun, digits_command, launch, run_digits, slow_except
 
 
 def first_update(file: Path, accumulate: int) -> None:
@@ -47,12 +47,7 @@ def test_the_first_update_is_the_same_however_the_batch_is_divided(
     if processes == 1:
         first_update(file, accumulate)
     else:
-        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        words = [sys.executable, *launch, __file__, str(file), str(accumulate)]
-        path = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE, env=environment)
-        assert done.returncode == 0, done.stderr
+        launch(processes, __file__, file, accumulate)
     divided = torch.load(file, weights_only=True)
     for name, score in whole.items():
         assert (divided[name] - score).abs().max() <= 1e-6 * score.abs().max(), name
