@@ -997,15 +997,18 @@ class Hub:
     def here(self, monkeypatch: Any, home: Path, token: str | None = None) -> None:
         """Point the huggingface_hub of this process at this Hub, without Xet, until the test ends.
 
-        Its settings are read when it is imported, so the values themselves are replaced.
+        Its settings are read when it is imported, so the values themselves are replaced. hf_xet reads its own from the
+        environment when its session begins: a cache that outlived a Hub would take the next on that port for it.
         """
         from huggingface_hub import constants
-        from huggingface_hub.utils import _http
+        from huggingface_hub.utils import _http, _xet
 
         for key in [key for key in os.environ if key.startswith(("HF_", "HUGGING"))]:
             monkeypatch.delenv(key)
         if token is not None:
             monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setenv("HF_XET_CACHE", str(home / "xet"))
+        _xet.abort_xet_session()
         monkeypatch.setattr(constants, "ENDPOINT", self.url)
         template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

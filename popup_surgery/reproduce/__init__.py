@@ -50,7 +50,8 @@ SCALES: dict[str, dict[str, Protocol]] = {
             "data.input_size=[[3, 64, 64]]", "data.batch_size=32", "data.workers=2", "training.precision=float32",
         )),
         "equal-bytes": Protocol(
-            ("data.max_train=10000", "data.batch_size=64", "training.epochs=20", "model.kwargs.width=0.25"),
+            ("data.max_train=10000", "data.max_validation=2000", "data.batch_size=64", "training.epochs=20",
+             "model.kwargs.width=0.25"),
             networks=("conv4",),
         ),
     },
