@@ -1,5 +1,6 @@
 """What a measurement depends on beside the network: the processor, and the memory of a process."""
 
+import ctypes
 import os
 import platform
 import re
@@ -23,12 +24,17 @@ class Memory(NamedTuple):
     peak: int
 
 
-def memory(*, forget: bool = False) -> Memory | None:
+def memory(*, trim: bool = False, forget: bool = False) -> Memory | None:
     """Return the memory of this process; None where the system does not tell, as only Linux does.
 
     Args:
+        trim: first return what is free to the system, where the C library can. It keeps some of it for later, more or
+            less by chance.
         forget: count the peak from here on, if the system allows that.
     """
+    if trim:
+        with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
+            ctypes.CDLL(None).malloc_trim(0)
     if forget:
         with suppress(OSError):
             _FORGET.write_text("5")

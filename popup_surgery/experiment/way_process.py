@@ -72,8 +72,9 @@ class WayProcess:
             base: file of the pretrained weights under the mask, or empty.
 
         Returns:
-            `held`: bytes by which the process has grown once the first pass is over, or None where the system does not
-            tell; `peaks`: for each number of inputs the bytes by which its peak has grown.
+            `held`: bytes by which the process has grown once the first pass is over and free memory was returned, or
+            None where the system does not tell; `peaks`: for each number of inputs the bytes by which its peak has
+            grown.
 
         Raises:
             PopupError: the network cannot be opened or run.
@@ -155,7 +156,7 @@ def _opened(
     else:
         build_meta(Artifact.open(file).manifest.architecture)  # imports the library
     inputs = {batch: probe_input(0, (batch, *shape)) for batch in batches}
-    before = memory(forget=True)
+    before = memory(trim=True, forget=True)
     network = OnnxNetwork(file) if way == "onnx" else load(file, base=base or None, packed=way == "pytorch_packed")
     inputs = {batch: given.to(_dtype(network)) for batch, given in inputs.items()}
     held, peaks = None, dict.fromkeys(batches)
@@ -164,7 +165,7 @@ def _opened(
         if batch == batches[0]:
             np.save(outputs, found.float().numpy())
         del found
-        if before is not None and (now := memory()) is not None:
+        if before is not None and (now := memory(trim=held is None)) is not None:
             held = now.now - before.now if held is None else held
             peaks[batch] = now.peak - before.peak
     return network, inputs, {"held": held, "peaks": peaks}
