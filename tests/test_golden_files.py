@@ -42,7 +42,7 @@ from popup_surgery import (
 )
 from popup_surgery.sweep import Run, Sweep, execute
 from popup_surgery.sweep.engines import Events, Stop
-from support import PATIENCE, lines, slow_except, state_digest
+from support import PATIENCE, lines, state_digest
 
 GOLDEN = Path(__file__).parent / "golden"
 RECORDED = json.loads((GOLDEN / "digests.json").read_text(encoding="utf-8"))
@@ -193,7 +193,8 @@ def kept_by(name: str, folder: Path) -> dict[str, Tensor]:
     return nonzero(load(folder / RUNS[name]))
 
 
-@pytest.mark.parametrize("name", slow_except(RUNS, ["tiny"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
 def test_a_stopped_run_resumes_to_the_end(name: str, tmp_path: Path) -> None:
     """In this process and by the command line to the same bytes, and nearly to what an undisturbed run gave then."""
     here, there = (copied(f"stopped/{name}", tmp_path / place) for place in ("here", "there"))
@@ -315,6 +316,7 @@ def test_a_finished_sweep_is_recognised(tmp_path: Path) -> None:
         assert (folder / file).read_bytes() == (GOLDEN / "sweep" / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_finished_sweep_is_recognised_by_the_command_line(tmp_path: Path) -> None:
     folder = sweep_folder(tmp_path)
     same = {run: unchanged(run) for run in folder.iterdir()}

@@ -12,7 +12,6 @@ from bank.conftest import Make
 from bank.test_bank import X, filled, same, state, unchanged
 from popup_surgery import ConversionError, MaskBank, UnknownName, convert, load, save
 from popup_surgery.bank.inference import _entropy
-from support import slow_except
 
 CONSTANT = "signed_kaiming_constant"
 
@@ -28,7 +27,8 @@ def mixed(files: dict[str, Path], shares: dict[str, float]) -> nn.Module:
     return network
 
 
-@pytest.mark.parametrize("scheme", slow_except([CONSTANT, "kaiming_normal"], [CONSTANT]))
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", [CONSTANT, "kaiming_normal"])
 def test_the_gradient_of_the_entropy_in_each_share(scheme: str, make: Make) -> None:
     """Against differences of the entropy, in float64, heads and norms included. Batch norms go by the images."""
     settings: dict[str, Any] = {"dtype": torch.float64, "scheme": scheme, "norm": "train", "others": "train"}

@@ -33,7 +33,6 @@ from support import (
     opened,
     pack,
     recipe,
-    slow_except,
     started,
     stopping,
 )
@@ -383,7 +382,8 @@ def test_a_worker_that_dies_is_said_to_and_the_run_goes_on(many: Path, tmp_path:
     assert artifact(tmp_path / "run") == through
 
 
-@pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM]))
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_all_processes_of_a_run_stops_it_in_order(
     many: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

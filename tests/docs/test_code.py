@@ -17,7 +17,7 @@ from typer.main import get_command
 import popup_surgery
 from hub_server import Hub
 from popup_surgery.commands import app
-from support import ROOT, write_digit
+from support import ROOT, slow_except, write_digit
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
@@ -139,7 +139,10 @@ def work(
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page) and page != READER])
+WITH_PYTHON = [page for page in PAGES if python_blocks(page) and page != READER]
+
+
+@pytest.mark.parametrize("page", slow_except(WITH_PYTHON, set(WITH_PYTHON) - {"README.md", "docs/sweeps.md"}))
 def test_the_python_of_a_page_runs(page: str, work: Path) -> None:
     Path("mine.yaml").write_text(SWEEP)
     Path("data").mkdir()

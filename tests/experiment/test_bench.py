@@ -42,6 +42,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_digits_in_every_way(first: ps.Result, cli: Cli, temporary: Path, tmp_path: Path) -> None:
     picture = tmp_path / "bench.png"
     done = cli(

@@ -29,7 +29,7 @@ from popup_surgery.training.distributed import start
 from popup_surgery.training.trainer import Trainer
 from popup_surgery.weights.fill import fill
 from popup_surgery.weights.streams import draw
-from support import stopping
+from support import slow_except, stopping
 
 PACKAGE = Path(popup_surgery.__file__).parent
 STEPS = 45  # of an epoch of the digits recipe
@@ -167,7 +167,7 @@ def test_the_loop_asks_how_many_are_kept_at_each_step(registered: None, tmp_path
     assert verify(result.file)
 
 
-@pytest.mark.parametrize("after", [20, STEPS])
+@pytest.mark.parametrize("after", slow_except([20, STEPS], [20]))
 def test_a_run_that_was_stopped_keeps_as_many_at_each_step(registered: None, after: int, tmp_path: Path) -> None:
     through = run("Gradual", tmp_path / "through")
     result = stopped("Gradual", tmp_path / "run", after)
@@ -257,7 +257,7 @@ def test_a_compiled_network_follows_the_number(registered: None) -> None:
 # after_step
 
 
-@pytest.mark.parametrize("after", [None, 20, STEPS])
+@pytest.mark.parametrize("after", slow_except([None, 20, STEPS], [20]))
 def test_the_loop_tells_of_each_step(registered: None, after: int | None, tmp_path: Path) -> None:
     learner = LEARNERS["Watching"]
     assert isinstance(learner, Watching)

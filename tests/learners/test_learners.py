@@ -280,7 +280,7 @@ def test_masks_bake_and_save_take_the_most_probable_network_or_the_sample_that_i
     assert not torch.equal(held[4].weight, held[4].weight), "reads go on sampling"
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", slow_except(["aot_eager", "inductor"], ["aot_eager"]))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_a_compiled_network_samples_at_each_call(backend: str) -> None:
     torch._dynamo.reset()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from popup_surgery import ConversionError, bake, convert, load, masks, plan, save, start_from
 from popup_surgery.learners import LEARNERS, Piggyback, get_learner
 from popup_surgery.masking.settings import MaskingSettings
-from support import check_ensemble, equal_states
+from support import check_ensemble, equal_states, slow_except
 
 THRESHOLD = np.float32(5e-3)
 
@@ -101,7 +101,7 @@ def test_scores_stay_float32_in_a_network_of_another_dtype(dtype: torch.dtype) -
     assert layer.weight_score.grad.dtype == layer.weight_score.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", slow_except(["aot_eager", "inductor"], ["aot_eager"]))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_a_compiled_network_compares_as_an_eager_one(backend: str) -> None:
     torch._dynamo.reset()

@@ -473,6 +473,7 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["convert, wrap", "wrap, convert"])
 def test_two_processes_learn_one_mask(order: str, distributed: list[dict]) -> None:
     """Each averages the gradients over both, whichever of DistributedDataParallel and `convert` came first."""

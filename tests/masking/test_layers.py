@@ -214,6 +214,7 @@ def test_a_masked_checkpoint_does_not_go_into_a_plain_layer() -> None:
         nn.Linear(6, 5).load_state_dict(layer.state_dict())
 
 
+@pytest.mark.slow
 def test_pickle_opens_in_a_fresh_process(tmp_path: Path) -> None:
     cases = [(*make(kind), None) for kind in LAYERS]
     cases.append((convert(sequential(), K, scope="global"), images(), None))

@@ -69,6 +69,7 @@ def test_compiled_network_equals_eager(scope: Scope, compiler: Callable[..., Any
             layer.weight_score.data.copy_(reverse(layer.weight_score))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_inductor_equals_eager(compiler: Callable[..., Any]) -> None:
     layer, x = make("Linear")

@@ -446,6 +446,7 @@ print("status", main())
 """
 
 
+@pytest.mark.slow
 def test_a_name_with_a_tag_has_these_weights(tmp_path: Path) -> None:
     cached(tmp_path, trained(0).state_dict())
     env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

@@ -150,7 +150,8 @@ def test_baselines_have_a_line_across(figure: str, ten: Path, tmp_path: Path) ->
     assert {row["paper"] for row in zhou} == ({None} if figure == "figure9" else {66.0})
 
 
-@pytest.mark.parametrize("figure", slow_except(["figure4", "figure5", "figure7", "figure8", "figure10"], ["figure4"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("figure", ["figure4", "figure5", "figure7", "figure8", "figure10"])
 def test_each_series_of_a_figure_runs_two_steps(figure: str, ten: Path, tmp_path: Path) -> None:
     settings = {
         "figure8": ["model.kwargs.num_classes=10"],
@@ -179,6 +180,7 @@ def test_the_papers_numbers_stand_at_their_own_series() -> None:
     assert [(row.accuracy, row.paper) for row in table if row.best] == [(50.0, 86.0)]
 
 
+@pytest.mark.slow
 def test_a_figure_of_one_share_is_drawn(ten: Path, tmp_path: Path) -> None:
     settings = ["surgery.k=0.5", "surgery.scaled=true", "model.kwargs.width=0.1"]
     sweep = sweep_of("figure3", "tiny", settings, only=["conv2"], data_dir=ten)

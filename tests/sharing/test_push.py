@@ -179,6 +179,7 @@ def test_a_commit_in_between_is_kept(me: Hub, monkeypatch: pytest.MonkeyPatch) -
     assert list(Card.read(card(me)).sections) == ["edge_popup.popup.safetensors", "tiny.popup.safetensors"]
 
 
+@pytest.mark.slow
 def test_pushes_at_the_same_time_lose_nothing(me: Hub, tmp_path: Path) -> None:
     names = [f"{i}.popup.safetensors" for i in range(4)]
     push_to_hub(TINY, "me/masks")

@@ -177,6 +177,7 @@ def test_the_sweeps_of_the_documentation() -> None:
     assert [len(Sweep.parse(values).runs) for values in found] == [2 * 2 * 5, 3 * (3 + 1)]
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_from_a_file_has_its_seed(here: Path, tmp_path: Path) -> None:
     file = Sweep.parse(GRID).runs[1].folder(here).final
     assert popup_surgery.inspect(file).seed == 1

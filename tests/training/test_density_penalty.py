@@ -182,7 +182,8 @@ LEARN = {
 WEIGHT = {"supermask": 2.0, "piggyback": 5.0}
 
 
-@pytest.mark.parametrize("learner", slow_except(LEARN, ["supermask"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("learner", LEARN)
 def test_a_target_is_reached_that_is_not_without_it(learner: str, tmp_path: Path) -> None:
     without = train("digits", overrides=LEARN[learner], output=tmp_path / "without")
     assert without.kept / without.weights > 0.4

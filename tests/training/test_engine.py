@@ -49,8 +49,9 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 # stopped and killed
 
 
+@pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize("number", slow_except([signal.SIGTERM, signal.SIGINT, signal.SIGUSR1], [signal.SIGTERM]))
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_stopped_run_goes_on_to_the_same_file(number: signal.Signals, through: bytes, tmp_path: Path) -> None:
     process = digits_begun(tmp_path / "run")
     process.send_signal(number)
@@ -95,6 +96,7 @@ def test_a_stop_leaves_the_handlers_of_a_caller_as_they_were(tmp_path: Path) -> 
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_a_stop_that_comes_with_the_end_of_an_epoch_waits_for_no_step(through: bytes, tmp_path: Path) -> None:
     def stop(epoch: Any) -> None:
         if epoch.epoch == 1:
@@ -172,8 +174,9 @@ DAMAGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize("damage", slow_except(DAMAGES, ["flipped tensor"]))
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage: str, stopped: Path, through: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:

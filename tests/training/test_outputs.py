@@ -53,7 +53,8 @@ def test_auxiliary_heads_count_as_in_the_references(name: str, side: int, weight
     assert all(parameter.grad is not None for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("name", slow_except(["googlenet", "inception_v3", "quantized_googlenet"], ["googlenet"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["googlenet", "inception_v3", "quantized_googlenet"])
 def test_a_recipe_with_auxiliary_heads_trains_and_resumes(name: str, ten: Path, tmp_path: Path) -> None:
     side = 299 if name == "inception_v3" else 32
     values = {
@@ -138,7 +139,7 @@ def test_it_is_tried_how_many_images_a_network_needs_and_nothing_changes() -> No
     assert all(torch.equal(after[key], tensor) for key, tensor in before.items())
 
 
-@pytest.mark.parametrize("accumulate", [1, 4, 16])
+@pytest.mark.parametrize("accumulate", slow_except([1, 4, 16], [4]))
 def test_a_last_batch_of_one_joins_the_one_before(accumulate: int, tmp_path: Path) -> None:
     values = DIGITS | {"model": RESNET}
     more = [f"training.accumulate={accumulate}", "training.epochs=2"]

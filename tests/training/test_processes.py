@@ -53,6 +53,7 @@ def test_the_first_update_is_the_same_however_the_batch_is_divided(
         assert (divided[name] - score).abs().max() <= 1e-6 * score.abs().max(), name
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_network(tmp_path: Path) -> None:
     done = run_digits(tmp_path / "run", "--num-processes", "2")
     assert done.returncode == 0, done.stderr
@@ -87,6 +88,7 @@ def test_launchers_start_it_as_it_is(launcher: str, tmp_path: Path) -> None:
     assert evaluate(tmp_path / "run" / "digits.popup.safetensors").accuracy > 0.9
 
 
+@pytest.mark.slow
 def test_deepspeed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     done = run_digits(tmp_path / "run")

@@ -161,6 +161,7 @@ def test_channels_last_reaches_the_convolutions(first: Result, tmp_path: Path) -
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_a_compiled_run(first: Result, tmp_path: Path) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

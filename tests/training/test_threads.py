@@ -88,6 +88,7 @@ def digest(file: Path) -> str:
     return inspect(file).masks_sha256
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_version_0_1_0_resumes_with_the_threads_of_the_process(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
