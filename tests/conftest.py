@@ -20,6 +20,7 @@ from torch import Tensor
 import popup_surgery
 from hub_server import Hub
 from popup_surgery.selection import Selection
+from popup_surgery.selection.fixed import FreeWeights
 from popup_surgery.signals import SIGNALS
 from support import Outcome, short, write_images
 
@@ -93,9 +94,11 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = edge_popup.select
 
-    def spy(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> Selection:
+    def spy(
+        scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, *fixed: FreeWeights | None
+    ) -> Selection:
         calls.append(kept)
-        return real(scores, kept, floors)
+        return real(scores, kept, floors, *fixed)
 
     monkeypatch.setattr(edge_popup, "select", spy)
     return calls

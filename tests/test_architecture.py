@@ -13,7 +13,8 @@ PACKAGE = Path(popup_surgery.__file__).parent
 ROWS = (
     ("errors", "deprecated", "signals"),
     ("atomic", "plugins", "torch_compat", "accelerate_compat", "timm_compat", "typer_compat"),
-    ("plots", "selection", "weights", "hub"),
+    ("plots", "weights", "hub"),
+    ("selection",),
     ("models", "learners", "codecs"),
     ("masking",),
     ("artifact", "config"),

@@ -11,6 +11,7 @@ from ..codecs import get_codec
 from ..errors import ArtifactError
 from .container import METADATA
 from .manifest import MANIFEST_LIMIT, Manifest, read_manifest
+from .mask_bytes import encode_mask
 from .planes import Bits
 from .strict_json import canonical
 
@@ -46,10 +47,8 @@ def assemble(
         raise ArtifactError(f"the manifest would have {len(text):,} bytes; expected at most {MANIFEST_LIMIT:,}")
     read_manifest(text)  # make sure that what is written can be read
     tensors = {
-        f"{e.name}.mask": torch.from_numpy(
-            get_codec(e.encoding).to_bytes(bits[e.name].mask, e.shape, e.kept or 0, e.pattern)
-        )
-        for e in manifest.masked
+        f"{entry.name}.mask": torch.from_numpy(encode_mask(entry, manifest.seed, bits[entry.name].mask))
+        for entry in manifest.masked
     }
     tensors |= {f"{name}.{kind}": torch.from_numpy(p) for name, b in bits.items() for kind, p in b.planes.items()}
     return manifest, serialize(tensors | dict(stored), metadata={METADATA: text})

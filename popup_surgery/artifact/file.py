@@ -19,6 +19,7 @@ from ..masking.bake import masks as network_masks
 from .assemble import assemble
 from .container import Container, Header, local, located, open_file, read_safetensors
 from .manifest import Manifest, TensorSpec
+from .mask_bytes import obeys_fixed
 from .planes import Packed
 from .reader import Contents, Parts, naming, read_contents, read_front
 from .rebuild import masks_digest, stored_tensor
@@ -101,7 +102,7 @@ class Artifact:
             manifest: its numbers of kept weights and its `masks_sha256` are replaced by those of `masks`; everything
                 else, such as `weights_sha256` and the probe, must be right already. It has no planes, which are for
                 the weights that its own masks keep. A pattern that a mask does not obey is dropped, and `range_coded`
-                takes the place of an encoding that needs it.
+                takes the place of an encoding that needs it. So are fixed weights that it does not obey.
             masks: the packed mask of each masked weight, by name.
             stored: the tensors that no seed gives, as in another artifact's `contents.stored`.
             path: what messages call it.
@@ -109,7 +110,7 @@ class Artifact:
         if entry := next((entry for entry in manifest.masked if entry.planes), None):
             raise ArtifactError(f"{entry.name!r} has the plane {entry.planes[0]!r}, which is for another mask")
         decoded = {entry.name: masks[entry.name] for entry in manifest.masked}
-        entries = tuple(_with_mask(entry, decoded[entry.name]) for entry in manifest.masked)
+        entries = tuple(_with_mask(entry, manifest.seed, decoded[entry.name]) for entry in manifest.masked)
         manifest = replace(manifest, masked=entries, masks_sha256=masks_digest(list(decoded.values())))
         artifact = cls(path, manifest, None)
         artifact.__dict__["contents"] = Contents.of(manifest, decoded, stored)
@@ -199,9 +200,9 @@ class Artifact:
             return fill_network(self.contents, model, base, masked, packed)
 
 
-def _with_mask(entry: TensorSpec, mask: Packed) -> TensorSpec:
+def _with_mask(entry: TensorSpec, seed: int, mask: Packed) -> TensorSpec:
     """Return the entry of a weight under another mask."""
-    entry = replace(entry, kept=ones(mask))
+    entry = replace(entry, kept=ones(mask), fixed=entry.fixed if obeys_fixed(entry, seed, mask) else None)
     if entry.pattern is None or obeys(mask, entry.shape, entry.pattern):
         return entry
     encoding = "range_coded" if get_codec(entry.encoding).needs_pattern else entry.encoding

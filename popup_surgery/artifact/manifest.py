@@ -13,6 +13,7 @@ from ..codecs import CODECS, get_codec
 from ..errors import ArtifactError
 from ..models.architecture import Architecture, Base
 from ..selection.pattern import Pattern
+from ..weights.fixed import Fixed
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS
 from .container import DTYPES, element_count
@@ -24,6 +25,7 @@ VERSION = 1
 FEATURES = (
     "range_coded",
     "pattern_coded",
+    "fixed",
     *PLANES,
 )  # what `requires` may name: what readers of the first files do not know
 MANIFEST_LIMIT = 8 << 20
@@ -38,7 +40,8 @@ class TensorSpec:
     `kept` is the number of ones in its mask; None if the tensor is not masked. `encoding` is the codec of the mask, and
     `planes` are the kinds of the planes that change the weights that take part. A masked tensor with the distribution
     `base` is not drawn: its values come from the base, and its `std` is 0. `note` is informational: scheme, scaled, k,
-    fan_in. `pattern` says that the mask keeps N of each M neighbours.
+    fan_in. `pattern` says that the mask keeps N of each M neighbours, `fixed` how many weights the seed fixes, so that
+    the encoding is of the others' bits alone.
     """
 
     name: str
@@ -52,6 +55,7 @@ class TensorSpec:
     encoding: str = "bitpack"
     pattern: Pattern | None = None
     planes: tuple[str, ...] = ()
+    fixed: Fixed | None = None
 
     @property
     def numel(self) -> int:
@@ -73,6 +77,8 @@ class TensorSpec:
         entry |= {"distribution": self.distribution, **self.note, **source_of(self.distribution).record(self.std)}
         if self.pattern is not None:
             entry["pattern"] = asdict(self.pattern)
+        if self.fixed is not None:
+            entry["fixed"] = asdict(self.fixed)
         entry |= {} if self.kept is None else {"kept": self.kept, "encoding": self.encoding}
         return entry | ({"planes": list(self.planes)} if self.planes else {})
 
@@ -126,6 +132,7 @@ class Manifest:
     def requires(self) -> list[str]:
         """What a reader must know beyond the first version of the format."""
         used = {name for entry in self.masked for name in (entry.encoding, *entry.planes)}
+        used |= {"fixed" for entry in self.masked if entry.fixed is not None}
         return [feature for feature in FEATURES if feature in used]
 
     def text(self) -> dict[str, Any]:
@@ -324,6 +331,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         note={key: get(key, *how) for key, how in informing.items() if masked or key in entry},
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
         pattern=_pattern(entry, where, numel) if masked else None,
+        fixed=_fixed(entry, where, numel) if masked and "fixed" in entry else None,
         planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}, without gaps between coats", _planes))
         if masked and "planes" in entry
         else (),
@@ -347,6 +355,23 @@ def _pattern(entry: dict[str, Any], where: str, numel: int) -> Pattern | None:
         raise ArtifactError(
             f"{where} keeps {found.kept(numel)} of {numel} weights; expected {entry['kept']}, as kept is"
         )
+    return found
+
+
+def _fixed(entry: dict[str, Any], where: str, numel: int) -> Fixed:
+    """Check how many weights of a masked tensor are fixed, against its shape and its number of kept weights."""
+    given, where = entry["fixed"], f"{where}.fixed"
+    if not isinstance(given, dict):
+        raise ArtifactError(f"{where} is {_short(given)}; expected an object")
+    counts = (_get(given, name, "an integer", lambda v: type(v) is int, f"{where}.") for name in ("dropped", "kept"))
+    found = Fixed(*counts)
+    if not found.allows(numel, entry["kept"]) or not found.dropped + found.kept:
+        raise ArtifactError(
+            f"{where} is {_short(given)}; expected numbers from 0, not both 0, that leave {entry['kept']} of {numel} "
+            "weights to keep"
+        )
+    if "pattern" in entry:
+        raise ArtifactError(f"{where} is beside a pattern; expected one of the two")
     return found
 
 

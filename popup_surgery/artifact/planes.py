@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from ..codecs.bitpack import ones, padding_is_zero
+from ..codecs.bitpack import bits_at, ones, pack, padding_is_zero
 from ..weights.streams import CHUNK, Floats
 
 Packed = NDArray[np.uint8]
@@ -40,10 +40,10 @@ class Bits:
 
         def take(kind: str, count: int) -> Bools:
             places[kind] += count
-            return _unpacked(self.planes[kind], places[kind] - count, count)
+            return bits_at(self.planes[kind], places[kind] - count, count)
 
         for piece in values:
-            kept = _unpacked(self.mask, start, len(piece))
+            kept = bits_at(self.mask, start, len(piece))
             taken = piece[kept]
             count, inside = np.ones(len(taken), np.float32), np.arange(len(taken))
             for kind in self.planes:
@@ -68,9 +68,9 @@ class Bits:
         """Return the bits with the weights in another order: place i gets what place order[i] has."""
         n = len(order)
         about = {"": self.mask} | {kind: self.spread(kind, n) for kind in self.planes}
-        there = {kind: _unpacked(bits, 0, n)[order] for kind, bits in about.items()}
-        planes = {kind: _packed(there[kind][there[["", *self._before(kind)][-1]]]) for kind in self.planes}
-        return Bits(_packed(there[""]), planes)
+        there = {kind: bits_at(bits, 0, n)[order] for kind, bits in about.items()}
+        planes = {kind: pack(there[kind][there[["", *self._before(kind)][-1]]]) for kind in self.planes}
+        return Bits(pack(there[""]), planes)
 
     def wrong(self, name: str, kept: int) -> str:
         """Return what is wrong with the planes of a weight that keeps `kept`; empty if nothing is."""
@@ -98,19 +98,9 @@ def _spread(about: Packed, plane: Packed, numel: int) -> Packed:
     """Return the bits of `plane` at the places of the ones in `about`, and 0 elsewhere."""
     out, place = np.empty(len(about), np.uint8), 0
     for start in range(0, numel, CHUNK):
-        bits = _unpacked(about, start, min(CHUNK, numel - start))
+        bits = bits_at(about, start, min(CHUNK, numel - start))
         count = int(bits.sum())
-        bits[bits] = _unpacked(plane, place, count)
-        out[start // 8 : start // 8 + -(-len(bits) // 8)] = _packed(bits)
+        bits[bits] = bits_at(plane, place, count)
+        out[start // 8 : start // 8 + -(-len(bits) // 8)] = pack(bits)
         place += count
     return out
-
-
-def _unpacked(packed: Packed, start: int, count: int) -> Bools:
-    """Return `count` bits from the one with the index `start`."""
-    part = packed[start // 8 : -(-(start + count) // 8)]
-    return np.unpackbits(part, bitorder="little")[start % 8 :][:count].view(np.bool_)
-
-
-def _packed(bits: Bools) -> Packed:
-    return np.packbits(bits, bitorder="little")

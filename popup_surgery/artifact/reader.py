@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..codecs import get_codec
-from ..codecs.bitpack import ones
-from ..codecs.pattern_coded import obeys
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
-from .manifest import Manifest, TensorSpec, read_manifest
+from .manifest import Manifest, read_manifest
+from .mask_bytes import decode_mask, expands, mask_sizes
 from .planes import Bits, Packed
 from .rebuild import masks_digest, tensors_digest
 
@@ -54,7 +52,10 @@ class Contents:
         Each has its planes with it, without which the weights under it are others.
         """
         if not self._decoded:
-            masks = {entry.name: _mask(entry, self.encoded[entry.name]) for entry in self.manifest.masked}
+            masks = {
+                entry.name: decode_mask(entry, self.manifest.seed, np.frombuffer(self.encoded[entry.name], np.uint8))
+                for entry in self.manifest.masked
+            }
             if masks_digest(list(masks.values())) != self.manifest.masks_sha256:
                 raise ArtifactError("masks_sha256 does not match: a mask is damaged")
             self._decoded.update({name: Bits(mask, self.planes.get(name, {})) for name, mask in masks.items()})
@@ -67,7 +68,7 @@ class Contents:
         Raises:
             ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
         """
-        entries = [entry for entry in self.manifest.masked if get_codec(entry.encoding).expands]
+        entries = [entry for entry in self.manifest.masked if expands(entry)]
         if not self._decoded and sum(entry.numel for entry in entries) > LIMIT:
             raise ArtifactError(
                 f"the masks are for more than {LIMIT:,} weights, and no network is at hand to compare them with"
@@ -132,7 +133,7 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
     """Check that each masked tensor has a mask and its planes, and that their sizes are possible."""
     for entry in manifest.masked:
         mask = container.tensors.get(f"{entry.name}.mask")
-        sizes = get_codec(entry.encoding).sizes(entry.shape, entry.kept or 0, entry.pattern)
+        sizes = mask_sizes(entry)
         if mask is None:
             raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
         if mask.dtype != "U8" or len(mask.shape) != 1 or mask.shape[0] not in sizes:
@@ -160,17 +161,3 @@ def _check_places(manifest: Manifest, container: Container) -> None:
     for name, target in manifest.aliases.items():
         if target not in known:
             raise ArtifactError(f"aliases[{name!r}] is {target!r}, which the file does not hold")
-
-
-def _mask(entry: TensorSpec, part: memoryview) -> Packed:
-    """Decode the bits of a mask, and check that the number of ones is the manifest's."""
-    codec, data = get_codec(entry.encoding), np.frombuffer(part, np.uint8)
-    try:
-        packed = codec.to_bits(data, entry.shape, entry.kept or 0, entry.pattern)
-    except ValueError as error:
-        raise ArtifactError(f"'{entry.name}.mask' {error}") from error
-    if ones(packed) != entry.kept:
-        raise ArtifactError(f"'{entry.name}.mask' keeps {ones(packed)} weights; expected {entry.kept}")
-    if entry.pattern is not None and not codec.needs_pattern and not obeys(packed, entry.shape, entry.pattern):
-        raise ArtifactError(f"'{entry.name}.mask' does not keep {entry.pattern} of its neighbours, as its pattern says")
-    return packed

@@ -1,5 +1,6 @@
 """Start a converted network with the mask of an existing file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
@@ -10,6 +11,7 @@ from ..codecs.bitpack import unpack_mask
 from ..errors import ArtifactError
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import parameter_of, score_of
+from ..masking.state import MaskedParam
 from ..masking.walk import masked_weights, unwrap
 from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
@@ -42,10 +44,7 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             entries[key].copy_(cast(Tensor, module._parameters[name]).detach())
         fill_network(artifact.contents, plain, base)
         masks = artifact.masks()
-        if set(masks) != set(weights):
-            odd = min(set(masks) ^ set(weights))
-            here, there = ("file", "network") if odd in masks else ("network", "file")
-            raise ArtifactError(f"{odd!r} is masked in the {here} but not in the {there}; convert the same layers")
+        _check_masks(masks, {key: slot for key, (_, _, slot) in weights.items()})
         flipped: dict[str, Tensor] = {}
         bits, nested = artifact.contents.decode(), dict[str, list[Tensor]]()
         for entry in artifact.manifest.masked:
@@ -92,6 +91,20 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
                     factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
                     moved = torch.where(mask, moved.copysign(factor), moved)
                 score.copy_(moved)
+
+
+def _check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, MaskedParam]) -> None:
+    """Check that the masks are for the network's masked weights, and keep and drop those that it has fixed."""
+    if masks.keys() != weights.keys():
+        odd = min(masks.keys() ^ weights.keys())
+        here, there = ("file", "network") if odd in masks else ("network", "file")
+        raise ArtifactError(f"{odd!r} is masked in the {here} but not in the {there}; convert the same layers")
+    for key, slot in weights.items():
+        if (fixed := slot.ranking.fixed) is not None and not fixed.obeyed_by(slot.index, masks[key]):
+            raise ArtifactError(
+                f"the mask of {key!r} keeps weights that the network has fixed as dropped, or drops some that it has "
+                "fixed as kept; convert the network with the file's seed and fixed"
+            )
 
 
 def _mask(bits: Bits, kind: str, entry: TensorSpec) -> Tensor:

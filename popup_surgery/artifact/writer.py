@@ -23,7 +23,9 @@ from ..masking.ranking import parameter_of, score_name, score_of
 from ..masking.state import MaskedParam, slots_of, state_of
 from ..masking.unmasked import Generated
 from ..masking.walk import ranked_within, unwrap
+from ..selection.fixed import FixedTensor
 from ..weights.fill import equals, fill, pieces_of
+from ..weights.fixed import Fixed
 from ..weights.source import source_of
 from ..weights.streams import draw
 from .assemble import assemble
@@ -300,9 +302,16 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     dtype = DTYPE_NAMES[weight.dtype]
     entry = TensorSpec(
         name, slot.stream, tuple(weight.shape), dtype, slot.distribution, std, kept, note,
-        planes=tuple(learner.planes), pattern=slot.ranking.pattern,
+        planes=tuple(learner.planes), pattern=group.pattern,
+        fixed=None if group.fixed is None else _fixed(group.fixed.members[slot.index]),
     )  # fmt: skip
     return entry, Bits(packed, planes)
+
+
+def _fixed(member: FixedTensor) -> Fixed | None:
+    """Return how many weights are fixed; None if no weight is, as in a small layer."""
+    found = Fixed(member.dropped, member.kept)
+    return found if found.free(member.numel) < member.numel else None
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:

@@ -33,6 +33,12 @@ def unpack_mask(packed: Bytes, shape: Shape) -> NDArray[np.bool_]:
     return np.unpackbits(packed, count=math.prod(shape), bitorder="little").view(np.bool_).reshape(shape)
 
 
+def bits_at(packed: Bytes, start: int, count: int) -> NDArray[np.bool_]:
+    """Return `count` bits of a packed mask, from the one with the index `start`."""
+    part = packed[start // 8 : -(-(start + count) // 8)]
+    return np.unpackbits(part, bitorder="little")[start % 8 :][:count].view(np.bool_)
+
+
 def ones(packed: Bytes) -> int:
     """Return how many bits are 1."""
     return int(np.bitwise_count(packed).sum(dtype=np.int64))

@@ -49,6 +49,12 @@ FloorOption = Annotated[
     float | None,
     typer.Option(help="With --scope global: what each layer keeps at least, a share below 1 or a number of weights."),
 ]
+DroppedOption = Annotated[
+    float | None, typer.Option(help="Share of each layer's weights that the seed drops before training.")
+]
+KeptOption = Annotated[
+    float | None, typer.Option(help="Share of each layer's weights that the seed keeps before training.")
+]
 ImgSizeOption = Annotated[int | None, typer.Option(help="Height and width of its images, for networks that need it.")]
 OutputOption = Annotated[
     Path | None, typer.Option("-o", "--output", help="File to write; default: <arch>.popup.safetensors.")
@@ -77,6 +83,8 @@ def run(
         Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
     ] = SCOPE,
     floor: FloorOption = None,
+    fixed_dropped: DroppedOption = None,
+    fixed_kept: KeptOption = None,
     others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
     norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
     include: IncludeOption = None,
@@ -107,12 +115,12 @@ def run(
     if not dry_run:
         new_file(file, force, ("", ".safetensors"), reads=[None if weights is None else Path(weights)])
     given: dict[str, Any] = {
-        "k": k, "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
+        "k": k if k_rule is None else {"rule": k_rule, "k": DEFAULT.k.value if k is None else k},
+        "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
         "scope": scope.value, "floor": floor, "include": include or None, "exclude": exclude or None,
         "others": others.value, "norm": norm.value, "train": train or None,
+        "fixed": _without_none({"dropped": fixed_dropped, "kept": fixed_kept}) or None,
     }  # fmt: skip
-    if k_rule is not None:
-        given["k"] = {"rule": k_rule, "k": DEFAULT.k.value if k is None else k}
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
         to = None if dry_run else file

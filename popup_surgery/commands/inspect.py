@@ -53,6 +53,9 @@ def run(
     patterns = "".join(sorted({f", {entry.pattern} of neighbours" for entry in manifest.masked if entry.pattern}))
     sizes = opened.sizes
     assert sizes is not None
+    if fixed := [entry.fixed for entry in manifest.masked if entry.fixed]:
+        dropped, kept = (sum(getattr(one, name) for one in fixed) for name in ("dropped", "kept"))
+        show(f"fixed by the seed: {dropped:,} weights dropped, {kept:,} kept")
     show(f"masks: {encodings}{patterns}, {8 * sizes.masks / manifest.weights:.3f} bits a weight")
     if planes := sorted({kind for entry in manifest.masked for kind in entry.planes}):
         show(f"planes: {', '.join(planes)}, {8 * sizes.planes / max(manifest.kept, 1):.3f} bits a kept weight")

@@ -12,11 +12,14 @@ from ..masking.k_schedule import KSchedule
 from ..masking.settings import (
     IN_LAYERS,
     as_floor,
+    fixed_bounds,
+    fixed_mistakes,
     floor_mistake,
     is_rule,
     is_share,
     own_shares,
     rule_mistakes,
+    without_fixed,
     without_pattern,
 )
 from ..models.architecture import check_kwargs
@@ -127,14 +130,34 @@ def floors(value: Any, info: ValidationInfo) -> float | None:
     return as_floor(value)
 
 
+def fixed(value: Any, info: ValidationInfo) -> dict[str, float] | None:
+    """Check the shares that the seed fixes, also against k and the pattern."""
+    if value is None:
+        return value
+    if mistakes := fixed_mistakes(value, info.data.get("k"), info.data.get("pattern")):
+        raise ValueError("; ".join(mistakes))
+    return dict(value)
+
+
+def start_beside(fixed: dict[str, float], schedule: dict[str, Any]) -> None:
+    """Check that a schedule of k starts with a share that the fixed weights allow."""
+    least, most = fixed_bounds(fixed)
+    if schedule["kind"] != "constant" and not least <= schedule["start"] <= most:
+        raise ValueError(
+            f"start is {schedule['start']}; expected a share from {least:g} to {most:g}, which surgery.fixed allows"
+        )
+
+
 def beside_learner(name: str, value: Any, learner: str, chosen: Learner) -> None:
-    """Check `k`, `scope` or `pattern` against a learner with its options."""
+    """Check `k`, `scope`, `pattern` or `fixed` against a learner with its options."""
     if name == "k" and value is not None and chosen.takes_k and (wrong := chosen.k_error(value)):
         raise ValueError(wrong)
     if name == "scope" and value == "global" and not chosen.ranks_globally:
         raise ValueError(f"expected layer; {IN_LAYERS}")
     if name == "pattern" and value is not None and not chosen.takes_pattern:
         raise ValueError(f"expected null; {without_pattern(learner)}")
+    if name == "fixed" and value is not None and not chosen.takes_fixed:
+        raise ValueError(f"expected null; {without_fixed(learner)}")
 
 
 def ramp(value: Any) -> dict[str, Any] | None:

@@ -37,6 +37,7 @@ from .catalog import find, is_sweep
 from .checks import (
     SHARES,
     beside_learner,
+    fixed,
     floors,
     known,
     look_up_optimizer,
@@ -45,6 +46,7 @@ from .checks import (
     ramp,
     schemes,
     shares,
+    start_beside,
 )
 from .data import Data
 from .expected import shown
@@ -75,6 +77,9 @@ class Surgery(_Section):
             [methods](../methods.md).
         pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
             k. Null ranks whole layers.
+        fixed: as `{dropped: 0.5, kept: 0.1}`, shares of each layer's weights that the seed fixes before training. One
+            of them may be left out. The scores choose among the others, and the file has bits for these alone. `k` is
+            still the share of all weights. Null fixes none. See [methods](../methods.md#frozen-parts).
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
             share of ones allows, or `pattern_coded`, as few as the pattern allows. The network is the same.
     """
@@ -93,6 +98,11 @@ class Surgery(_Section):
     scope: Literal["layer", "global"] = DEFAULT.scope.value
     pattern: Annotated[str | None, BeforeValidator(neighbours)] = DEFAULT.pattern.value
     floor: Annotated[float | None, PlainValidator(floors)] = DEFAULT.floor.value
+    fixed: Annotated[
+        dict[str, float] | None,
+        PlainValidator(fixed),
+        Field(examples=[{"dropped": 0.5, "kept": 0.1}]),
+    ] = DEFAULT.fixed.value
     include: str | list[str] | None = DEFAULT.include.value
     exclude: str | list[str] | None = DEFAULT.exclude.value
     others: Literal["frozen", "train"] = DEFAULT.others.value
@@ -137,7 +147,7 @@ class Surgery(_Section):
             raise ValueError("; ".join(wrong))
         return value
 
-    @field_validator("k", "scaled", "scope", "pattern", "floor", "k_schedule")
+    @field_validator("k", "scaled", "scope", "pattern", "floor", "fixed", "k_schedule")
     @classmethod
     def _for_the_learner(cls, value: Any, info: ValidationInfo) -> Any:
         """Check a key against whether the learner takes a k."""
@@ -150,6 +160,8 @@ class Surgery(_Section):
         beside_learner(name, value, learner, chosen)
         if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
             raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
+        if name == "k_schedule" and value is not None and (shares := info.data.get("fixed")) is not None:
+            start_beside(shares, value)
         if name == "k_schedule" and value is not None and chosen.schedules_k:
             raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
         if name == "k" and value is None and chosen.takes_k:

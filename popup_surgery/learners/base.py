@@ -69,6 +69,9 @@ class Learner(ABC):
         takes_pattern: whether the weights with the largest |score| are kept, so that a pattern such as 2:4 can rank
             neighbours in place of a whole layer. A subclass that selects in its own way, or not always as many, does
             not inherit it.
+        takes_fixed: whether `select` and `select_traced` take `fixed`, as `selection.select` does: weights that are
+            kept or dropped whatever their scores are. They get it only where `convert` was called with `fixed`. It is
+            not inherited where `takes_pattern` is not.
         planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
             `sign` if their signs are learnt too. `plane` returns the bits.
         ranks_globally: whether `scope="global"` suits it, so that `kept` may be of several weights together.
@@ -85,6 +88,7 @@ class Learner(ABC):
     redraws: bool = False
     starts_whole: bool = False
     takes_pattern: bool = False
+    takes_fixed: bool = False
     planes: tuple[str, ...] = ()
     ranks_globally: bool = True
 
@@ -94,7 +98,8 @@ class Learner(ABC):
         bases = [base for base in cls.__bases__ if issubclass(base, Learner)]
         names = "select", "select_traced", "kept_at"
         if any(getattr(cls, name) is not getattr(base, name) for base in bases for name in names):
-            cls.takes_pattern = vars(cls).get("takes_pattern", False)
+            for name in ("takes_pattern", "takes_fixed"):
+                setattr(cls, name, vars(cls).get(name, False))
 
     @abstractmethod
     def initial_scores(

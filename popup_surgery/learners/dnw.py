@@ -26,6 +26,7 @@ class DNW(EdgePopup):
 
     ranks_weights = True
     learns_weights = True
+    takes_fixed = False
 
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..selection import Selection, select, select_op
+from ..selection.fixed import FreeWeights
 from ..weights.streams import draw_scores
 from .base import Learner, StraightThrough
 
@@ -23,6 +24,7 @@ class EdgePopup(Learner):
 
     takes_pattern = True
     takes_floor = True
+    takes_fixed = True
 
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
@@ -30,14 +32,24 @@ class EdgePopup(Learner):
         return draw_scores(numel, fan_in, seed, name)
 
     def select(
-        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+        self,
+        scores: Sequence[Tensor],
+        kept: int,
+        names: Sequence[str] = (),
+        floors: Sequence[int] | None = None,
+        fixed: FreeWeights | None = None,
     ) -> Selection:
-        return select(scores, kept, floors)
+        return select(scores, kept, floors, fixed)
 
     def select_traced(
-        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+        self,
+        scores: Sequence[Tensor],
+        kept: int,
+        names: Sequence[str] = (),
+        floors: Sequence[int] | None = None,
+        fixed: FreeWeights | None = None,
     ) -> Sequence[Tensor]:
-        return select_op(list(scores), kept, floors)
+        return select_op(list(scores), kept, floors, None if fixed is None else fixed.text)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConversionError
 from ..selection import OneRead, Selection
+from ..selection.fixed import FreeWeights
 from ..weights.streams import draw_scores
 from .base import StraightThrough, masked
 from .edge_popup import EdgePopup
@@ -56,6 +57,10 @@ class Signed(EdgePopup):
         return self.threshold is None
 
     @property
+    def takes_fixed(self) -> bool:  # type: ignore[override]
+        return self.threshold is None
+
+    @property
     def takes_floor(self) -> bool:  # type: ignore[override]
         return self.threshold is None
 
@@ -71,17 +76,27 @@ class Signed(EdgePopup):
         return draw_scores(numel, 1 / bound**2 if self.init != "uniform" else fan_in, seed, name)
 
     def select(
-        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+        self,
+        scores: Sequence[Tensor],
+        kept: int,
+        names: Sequence[str] = (),
+        floors: Sequence[int] | None = None,
+        fixed: FreeWeights | None = None,
     ) -> Selection:
         if self.threshold is None:
-            return super().select(scores, kept, names, floors)
+            return super().select(scores, kept, names, floors, fixed)
         return OneRead(tuple(self.select_traced(scores, kept)))
 
     def select_traced(
-        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), floors: Sequence[int] | None = None
+        self,
+        scores: Sequence[Tensor],
+        kept: int,
+        names: Sequence[str] = (),
+        floors: Sequence[int] | None = None,
+        fixed: FreeWeights | None = None,
     ) -> Sequence[Tensor]:
         if self.threshold is None:
-            return super().select_traced(scores, kept, names, floors)
+            return super().select_traced(scores, kept, names, floors, fixed)
         return [score.abs() > self._threshold for score in scores]
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:

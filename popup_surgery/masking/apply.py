@@ -7,6 +7,7 @@ from ..errors import ConversionError
 from ..learners import Learner, get_learner
 from ..models.architecture import note_origin
 from ..selection import kept_count
+from ..selection.fixed import FixedTensor, FreeWeights
 from ..torch_compat import NormWithStatistics
 from ..weights.fill import fill, values_digest
 from ..weights.source import source_of
@@ -126,7 +127,7 @@ def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned
     for (weight, held), score in zip(masked, scores, strict=True):
         source = source_of(weight.distribution)
         source.fill(held[0].tensor, weight.std, settings.seed, weight.key)
-        ranking = RankGroup(learner, weight.kept or 0, weight.pattern)
+        ranking = RankGroup(learner, weight.kept or 0, weight.pattern, _free(weight, settings.seed))
         index = ranking.add(held[0].module, held[0].name, weight.key)
         for _, module, name in held:
             slots.setdefault(module, {})[name] = MaskedParam(
@@ -137,6 +138,13 @@ def _mask(masked: Weights, scores: list[nn.Parameter], learner: Learner, planned
         held[0].tensor.requires_grad_(False)
     for module in slots:
         swap(module, slots[module], new_scores[module])
+
+
+def _free(weight: PlannedWeight, seed: int) -> FreeWeights | None:
+    """Return which of its weights are not fixed; None if none is."""
+    if (fixed := weight.fixed) is None:
+        return None
+    return FreeWeights.of([FixedTensor(fixed.dropped, fixed.kept, weight.numel, seed, weight.key)])
 
 
 def _treat(other: PlannedRest, place: Place, seed: int) -> None:
@@ -171,13 +179,16 @@ def _rank_together(core: nn.Module, learner: Learner, settings: MaskingSettings)
     """Put all masked weights of `core` into one ranking group, in place of the groups they had."""
     ranking = RankGroup(learner, 0)
     place: dict[int, int] = {}
+    fixed: list[FixedTensor] = []
     for _, module, name, slot in masked_weights(core):
         place[id(module._parameters[name])] = ranking.add(module, name, slot.stream)
+        fixed += [] if slot.ranking.fixed is None else [slot.ranking.fixed.members[slot.index]]
+    ranking.fixed = FreeWeights.of(fixed) if fixed else None
     for module in core.modules():
         for name, slot in slots_of(module).items():
             slot.ranking, slot.index = ranking, place[id(module._parameters[name])]
     ranking.kept = kept_count(ranking.numel, settings.by_pattern("k")["*"])
     if settings.floor is not None:
-        ranking.floors = tuple(floor_count(score.numel(), settings.floor) for score in ranking.scores())
+        ranking.floors = tuple(floor_count(score.numel(), settings) for score in ranking.scores())
     drop_hooks(core)
     ranking.hold_during_forward(core)

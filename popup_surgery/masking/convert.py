@@ -37,6 +37,7 @@ def convert(
     pattern: str | None = DEFAULT.pattern,
     scope: Scope = DEFAULT.scope,
     floor: float | None = DEFAULT.floor,
+    fixed: Mapping[str, float] | None = DEFAULT.fixed,
     include: Patterns = DEFAULT.include,
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
@@ -78,6 +79,10 @@ def convert(
         scope: `layer` ranks each layer by itself, `global` ranks all layers together.
         floor: with `scope="global"`, what each layer keeps at least, so that none loses all of its weights: a share
             below 1 of its weights, or a number of weights from 1.
+        fixed: shares of each layer's weights that the seed fixes before training, such as
+            `{"dropped": 0.5, "kept": 0.1}`; either may be left out. The scores choose among the others alone, and a
+            file has bits for these alone. k is still the share of all weights, from `kept` to 1 − `dropped` (Otsuka et
+            al., TMLR).
         include, exclude: glob patterns on module names. A pattern that matches a module covers all modules inside it.
             A layer that came frozen, in a network that did not, stays as it is unless `include` names it.
         others, norm: `train` makes unmasked parameters trainable: with `others` all of them, with `norm` only the

@@ -129,12 +129,13 @@ def scheduled(slot: MaskedParam, schedule: KSchedule | None, epoch: int) -> int 
 
 
 def check_schedule(core: nn.Module, schedule: KSchedule | None) -> None:
-    """Raise `ConversionError` if a layer of a converted network would keep no weights at the start of a schedule."""
+    """Raise `ConversionError` if a layer of a converted network could not keep what a schedule starts with."""
     try:
         for _, _, _, slot in masked_weights(core):
             scheduled(slot, schedule, 0)
     except ConversionError as error:
-        raise ConversionError(f"k_schedule starts too low: {error}") from error
+        high = schedule is not None and slot.k is not None and schedule.start > slot.k
+        raise ConversionError(f"k_schedule starts too {'high' if high else 'low'}: {error}") from error
 
 
 _DEFAULTS = {field.name: field.default for field in fields(KSchedule)}

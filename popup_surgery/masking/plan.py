@@ -8,6 +8,7 @@ from typing import Any
 
 from ..errors import ConversionError
 from ..selection.pattern import Pattern
+from ..weights.fixed import Fixed
 from ..weights.source import source_of
 from .settings import MaskingSettings, is_rule
 from .unmasked import FRESH, NAMED, UnmaskedRule
@@ -28,6 +29,7 @@ class PlannedWeight:
         fan_in: inputs summed into one output.
         owners: all of its `state_dict` keys, `key` first.
         pattern: which weights are neighbours, and how many of them are kept; None if all are ranked together.
+        fixed: how many of its weights the seed fixes before training; None if it fixes none.
     """
 
     key: str
@@ -41,6 +43,7 @@ class PlannedWeight:
     fan_in: float
     owners: tuple[str, ...]
     pattern: Pattern | None = None
+    fixed: Fixed | None = None
 
     @property
     def numel(self) -> int:
@@ -192,8 +195,17 @@ class Plan:
             f"{len(self.rest)} tensors not masked, {rest:,} parameters{trained}; {coverage.share('masked'):.2%} of all "
             "parameters are masked\n"
             f"{schemes}, seed {settings.seed}, {settings.learner}, "
-            f"{settings.ranked}{least}"
+            f"{settings.ranked}{least}{self._fixed}"
         )
+
+    @property
+    def _fixed(self) -> str:
+        """What is fixed, as the end of a line."""
+        fixed = [weight.fixed for weight in self.masked if weight.fixed is not None]
+        if not fixed:
+            return ""
+        dropped, kept = (sum(getattr(one, name) for one in fixed) / self.weights for name in ("dropped", "kept"))
+        return f", {dropped:.1%} fixed as dropped and {kept:.1%} as kept"
 
     def __str__(self) -> str:
         """Return the plan as tables: the masked weights, whatever is not masked, and the totals."""
@@ -226,6 +238,10 @@ class Plan:
 
 def _weight(found: dict[str, Any]) -> PlannedWeight:
     """Return what `to_json` wrote as `found`."""
-    pattern = found.get("pattern")
+    pattern, fixed = found.get("pattern"), found.get("fixed")
     whole = {"shape": tuple(found["shape"]), "owners": tuple(found["owners"])}
-    return PlannedWeight(**found | whole | {"pattern": None if pattern is None else Pattern(**pattern)})
+    rules = {
+        "pattern": None if pattern is None else Pattern(**pattern),
+        "fixed": None if fixed is None else Fixed(**fixed),
+    }
+    return PlannedWeight(**found | whole | rules)

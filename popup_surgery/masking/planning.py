@@ -35,7 +35,7 @@ from .settings import (
     is_rule,
     own_copy,
 )
-from .shares import check_together, counts_by_rule
+from .shares import check_fixed, check_together, counts_by_rule, fixed_counts
 from .state import slots_of, state_of
 from .unmasked import FRESH, FROZEN, NAMED, UnmaskedRule, is_norm, treatment
 from .walk import Place, masked_weights, places_of, unwrap
@@ -53,6 +53,7 @@ def plan(
     pattern: str | None = DEFAULT.pattern,
     scope: Scope = DEFAULT.scope,
     floor: float | None = DEFAULT.floor,
+    fixed: Mapping[str, float] | None = DEFAULT.fixed,
     include: Patterns = DEFAULT.include,
     exclude: Patterns = DEFAULT.exclude,
     others: Choice = DEFAULT.others,
@@ -326,6 +327,9 @@ class _Decision:
         kept = kept if pattern is None else pattern.kept(tensor.numel())
         if kept == 0 and self.settings.scope == "layer":
             raise ConversionError(f"k={share!r} keeps none of the {tensor.numel():,} weights of {key}")
+        fixed = fixed_counts(tensor.numel(), self.settings)
+        if fixed is not None and kept is not None and self.settings.scope == "layer":
+            check_fixed(self.settings, key, share or 0.0, kept, tensor.numel(), fixed)
         for place in held:
             check_score_name(place)
         scheme = self._scheme(chosen.layer)
@@ -337,7 +341,7 @@ class _Decision:
         cls, owners = type(held[0].module).__name__, tuple(place.key for place in held)
         shape = tuple(tensor.shape)
         drawn = scheme, source.distribution, std, fans.fan_in
-        return PlannedWeight(key, cls, shape, share, kept, *drawn, owners, pattern)
+        return PlannedWeight(key, cls, shape, share, kept, *drawn, owners, pattern, fixed)
 
     def _scheme(self, layer: str) -> str:
         """Return a layer's scheme. Without pretrained weights it is drawn, unless its own pattern says otherwise."""

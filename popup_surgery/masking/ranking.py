@@ -10,6 +10,7 @@ from torch.fx.experimental.sym_node import DynamicInt
 from ..errors import ConversionError, some
 from ..learners import Learner
 from ..selection import Selection, kept_count
+from ..selection.fixed import FreeWeights
 from ..selection.pattern import Pattern, select_pattern, select_pattern_op
 from ..torch_compat import is_func_wrapper, remove_forward_hooks
 
@@ -42,17 +43,22 @@ class RankGroup:
         pattern: if there is one, which of the neighbours in the group's one weight take part.
         kept_now: how many take part at this point of the training; None if as many as `kept`.
         floors: how many weights each member keeps at least; None if there is no floor.
+        fixed: which weights of the members the seed has fixed; None if it has fixed none.
     """
 
     kept_now: int | None = None  # on the class, for groups pickled before these attributes existed
     pattern: Pattern | None = None
     floors: tuple[int, ...] | None = None
+    fixed: FreeWeights | None = None
     _in_graphs: int | None = None  # `in_force` as compiled graphs take it; None if it has always been `kept`
 
-    def __init__(self, learner: Learner, kept: int, pattern: Pattern | None = None) -> None:
+    def __init__(
+        self, learner: Learner, kept: int, pattern: Pattern | None = None, fixed: FreeWeights | None = None
+    ) -> None:
         self.learner = learner
         self.kept = kept
         self.pattern = pattern
+        self.fixed = fixed
         self.members: list[tuple[nn.Module, str]] = []
         self.streams: list[str] = []
         self._selection: Selection | None = None
@@ -99,7 +105,8 @@ class RankGroup:
         """Return how many weights of the group a share keeps; with None, as many as in the end.
 
         Raises:
-            ConversionError: it keeps none, or fewer than the floor, or another number than the pattern.
+            ConversionError: it keeps none, or fewer than the floor, or another number than the pattern, or not the
+                weights that are fixed.
         """
         if self.pattern is not None:
             if share not in (None, self.pattern.keep / self.pattern.of):
@@ -108,11 +115,15 @@ class RankGroup:
                 )
             return self.kept
         kept = self.kept if share is None else kept_count(self.numel, share)
-        least = max(1, sum(self.floors or ()))
-        if kept < least:
+        least, why = max(1, sum(self.floors or ())), ", which the floor keeps" if self.floors else ""
+        most = self.numel
+        if self.fixed is not None:
+            least, most = max(least, self.fixed.kept), most - self.fixed.dropped
+            why = f" and at most {most:,}, as fixed allows"
+        if not least <= kept <= most:
             raise ConversionError(
                 f"k={share:g} keeps {kept:,} of the {self.numel:,} weights of {some(self.streams)}; expected at least "
-                f"{least:,}{', which the floor keeps' if self.floors else ''}"
+                f"{least:,}{why}"
             )
         return kept
 
@@ -138,18 +149,18 @@ class RankGroup:
             self.scores() if held is None else [score_of(*one) for one in held.members],
             self._kept_in_graph() if compiling else self.in_force,
         )
-        floors = {} if self.floors is None else {"floors": self.floors}
+        more = {name: getattr(self, name) for name in ("floors", "fixed") if getattr(self, name) is not None}
         if score is not None:
             scores[index] = score
         if self.pattern is not None:
             return self._among_neighbours(scores[index], compiling)
         if compiling or under_transform(scores):
-            return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **floors)[index]
+            return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **more)[index]
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
         selection = self._selection  # which other threads may replace meanwhile
         if selection is None or not selection.holds(scores, index if checked else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
-                selection = self._selection = self.learner.select(scores, kept, self.streams, **floors)
+                selection = self._selection = self.learner.select(scores, kept, self.streams, **more)
         return selection.masks[index]
 
     def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:

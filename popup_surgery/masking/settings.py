@@ -23,7 +23,9 @@ Choice = Literal["frozen", "train"]
 OF_PRETRAINED = "piggyback"  # the learner of the scheme `pretrained` if neither a learner nor k is given
 RULES = ("balanced", "erk", "fan", "uniform")  # how k is spread over the layers: `masking.shares`
 # the only values for learners without k
-WITHOUT_K: dict[str, Any] = {"k": None, "pattern": None, "scaled": False, "scope": "layer", "floor": None}
+WITHOUT_K: dict[str, Any] = {
+    "k": None, "pattern": None, "scaled": False, "scope": "layer", "floor": None, "fixed": None,
+}  # fmt: skip
 _WORDS = {"scope": get_args(Scope), "others": get_args(Choice), "norm": get_args(Choice)}
 
 
@@ -45,6 +47,7 @@ class MaskingSettings:
     learner_options: Mapping[str, Any] = field(default_factory=dict)
     scope: Scope = "layer"
     floor: float | None = None
+    fixed: Mapping[str, float] | None = None
     include: Patterns = None
     exclude: Patterns = None
     others: Choice = "frozen"
@@ -87,6 +90,8 @@ class MaskingSettings:
             raise ConversionError(f"k is {k!r}; {wrong}")
         if asked.floor is not None:
             _check_floor(asked, k, learner)
+        if asked.fixed is not None:
+            _check_fixed(asked, k, learner)
         for scheme in asked.by_pattern("scheme").values():
             if scheme != PRETRAINED:
                 get_scheme(scheme)
@@ -254,6 +259,51 @@ def _check_floor(asked: MaskingSettings, k: Shares | None, learner: "Learner") -
         raise ConversionError(f"floor is {asked.floor!r}; {mistake}")
     if not learner.takes_floor:
         raise ConversionError(f"floor is {asked.floor!r}; expected None: {asked.learner} ranks without a floor")
+
+
+def fixed_bounds(fixed: Mapping[str, float]) -> tuple[float, float]:
+    """Return the smallest and the largest share of a layer that can be kept where the seed fixes these shares."""
+    # rounded, as 1 − 0.8 would be less than 0.2
+    return float(fixed.get("kept", 0)), round(1 - float(fixed.get("dropped", 0)), 12)
+
+
+def fixed_mistakes(fixed: Any, k: Any, pattern: str | None) -> list[str]:
+    """Return what is wrong with the shares in `fixed`, also beside a k or a pattern."""
+    if not isinstance(fixed, Mapping) or not fixed:
+        return ["expected a mapping with dropped, kept, or both, such as {dropped: 0.5, kept: 0.1}"]
+    known = ("dropped", "kept")
+    found = [f"{name!r} is not one of its keys, dropped and kept" for name in fixed if name not in known]
+    for name in known:
+        share = fixed.get(name, 0)
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= float(share) < 1:
+            found.append(f"{name} is {share!r}; expected a share of each layer's weights, from 0 and below 1")
+    if found:
+        return found
+    least, most = fixed_bounds(fixed)
+    if (least, most) == (0, 1):
+        found.append("dropped and kept are 0; expected a share above 0, or no such setting")
+    elif least >= most:
+        found.append("dropped and kept together are 1 or more; expected some weights for the scores to choose from")
+    elif isinstance(k, Real) and not least <= float(k) <= most:
+        found.append(f"k is {k}; expected a k from {least:g}, which is kept, to {most:g}, which is not dropped")
+    if pattern is not None:
+        found.append(f"it is beside the pattern {pattern}, which ranks all weights among their neighbours")
+    return found
+
+
+def without_fixed(learner: str) -> str:
+    """Return why `learner` does not take fixed weights, for a message."""
+    return (
+        f"the largest scores of the free weights are to be kept, and {learner} with its options chooses in another way"
+    )
+
+
+def _check_fixed(asked: MaskingSettings, k: Shares | None, learner: "Learner") -> None:
+    """Raise `ConversionError` unless the fixed shares can be used with the other settings."""
+    if mistakes := fixed_mistakes(asked.fixed, k, asked.pattern):
+        raise ConversionError(f"fixed is {asked.fixed!r}: {'; and '.join(mistakes)}")
+    if not learner.takes_fixed:
+        raise ConversionError(f"fixed is {asked.fixed!r}; expected None; {without_fixed(asked.learner)}")
 
 
 def own_copy(value: Any) -> Any:

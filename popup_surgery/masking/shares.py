@@ -1,4 +1,4 @@
-"""How many weights each layer keeps: the rules that spread one k over a network, and the floor of a global ranking.
+"""How many weights each layer keeps: the rules that spread one k over a network, floors, and fixed weights.
 
 With N weights in all, and K of them kept, layer l of n_l weights keeps min(n_l, max(1, ε·w_l)), where ε is the one
 number that makes the sum K. The rules differ in w_l:
@@ -18,9 +18,10 @@ from torch import nn
 from ..errors import ConversionError
 from ..models.layer_types import Fans
 from ..selection import kept_count
+from ..weights.fixed import Fixed
 from .patterns import last_match, matches
 from .ranking import parameter_of
-from .settings import MaskingSettings, is_rule, own_shares
+from .settings import MaskingSettings, fixed_bounds, is_rule, own_shares
 from .walk import Place, masked_weights
 
 
@@ -65,22 +66,53 @@ def spread(layers: Sequence[Layer], rule: str, kept: int) -> list[int]:
     return counts
 
 
-def floor_count(numel: int, floor: float) -> int:
-    """Return how many of a layer's weights a floor keeps: a share below 1, or a number of weights."""
-    return min(numel, int(floor)) if floor >= 1 else kept_count(numel, floor)
+def fixed_counts(numel: int, settings: MaskingSettings) -> Fixed | None:
+    """Return how many of a layer's weights are fixed before training; None if the settings fix none."""
+    if settings.fixed is None:
+        return None
+    kept, most = fixed_bounds(settings.fixed)
+    return Fixed(numel - kept_count(numel, most), kept_count(numel, kept))
+
+
+def floor_count(numel: int, settings: MaskingSettings) -> int:
+    """Return how many of a layer's weights the floor keeps at least: a share below 1, or a number of weights.
+
+    It keeps all that are fixed as kept, and none that is fixed as dropped.
+    """
+    floor, fixed = settings.floor or 0, fixed_counts(numel, settings) or Fixed(0, 0)
+    count = int(floor) if floor >= 1 else kept_count(numel, floor)
+    return max(fixed.kept, min(numel - fixed.dropped, count))
 
 
 def check_together(settings: MaskingSettings, sizes: Sequence[int]) -> None:
-    """Raise `ConversionError` unless k keeps weights of layers of these sizes, and fulfils the floor."""
+    """Raise `ConversionError` unless k keeps weights of layers of these sizes, as the floor and `fixed` ask."""
     total, k = sum(sizes), settings.by_pattern("k")["*"]
     kept = kept_count(total, k)
     if kept == 0:
         raise ConversionError(f"k={k!r} keeps none of the network's {total:,} weights")
     floor = settings.floor
-    if floor is not None and (least := sum(floor_count(size, floor) for size in sizes)) > kept:
+    fixed = [found for size in sizes if (found := fixed_counts(size, settings)) is not None]
+    together = Fixed(sum(one.dropped for one in fixed), sum(one.kept for one in fixed))
+    check_fixed(settings, "the network", k, kept, total, together)
+    if floor is not None and (least := sum(floor_count(size, settings) for size in sizes)) > kept:
         raise ConversionError(
             f"floor={floor!r} keeps {least:,} weights in {len(sizes)} layers; expected at most {kept:,}, as many as "
             f"k={k!r} keeps"
+        )
+
+
+def check_fixed(settings: MaskingSettings, what: str, k: float, kept: int, numel: int, fixed: Fixed) -> None:
+    """Raise `ConversionError` if `kept` of `numel` weights cannot be kept, of which the seed fixes some.
+
+    Args:
+        what: whose weights they are.
+        k: the share that asks for `kept`.
+    """
+    if not fixed.allows(numel, kept):
+        raise ConversionError(
+            f"k={k!r} keeps {kept:,} of the {numel:,} weights of {what}, and fixed={settings.fixed!r} keeps "
+            f"{fixed.kept:,} and drops {fixed.dropped:,}; expected k to keep {fixed.kept:,} to "
+            f"{numel - fixed.dropped:,}"
         )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .backend import backend_of
 from .bits import MAGNITUDE
+from .fixed import FreeWeights
 
 
 def kept_count(n: int, k: float) -> int:
@@ -61,7 +62,9 @@ class OneRead(Selection):
         return False
 
 
-def select(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> Selection:
+def select(
+    scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, fixed: FreeWeights | None = None
+) -> Selection:
     """Keep exactly `kept` of the group's weights: those with the largest |score|. Ties go to the lower index.
 
     Never sorts. A NaN ranks above infinity.
@@ -70,10 +73,14 @@ def select(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = N
         scores: float32 tensors of any shape and strides, ranked together in this order.
         kept: from 0 to the number of all elements.
         floors: how many weights each of the scores keeps at least: its own largest. All others are ranked together.
+        fixed: which weights are kept or dropped whatever their scores are. They count in `kept` and in `floors`, and
+            the others alone are ranked.
 
     Raises:
         ValueError: a score is not float32, or `kept` or a floor is out of range.
     """
+    if fixed is not None:
+        return _among_free(scores, kept, floors, fixed)
     total = sum(score.numel() for score in scores)
     if any(score.dtype != torch.float32 for score in scores):
         raise ValueError(f"scores are ranked in float32, not {[str(score.dtype) for score in scores]}")
@@ -119,26 +126,62 @@ def _raised(score: Tensor, lowest: Selection) -> Tensor:
     return torch.where(lowest.masks[0], MAGNITUDE, bits).view(torch.float32)
 
 
+@dataclass(frozen=True)
+class _AmongFree(Selection):
+    """Masks of the largest among the scores of free weights: `chosen` has those of these weights alone."""
+
+    chosen: Selection
+    fixed: FreeWeights
+
+    def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
+        if len(scores) != len(self.masks):
+            return False
+        free = [self.fixed.scores(i, s) if only in (None, i) else s for i, s in enumerate(scores)]
+        return self.chosen.holds(free, only)
+
+
+def _among_free(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None, fixed: FreeWeights) -> Selection:
+    """Return what `select` promises for fixed weights."""
+    free = [fixed.scores(i, score) for i, score in enumerate(scores)]
+    left = None if not floors else [floor - one.kept for floor, one in zip(floors, fixed.members, strict=True)]
+    chosen = select(free, kept - fixed.kept, left)
+    masks = (fixed.mask(i, mask, score) for i, (mask, score) in enumerate(zip(chosen.masks, scores, strict=True)))
+    return _AmongFree(tuple(masks), -1, -1, chosen, fixed)
+
+
 @torch.library.custom_op("popup_surgery::select", mutates_args=())
-def select_op(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> list[Tensor]:
-    """Return `select(…).masks`, as one operator that compilers and tracers do not look into."""
-    return list(select(scores, kept, floors).masks)
+def select_op(
+    scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, fixed: str | None = None
+) -> list[Tensor]:
+    """Return `select(…).masks`, as one operator that compilers and tracers do not look into.
+
+    Args:
+        fixed: the `text` of the weights that are not fixed.
+    """
+    return list(select(scores, kept, floors, None if fixed is None else FreeWeights.read(fixed)).masks)
 
 
 @select_op.register_fake
-def _(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None) -> list[Tensor]:
+def _(
+    scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, fixed: str | None = None
+) -> list[Tensor]:
     return [torch.empty_like(score, dtype=torch.bool) for score in scores]
 
 
 @select_op.register_vmap
 def _(
-    info: Any, in_dims: Any, scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None
+    info: Any,
+    in_dims: Any,
+    scores: Sequence[Tensor],
+    kept: int,
+    floors: Sequence[int] | None = None,
+    fixed: str | None = None,
 ) -> tuple[list[Tensor], list[int]]:
     """Rank each member of a stack of scores, such as an ensemble's, by itself."""
     dims = in_dims[0]
     rows = [score if dim is None else score.movedim(dim, 0) for score, dim in zip(scores, dims, strict=True)]
     each = [
-        select_op([row if dim is None else row[i] for row, dim in zip(rows, dims, strict=True)], kept, floors)
+        select_op([row if dim is None else row[i] for row, dim in zip(rows, dims, strict=True)], kept, floors, fixed)
         for i in range(info.batch_size)
     ]
     return [torch.stack(masks) for masks in zip(*each, strict=True)], [0] * len(scores)

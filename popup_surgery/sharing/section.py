@@ -112,6 +112,9 @@ def _rows(manifest: Manifest, one: Summary) -> list[tuple[str, ...]]:
         rows.insert(2, ("k, the share that is kept", _several(note.get("k") for note in notes)))
     if patterns := sorted({str(entry.pattern) for entry in manifest.masked if entry.pattern}):
         rows.append(("pattern", f"{', '.join(patterns)} of neighbours along the input channels"))
+    if fixed := [entry.fixed for entry in manifest.masked if entry.fixed]:
+        dropped, kept = (_percent(sum(getattr(f, name) for f in fixed), one.weights) for name in ("dropped", "kept"))
+        rows.append(("fixed before training", f"{dropped} of the weights dropped, {kept} kept"))
     if one.learner:
         rows.append(("learner", code(one.learner)))
     if planes := sorted({kind for entry in manifest.masked for kind in entry.planes}):

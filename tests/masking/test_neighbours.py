@@ -234,7 +234,7 @@ def test_what_does_not_go_together(settings: dict[str, Any], says: str) -> None:
 
 def test_a_learner_that_selects_in_its_own_way_takes_no_pattern(monkeypatch: pytest.MonkeyPatch) -> None:
     class Signed(EdgePopup):
-        def select(self, scores: Any, kept: int, names: Any = (), floors: Any = None) -> Any:
+        def select(self, scores: Any, kept: int, names: Any = (), floors: Any = None, fixed: Any = None) -> Any:
             return super().select([score.clamp(min=0) for score in scores], kept)
 
     class Growing(EdgePopup):
