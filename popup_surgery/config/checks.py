@@ -130,7 +130,7 @@ def floors(value: Any, info: ValidationInfo) -> float | None:
     return as_floor(value)
 
 
-def fixed(value: Any, info: ValidationInfo) -> dict[str, float] | None:
+def fixed_shares(value: Any, info: ValidationInfo) -> dict[str, float] | None:
     """Check the shares that the seed fixes, also against k and the pattern."""
     if value is None:
         return value

@@ -37,7 +37,7 @@ from .catalog import find, is_sweep
 from .checks import (
     SHARES,
     beside_learner,
-    fixed,
+    fixed_shares,
     floors,
     known,
     look_up_optimizer,
@@ -100,7 +100,7 @@ class Surgery(_Section):
     floor: Annotated[float | None, PlainValidator(floors)] = DEFAULT.floor.value
     fixed: Annotated[
         dict[str, float] | None,
-        PlainValidator(fixed),
+        PlainValidator(fixed_shares),
         Field(examples=[{"dropped": 0.5, "kept": 0.1}]),
     ] = DEFAULT.fixed.value
     include: str | list[str] | None = DEFAULT.include.value
