@@ -49,11 +49,12 @@ FloorOption = Annotated[
     float | None,
     typer.Option(help="With --scope global: what each layer keeps at least, a share below 1 or a number of weights."),
 ]
-DroppedOption = Annotated[
-    float | None, typer.Option(help="Share of each layer's weights that the seed drops before training.")
-]
-KeptOption = Annotated[
-    float | None, typer.Option(help="Share of each layer's weights that the seed keeps before training.")
+FixedOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="FATE=SHARE",
+        help="dropped=SHARE or kept=SHARE of each layer's weights, which the seed fixes before training; repeatable.",
+    ),
 ]
 ImgSizeOption = Annotated[int | None, typer.Option(help="Height and width of its images, for networks that need it.")]
 OutputOption = Annotated[
@@ -83,8 +84,7 @@ def run(
         Scope, typer.Option(help="Rank the scores of each layer by itself, or of all layers together.")
     ] = SCOPE,
     floor: FloorOption = None,
-    fixed_dropped: DroppedOption = None,
-    fixed_kept: KeptOption = None,
+    fixed: FixedOption = None,
     others: Annotated[Rest, typer.Option(help="Freeze or train whatever is not masked.")] = OTHERS,
     norm: Annotated[Rest, typer.Option(help="Freeze or train the scales and biases of norms.")] = NORM,
     include: IncludeOption = None,
@@ -119,7 +119,7 @@ def run(
         "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
         "scope": scope.value, "floor": floor, "include": include or None, "exclude": exclude or None,
         "others": others.value, "norm": norm.value, "train": train or None,
-        "fixed": _without_none({"dropped": fixed_dropped, "kept": fixed_kept}) or None,
+        "fixed": dict(map(_fixed, fixed)) if fixed else None,
     }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
@@ -131,6 +131,15 @@ def run(
         show(str(planned))
     else:
         show(planned.totals(), f"wrote {file}, {size(file)}")
+
+
+def _fixed(text: str) -> tuple[str, float]:
+    """Split `dropped=0.5` or `kept=0.1`."""
+    name, _, share = text.partition("=")
+    try:
+        return name, float(share)
+    except ValueError:
+        raise PopupError(f"--fixed {text!r}; expected dropped=SHARE or kept=SHARE, such as dropped=0.5") from None
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -272,7 +272,9 @@ def fixed_mistakes(fixed: Any, k: Any, pattern: str | None) -> list[str]:
     if not isinstance(fixed, Mapping) or not fixed:
         return ["expected a mapping with dropped, kept, or both, such as {dropped: 0.5, kept: 0.1}"]
     known = ("dropped", "kept")
-    found = [f"{name!r} is not one of its keys, dropped and kept" for name in fixed if name not in known]
+    found = [
+        f"{name!r} is not one of its keys; nearest: {nearest(str(name), known)}" for name in fixed if name not in known
+    ]
     for name in known:
         share = fixed.get(name, 0)
         if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= float(share) < 1:

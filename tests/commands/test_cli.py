@@ -536,3 +536,24 @@ def test_convert_spreads_k_by_a_rule_and_keeps_a_floor(cli: Cli) -> None:
         done = cli("convert", "conv4", "--dry-run", *words)
         assert done.status == 2
         assert said in done.err
+
+
+def test_convert_fixes_weights_before_training(cli: Cli, tmp_path: Path) -> None:
+    call = ["convert", "conv2", "--k", "0.3", "--fixed", "dropped=0.5", "--fixed", "kept=0.1"]
+    planned = json.loads(cli(*call, "--dry-run", "--json").out)
+    assert planned["settings"]["fixed"] == {"dropped": 0.5, "kept": 0.1}
+    assert planned["masked"][0]["fixed"] == {"dropped": 864, "kept": 173}
+    done = cli(*call, "--encoding", "range_coded", "-o", tmp_path / "net")
+    assert "50.0% fixed as dropped and 10.0% as kept" in done.out
+    assert re.search(
+        r"^fixed by the seed: 2,150,\d+ weights dropped, 430,\d+ kept$", cli("inspect", tmp_path / "net").out, re.M
+    )
+    for word, said in (
+        ("dropped", "--fixed 'dropped'; expected dropped=SHARE or kept=SHARE, such as dropped=0.5"),
+        ("kept=many", "--fixed 'kept=many'; expected dropped=SHARE"),
+        ("drop=0.5", "'drop' is not one of its keys; nearest: dropped"),
+        ("dropped=0.9", "k is 0.3; expected a k from 0, which is kept, to 0.1, which is not dropped"),
+    ):
+        done = cli("convert", "conv2", "--dry-run", "--fixed", word)
+        assert done.status == 2
+        assert said in done.err

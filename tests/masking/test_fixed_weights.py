@@ -214,7 +214,7 @@ EXPECTED = "expected a mapping with dropped, kept, or both"
     [
         ({"fixed": 0.5}, rf"fixed is 0\.5: {EXPECTED}"),
         ({"fixed": {}}, rf"fixed is {{}}: {EXPECTED}"),
-        ({"fixed": {"drop": 0.5, "kept": 1.5}}, r"fixed is .*: 'drop' is not one of its keys, .*; and kept is 1\.5; e"),
+        ({"fixed": {"drop": 0.5, "kept": 2}}, r"fixed is .*: 'drop' is not one of its keys; nearest: dropped.*; and"),
         ({"fixed": {"dropped": 1}}, r"fixed is .*: dropped is 1; expected a share of each layer's weights, from 0 and"),
         ({"fixed": {"dropped": True}}, r"fixed is .*: dropped is True; expected a share"),
         ({"fixed": {"kept": float("nan")}}, r"fixed is .*: kept is nan; expected a share"),
