@@ -89,10 +89,32 @@ def test_the_page_decodes_the_vectors_of_patterns() -> None:
         assert packed.tobytes().hex() == vector["packed"]
 
 
-@pytest.mark.parametrize("name", ["range_coded", "pattern_coded"])
+@pytest.mark.parametrize("encoding", ["bitpack", "range_coded"])
+@pytest.mark.parametrize("learner", ["edge_popup", "signed"])
+def test_the_page_reads_fixed_weights(encoding: str, learner: str, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Linear(101, 3), torch.nn.Linear(3, 1))
+    model = ps.convert(net, 0.3, fixed={"dropped": 0.5, "kept": 0.1}, learner=learner, seed=2**63)
+    ps.save(model, tmp_path / "net", encoding=encoding)
+    with pytest.raises(ValueError, match="needs a newer reader"):
+        reader(2)["read"](tmp_path / "net")
+    state = reader(3)["read"](tmp_path / "net")
+    for name, tensor in ps.bake(model).state_dict().items():
+        assert state[name].tobytes() == tensor.numpy().tobytes()
+
+
+def test_the_page_decodes_the_vectors_of_fixed_weights() -> None:
+    space = reader(3)
+    for vector in json.loads((ROOT / "tests/golden/fixed.json").read_text(encoding="utf-8"))["vectors"]:
+        if "bitpack" in vector:  # of large ones there are digests, which tests/artifact/test_fixed_files.py checks
+            data = np.frombuffer(bytes.fromhex(vector["bitpack"]), np.uint8)
+            packed = space["UNPACK"]["fixed"](data, vector["n"], {**vector, "encoding": "bitpack"})
+            assert packed.tobytes().hex() == vector["mask"]
+
+
+@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "fixed"])
 def test_the_page_reads_the_golden_artifact(name: str) -> None:
     file = ROOT / f"tests/golden/{name}.popup.safetensors"
-    state = reader(2)["read"](file)
+    state = reader(3)["read"](file)
     for name, tensor in ps.load(file).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 

@@ -2,7 +2,7 @@
 
 import gc
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -42,9 +42,9 @@ def members(*sizes: int, dropped: float = 0.5, kept: float = 0.125) -> FreeWeigh
     )
 
 
-SCORES = {
+SCORES: dict[str, Callable[[int], Tensor]] = {
     "random": lambda n: torch.randn(n, generator=torch.Generator().manual_seed(n)),
-    "zeros": torch.zeros,
+    "zeros": lambda n: torch.zeros(n),
     "few values": lambda n: torch.arange(n).float() % 3 - 1,
     "subnormal numbers and zeros": lambda n: (torch.arange(n) % 2).float() * 1e-45,
     "a NaN": lambda n: torch.arange(n).float().index_fill(0, torch.tensor([n - 1]), torch.nan),
