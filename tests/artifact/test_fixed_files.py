@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from artifact.hostile import File, Net, apply, attempt, masked, take_apart, top
@@ -22,6 +24,7 @@ from popup_surgery import (
     build,
     combine,
     convert,
+    evaluate,
     export,
     inspect,
     load,
@@ -29,6 +32,7 @@ from popup_surgery import (
     model_card,
     overlap,
     repack,
+    sanity,
     save,
     start_from,
     verify,
@@ -39,7 +43,7 @@ from popup_surgery.artifact.mask_bytes import decode_mask, encode_mask, mask_siz
 from popup_surgery.codecs.bitpack import pack
 from popup_surgery.errors import ArtifactError
 from popup_surgery.weights.fixed import FREE, KEPT, Fixed
-from support import GOLDEN, equal_states, golden_manifest
+from support import GOLDEN, equal_states, golden_manifest, state_digest
 
 VECTORS = json.loads((GOLDEN / "fixed.json").read_text(encoding="utf-8"))["vectors"]
 SHARES = {"dropped": 0.5, "kept": 0.1}
@@ -295,3 +299,49 @@ def test_an_older_reader_refuses_it_in_a_sentence(file_of: Path, monkeypatch: py
     monkeypatch.setattr(manifest, "FEATURES", tuple(name for name in manifest.FEATURES if name != "fixed"))
     with pytest.raises(ArtifactError, match="the file requires 'fixed', which this reader does not know"):
         inspect(file_of)
+
+
+# --- the same network without fixed weights --------------------------------------------------------------------------
+
+
+def images_of(path: Path) -> list[float]:
+    return [evaluate(path).accuracy, *(one.accuracy for one in sanity(path, repeats=1, values=(1.0,)).variations)]
+
+
+def infers(path: Path) -> dict[str, float]:
+    bank = MaskBank(path)
+    for name in ("a", "b"):
+        bank.add(name, path)
+    return {**bank.infer(torch.ones(2, 1, 8, 8), how="one_step").scores}
+
+
+def exported(path: Path) -> list[bytes]:
+    export(path, path.with_name(f"{path.name}.dense.safetensors"))
+    state = load_file(path.with_name(f"{path.name}.dense.safetensors"))
+    return [state[name].numpy().tobytes() for name in sorted(state)]
+
+
+CONSUMERS: dict[str, Callable[[Path], Any]] = {
+    "load": lambda path: state_digest(load(path).state_dict()),
+    "packed": lambda path: state_digest(load(path, packed=True).state_dict()),
+    "verify": lambda path: [(name, holds) for name, holds, _ in verify(path).checks],
+    "masks": lambda path: state_digest(masks(path)),
+    "whole": lambda path: state_digest(Artifact.open(path).network(masked=False).state_dict()),
+    "images": images_of,
+    "infer": infers,
+    "combine": lambda path: combine([path, path], "union").manifest.masks_sha256,
+    "overlap": lambda path: overlap(path, GOLDEN / "artifacts" / "edge_popup.popup.safetensors").total,
+    "export": exported,
+    "density": lambda path: [entry.kept for entry in inspect(path).masked],
+}
+
+
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_every_consumer_takes_it_as_the_whole_masks(consumer: str, tmp_path: Path) -> None:
+    opened = Artifact.open(GOLDEN / "fixed.popup.safetensors")
+    entries = tuple(replace(entry, fixed=None) for entry in opened.manifest.masked)
+    whole = replace(opened.manifest, masked=entries)
+    Artifact.of(whole, opened.contents.masks, opened.contents.stored).write(tmp_path / "whole")
+    opened.write(tmp_path / "fixed")
+    assert inspect(tmp_path / "whole").requires == ["range_coded"]
+    assert CONSUMERS[consumer](tmp_path / "fixed") == CONSUMERS[consumer](tmp_path / "whole")
