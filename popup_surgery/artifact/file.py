@@ -261,9 +261,9 @@ def load(
             weights of `model`, or without `model` the library's weights that the file names. Other weights are refused.
         packed: hold each masked weight as two bits, and make its values when its layer runs. Under `torch.no_grad` or
             `torch.inference_mode` the outputs are to the bit those of the plain network; the masked weights take a
-            sixteenth of the memory of float32. For masks on constants (`signed_constant`, `unsigned_constant`) alone.
-            The network is for inference: its masked weights have no gradient, and cannot be assigned or loaded. Its
-            `state_dict` makes the plain weights, in full.
+            sixteenth of the memory of float32. For masks on weights of one magnitude in each layer alone: constants,
+            and what `biprop` learns. The network is for inference: its masked weights have no gradient, and cannot be
+            assigned or loaded. Its `state_dict` makes the plain weights, in full.
 
     Returns:
         A network of ordinary layers, with float tensors in the file's dtypes; `model` itself if given.

@@ -15,7 +15,7 @@ from ..models.architecture import Architecture, Base
 from ..selection.pattern import Pattern
 from ..weights.fixed import Fixed
 from ..weights.source import distributions, source_of
-from ..weights.streams import DISTRIBUTIONS
+from ..weights.streams import DISTRIBUTIONS, SIGNS
 from .container import DTYPES, element_count
 from .planes import PLANES
 from .strict_json import canonical, parse
@@ -26,6 +26,7 @@ FEATURES = (
     "range_coded",
     "pattern_coded",
     "fixed",
+    *SIGNS.values(),
     *PLANES,
 )  # what `requires` may name: what readers of the first files do not know
 MANIFEST_LIMIT = 8 << 20
@@ -131,7 +132,7 @@ class Manifest:
     @property
     def requires(self) -> list[str]:
         """What a reader must know beyond the first version of the format."""
-        used = {name for entry in self.masked for name in (entry.encoding, *entry.planes)}
+        used = {name for entry in self.masked for name in (entry.encoding, entry.distribution, *entry.planes)}
         used |= {"fixed" for entry in self.masked if entry.fixed is not None}
         return [feature for feature in FEATURES if feature in used]
 
@@ -194,7 +195,7 @@ def read_manifest(text: str) -> Manifest:
     )
     if manifest["requires"] != result.requires:
         raise ArtifactError(
-            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings and planes say"
+            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the masked tensors say"
         )
     _check_names(result)
     return result
@@ -311,7 +312,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         get(
             "encoding", f"one of {', '.join(CODECS)}, the encodings that this reader knows", lambda v: _known(v, CODECS)
         )
-    words = distributions() if masked else [*DISTRIBUTIONS]
+    words = distributions() if masked else [word for word in DISTRIBUTIONS if word not in SIGNS.values()]
     distribution = get("distribution", f"one of {', '.join(words)}", lambda v: _known(v, words))
     drawn = source_of(distribution).drawn
     if not drawn and "std" in entry:

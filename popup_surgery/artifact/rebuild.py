@@ -8,9 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..codecs.bitpack import unpack
+from ..codecs.bitpack import pack, unpack
 from ..weights.source import source_of
-from ..weights.streams import BITS, CHUNK, draw, words
+from ..weights.streams import BITS, CHUNK, SIGNS, draw, words
 from .container import DTYPES, Stored
 from .manifest import TensorSpec
 from .planes import Bits, Packed
@@ -63,8 +63,7 @@ def _rows(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[Packed]:
         yield np.stack([bits << 4 | raw & 15, bits & 240 | raw >> 4], axis=1).reshape(-1)
 
 
-CONSTANTS = ("signed_constant", "unsigned_constant")  # what `codes` takes, and with which planes
-WITH_SIGNS = ((), ("sign",))
+WITH_SIGNS = ((), ("sign",))  # with which planes `codes` takes constants
 
 
 def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
@@ -75,8 +74,8 @@ def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
     out = np.empty(-(-entry.numel // 4), np.uint8)
     mask = bits.mask
     pieces: Iterable[Packed]
-    if "sign" in bits.planes:
-        signs = bits.spread("sign", entry.numel)
+    if "sign" in bits.planes or entry.distribution in SIGNS.values():
+        signs = bits.spread("sign", entry.numel) if bits.planes else _positive(entry, seed)
         pieces = [np.stack([mask << 4 | signs & 15, mask & 240 | signs >> 4], axis=1).reshape(-1)]
     elif entry.distribution == "signed_constant":
         pieces = _rows(entry, seed, mask)
@@ -88,6 +87,12 @@ def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
         out[start : start + len(piece)] = piece
         start += len(piece)
     return out
+
+
+def _positive(entry: TensorSpec, seed: int) -> Packed:
+    """Return which drawn weights are positive, packed."""
+    values = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, None)
+    return np.concatenate([pack(piece > 0) for piece in values])
 
 
 def weights_digest(entries: list[tuple[TensorSpec, Bits]], seed: int, base: Mapping[str, Tensor]) -> str:

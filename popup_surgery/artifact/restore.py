@@ -14,13 +14,14 @@ from ..masking.walk import masked_weights, places_of, unwrap
 from ..models.build import build_architecture, build_meta, build_uninitialised
 from ..models.structure import is_extra_state
 from ..weights.fill import fill
+from ..weights.streams import CONSTANTS
 from .base_weights import base_weights, library_tag
 from .compare import check_architecture, compare, entries_of
 from .description import as_libraries_build, cast_like
 from .manifest import Manifest
 from .planes import Bits
 from .reader import Contents
-from .rebuild import CONSTANTS, WITH_SIGNS, codes, effective_pieces, generated_pieces, stored_tensor
+from .rebuild import WITH_SIGNS, codes, effective_pieces, generated_pieces, stored_tensor
 
 
 def fill_network(
@@ -101,7 +102,7 @@ def check_packable(manifest: Manifest) -> None:
         if entry.distribution not in CONSTANTS:
             raise ArtifactError(
                 f"the values of {entry.name!r} are {entry.distribution}, not one constant; "
-                f"packed=True takes {' and '.join(CONSTANTS)}, so leave it out"
+                f"packed=True takes {', '.join(CONSTANTS)}, so leave it out"
             )
         if entry.planes not in WITH_SIGNS:
             raise ArtifactError(

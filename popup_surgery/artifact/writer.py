@@ -27,7 +27,7 @@ from ..selection.fixed import FixedTensor
 from ..weights.fill import equals, fill, pieces_of
 from ..weights.fixed import Fixed
 from ..weights.source import source_of
-from ..weights.streams import draw
+from ..weights.streams import SIGNS, draw
 from .assemble import assemble
 from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES
@@ -288,7 +288,9 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     """Return the manifest's entry for a masked weight, and its packed mask and planes."""
     mask, learner = slot.ranking.mask(slot.index), slot.ranking.learner
     packed = pack(mask.cpu().numpy())
-    kept, std = ones(packed), slot.std * learner.scale(weight, mask)
+    kept, std, distribution = ones(packed), slot.std * learner.scale(weight, mask), slot.distribution
+    if learner.binary and kept and distribution in SIGNS:  # of constants, the factor is the constant
+        std, distribution = float(learner.magnitude(weight, mask)), SIGNS[distribution]
     with torch.no_grad():
         planes = {
             kind: pack(learner.plane(kind, weight.detach(), slot.ranking.score(slot.index), mask).cpu().numpy())
@@ -301,7 +303,7 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     note = {"scheme": slot.scheme, "scaled": slot.scaled, "k": k, "fan_in": float(slot.fan_in)}
     dtype = DTYPE_NAMES[weight.dtype]
     entry = TensorSpec(
-        name, slot.stream, tuple(weight.shape), dtype, slot.distribution, std, kept, note,
+        name, slot.stream, tuple(weight.shape), dtype, distribution, std, kept, note,
         planes=tuple(learner.planes), pattern=group.pattern,
         fixed=None if group.fixed is None else _fixed(group.fixed.members[slot.index]),
     )  # fmt: skip

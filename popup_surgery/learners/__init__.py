@@ -8,6 +8,7 @@ from ..deprecated import warn_of_methods
 from ..errors import ConversionError, UnknownName, nearest
 from ..plugins import load_entry_points
 from .base import Learner
+from .biprop import Biprop
 from .coats import Coats
 from .dnw import DNW
 from .edge_popup import EdgePopup
@@ -21,6 +22,7 @@ from .supermask import Supermask
 __all__ = [
     "DNW",
     "LEARNERS",
+    "Biprop",
     "Coats",
     "EdgePopup",
     "GemMiner",
@@ -85,6 +87,7 @@ register_learner("piggyback", Piggyback())
 register_learner("random", RandomMask())
 register_learner("signed", Signed())
 register_learner("gem_miner", GemMiner())
+register_learner("biprop", Biprop())
 
 
 def _take(name: str, found: Any) -> None:

@@ -62,6 +62,8 @@ class Learner(ABC):
             weights. A file of a seed and a mask cannot store them.
         rescale: whether `effective` multiplies the kept weights by `scale`. A file stores weights drawn that much
             wider.
+        binary: whether `effective` gives all kept weights of a layer one magnitude, with their own signs. A file stores
+            that number, which `magnitude` returns, and the seed gives the signs alone.
         redraws: whether `after_step` changes the weights. Checkpoints then store the weights too. Needs
             `learns_weights`.
         starts_whole: whether all weights take part at first, so that training begins with the network as it is. Layers
@@ -85,6 +87,7 @@ class Learner(ABC):
     ranks_weights: bool = False
     learns_weights: bool = False
     rescale: bool = False
+    binary: bool = False
     redraws: bool = False
     starts_whole: bool = False
     takes_pattern: bool = False
@@ -196,6 +199,18 @@ class Learner(ABC):
     def factor(self, mask: Tensor) -> float:
         """Return the `scale` that depends on the mask alone: n / Σm for n weights if the learner rescales, else 1."""
         return mask.numel() / max(int(mask.sum()), 1) if self.rescale else 1.0
+
+    def magnitude(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """Return the magnitude of a layer's kept weights, for a learner that is `binary`: a float32 scalar.
+
+        Args:
+            weight, mask: the layer's raw weight, and its current mask.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is binary and has no method `magnitude`")
+
+    def values(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """Return the weights that `mask` is of: the raw ones, or their signs with the magnitude of `magnitude`."""
+        return self.magnitude(weight, mask).to(weight.dtype).copysign(weight) if self.binary else weight
 
     def after_step(self, weights: Sequence[TrainedWeight], seed: int, step: int) -> None:  # noqa: B027
         """Hook that the training loop calls after each optimiser step, in every process, without gradients.

@@ -98,6 +98,7 @@ def rebuilt(module: nn.Module, name: str, slot: MaskedParam, mask: Tensor) -> Te
         return draw(slot.distribution, weight.numel(), std, slot.seed, "weight", slot.stream)
 
     weight = cast(Tensor, module._parameters[name]).detach()
+    weight = slot.ranking.learner.values(weight, mask)
     factor = slot.ranking.learner.scale(weight, mask)
     if factor != 1 and equals(weight, drawn(slot.std)):  # otherwise it was loaded, and no file can store it
         weight, factor = fill(torch.empty_like(weight), drawn(slot.std * factor)), 1.0

@@ -16,7 +16,8 @@ from ..models.architecture import origin_of
 from ..models.layer_types import Fans, layer_type_of
 from ..selection import kept_count
 from ..weights import PRETRAINED
-from ..weights.source import source_of_scheme
+from ..weights.source import WeightSource, source_of_scheme
+from ..weights.streams import CONSTANTS, SIGNS
 from .checks import check_memory, check_rest, check_score_name, check_writable
 from .neighbours import pattern_of
 from .packed import refuse_packed
@@ -334,14 +335,23 @@ class _Decision:
             check_score_name(place)
         scheme = self._scheme(chosen.layer)
         source, std = source_of_scheme(scheme, fans.fan_in, fans.fan_out, share or 1.0, self.settings.scaled)
-        if not source.drawn and self.learner.rescale:
-            raise ConversionError(
-                f"{self.settings.learner}: rescale is True, and {key} is pretrained, which no file could hold rescaled"
-            )
+        self._check_source(key, source)
         cls, owners = type(held[0].module).__name__, tuple(place.key for place in held)
         shape = tuple(tensor.shape)
         drawn = scheme, source.distribution, std, fans.fan_in
         return PlannedWeight(key, cls, shape, share, kept, *drawn, owners, pattern, fixed)
+
+    def _check_source(self, key: str, source: WeightSource) -> None:
+        """Raise `ConversionError` if no file could hold what the learner makes of a weight's values."""
+        if not source.drawn and self.learner.rescale:
+            raise ConversionError(
+                f"{self.settings.learner}: rescale is True, and {key} is pretrained, which no file could hold rescaled"
+            )
+        if self.learner.binary and source.distribution not in (*SIGNS, *CONSTANTS):
+            raise ConversionError(
+                f"{self.settings.learner} keeps the signs of {', '.join(SIGNS)} or constant weights, and {key} is "
+                f"{source.describe(0.0) if not source.drawn else source.distribution}"
+            )
 
     def _scheme(self, layer: str) -> str:
         """Return a layer's scheme. Without pretrained weights it is drawn, unless its own pattern says otherwise."""

@@ -142,10 +142,19 @@ def _uniform(std: float) -> Values:
     return _symmetric(std * math.sqrt(3.0))
 
 
+def _sign(word: str) -> Callable[[float], Values]:
+    """Return the values of a distribution's signs: that of an element is the highest bit of its word."""
+    return lambda std: lambda raw, count: np.where(raw.view(word)[:count] < 0, np.float32(std), np.float32(-std))
+
+
 # name: bits that one element takes from the stream, and a function that, for a standard deviation, decodes the bytes
 DISTRIBUTIONS: dict[str, tuple[int, Callable[[float], Values]]] = {
     "signed_constant": (1, _signed_constant),
     "unsigned_constant": (0, _unsigned_constant),
     "normal": (16, _normal),
     "uniform": (32, _uniform),
+    "normal_sign": (16, _sign("<i2")),
+    "uniform_sign": (32, _sign("<i4")),
 }
+SIGNS = {"normal": "normal_sign", "uniform": "uniform_sign"}  # of the same draw, with one magnitude in place of its own
+CONSTANTS = ("signed_constant", "unsigned_constant", *SIGNS.values())  # distributions of one magnitude

@@ -111,10 +111,22 @@ def test_the_page_decodes_the_vectors_of_fixed_weights() -> None:
             assert packed.tobytes().hex() == vector["mask"]
 
 
-@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "fixed"])
+@pytest.mark.parametrize("scheme", ["kaiming_normal", "xavier_uniform"])
+def test_the_page_reads_signs_of_draws(scheme: str, tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(37, 101), torch.nn.Embedding(5, 4), torch.nn.Linear(101, 3))
+    model = ps.convert(net, 0.3, learner="biprop", scheme=scheme)
+    ps.save(model, tmp_path / "net")
+    with pytest.raises(ValueError, match="needs a newer reader"):
+        reader(3)["read"](tmp_path / "net")
+    state = reader(4)["read"](tmp_path / "net")
+    for name, tensor in ps.bake(model).state_dict().items():
+        assert state[name].tobytes() == tensor.numpy().tobytes()
+
+
+@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "fixed", "binary"])
 def test_the_page_reads_the_golden_artifact(name: str) -> None:
     file = ROOT / f"tests/golden/{name}.popup.safetensors"
-    state = reader(3)["read"](file)
+    state = reader(4)["read"](file)
     for name, tensor in ps.load(file).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 

@@ -175,6 +175,7 @@ OTHERS = (
     "coats.popup",
     "pattern_coded.popup",
     "fixed.popup",
+    "binary.popup",
 )  # which need a base or a newer reader
 FILES = [path for path in sorted(GOLDEN.rglob("*.popup.safetensors")) if path.stem not in OTHERS]
 
@@ -222,6 +223,7 @@ def test_a_mask_on_pretrained_weights_asks_for_them(unpack: Unpack, tmp_path: Pa
 
 @pytest.mark.parametrize(("name", "feature"), [
     ("signed", '["sign"]'), ("pattern_coded", '["pattern_coded"]'), ("fixed", '["range_coded","fixed"]'),
+    ("binary", '["normal_sign"]'),
 ])  # fmt: skip
 def test_a_file_with_planes_or_of_a_newer_encoding_is_refused_by_name(
     name: str, feature: str, unpack: Unpack, tmp_path: Path

@@ -189,6 +189,9 @@ def reference(distribution: str, numel: int, std: float, seed: int, purpose: str
             result.append(s if stream[i // 8] >> i % 8 & 1 else -s)
         elif distribution == "unsigned_constant":
             result.append(s)
+        elif distribution.endswith("_sign"):  # of the value that the distribution itself gives
+            value = reference(distribution.removesuffix("_sign"), numel, std, seed, purpose, name)[i]
+            result.append(s if value > 0 else -s)
         elif distribution == "normal":
             result.append(s * quantiles()[int.from_bytes(stream[2 * i : 2 * i + 2], "little")])
         else:
