@@ -20,7 +20,7 @@ from .description import as_libraries_build, cast_like
 from .manifest import Manifest
 from .planes import Bits
 from .reader import Contents
-from .rebuild import CONSTANTS, WITH_SIGNS, codes, effective_pieces, generated_pieces, stored_tensor
+from .rebuild import CONSTANTS, TERNARY, codes, effective_pieces, generated_pieces, stored_tensor
 
 
 def fill_network(
@@ -32,8 +32,9 @@ def fill_network(
 ) -> nn.Module:
     """Build and fill the network that `contents` describes, or fill `model` if it is given.
 
-    Masks are decoded once the shapes have matched. With `masked=False`, all weights keep their values,
-    whatever planes say. With `packed=True`, masked weights are held as bits; `check_packable` must have allowed it.
+    Masks are decoded once the shapes have matched. With `masked=False`, all weights have the values that the seed or
+    the base first gave, whatever planes say. With `packed=True`, masked weights are held as bits; `check_packable` must
+    have allowed it.
     """
     manifest = contents.manifest
     if base is not None and manifest.base is None:
@@ -103,7 +104,7 @@ def check_packable(manifest: Manifest) -> None:
                 f"the values of {entry.name!r} are {entry.distribution}, not one constant; "
                 f"packed=True takes {' and '.join(CONSTANTS)}, so leave it out"
             )
-        if entry.planes not in WITH_SIGNS:
+        if set(entry.planes) - TERNARY:
             raise ArtifactError(
                 f"{entry.name!r} has the planes {', '.join(entry.planes)}, and its values are more than −c, 0 and c; "
                 "packed=True holds these alone, so leave it out"

@@ -1,8 +1,10 @@
 """Start a converted network with the mask of an existing file."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,12 +12,14 @@ from ..codecs.bitpack import unpack_mask
 from ..errors import ArtifactError
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import parameter_of, score_of
+from ..masking.redraw import set_generations
+from ..masking.state import MaskedParam
 from ..masking.walk import masked_weights, unwrap
 from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
 from .file import Artifact
 from .manifest import TensorSpec
-from .planes import Bits
+from .planes import GENERATION, Bits
 from .reader import naming
 from .restore import fill_network
 
@@ -23,7 +27,8 @@ from .restore import fill_network
 def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module | str | Path | None = None) -> None:
     """Start a converted network with the subnetwork of a popup artifact: its mask, running statistics and the like.
 
-    The scores keep the values that were drawn but change places, so that kept weights rank above all others.
+    Weights that were drawn again have their latest values, as far as the file has them: those that take part. The
+    scores keep the values that were drawn but change places, so that kept weights rank above all others.
 
     Args:
         model: a network converted with the file's seed and scheme and, if scaled, its k.
@@ -47,12 +52,16 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             here, there = ("file", "network") if odd in masks else ("network", "file")
             raise ArtifactError(f"{odd!r} is masked in the {here} but not in the {there}; convert the same layers")
         flipped: dict[str, Tensor] = {}
+        redrawn: dict[str, tuple[MaskedParam, Tensor]] = {}  # what the slots and the raw weights become
         bits, nested = artifact.contents.decode(), dict[str, list[Tensor]]()
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
-            mask = masks[entry.name].to(entries[entry.name].device)
-            learner, mine, theirs = slot.ranking.learner, rebuilt(module, name, slot, mask), entries[entry.name]
-            if other := [kind for kind in entry.planes if kind not in learner.planes]:
+            mask, raw = masks[entry.name].to(entries[entry.name].device), parameter_of(module, name)
+            if slot.generations is not None or GENERATION in entry.planes:
+                slot, raw = redrawn[entry.name] = _redrawn(slot, raw, bits[entry.name])
+            learner, mine, theirs = slot.ranking.learner, rebuilt(raw, slot, mask), entries[entry.name]
+            planes = [kind for kind in entry.planes if kind != GENERATION]
+            if other := [kind for kind in planes if kind not in learner.planes]:
                 raise ArtifactError(
                     f"{entry.name!r} has the plane {other[0]!r}, with which the network's learner cannot start; "
                     "convert the network with the learner of the file, and its options"
@@ -60,10 +69,10 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             if "sign" in learner.planes:  # which the scores get below
                 flipped[entry.name] = mine.signbit() != theirs.signbit()
                 mine = mine.copysign(theirs)
-            elif entry.planes:
+            elif planes:
                 values = (piece.float().numpy() for piece in pieces_of(mine))
                 mine = fill(torch.empty_like(mine), bits[entry.name].effective(values))
-                nested[entry.name] = [_mask(bits[entry.name], kind, entry) for kind in entry.planes]
+                nested[entry.name] = [_mask(bits[entry.name], kind, entry) for kind in planes]
             if not torch.equal(mine, theirs):
                 raise ArtifactError(
                     f"the weights of {entry.name!r} differ: the file's are "
@@ -74,6 +83,8 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
         for key, tensor in core.state_dict().items():
             if key in entries and key not in weights:
                 tensor.copy_(entries[key])
+        for key, (slot, raw) in redrawn.items():
+            set_generations(core, parameter_of(*weights[key][:2]), raw, slot.generations)
         rankings = {id(slot.ranking): slot.ranking for _, _, slot in weights.values()}
         by_score = {id(score_of(module, name)): (key, module, name) for key, (module, name, _) in weights.items()}
         for ranking in rankings.values():
@@ -92,6 +103,14 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
                     factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
                     moved = torch.where(mask, moved.copysign(factor), moved)
                 score.copy_(moved)
+
+
+def _redrawn(slot: MaskedParam, raw: Tensor, bits: Bits) -> tuple[MaskedParam, Tensor]:
+    """Return a masked weight's slot and raw values, with its weights drawn again as often as a file says."""
+    again = bits.generations(raw.numel())
+    counts = None if again is None else torch.from_numpy(np.concatenate([*again]).astype(np.int16)).view(raw.shape)
+    slot = replace(slot, generations=counts)
+    return slot, fill(torch.empty_like(raw), slot.values(raw))
 
 
 def _mask(bits: Bits, kind: str, entry: TensorSpec) -> Tensor:

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
-from ..codecs import get_codec
+from ..codecs import generations, get_codec
 from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
 from ..masking.packed import refuse_packed
 from ..masking.planning import unconverted
-from ..masking.ranking import parameter_of, score_name, score_of
+from ..masking.ranking import generation_name, parameter_of, score_name, score_of
 from ..masking.state import MaskedParam, slots_of, state_of
 from ..masking.unmasked import Generated
 from ..masking.walk import ranked_within, unwrap
@@ -31,10 +31,10 @@ from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES
 from .description import describe_network
 from .manifest import Constant, Manifest, TensorSpec
-from .planes import Bits
+from .planes import GENERATION, Bits
 from .probe import take_probe
 from .reader import naming
-from .rebuild import effective_pieces, masks_digest, tensors_digest, weights_digest
+from .rebuild import CONSTANTS, effective_pieces, masks_digest, tensors_digest, weights_digest
 
 log = logging.getLogger("popup_surgery")
 
@@ -132,17 +132,17 @@ def _planes(masked: list[tuple[TensorSpec, Bits]]) -> dict[str, Tensor]:
 def _entries(core: nn.Module) -> dict[str, Any]:
     """Return the `state_dict`, with the network's own masked weights and scores where a hook put copies of them.
 
-    What computes a score, such as the mask of `prune` or a parametrisation, is left out.
+    What computes a score, such as the mask of `prune` or a parametrisation, is left out, and so are generations.
 
     Raises:
         ArtifactError: a masked weight is not in it, or is not what it is in the network.
     """
     entries = core.state_dict(keep_vars=True)
     found = {id(tensor) for tensor in entries.values()}
-    beside: list[str] = []  # how the keys of what computes a score begin
+    beside: list[str] = []  # how the keys begin of what computes a score or says where a weight came from
     for layer, module in core.named_modules():
         prefix = f"{layer}." if layer else ""
-        for name in slots_of(module):
+        for name, slot in slots_of(module).items():
             score = score_name(name)
             beside += [f"{prefix}{score}_", f"{prefix}parametrizations.{score}."]
             for part, tensor in (name, parameter_of(module, name)), (score, score_of(module, name)):
@@ -155,6 +155,7 @@ def _entries(core: nn.Module) -> dict[str, Any]:
                         "method of the network's own changes it; save the network without that"
                     )
                 entries[key] = tensor
+            beside += [f"{prefix}{generation_name(name)}"] * (slot.generations is not None)
     return {name: tensor for name, tensor in entries.items() if not name.startswith(tuple(beside))}
 
 
@@ -208,12 +209,12 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
             continue
         first[id(tensor)] = name
         if slot := slots.get(id(tensor)):
-            for part in ("mask", *slot.ranking.learner.planes):
+            for part in ("mask", *([] if slot.generations is None else [GENERATION]), *slot.ranking.learner.planes):
                 if f"{name}.{part}" in entries:
                     raise ArtifactError(
                         f"{name}.{part} is a state_dict entry of its own, where the {part} of {name} must stand"
                     )
-            largest = source_of(slot.distribution).check(name, tensor, slot.std, slot.seed, slot.stream)
+            largest = source_of(slot.distribution).check(name, tensor, slot.values(tensor), slot.seed)
             if largest:
                 places.moved.append(largest)
             places.masked.append(_masked_entry(name, tensor, slot))
@@ -292,6 +293,9 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
             kind: pack(learner.plane(kind, weight.detach(), slot.ranking.score(slot.index), mask).cpu().numpy())
             for kind in learner.planes
         }
+    settled = "sign" in planes and slot.distribution in CONSTANTS  # another draw would be another sign at most
+    if not settled and slot.generations is not None and (again := slot.generations[mask.cpu()]).any():
+        planes = {GENERATION: generations.encode(again.numpy())} | planes
     group = slot.ranking
     k = kept / weight.numel() if slot.k is None else float(slot.k)
     if group.kept_now is not None:  # another share than that of the conversion, for now
@@ -300,7 +304,7 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     dtype = DTYPE_NAMES[weight.dtype]
     entry = TensorSpec(
         name, slot.stream, tuple(weight.shape), dtype, slot.distribution, std, kept, note,
-        planes=tuple(learner.planes), pattern=slot.ranking.pattern,
+        planes=tuple(planes), pattern=slot.ranking.pattern,
     )  # fmt: skip
     return entry, Bits(packed, planes)
 
