@@ -85,24 +85,38 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
                 tensor.copy_(entries[key])
         for key, (slot, raw) in redrawn.items():
             set_generations(core, parameter_of(*weights[key][:2]), raw, slot.generations)
-        rankings = {id(slot.ranking): slot.ranking for _, _, slot in weights.values()}
-        by_score = {id(score_of(module, name)): (key, module, name) for key, (module, name, _) in weights.items()}
-        for ranking in rankings.values():
-            scores = ranking.scores()
-            members = [by_score[id(score)] for score in scores]
-            chosen = [masks[key].to(score.device) for score, (key, _, _) in zip(scores, members, strict=True)]
-            first = [parameter_of(module, name).float() for _, module, name in members]
-            given = first if ranking.learner.ranks_weights else scores
-            found = ranking.learner.seed_from_mask(given, chosen)
-            for inner in zip(
-                *(nested.get(key, []) for key, _, _ in members), strict=True
-            ):  # coats, from the outside in
-                found = ranking.learner.seed_from_mask(found, [mask.to(found[0].device) for mask in inner])
-            for score, (key, _, _), mask, moved in zip(scores, members, chosen, found, strict=True):
-                if key in flipped:
-                    factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
-                    moved = torch.where(mask, moved.copysign(factor), moved)
-                score.copy_(moved)
+        _move_scores(weights, masks, nested, flipped)
+
+
+Weights = dict[str, tuple[nn.Module, str, MaskedParam]]
+
+
+def _move_scores(
+    weights: Weights,
+    masks: dict[str, Tensor],
+    nested: dict[str, list[Tensor]],
+    flipped: dict[str, Tensor],
+) -> None:
+    """Rank the weights in `masks` above all others, those in each of the `nested` masks above those outside.
+
+    Of learnt signs, those that are `flipped` are negative.
+    """
+    rankings = {id(slot.ranking): slot.ranking for _, _, slot in weights.values()}
+    by_score = {id(score_of(module, name)): (key, module, name) for key, (module, name, _) in weights.items()}
+    for ranking in rankings.values():
+        scores = ranking.scores()
+        members = [by_score[id(score)] for score in scores]
+        chosen = [masks[key].to(score.device) for score, (key, _, _) in zip(scores, members, strict=True)]
+        first = [parameter_of(module, name).float() for _, module, name in members]
+        given = first if ranking.learner.ranks_weights else scores
+        found = ranking.learner.seed_from_mask(given, chosen)
+        for inner in zip(*(nested.get(key, []) for key, _, _ in members), strict=True):  # coats, from the outside in
+            found = ranking.learner.seed_from_mask(found, [mask.to(found[0].device) for mask in inner])
+        for score, (key, _, _), mask, moved in zip(scores, members, chosen, found, strict=True):
+            if key in flipped:
+                factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
+                moved = torch.where(mask, moved.copysign(factor), moved)
+            score.copy_(moved)
 
 
 def _redrawn(slot: MaskedParam, raw: Tensor, bits: Bits) -> tuple[MaskedParam, Tensor]:
