@@ -99,17 +99,17 @@ def begin_redraws(model: nn.Module) -> None:
     held = _by_weight(unwrap(model))
     if not held:
         raise ConversionError(f"{type(unwrap(model)).__name__} has no masks; convert it first")
-    for weight, places in held:
-        slots = [slot for _, _, slot in places]
-        learner = slots[0].ranking.learner
+    for _, places in held:
+        slot = places[0][2]
+        learner = slot.ranking.learner
         if wrong := learner_mistake(learner):
             raise ConversionError(f"weights cannot be drawn again: the learner {type(learner).__name__} {wrong}")
-        if wrong := _source_mistake(slots[0].distribution):
-            raise ConversionError(f"{slots[0].stream!r} cannot be drawn again: its scheme {slots[0].scheme} {wrong}")
-        again = slots[0].generations
-        for slot in slots:
-            slot.generations = torch.zeros(weight.shape, dtype=torch.int16) if again is None else again
-            again = slot.generations
+        if wrong := _source_mistake(slot.distribution):
+            raise ConversionError(f"{slot.stream!r} cannot be drawn again: its scheme {slot.scheme} {wrong}")
+    for weight, places in held:
+        found = next((slot.generations for *_, slot in places if slot.generations is not None), None)
+        for *_, slot in places:
+            slot.generations = found = torch.zeros(weight.shape, dtype=torch.int16) if found is None else found
 
 
 @torch.no_grad()

@@ -89,10 +89,10 @@ def test_the_page_decodes_the_vectors_of_patterns() -> None:
         assert packed.tobytes().hex() == vector["packed"]
 
 
-@pytest.mark.parametrize("name", ["range_coded", "pattern_coded"])
+@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "generation"])
 def test_the_page_reads_the_golden_artifact(name: str) -> None:
     file = ROOT / f"tests/golden/{name}.popup.safetensors"
-    state = reader(2)["read"](file)
+    state = reader(3)["read"](file)
     for name, tensor in ps.load(file).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 

@@ -173,6 +173,7 @@ OTHERS = (
     "pretrained.popup",
     "signed.popup",
     "coats.popup",
+    "generation.popup",
     "pattern_coded.popup",
 )  # which need a base or a newer reader
 FILES = [path for path in sorted(GOLDEN.rglob("*.popup.safetensors")) if path.stem not in OTHERS]
