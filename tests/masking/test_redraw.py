@@ -176,7 +176,7 @@ def test_strides_and_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
 
     net, last = (ps.convert(plain(), 0.3, scheme="kaiming_uniform") for _ in range(2))
     expected = saved(again(net), tmp_path)
-    last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    last.to(memory_format=torch.channels_last)
     assert saved(again(last), tmp_path) == expected
     assert last.get_parameter("0.weight_score").is_contiguous(memory_format=torch.channels_last)
     assert ps.verify(tmp_path / "net", plain())
