@@ -15,7 +15,8 @@ Bools = NDArray[np.bool_]
 
 
 COATS = 8
-GENERATION = "generation"  # how often each weight was drawn again: the one plane that is coded
+GENERATION = "generation"  # how often each weight was drawn again: the one plane that is coded …
+DRAWN_AGAIN = ("normal", "uniform")  # … and for what: constants that were drawn again have the plane `sign`
 PLANES = (GENERATION, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
 
 

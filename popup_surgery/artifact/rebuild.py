@@ -65,7 +65,7 @@ def _rows(entry: TensorSpec, seed: int, mask: Packed) -> Iterator[Packed]:
 
 
 CONSTANTS = ("signed_constant", "unsigned_constant")  # what `codes` takes, and with which planes
-TERNARY = {"generation", "sign"}
+WITH_SIGNS = ((), ("sign",))
 
 
 def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
@@ -76,8 +76,8 @@ def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
     out = np.empty(-(-entry.numel // 4), np.uint8)
     mask = bits.mask
     pieces: Iterable[Packed]
-    if bits.planes:
-        signs = mask & ~negative(entry, seed, bits)
+    if "sign" in bits.planes:
+        signs = bits.spread("sign", entry.numel)
         pieces = [np.stack([mask << 4 | signs & 15, mask & 240 | signs >> 4], axis=1).reshape(-1)]
     elif entry.distribution == "signed_constant":
         pieces = _rows(entry, seed, mask)
@@ -89,14 +89,6 @@ def codes(entry: TensorSpec, seed: int, bits: Bits) -> Packed:
         out[start : start + len(piece)] = piece
         start += len(piece)
     return out
-
-
-def negative(entry: TensorSpec, seed: int, bits: Bits, base: Tensor | None = None) -> Packed:
-    """Return which effective weights are negative, packed as the mask, and 0 where that is."""
-    if "sign" in bits.planes:
-        return bits.mask & ~bits.spread("sign", entry.numel)
-    pieces = effective_pieces(entry, seed, bits, base)
-    return np.concatenate([np.packbits(np.signbit(piece), bitorder="little") for piece in pieces])
 
 
 def weights_digest(entries: list[tuple[TensorSpec, Bits]], seed: int, base: Mapping[str, Tensor]) -> str:

@@ -20,7 +20,7 @@ from .description import as_libraries_build, cast_like
 from .manifest import Manifest
 from .planes import Bits
 from .reader import Contents
-from .rebuild import CONSTANTS, TERNARY, codes, effective_pieces, generated_pieces, stored_tensor
+from .rebuild import CONSTANTS, WITH_SIGNS, codes, effective_pieces, generated_pieces, stored_tensor
 
 
 def fill_network(
@@ -104,7 +104,7 @@ def check_packable(manifest: Manifest) -> None:
                 f"the values of {entry.name!r} are {entry.distribution}, not one constant; "
                 f"packed=True takes {' and '.join(CONSTANTS)}, so leave it out"
             )
-        if set(entry.planes) - TERNARY:
+        if entry.planes not in WITH_SIGNS:
             raise ArtifactError(
                 f"{entry.name!r} has the planes {', '.join(entry.planes)}, and its values are more than −c, 0 and c; "
                 "packed=True holds these alone, so leave it out"

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from ..codecs.bitpack import unpack_mask
 from ..errors import ArtifactError
+from ..learners import Learner
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import parameter_of, score_of
-from ..masking.redraw import set_generations
+from ..masking.redraw import generations_of_signs, set_generations
 from ..masking.state import MaskedParam
 from ..masking.walk import masked_weights, unwrap
 from ..weights.fill import fill, pieces_of
@@ -57,10 +58,12 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
             mask, raw = masks[entry.name].to(entries[entry.name].device), parameter_of(module, name)
-            if slot.generations is not None or GENERATION in entry.planes:
-                slot, raw = redrawn[entry.name] = _redrawn(slot, raw, bits[entry.name])
-            learner, mine, theirs = slot.ranking.learner, rebuilt(raw, slot, mask), entries[entry.name]
-            planes = [kind for kind in entry.planes if kind != GENERATION]
+            learner, theirs = slot.ranking.learner, entries[entry.name]
+            of_draws = [kind for kind in entry.planes if kind == GENERATION or _is_drawn(kind, entry, learner)]
+            if (slot.generations is not None or of_draws) and slot.distribution == entry.distribution:
+                slot, raw = redrawn[entry.name] = _redrawn(slot, raw, bits[entry.name], theirs if of_draws else None)
+            mine = rebuilt(raw, slot, mask)
+            planes = [kind for kind in entry.planes if kind not in of_draws]
             if other := [kind for kind in planes if kind not in learner.planes]:
                 raise ArtifactError(
                     f"{entry.name!r} has the plane {other[0]!r}, with which the network's learner cannot start; "
@@ -119,10 +122,24 @@ def _move_scores(
             score.copy_(moved)
 
 
-def _redrawn(slot: MaskedParam, raw: Tensor, bits: Bits) -> tuple[MaskedParam, Tensor]:
-    """Return a masked weight's slot and raw values, with its weights drawn again as often as a file says."""
-    again = bits.generations(raw.numel())
-    counts = None if again is None else torch.from_numpy(np.concatenate([*again]).astype(np.int16)).view(raw.shape)
+def _is_drawn(kind: str, entry: TensorSpec, learner: Learner) -> bool:
+    """Return whether a plane of constants has signs that the network's learner does not learn, but draws can give."""
+    return kind == "sign" and kind not in learner.planes and entry.distribution == "signed_constant"
+
+
+def _redrawn(slot: MaskedParam, raw: Tensor, bits: Bits, values: Tensor | None) -> tuple[MaskedParam, Tensor]:
+    """Return a masked weight's slot and raw values, drawn again as often as a file says.
+
+    Args:
+        values: what its weights are in the file, where it has a plane; None if none was drawn again.
+    """
+    first = replace(slot, generations=None)
+    if values is None:
+        return first, fill(torch.empty_like(raw), first.values(raw))
+    if (again := bits.generations(raw.numel())) is not None:
+        counts = torch.from_numpy(np.concatenate([*again]).astype(np.int16)).view(raw.shape)
+    else:
+        counts = generations_of_signs(first, values.cpu())
     slot = replace(slot, generations=counts)
     return slot, fill(torch.empty_like(raw), slot.values(raw))
 

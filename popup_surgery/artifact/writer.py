@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
-from ..codecs import generations, get_codec
+from ..codecs import get_codec
 from ..codecs.bitpack import ones, pack
+from ..codecs.generations import encode
 from ..errors import ArtifactError
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
@@ -31,10 +32,10 @@ from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES
 from .description import describe_network
 from .manifest import Constant, Manifest, TensorSpec
-from .planes import GENERATION, Bits
+from .planes import DRAWN_AGAIN, GENERATION, Bits, Packed
 from .probe import take_probe
 from .reader import naming
-from .rebuild import CONSTANTS, effective_pieces, masks_digest, tensors_digest, weights_digest
+from .rebuild import effective_pieces, masks_digest, tensors_digest, weights_digest
 
 log = logging.getLogger("popup_surgery")
 
@@ -209,7 +210,8 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
             continue
         first[id(tensor)] = name
         if slot := slots.get(id(tensor)):
-            for part in ("mask", *([] if slot.generations is None else [GENERATION]), *slot.ranking.learner.planes):
+            masked = _masked_entry(name, tensor, slot)
+            for part in ("mask", *masked[0].planes):
                 if f"{name}.{part}" in entries:
                     raise ArtifactError(
                         f"{name}.{part} is a state_dict entry of its own, where the {part} of {name} must stand"
@@ -217,7 +219,7 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
             largest = source_of(slot.distribution).check(name, tensor, slot.values(tensor), slot.seed)
             if largest:
                 places.moved.append(largest)
-            places.masked.append(_masked_entry(name, tensor, slot))
+            places.masked.append(masked)
         elif (origin := generated.get(id(tensor))) and (entry := _generated_entry(name, tensor, origin, seed)):
             places.generated.append(entry)
         elif (constant := _constant(tensor)) is not None:
@@ -293,9 +295,8 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
             kind: pack(learner.plane(kind, weight.detach(), slot.ranking.score(slot.index), mask).cpu().numpy())
             for kind in learner.planes
         }
-    settled = "sign" in planes and slot.distribution in CONSTANTS  # another draw would be another sign at most
-    if not settled and slot.generations is not None and (again := slot.generations[mask.cpu()]).any():
-        planes = {GENERATION: generations.encode(again.numpy())} | planes
+    if slot.generations is not None and (again := slot.generations[mask.cpu()]).any():
+        planes = _drawn_again(slot.distribution, again, weight.detach()[mask]) | planes
     group = slot.ranking
     k = kept / weight.numel() if slot.k is None else float(slot.k)
     if group.kept_now is not None:  # another share than that of the conversion, for now
@@ -307,6 +308,13 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
         planes=tuple(planes), pattern=slot.ranking.pattern,
     )  # fmt: skip
     return entry, Bits(packed, planes)
+
+
+def _drawn_again(distribution: str, generations: Tensor, values: Tensor) -> dict[str, Packed]:
+    """Return the plane of kept weights that were drawn again: of constants their signs, which learnt ones replace."""
+    if distribution in DRAWN_AGAIN:
+        return {GENERATION: encode(generations.numpy())}
+    return {"sign": pack(~values.signbit().cpu().numpy())}
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:

@@ -12,9 +12,9 @@ from ..artifact.container import DTYPES
 from ..artifact.description import as_libraries_build, cast_like
 from ..artifact.file import Artifact
 from ..artifact.manifest import Manifest, TensorSpec
-from ..artifact.planes import GENERATION, Bits, Packed
+from ..artifact.planes import Bits, Packed
 from ..artifact.reader import Contents, naming
-from ..artifact.rebuild import effective_pieces, generated_pieces, negative, stored_tensor
+from ..artifact.rebuild import effective_pieces, generated_pieces, stored_tensor
 from ..errors import ArtifactError, ConversionError
 from ..models.build import build_meta, build_uninitialised
 from ..models.structure import difference
@@ -104,12 +104,10 @@ def read_task(base: Base, source: str | Path | Artifact, others: Iterable[Task])
 def _check_planes(manifest: Manifest) -> None:
     """Check that a weight under each mask is the base's, or the base's with another sign."""
     for entry in manifest.masked:
-        constant = entry.distribution == "signed_constant"  # of which another draw is at most another sign
-        if other := [kind for kind in entry.planes if kind != "sign" and not (kind == GENERATION and constant)]:
+        if other := [kind for kind in entry.planes if kind != "sign"]:
             raise ArtifactError(
                 f"{entry.name!r} has the plane {other[0]!r}, so its weights are not those of the base; a bank takes "
                 "masks, and the plane 'sign'"
-                + (", and of signed constants 'generation'" if other[0] == GENERATION else "")
             )
 
 
@@ -227,7 +225,7 @@ def _parts(base: Base, contents: Contents) -> dict[str, Part]:
     for entry in manifest.masked:
         given = bits[entry.name]
         parts[entry.name] = (
-            Kept(base.sources[entry.name], given.mask, _negative(entry, manifest, given))
+            Kept(base.sources[entry.name], given.mask, _negative(entry, given))
             if _shared(base, entry)
             else _own(entry, manifest, given)
         )
@@ -246,9 +244,9 @@ def _is_packed(manifest: Manifest) -> bool:
     return all(entry.encoding == "bitpack" for entry in manifest.masked)
 
 
-def _negative(entry: TensorSpec, manifest: Manifest, bits: Bits) -> Packed | None:
-    """Return which weights are negative, packed, if their signs were learnt or drawn again."""
-    return negative(entry, manifest.seed, bits) if bits.planes else None
+def _negative(entry: TensorSpec, bits: Bits) -> Packed | None:
+    """Return which weights are negative, packed, if their signs were learnt."""
+    return bits.mask & ~bits.spread("sign", entry.numel) if "sign" in bits.planes else None
 
 
 def _own(entry: TensorSpec, manifest: Manifest, bits: Bits) -> Part:
@@ -256,5 +254,5 @@ def _own(entry: TensorSpec, manifest: Manifest, bits: Bits) -> Part:
     dtype = DTYPES[entry.dtype]
     if entry.distribution == "signed_constant":
         signs = Signs(entry.numel, entry.std, manifest.seed, entry.stream, dtype)
-        return Kept(signs, bits.mask, _negative(entry, manifest, bits))
+        return Kept(signs, bits.mask, _negative(entry, bits))
     return Whole(fill(torch.empty(entry.shape, dtype=dtype), effective_pieces(entry, manifest.seed, bits)))

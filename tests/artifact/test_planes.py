@@ -76,6 +76,11 @@ KINDS: dict[str, dict[str, Any]] = {
 PLANES_OF = {"sign": ("sign",), "coats": ("coat2", "coat3"), "generation": ("generation",)}
 
 
+def planes_of(kind: str, scheme: str) -> tuple[str, ...]:
+    """What a file has. A constant that was drawn again has another sign at most."""
+    return ("sign",) if kind == "generation" and "constant" in scheme else PLANES_OF[kind]
+
+
 def sign(weight: Tensor, score: Tensor, k: float) -> Tensor:
     mask = top_of([score], round(k * score.numel()))[0]
     return torch.where(mask, weight * score.sign(), torch.zeros(()))
@@ -128,7 +133,7 @@ class Case:
     """One file of a kind, and what readers must give for it."""
 
     def __init__(self, kind: str, scheme: str, folder: Path) -> None:
-        self.kind, self.scheme, self.folder = kind, scheme, folder
+        self.kind, self.scheme, self.folder, self.planes = kind, scheme, folder, planes_of(kind, scheme)
         self.net = converted(kind, scheme)
         self.path = folder / "net.popup.safetensors"
         ps.save(self.net, self.path, probe=(1, 1, 8, 8), provenance=dict(ps.inspect(FILE).provenance))
@@ -168,7 +173,7 @@ def of_verify(case: Case) -> None:
     name = f"{entry['name']}.{entry['planes'][0]}"
     dtype, _, data = file.tensors[name]
     other = bytes([data[0] ^ 1]) + data[1:]
-    if case.kind == "generation":
+    if case.planes == ("generation",):
         of_each = Reader(np.frombuffer(data, np.uint8), entry["kept"]).take(entry["kept"])
         other = encode(np.roll(of_each, 1)).tobytes()
     file.tensors[name] = dtype, [len(other)], other
@@ -259,16 +264,16 @@ def of_sanity(case: Case) -> None:
     raw, first = case.net.state_dict(), Artifact.open(case.path).network(masked=False).state_dict()
     for place, name in enumerate(ps.masks(case.net)):
         mask, m = case.state[name] != 0, case.state[name].sign()
-        raw[name] = torch.where(mask, raw[name], first[name])  # which weights are, as far as the file says
+        raw[name] = torch.where(mask, raw[name], first[name])  # as far as the file says
         base = raw[name].abs()
-        if case.kind == "generation":
+        if case.planes == ("generation",):
             m, base = mask.float(), raw[name]
         if case.kind == "coats":
             m, base = coats_of(case.net.state_dict()[f"{name}_score"], SHARES), raw[name]
         assert torch.equal(as_it_is[name], case.state[name])
         assert torch.equal(seeds[name] != 0, mask)
-        assert not torch.equal(seeds[name], as_it_is[name]) or (case.kind == "sign" and "constant" in case.scheme)
-        if case.kind == "sign":
+        assert not torch.equal(seeds[name], as_it_is[name]) or (case.planes == ("sign",) and "constant" in case.scheme)
+        if case.planes == ("sign",):
             assert torch.equal(seeds[name].sign(), m), "learnt signs stay"
         elif "constant" in case.scheme:
             assert torch.equal(seeds[name].abs(), as_it_is[name].abs()), "coats stay"
@@ -309,7 +314,7 @@ def of_packed_onnx(case: Case) -> None:
 def of_repack(case: Case) -> None:
     there, back = case.folder / "there", case.folder / "back"
     manifest = ps.repack(case.path, there, encoding="range_coded")
-    assert manifest.requires == ["range_coded", *PLANES_OF[case.kind]]
+    assert manifest.requires == ["range_coded", *case.planes]
     case.check(ps.load(there))
     assert ps.verify(there)
     ps.repack(there, back, encoding="bitpack")
@@ -345,7 +350,7 @@ def of_decoder(case: Case) -> None:
         pytest.skip("needs a C compiler")
     unpack = Unpack(build_decoder(case.folder), case.folder)
     said = unpack.refusal(case.path.read_bytes())
-    named = ",".join(f'"{kind}"' for kind in PLANES_OF[case.kind])
+    named = ",".join(f'"{kind}"' for kind in case.planes)
     assert said == f"the file needs a newer reader: version 1, requires [{named}]"
 
 
@@ -384,9 +389,9 @@ def of_inspect(case: Case) -> None:
     assert sizes.total == case.path.stat().st_size
     entries = ps.inspect(case.path).masked
     assert sizes.masks == sum(-(-entry.numel // 8) for entry in entries)
-    if case.kind == "generation":
+    if case.planes == ("generation",):
         assert 0 < 8 * sizes.planes < 2 * sum(entry.kept or 0 for entry in entries)
-    elif case.kind == "sign":
+    elif case.planes == ("sign",):
         assert sizes.planes == sum(-(-(entry.kept or 0) // 8) for entry in entries)
     else:
         inner = [entry.numel - int((1 - SHARES[1]) * entry.numel) for entry in entries]
@@ -405,13 +410,12 @@ REFUSED: dict[tuple[str, ...], str] = {
     ),
     **dict.fromkeys(
         [("bank", "coats"), ("infer", "coats"), ("bank_of_coded_masks", "coats")],
-        r"'features\.0\.weight' has the plane 'coat2', so its weights are not those of the base; a bank takes masks",
+        r"'features\.0\.weight' has the plane 'coat2', so its weights are not those of the base; a bank takes",
     ),
     ("packed", "coats"): r"'features\.0\.weight' has the planes coat2, coat3, and its values are more than −c, 0 and c",
     **dict.fromkeys(
         [(name, "generation", "kaiming_normal") for name in ("bank", "infer", "bank_of_coded_masks")],
-        r"'features\.0\.weight' has the plane 'generation', so its weights are not those of the base; a bank takes "
-        r"masks, and the plane 'sign', and of signed constants 'generation'",
+        r"'features\.0\.weight' has the plane 'generation', so its weights are not those of the base; a bank takes",
     ),
     ("packed", "kaiming_normal"): "the values of 'features.0.weight' are normal, not one constant; packed=True takes",
 }
@@ -455,7 +459,7 @@ def test_every_reader_takes_it_or_refuses_it(kind: str, consumer: str, scheme: s
     if says is None:
         CONSUMERS[consumer](case)
         return
-    with pytest.raises(ArtifactError, match=says.format(kind=PLANES_OF[kind][0])) as caught:
+    with pytest.raises(ArtifactError, match=says.format(kind=planes_of(kind, scheme)[0])) as caught:
         CONSUMERS[consumer](case)
     assert "\n" not in str(caught.value)
 
@@ -559,7 +563,7 @@ OF_COATS: dict[str, tuple[Callable[[File], object], str]] = {
     ),
     "a gap": (
         both(masked(0, planes=["coat3"]), masked(1, planes=["coat3"]), drop("first.weight.coat2")),
-        r"masked\[0\]\.planes is \['coat3'\]; expected a list of some of generation, .*, without gaps between coats",
+        r"masked\[0\]\.planes is \['coat3'\]; expected a list of some of sign, .*, without gaps between coats",
     ),
     "another order": (masked(0, planes=["coat3", "coat2"]), r"masked\[0\]\.planes is \['coat3', 'coat2'\]; expected"),
     "a ninth coat": (masked(0, planes=["coat2", "coat9"]), r"masked\[0\]\.planes is \['coat2', 'coat9'\]; expected"),
@@ -589,7 +593,7 @@ WRONG: dict[str, tuple[Callable[[File], object], str]] = {
     "none": (drop("first.weight.sign"), r"'first\.weight' has no plane 'sign'; expected the tensor 'first\.weight\.s"),
     "an unknown kind": (
         masked(0, planes=["size"]),
-        r"masked\[0\]\.planes is \['size'\]; expected a list of some of generation, sign, coat2",
+        r"masked\[0\]\.planes is \['size'\]; expected a list of some of sign, coat2",
     ),
     "an unknown kind that requires names": (
         both(masked(0, planes=["size"]), top(requires=["size"])),
@@ -598,15 +602,15 @@ WRONG: dict[str, tuple[Callable[[File], object], str]] = {
     "a kind twice": (masked(0, planes=["sign", "sign"]), r"masked\[0\]\.planes is \['sign', 'sign'\]; expected a list"),
     "no kind": (
         masked(0, planes=[]),
-        r"masked\[0\]\.planes is \[\]; expected a list of some of generation, sign, coat2",
+        r"masked\[0\]\.planes is \[\]; expected a list of some of sign, coat2",
     ),
     "no list": (
         masked(0, planes="sign"),
-        r"masked\[0\]\.planes is 'sign'; expected a list of some of generation, sign, coat2",
+        r"masked\[0\]\.planes is 'sign'; expected a list of some of sign, coat2",
     ),
     "null": (
         masked(0, planes=None),
-        r"masked\[0\]\.planes is None; expected a list of some of generation, sign, coat2",
+        r"masked\[0\]\.planes is None; expected a list of some of sign, coat2",
     ),
     "lists in the list": (masked(0, planes=[["sign"]]), r"masked\[0\]\.planes is \[\['sign'\]\]; expected a list"),
     "requires nothing": (top(requires=[]), r"requires is \[\]; expected \[.*'sign'\], as the encodings and planes say"),

@@ -235,6 +235,7 @@ def test_a_compiled_network_reads_the_new_weights(backend: str) -> None:
         {"scope": "global"}, {"scope": "global", "floor": 0.05}, {"pattern": "2:4", "k": None},
         {"k": {"rule": "erk", "k": 0.2}}, {"learner": "piggyback", "k": None, "scaled": False},
         {"scheme": "lecun_uniform"}, {"scheme": "signed_kaiming_constant"},
+        {"scheme": "signed_kaiming_constant", "learner_options": {"coats": [0.3, 0.1]}},
     ],
     ids=lambda settings: "-".join(map(str, settings)),
 )  # fmt: skip
@@ -244,7 +245,9 @@ def test_the_file_gives_the_network(settings: dict[str, Any], tmp_path: Path) ->
         for name, parameter in net.named_parameters():
             parameter.data.copy_(torch.rand(parameter.shape) * 0.01) if name.endswith("_score") else None
     manifest = ps.save(net, tmp_path / "net", probe=(1, 1, 8, 8))
-    assert "generation" in manifest.requires
+    constant = "constant" in settings.get("scheme", "")
+    assert ("sign" if constant else "generation") in manifest.requires
+    assert not constant or "generation" not in manifest.requires
     assert ps.verify(tmp_path / "net")
     assert equal_states(ps.load(tmp_path / "net"), ps.bake(net))
     fresh = conv2(**settings)
@@ -254,10 +257,26 @@ def test_the_file_gives_the_network(settings: dict[str, Any], tmp_path: Path) ->
     assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
 
 
-def test_constants_with_learnt_signs_need_no_generations(tmp_path: Path) -> None:
-    net = again(conv2(learner="signed", scheme="signed_kaiming_constant"))
+@pytest.mark.parametrize("learner", ["edge_popup", "signed"])
+def test_of_constants_a_file_has_the_signs(learner: str, tmp_path: Path) -> None:
+    net = again(conv2(learner=learner, scheme="signed_kaiming_constant"))
     assert ps.save(net, tmp_path / "net").requires == ["sign"]
     assert equal_states(ps.load(tmp_path / "net"), ps.bake(net))
+    fresh = conv2(learner=learner, scheme="signed_kaiming_constant")
+    ps.start_from(fresh, tmp_path / "net")
+    assert equal_states(ps.bake(fresh), ps.bake(net))
+    assert max(map(Tensor.max, generations(fresh).values()), default=0) <= 12, "the first generations with these signs"
+    assert bool(generations(fresh)) == (learner == "edge_popup")
+
+
+def test_a_network_of_another_scheme_does_not_start_from_signs(tmp_path: Path) -> None:
+    ps.save(again(conv2(scheme="signed_kaiming_constant")), tmp_path / "net")
+    for scheme in ("unsigned_kaiming_constant", "kaiming_normal", "pretrained"):
+        net = conv2(scheme=scheme)
+        before = copy.deepcopy(net.state_dict())
+        with pytest.raises(ps.ArtifactError, match=r"the weights of 'features\.0\.weight' differ"):
+            ps.start_from(net, tmp_path / "net")
+        assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_a_file_without_redraws_is_as_it_was(tmp_path: Path) -> None:
