@@ -13,7 +13,7 @@ from coder import Writer
 from docs.test_docs import reader
 from popup_surgery.codecs.generations import Reader, bound, check, encode
 from popup_surgery.weights.streams import MOST, values_at
-from support import GOLDEN
+from support import GOLDEN, ROOT
 
 GOLDEN_VECTORS = json.loads((GOLDEN / "generation.json").read_text(encoding="utf-8"))
 
@@ -64,6 +64,11 @@ def test_vectors(vector: dict[str, Any]) -> None:
     assert hashlib.sha256(found.astype("<u2").tobytes()).hexdigest() == vector["sha256"]
     assert found.tolist() == vector.get("generations", found.tolist())
     assert encode(found).tobytes() == data
+
+
+def test_the_example_of_the_page() -> None:
+    page = (ROOT / "docs/artifact-format.md").read_text(encoding="utf-8")
+    assert f"`{encode(np.array([0, 2, 0, 1, 0], np.uint16)).tobytes().hex(' ')}`" in page
 
 
 @pytest.mark.parametrize("vector", GOLDEN_VECTORS["values"], ids=lambda vector: vector["distribution"])
