@@ -129,10 +129,8 @@ def generations_of_signs(slot: MaskedParam, values: Tensor) -> Tensor:
         values: the weight, on the CPU.
     """
     wanted, first = values.reshape(-1).float().numpy(), np.concatenate([*slot.values(values)])
-    left, found = (
-        np.flatnonzero((wanted != 0) & (np.signbit(wanted) != np.signbit(first))),
-        np.zeros(len(first), np.int16),
-    )
+    found = np.zeros(len(first), np.int16)
+    left = np.flatnonzero((wanted != 0) & (np.signbit(wanted) != np.signbit(first)))
     while left.size:
         found[left] += 1
         drawn = values_at(left, found[left], slot.distribution, slot.std, slot.seed, slot.stream)
@@ -147,9 +145,10 @@ def redraw(model: nn.Module, step: int, *, every: int = 300, share: float = 0.1)
     Call it after each step of the optimiser; it acts at every `every`-th. Each weight that does not take part then gets
     a new value from its distribution with the probability `share`. Which do is a function of the network's seed, the
     step and the weight's name alone, so that all processes draw the same, and a loop that resumes too. `save` writes
-    how often each weight that takes part was drawn, and the `state_dict` has that of all weights, as
-    `<weight>_generation`. A weight is drawn again at most 4,095 times, and then keeps its value. Method: IteRand,
-    "Pruning Randomly Initialized Neural Networks with Iterative Randomization", NeurIPS 2021.
+    which values the weights that take part have. The `state_dict` has how often each weight was drawn again, as
+    `<weight>_generation`: int16, of the weight's shape, on the CPU. A weight is drawn again at most 4,095 times, and
+    then keeps its value. Method: IteRand, "Pruning Randomly Initialized Neural Networks with Iterative Randomization",
+    NeurIPS 2021.
 
     Args:
         model: a converted network, which may be wrapped.

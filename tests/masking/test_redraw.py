@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 import popup_surgery as ps
 from popup_surgery import ConversionError
+from popup_surgery.masking.redraw import scheme_mistake
 from popup_surgery.masking.state import slots_of
+from popup_surgery.weights import SCHEMES
 from popup_surgery.weights.streams import MOST, draw
 from support import equal_states, top
 
@@ -255,6 +257,17 @@ def test_the_file_gives_the_network(settings: dict[str, Any], tmp_path: Path) ->
     assert equal_states(ps.bake(fresh), ps.bake(net))
     ps.save(fresh, tmp_path / "again", probe=(1, 1, 8, 8))
     assert (tmp_path / "again").read_bytes() == (tmp_path / "net").read_bytes()
+
+
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if not scheme_mistake(scheme)])
+def test_every_scheme(scheme: str, tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        return nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 5))
+
+    net = again(ps.convert(plain(), 0.3, scheme=scheme))
+    ps.save(net, tmp_path / "net")
+    assert equal_states(ps.load(tmp_path / "net", plain()).eval(), ps.bake(net))
+    assert ps.verify(tmp_path / "net", plain())
 
 
 @pytest.mark.parametrize("learner", ["edge_popup", "signed"])
