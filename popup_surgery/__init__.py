@@ -37,6 +37,7 @@ _HOMES = {
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
     "masking.planning": ("plan",),
+    "masking.redraw": ("redraw",),
     "models.architecture": ("Architecture",),
     "models.build": ("build",),
     "sharing.card": ("model_card",),
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan
     from .masking.planning import plan
+    from .masking.redraw import redraw
     from .models.architecture import Architecture
     from .models.build import build
     from .sharing.card import model_card

@@ -5,7 +5,7 @@ package uses a private name of torch, with one exception: `_parameters`, `_buffe
 every `nn.Module`, are read in many places.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -139,10 +139,11 @@ class ModuleMethods:
         """Return what `to`, `half`, `cuda` and the like apply to each tensor of this module, in place of `fn`."""
         return fn
 
-    def _popup_load(
-        self, state_dict: Mapping[str, Any], prefix: str, missing: list[str]
-    ) -> AbstractContextManager[None]:
-        """Context manager: entered while `load_state_dict` fills this module. `missing` collects the missing keys."""
+    def _popup_load(self, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> AbstractContextManager[None]:
+        """Context manager: entered while `load_state_dict` fills this module. `missing` collects the missing keys.
+
+        What is taken out of `state_dict` counts as known to the module.
+        """
         return nullcontext()
 
     def _popup_save(self, saved: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -168,6 +168,11 @@ class _Parts:
         self.weights = {entry.name: model.get_parameter(entry.name).detach() for entry in manifest.masked}
         self.first = {name: weight.clone() for name, weight in self.weights.items()}
         self.bits = bits
+        for entry in manifest.masked:
+            if (again := bits[entry.name].generations(entry.numel)) is not None:
+                source = source_of(entry.distribution)
+                values = source.values(entry.numel, entry.std, manifest.seed, entry.stream, None, again)
+                fill(self.first[entry.name], values)
 
     def put(self, change: str, value: float | None) -> None:
         """Fill the network with its weights and masks after one change."""

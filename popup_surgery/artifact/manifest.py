@@ -17,7 +17,7 @@ from ..weights.fixed import Fixed
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS, SIGNS
 from .container import DTYPES, element_count
-from .planes import PLANES
+from .planes import DRAWN_AGAIN, GENERATION, PLANES
 from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
@@ -195,7 +195,7 @@ def read_manifest(text: str) -> Manifest:
     )
     if manifest["requires"] != result.requires:
         raise ArtifactError(
-            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the masked tensors say"
+            f"requires is {_short(manifest['requires'])}; expected {result.requires}, as the encodings and planes say"
         )
     _check_names(result)
     return result
@@ -319,6 +319,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         what = f"{where}.std is {_short(entry['std'])}"
         raise ArtifactError(f"{what}; expected none, as the distribution is {distribution!r}")
     std = get("std", "a float above 0 that float32 can hold", _standard_deviation) if drawn else 0.0
+    kinds = [kind for kind in PLANES if distribution in DRAWN_AGAIN or kind != GENERATION]
     return TensorSpec(
         name=name,
         stream=get("stream", "a string", _string),
@@ -333,7 +334,13 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
         pattern=_pattern(entry, where, numel) if masked else None,
         fixed=_fixed(entry, where, numel) if masked and "fixed" in entry else None,
-        planes=tuple(get("planes", f"a list of some of {', '.join(PLANES)}, without gaps between coats", _planes))
+        planes=tuple(
+            get(
+                "planes",
+                f"a list of some of {', '.join(kinds)}, without gaps between coats",
+                lambda v: _planes(v, kinds),
+            )
+        )
         if masked and "planes" in entry
         else (),
     )
@@ -383,8 +390,8 @@ def _standard_deviation(value: Any) -> bool:
     )
 
 
-def _planes(value: Any) -> bool:
-    if not isinstance(value, list) or not value or value != [kind for kind in PLANES if kind in value]:
+def _planes(value: Any, kinds: list[str]) -> bool:
+    if not isinstance(value, list) or not value or value != [kind for kind in kinds if kind in value]:
         return False
     coats = [kind for kind in value if kind.startswith("coat")]
     return coats == [f"coat{i}" for i in range(2, len(coats) + 2)]

@@ -1,4 +1,4 @@
-"""Planes: bits beside a mask that change the weights that take part (docs/artifact-format.md, section 8)."""
+"""Planes: what changes the weights that take part, beside a mask (docs/artifact-format.md, sections 8 and 10)."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -7,14 +7,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..codecs.bitpack import bits_at, ones, pack, padding_is_zero
-from ..weights.streams import CHUNK, Floats
+from ..codecs.generations import Reader
+from ..weights.streams import CHUNK, Floats, Generations
 
 Packed = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
 
 
 COATS = 8
-PLANES = ("sign", *(f"coat{i}" for i in range(2, COATS + 1)))
+GENERATION = "generation"  # how often each weight was drawn again: the one plane that is coded …
+DRAWN_AGAIN = ("normal", "uniform")  # … and for what: constants that were drawn again have the plane `sign`
+PLANES = (GENERATION, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Bits:
     Attributes:
         mask: uint8 [ceil(n / 8)].
         planes: of each kind uint8, lowest bit first: a bit for each weight that takes part, and of the coats after
-            coat 2 for each weight of the coat before.
+            coat 2 for each weight of the coat before. `generation` has the bytes of `codecs.generations`.
     """
 
     mask: Packed
@@ -34,9 +37,10 @@ class Bits:
         """Yield the effective weights for a weight's own values: changed by the planes, and +0.0 where the mask is 0.
 
         Args:
-            values: pieces of float32, in row-major order, whose sizes are multiples of 8 but for the last.
+            values: pieces of float32, in row-major order, whose sizes are multiples of 8 but for the last. They are
+                those of the weight's `generations`.
         """
-        start, places = 0, dict.fromkeys(self.planes, 0)
+        start, places = 0, dict.fromkeys(self._of_bits, 0)
 
         def take(kind: str, count: int) -> Bools:
             places[kind] += count
@@ -46,7 +50,7 @@ class Bits:
             kept = bits_at(self.mask, start, len(piece))
             taken = piece[kept]
             count, inside = np.ones(len(taken), np.float32), np.arange(len(taken))
-            for kind in self.planes:
+            for kind in places:
                 if kind == "sign":
                     taken = _signed(taken, take(kind, len(taken)))
                 else:
@@ -57,6 +61,22 @@ class Bits:
             yield out
             start += len(piece)
 
+    def generations(self, numel: int) -> Iterator[Generations] | None:
+        """Return how often each weight was drawn again, in pieces of CHUNK: 0 for those that take no part.
+
+        None if none was drawn again.
+        """
+        if GENERATION not in self.planes:
+            return None
+        return self._generations(Reader(self.planes[GENERATION], ones(self.mask)), numel)
+
+    def _generations(self, reader: Reader, numel: int) -> Iterator[Generations]:
+        for start in range(0, numel, CHUNK):
+            kept = bits_at(self.mask, start, min(CHUNK, numel - start))
+            piece = np.zeros(len(kept), np.uint16)
+            piece[kept] = reader.take(int(kept.sum()))
+            yield piece
+
     def spread(self, kind: str, numel: int) -> Packed:
         """Return a plane with a bit for every weight, 0 for those that it is not about: uint8 [ceil(numel / 8)]."""
         about = self.mask
@@ -65,17 +85,24 @@ class Bits:
         return _spread(about, self.planes[kind], numel)
 
     def moved(self, order: NDArray[np.int64]) -> "Bits":
-        """Return the bits with the weights in another order: place i gets what place order[i] has."""
+        """Return the bits with the weights in another order: place i gets what place order[i] has.
+
+        Generations belong to places, and are left out.
+        """
         n = len(order)
-        about = {"": self.mask} | {kind: self.spread(kind, n) for kind in self.planes}
+        about = {"": self.mask} | {kind: self.spread(kind, n) for kind in self._of_bits}
         there = {kind: bits_at(bits, 0, n)[order] for kind, bits in about.items()}
-        planes = {kind: pack(there[kind][there[["", *self._before(kind)][-1]]]) for kind in self.planes}
+        planes = {kind: pack(there[kind][there[["", *self._before(kind)][-1]]]) for kind in self._of_bits}
         return Bits(pack(there[""]), planes)
 
     def wrong(self, name: str, kept: int) -> str:
-        """Return what is wrong with the planes of a weight that keeps `kept`; empty if nothing is."""
+        """Return what is wrong with the planes of a weight that keeps `kept`; empty if nothing is.
+
+        `generations.check` says what is wrong with coded ones, which must wait for the mask.
+        """
         n = kept
-        for kind, plane in self.planes.items():
+        for kind in self._of_bits:
+            plane = self.planes[kind]
             count = kept if kind == "sign" else n
             if len(plane) != -(-count // 8):
                 return f"'{name}.{kind}' has {len(plane)} bytes; expected {-(-count // 8)} for {count:,} weights"
@@ -83,6 +110,11 @@ class Bits:
                 return f"'{name}.{kind}' has padding bits that are not 0"
             n = n if kind == "sign" else ones(plane)
         return ""
+
+    @property
+    def _of_bits(self) -> list[str]:
+        """The planes that are bits, in order."""
+        return [kind for kind in self.planes if kind != GENERATION]
 
     def _before(self, kind: str) -> list[str]:
         """Return the coats between the mask and a plane."""

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..codecs import generations
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, read_manifest
 from .mask_bytes import decode_mask, expands, mask_sizes
-from .planes import Bits, Packed
+from .planes import GENERATION, Bits, Packed
 from .rebuild import masks_digest, tensors_digest
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Contents:
     Attributes:
         encoded: each mask's bytes as the file has them.
         stored: the tensors that no seed gives.
-        planes: of each masked weight, what changes the weights that take part. Checked.
+        planes: of each masked weight, what changes the weights that take part. Checked, but for generations.
     """
 
     manifest: Manifest
@@ -58,8 +59,18 @@ class Contents:
             }
             if masks_digest(list(masks.values())) != self.manifest.masks_sha256:
                 raise ArtifactError("masks_sha256 does not match: a mask is damaged")
+            self._check_generations()
             self._decoded.update({name: Bits(mask, self.planes.get(name, {})) for name, mask in masks.items()})
         return self._decoded
+
+    def _check_generations(self) -> None:
+        """Check the planes that may be as good as empty, and still say something of any number of weights."""
+        for entry in self.manifest.masked:
+            if GENERATION in entry.planes:
+                try:
+                    generations.check(self.planes[entry.name][GENERATION], entry.kept or 0)
+                except ValueError as error:
+                    raise ArtifactError(f"'{entry.name}.{GENERATION}' {error}") from error
 
     @property
     def bits(self) -> dict[str, Bits]:
@@ -147,9 +158,11 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
             if plane is None:
                 raise ArtifactError(f"{entry.name!r} has no plane {kind!r}; expected the tensor {name!r}")
             exact = kind in ("sign", "coat2")  # a later coat has a bit for each 1 of the one before
-            if plane.dtype != "U8" or len(plane.shape) != 1 or not size * exact <= plane.shape[0] <= size:
+            sizes = generations.bound(entry.kept or 0) if kind == GENERATION else range(size * exact, size + 1)
+            if plane.dtype != "U8" or len(plane.shape) != 1 or plane.shape[0] not in sizes:
                 found = f"{plane.dtype} {list(plane.shape)}"
-                raise ArtifactError(f"{name!r} is {found}; expected U8 [{size}] for {entry.kept:,} kept weights")
+                expected = f"{sizes.start} to {sizes.stop - 1}" if kind == GENERATION else f"{size}"
+                raise ArtifactError(f"{name!r} is {found}; expected U8 [{expected}] for {entry.kept:,} kept weights")
 
 
 def _check_places(manifest: Manifest, container: Container) -> None:

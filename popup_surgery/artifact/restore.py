@@ -33,8 +33,9 @@ def fill_network(
 ) -> nn.Module:
     """Build and fill the network that `contents` describes, or fill `model` if it is given.
 
-    Masks are decoded once the shapes have matched. With `masked=False`, all weights keep their values,
-    whatever planes say. With `packed=True`, masked weights are held as bits; `check_packable` must have allowed it.
+    Masks are decoded once the shapes have matched. With `masked=False`, all weights have the values that the seed or
+    the base first gave, whatever planes say. With `packed=True`, masked weights are held as bits; `check_packable` must
+    have allowed it.
     """
     manifest = contents.manifest
     if base is not None and manifest.base is None:

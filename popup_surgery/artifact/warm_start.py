@@ -1,23 +1,27 @@
 """Start a converted network with the mask of an existing file."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..codecs.bitpack import unpack_mask
 from ..errors import ArtifactError
+from ..learners import Learner
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import parameter_of, score_of
+from ..masking.redraw import generations_of_signs, set_generations
 from ..masking.state import MaskedParam
 from ..masking.walk import masked_weights, unwrap
 from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
 from .file import Artifact
 from .manifest import TensorSpec
-from .planes import Bits
+from .planes import GENERATION, Bits
 from .reader import naming
 from .restore import fill_network
 
@@ -25,7 +29,8 @@ from .restore import fill_network
 def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module | str | Path | None = None) -> None:
     """Start a converted network with the subnetwork of a popup artifact: its mask, running statistics and the like.
 
-    The scores keep the values that were drawn but change places, so that kept weights rank above all others.
+    Weights that were drawn again have their latest values, as far as the file has them: those that take part. The
+    scores keep the values that were drawn but change places, so that kept weights rank above all others.
 
     Args:
         model: a network converted with the file's seed and scheme and, if scaled, its k.
@@ -46,12 +51,18 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
         masks = artifact.masks()
         _check_masks(masks, {key: slot for key, (_, _, slot) in weights.items()})
         flipped: dict[str, Tensor] = {}
+        redrawn: dict[str, tuple[MaskedParam, Tensor]] = {}  # what the slots and the raw weights become
         bits, nested = artifact.contents.decode(), dict[str, list[Tensor]]()
         for entry in artifact.manifest.masked:
             module, name, slot = weights[entry.name]
-            mask = masks[entry.name].to(entries[entry.name].device)
-            learner, mine, theirs = slot.ranking.learner, rebuilt(module, name, slot, mask), entries[entry.name]
-            if other := [kind for kind in entry.planes if kind not in learner.planes]:
+            mask, raw = masks[entry.name].to(entries[entry.name].device), parameter_of(module, name)
+            learner, theirs = slot.ranking.learner, entries[entry.name]
+            of_draws = [kind for kind in entry.planes if kind == GENERATION or _is_drawn(kind, entry, learner)]
+            if (slot.generations is not None or of_draws) and slot.distribution == entry.distribution:
+                slot, raw = redrawn[entry.name] = _redrawn(slot, raw, bits[entry.name], theirs if of_draws else None)
+            mine = rebuilt(raw, slot, mask)
+            planes = [kind for kind in entry.planes if kind not in of_draws]
+            if other := [kind for kind in planes if kind not in learner.planes]:
                 raise ArtifactError(
                     f"{entry.name!r} has the plane {other[0]!r}, with which the network's learner cannot start; "
                     "convert the network with the learner of the file, and its options"
@@ -59,10 +70,10 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             if "sign" in learner.planes:  # which the scores get below
                 flipped[entry.name] = mine.signbit() != theirs.signbit()
                 mine = mine.copysign(theirs)
-            elif entry.planes:
+            elif planes:
                 values = (piece.float().numpy() for piece in pieces_of(mine))
                 mine = fill(torch.empty_like(mine), bits[entry.name].effective(values))
-                nested[entry.name] = [_mask(bits[entry.name], kind, entry) for kind in entry.planes]
+                nested[entry.name] = [_mask(bits[entry.name], kind, entry) for kind in planes]
             if not torch.equal(mine, theirs):
                 raise ArtifactError(
                     f"the weights of {entry.name!r} differ: the file's are "
@@ -73,24 +84,62 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
         for key, tensor in core.state_dict().items():
             if key in entries and key not in weights:
                 tensor.copy_(entries[key])
-        rankings = {id(slot.ranking): slot.ranking for _, _, slot in weights.values()}
-        by_score = {id(score_of(module, name)): (key, module, name) for key, (module, name, _) in weights.items()}
-        for ranking in rankings.values():
-            scores = ranking.scores()
-            members = [by_score[id(score)] for score in scores]
-            chosen = [masks[key].to(score.device) for score, (key, _, _) in zip(scores, members, strict=True)]
-            first = [parameter_of(module, name).float() for _, module, name in members]
-            given = first if ranking.learner.ranks_weights else scores
-            found = ranking.learner.seed_from_mask(given, chosen)
-            for inner in zip(
-                *(nested.get(key, []) for key, _, _ in members), strict=True
-            ):  # coats, from the outside in
-                found = ranking.learner.seed_from_mask(found, [mask.to(found[0].device) for mask in inner])
-            for score, (key, _, _), mask, moved in zip(scores, members, chosen, found, strict=True):
-                if key in flipped:
-                    factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
-                    moved = torch.where(mask, moved.copysign(factor), moved)
-                score.copy_(moved)
+        for key, (slot, raw) in redrawn.items():
+            set_generations(core, parameter_of(*weights[key][:2]), raw, slot.generations)
+        _move_scores(weights, masks, nested, flipped)
+
+
+Weights = dict[str, tuple[nn.Module, str, MaskedParam]]
+
+
+def _move_scores(
+    weights: Weights,
+    masks: dict[str, Tensor],
+    nested: dict[str, list[Tensor]],
+    flipped: dict[str, Tensor],
+) -> None:
+    """Rank the weights in `masks` above all others, those in each of the `nested` masks above those outside.
+
+    Of learnt signs, those that are `flipped` are negative.
+    """
+    rankings = {id(slot.ranking): slot.ranking for _, _, slot in weights.values()}
+    by_score = {id(score_of(module, name)): (key, module, name) for key, (module, name, _) in weights.items()}
+    for ranking in rankings.values():
+        scores = ranking.scores()
+        members = [by_score[id(score)] for score in scores]
+        chosen = [masks[key].to(score.device) for score, (key, _, _) in zip(scores, members, strict=True)]
+        first = [parameter_of(module, name).float() for _, module, name in members]
+        given = first if ranking.learner.ranks_weights else scores
+        found = ranking.learner.seed_from_mask(given, chosen)
+        for inner in zip(*(nested.get(key, []) for key, _, _ in members), strict=True):  # coats, from the outside in
+            found = ranking.learner.seed_from_mask(found, [mask.to(found[0].device) for mask in inner])
+        for score, (key, _, _), mask, moved in zip(scores, members, chosen, found, strict=True):
+            if key in flipped:
+                factor = torch.where(flipped[key].to(score.device), -1.0, 1.0)
+                moved = torch.where(mask, moved.copysign(factor), moved)
+            score.copy_(moved)
+
+
+def _is_drawn(kind: str, entry: TensorSpec, learner: Learner) -> bool:
+    """Return whether a plane of constants has signs that the network's learner does not learn, but draws can give."""
+    return kind == "sign" and kind not in learner.planes and entry.distribution == "signed_constant"
+
+
+def _redrawn(slot: MaskedParam, raw: Tensor, bits: Bits, values: Tensor | None) -> tuple[MaskedParam, Tensor]:
+    """Return a masked weight's slot and raw values, drawn again as often as a file says.
+
+    Args:
+        values: what its weights are in the file, where it has a plane; None if none was drawn again.
+    """
+    first = replace(slot, generations=None)
+    if values is None:
+        return first, fill(torch.empty_like(raw), first.values(raw))
+    if (again := bits.generations(raw.numel())) is not None:
+        counts = torch.from_numpy(np.concatenate([*again]).astype(np.int16)).view(raw.shape)
+    else:
+        counts = generations_of_signs(first, values.cpu())
+    slot = replace(slot, generations=counts)
+    return slot, fill(torch.empty_like(raw), slot.values(raw))
 
 
 def _check_masks(masks: Mapping[str, Tensor], weights: Mapping[str, MaskedParam]) -> None:

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ..atomic import write_atomically
 from ..codecs import get_codec
 from ..codecs.bitpack import ones, pack
+from ..codecs.generations import encode
 from ..errors import ArtifactError
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
 from ..masking.packed import refuse_packed
 from ..masking.planning import unconverted
-from ..masking.ranking import parameter_of, score_name, score_of
+from ..masking.ranking import generation_name, parameter_of, score_name, score_of
 from ..masking.state import MaskedParam, slots_of, state_of
 from ..masking.unmasked import Generated
 from ..masking.walk import ranked_within, unwrap
@@ -33,7 +34,7 @@ from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES
 from .description import describe_network
 from .manifest import Constant, Manifest, TensorSpec
-from .planes import Bits
+from .planes import DRAWN_AGAIN, GENERATION, Bits, Packed
 from .probe import take_probe
 from .reader import naming
 from .rebuild import effective_pieces, masks_digest, tensors_digest, weights_digest
@@ -134,17 +135,17 @@ def _planes(masked: list[tuple[TensorSpec, Bits]]) -> dict[str, Tensor]:
 def _entries(core: nn.Module) -> dict[str, Any]:
     """Return the `state_dict`, with the network's own masked weights and scores where a hook put copies of them.
 
-    What computes a score, such as the mask of `prune` or a parametrisation, is left out.
+    What computes a score, such as the mask of `prune` or a parametrisation, is left out, and so are generations.
 
     Raises:
         ArtifactError: a masked weight is not in it, or is not what it is in the network.
     """
     entries = core.state_dict(keep_vars=True)
     found = {id(tensor) for tensor in entries.values()}
-    beside: list[str] = []  # how the keys of what computes a score begin
+    beside: list[str] = []  # how the keys begin of what computes a score or says where a weight came from
     for layer, module in core.named_modules():
         prefix = f"{layer}." if layer else ""
-        for name in slots_of(module):
+        for name, slot in slots_of(module).items():
             score = score_name(name)
             beside += [f"{prefix}{score}_", f"{prefix}parametrizations.{score}."]
             for part, tensor in (name, parameter_of(module, name)), (score, score_of(module, name)):
@@ -157,6 +158,7 @@ def _entries(core: nn.Module) -> dict[str, Any]:
                         "method of the network's own changes it; save the network without that"
                     )
                 entries[key] = tensor
+            beside += [f"{prefix}{generation_name(name)}"] * (slot.generations is not None)
     return {name: tensor for name, tensor in entries.items() if not name.startswith(tuple(beside))}
 
 
@@ -210,15 +212,16 @@ def _sort(entries: dict[str, Any], slots: Slots, generated: dict[int, Generated]
             continue
         first[id(tensor)] = name
         if slot := slots.get(id(tensor)):
-            for part in ("mask", *slot.ranking.learner.planes):
+            masked = _masked_entry(name, tensor, slot)
+            for part in ("mask", *masked[0].planes):
                 if f"{name}.{part}" in entries:
                     raise ArtifactError(
                         f"{name}.{part} is a state_dict entry of its own, where the {part} of {name} must stand"
                     )
-            largest = source_of(slot.distribution).check(name, tensor, slot.std, slot.seed, slot.stream)
+            largest = source_of(slot.distribution).check(name, tensor, slot.values(tensor), slot.seed)
             if largest:
                 places.moved.append(largest)
-            places.masked.append(_masked_entry(name, tensor, slot))
+            places.masked.append(masked)
         elif (origin := generated.get(id(tensor))) and (entry := _generated_entry(name, tensor, origin, seed)):
             places.generated.append(entry)
         elif (constant := _constant(tensor)) is not None:
@@ -296,6 +299,8 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
             kind: pack(learner.plane(kind, weight.detach(), slot.ranking.score(slot.index), mask).cpu().numpy())
             for kind in learner.planes
         }
+    if slot.generations is not None and (again := slot.generations[mask.cpu()]).any():
+        planes = _drawn_again(slot.distribution, again, weight.detach()[mask]) | planes
     group = slot.ranking
     k = kept / weight.numel() if slot.k is None else float(slot.k)
     if group.kept_now is not None:  # another share than that of the conversion, for now
@@ -304,7 +309,7 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
     dtype = DTYPE_NAMES[weight.dtype]
     entry = TensorSpec(
         name, slot.stream, tuple(weight.shape), dtype, distribution, std, kept, note,
-        planes=tuple(learner.planes), pattern=group.pattern,
+        planes=tuple(planes), pattern=group.pattern,
         fixed=None if group.fixed is None else _fixed(group.fixed.members[slot.index]),
     )  # fmt: skip
     return entry, Bits(packed, planes)
@@ -314,6 +319,13 @@ def _fixed(member: FixedTensor) -> Fixed | None:
     """Return how many weights are fixed; None if no weight is, as in a small layer."""
     found = Fixed(member.dropped, member.kept)
     return found if found.free(member.numel) < member.numel else None
+
+
+def _drawn_again(distribution: str, generations: Tensor, values: Tensor) -> dict[str, Packed]:
+    """Return the plane of kept weights that were drawn again: of constants their signs, which learnt ones replace."""
+    if distribution in DRAWN_AGAIN:
+        return {GENERATION: encode(generations.numpy())}
+    return {"sign": pack(~values.signbit().cpu().numpy())}
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:

@@ -15,16 +15,16 @@ from numpy.typing import NDArray
 from .base import Bytes, Codec, Shape, register_codec
 from .bitpack import padding_is_zero
 
-TOTAL = 1 << 24  # what the frequencies of a model's 256 symbols add up to
+TOTAL = 1 << 24  # what the frequencies of a model's symbols add up to
 RARE = 64  # fewer than one in so many weights are written as gaps
 GAPS = 1 << 16  # gaps whose digits stand together
 PIECE = 1 << 20  # bytes that are coded at a time
 
 
 def frequencies(weights: list[int]) -> list[int]:
-    """Return integers of at least 1 that add up to `TOTAL`, nearly in proportion to 256 weights, not all 0."""
+    """Return integers of at least 1 that add up to `TOTAL`, nearly in proportion to some weights, not all 0."""
     total = sum(weights)
-    found = [1 + weight * (TOTAL - 256) // total for weight in weights]
+    found = [1 + weight * (TOTAL - len(weights)) // total for weight in weights]
     found[weights.index(max(weights))] += TOTAL - sum(found)
     return found
 
@@ -52,10 +52,12 @@ def gap_frequencies(n: int, rare: int) -> list[list[int]]:
     return tables
 
 
-def _model(table: list[int]) -> Any:
+def model_of(table: list[int]) -> Any:
+    """Return constriction's model of symbols with these frequencies."""
     import constriction
 
-    # constriction adds 1 to each and scales the rest to TOTAL - 256, which it is already: every float here is exact
+    # constriction adds 1 to each, and scales the rest to what is left of TOTAL, which it is already: every float here
+    # is exact
     return constriction.stream.model.Categorical(np.array(table, np.float64) - 1, perfect=False)
 
 
@@ -67,12 +69,12 @@ def _encode(packed: Bytes, shape: Shape, kept: int) -> Bytes:
 
     coder, rare = constriction.stream.queue.RangeEncoder(), min(kept, n - kept)
     if rare * RARE < n:
-        models = [_model(table) for table in gap_frequencies(n, rare)]
+        models = [model_of(table) for table in gap_frequencies(n, rare)]
         for gaps in _gaps(packed, n, kept > rare):
             for digit, model in enumerate(models):
                 coder.encode((gaps >> 8 * digit & 255).astype(np.int32), model)
     else:
-        model = _model(byte_frequencies(n, kept))
+        model = model_of(byte_frequencies(n, kept))
         for start in range(0, packed.size, PIECE):
             coder.encode(packed[start : start + PIECE].astype(np.int32), model)
     return bytes_of(coder)
@@ -126,13 +128,13 @@ def _read(words: NDArray[np.uint32], packed: Bytes, n: int, kept: int) -> None:
 
     coder, rare = constriction.stream.queue.RangeDecoder(words), min(kept, n - kept)
     if rare * RARE >= n:
-        model = _model(byte_frequencies(n, kept))
+        model = model_of(byte_frequencies(n, kept))
         for start in range(0, packed.size, PIECE):
             packed[start : start + PIECE] = coder.decode(model, min(PIECE, packed.size - start))
         if not padding_is_zero(packed, n):
             raise ValueError("has padding bits that are not 0")
         return
-    models, last = [_model(table) for table in gap_frequencies(n, rare)], -1
+    models, last = [model_of(table) for table in gap_frequencies(n, rare)], -1
     for start in range(0, rare, GAPS):
         gaps = np.zeros(min(GAPS, rare - start), np.int64)
         for digit, model in enumerate(models):

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ValidationInfo
 from ..errors import ConversionError, PopupError, unknown
 from ..learners import Learner, get_learner
 from ..masking.k_schedule import KSchedule
+from ..masking.redraw import Redraw, learner_mistake, scheme_mistake
 from ..masking.settings import (
     IN_LAYERS,
     as_floor,
@@ -158,6 +159,26 @@ def beside_learner(name: str, value: Any, learner: str, chosen: Learner) -> None
         raise ValueError(f"expected null; {without_pattern(learner)}")
     if name == "fixed" and value is not None and not chosen.takes_fixed:
         raise ValueError(f"expected null; {without_fixed(learner)}")
+
+
+def redraws(value: Any, info: ValidationInfo) -> dict[str, Any] | None:
+    """Return a redraw with all of its keys, checked against the learner and the schemes."""
+    if value is None:
+        return None
+    wrong, found = [], None
+    try:
+        found = Redraw.of(value)
+    except ConversionError as error:
+        wrong.append(str(error))
+    learner, given = info.data.get("learner"), info.data.get("scheme", {})
+    if learner is not None and (why := learner_mistake(get_learner(learner, info.data.get("learner_options")))):
+        wrong.append(f"expected null; {learner} {why}")
+    for name in dict.fromkeys(given.values() if isinstance(given, dict) else [given]):
+        if why := scheme_mistake(name):
+            wrong.append(f"expected null; the scheme {name} {why}")
+    if found is None or wrong:
+        raise ValueError("; and ".join(wrong))
+    return asdict(found)
 
 
 def ramp(value: Any) -> dict[str, Any] | None:

@@ -44,6 +44,7 @@ from .checks import (
     neighbours,
     options,
     ramp,
+    redraws,
     schemes,
     shares,
     start_beside,
@@ -75,6 +76,8 @@ class Surgery(_Section):
             `begin + epochs` on, which must be before the last one ends. `steps` also has `every`, the epochs between
             two steps. `scaled` takes `k` from the start. Null for the same k in all epochs. See
             [methods](../methods.md).
+        redraw: `{every: 300, share: 0.1}` draws weights that do not take part again: after every 300th step of the
+            optimiser, each with the probability 0.1. Null for never. See [methods](../methods.md).
         pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
             k. Null ranks whole layers.
         fixed: as `{dropped: 0.5, kept: 0.1}`, shares of each layer's weights that the seed fixes before training. One
@@ -114,6 +117,9 @@ class Surgery(_Section):
         Field(examples=[{"kind": "cubic", "epochs": 10}]),
         Key(affects_speed=False),
     ] = None
+    redraw: Annotated[
+        dict[str, Any] | None, PlainValidator(redraws), Field(examples=[{"every": 300, "share": 0.1}])
+    ] = None
     encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
     @model_validator(mode="wrap")
@@ -132,7 +138,7 @@ class Surgery(_Section):
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
-        return self.model_dump(exclude={"encoding", "k_schedule"})
+        return self.model_dump(exclude={"encoding", "k_schedule", "redraw"})
 
     @field_validator("pattern")
     @classmethod

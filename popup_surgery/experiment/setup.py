@@ -18,6 +18,7 @@ from ..hub import Address, is_address
 from ..learners import get_learner
 from ..masking.convert import convert
 from ..masking.k_schedule import KSchedule, check_schedule
+from ..masking.redraw import Redraw
 from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
@@ -70,13 +71,19 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
         return TicketTrainer(*parts, recipe.lottery_ticket), size
-    return Trainer(*parts, start_masks(recipe), schedule), size
+    return Trainer(*parts, start_masks(recipe), schedule, redraw_of(recipe)), size
 
 
 def k_schedule(recipe: Recipe) -> KSchedule | None:
     """Return the schedule of k that a recipe has; None if k is the same in all epochs."""
     given = None if recipe.surgery == "none" else recipe.surgery.k_schedule
     return None if given is None else KSchedule.of(given)
+
+
+def redraw_of(recipe: Recipe) -> Redraw | None:
+    """Return when a recipe draws weights again; None for never."""
+    given = None if recipe.surgery == "none" else recipe.surgery.redraw
+    return None if given is None else Redraw.of(given)
 
 
 def first_file(recipe: Recipe) -> str | None:

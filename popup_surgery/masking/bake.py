@@ -1,19 +1,15 @@
 """Turn a converted network back into plain layers, and read its masks."""
 
 import copy
-from collections.abc import Iterable, Iterator
-from typing import cast
+from collections.abc import Iterable
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import ConversionError
 from ..learners.base import masked
 from ..learners.sampling import as_saved
 from ..weights.fill import equals, fill
-from ..weights.streams import draw
 from .layer import is_masked, unswap
 from .packed import refuse_packed
 from .ranking import RankGroup, drop_hooks, parameter_of, score_of
@@ -35,7 +31,7 @@ def bake(model: nn.Module) -> nn.Module:
         for _, module, name, slot in masked_weights(core):
             effective = slot.read(module, name)
             if slot.ranking.learner.rescale:
-                effective = rebuilt(module, name, slot, slot.mask(module, name))
+                effective = rebuilt(parameter_of(module, name), slot, slot.mask(module, name))
             # `data` of a plain tensor, so that a write to the copy does not count as one to the masked weight
             baked_weight = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
             raw, score = parameter_of(module, name), score_of(module, name)
@@ -44,6 +40,7 @@ def bake(model: nn.Module) -> nn.Module:
                 (raw, baked_weight),
                 (score, nn.Parameter(torch.empty(0))),  # `unswap` removes it
                 (slot.ranking, RankGroup(slot.ranking.learner, 0)),  # otherwise its masks would be copied
+                (slot.generations, None),
             ]
         baked = clone_with(core, replacements)
     for before, module in zip(core.modules(), baked.modules(), strict=True):
@@ -91,16 +88,11 @@ def masks(model: nn.Module) -> dict[str, Tensor]:
         return {key: slot.mask(module, name).clone() for key, module, name, slot in masked_weights(unwrap(model))}
 
 
-def rebuilt(module: nn.Module, name: str, slot: MaskedParam, mask: Tensor) -> Tensor:
-    """Return a drawn or pretrained weight under `mask`, bit for bit as a file restores it."""
-
-    def drawn(std: float) -> Iterator[NDArray[np.float32]]:
-        return draw(slot.distribution, weight.numel(), std, slot.seed, "weight", slot.stream)
-
-    weight = cast(Tensor, module._parameters[name]).detach()
-    weight = slot.ranking.learner.values(weight, mask)
+def rebuilt(weight: Tensor, slot: MaskedParam, mask: Tensor) -> Tensor:
+    """Return a raw weight under `mask`, drawn or pretrained, bit for bit as a file restores it."""
+    weight = slot.ranking.learner.values(weight.detach(), mask)
     factor = slot.ranking.learner.scale(weight, mask)
-    if factor != 1 and equals(weight, drawn(slot.std)):  # otherwise it was loaded, and no file can store it
-        weight, factor = fill(torch.empty_like(weight), drawn(slot.std * factor)), 1.0
+    if factor != 1 and equals(weight, slot.values(weight)):  # otherwise it was loaded, and no file can store it
+        weight, factor = fill(torch.empty_like(weight), slot.values(weight, factor)), 1.0
     weight = masked(weight, mask)
     return weight * factor if factor != 1 else weight

@@ -5,7 +5,7 @@ for each original class, with a property in place of the weight. So `layer.weigh
 layer or outside. The raw weight stays in `_parameters`, frozen. The score is stored next to it as `<weight>_score`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,7 @@ from ..models.layer_types import layer_type_of
 from ..models.structure import PLAIN_TYPE
 from ..torch_compat import ModuleMethods, forget_weight_list, is_replica, renew_weight_list
 from .masked_weight import MaskedWeight
-from .ranking import STATE, score_name
+from .ranking import STATE, generation_name, score_name
 from .state import MaskedParam, ModuleState, slots_of, upgrade
 
 
@@ -69,10 +69,26 @@ class Masked(ModuleMethods):
 
         return apply
 
+    def _popup_save(self, saved: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """Add how often weights were drawn again, which belongs to them, to a `state_dict`."""
+        slots = slots_of(self)  # type: ignore[arg-type]
+        return saved | {
+            prefix + generation_name(name): slot.generations
+            for name, slot in slots.items()
+            if slot.generations is not None
+        }
+
     @contextmanager
-    def _popup_load(self, state_dict: Mapping[str, Any], prefix: str, missing: list[str]) -> Iterator[None]:
+    def _popup_load(self, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> Iterator[None]:
         """Let loading assign weights. A plain checkpoint without scores leaves the scores unchanged."""
         state = self.__dict__[STATE]
+        for name, slot in state.masked.items():
+            weight, again = state_dict.get(prefix + name), state_dict.get(prefix + generation_name(name))
+            if again is not None and again.shape == self._parameters[name].shape:  # type: ignore[attr-defined]
+                del state_dict[prefix + generation_name(name)]
+                slot.generations = again.to("cpu", torch.int16, copy=True).contiguous()
+            elif again is None and weight is not None:
+                slot.generations = None
         state.loading = True
         try:
             yield

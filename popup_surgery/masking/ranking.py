@@ -22,6 +22,11 @@ def score_name(name: str) -> str:
     return f"{name}_score"
 
 
+def generation_name(name: str) -> str:
+    """Return the `state_dict` name of how often the weights of `name` were drawn again."""
+    return f"{name}_generation"
+
+
 class _Held(NamedTuple):
     """The members of a group in one network, and their scores when they were last checked together."""
 

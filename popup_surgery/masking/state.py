@@ -4,7 +4,7 @@ What `build` knows about a network is stored beside it, in an `Origin` (models/a
 `Origin` before it is converted, and models/ imports nothing from masking/.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from ..errors import MaskedWeightError
 from ..models.architecture import forget_base, gather
 from ..torch_compat import is_fx_tracing
+from ..weights.fill import pieces_of
+from ..weights.source import source_of
+from ..weights.streams import Floats
 from .masked_weight import Watch, watched
 from .ranking import STATE as STATE
 from .ranking import RankGroup, parameter_of, score_name, score_of, under_transform
@@ -31,6 +34,8 @@ class MaskedParam:
         std: the weights' standard deviation.
         k: the requested share; None if the learner takes no k. `scaled` weights were widened by √(1/k).
         ranking, index: the group that it is ranked in, and its index in the group.
+        generations: how often each weight was drawn again: int16 on the CPU, of the weight's shape; None if none was.
+            All places of one weight share it.
     """
 
     stream: str
@@ -43,6 +48,7 @@ class MaskedParam:
     fan_in: float
     ranking: RankGroup
     index: int
+    generations: Tensor | None = None
     _watches: set[Watch] = field(default_factory=set, repr=False, compare=False)  # of the tensors that were read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,6 +57,16 @@ class MaskedParam:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_watches": set()})
         self.__dict__.pop("_watch", None)  # of earlier versions
+
+    def values(self, held: Tensor, factor: float = 1.0) -> Iterator[Floats]:
+        """Yield the weight's values as a file restores them, in pieces of float32, times `factor` if they are drawn.
+
+        Args:
+            held: the raw weight. Only its number of elements counts, unless it is pretrained.
+        """
+        again = None if self.generations is None else (p.numpy() for p in pieces_of(self.generations))
+        source = source_of(self.distribution)
+        return source.values(held.numel(), self.std * factor, self.seed, self.stream, held, again)
 
     def mask(self, module: nn.Module, name: str) -> Tensor:
         """Return the mask of the scores that `module` holds: bool, of the weight's shape."""

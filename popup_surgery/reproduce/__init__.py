@@ -51,7 +51,7 @@ SCALES: dict[str, dict[str, Protocol]] = {
         )),
         "equal-bytes": Protocol(
             ("data.max_train=10000", "data.max_validation=2000", "data.batch_size=64", "training.epochs=20",
-             "model.kwargs.width=0.25"),
+             "model.kwargs.width=0.25", "surgery.redraw=[{every: 100, share: 0.1}]"),
             networks=("conv4",),
         ),
     },
@@ -65,7 +65,8 @@ SCALES: dict[str, dict[str, Protocol]] = {
         )),
         "equal-bytes": Protocol(
             ("data.max_train=32", "data.max_validation=16", "training.epochs=2", "data.batch_size=16",
-             "model.kwargs.width=0.25", "surgery.k_schedule=[{kind: cubic, start: 0.5, epochs: 1}]"), 1, ("conv4",),
+             "model.kwargs.width=0.25", "surgery.k_schedule=[{kind: cubic, start: 0.5, epochs: 1}]",
+             "surgery.redraw=[{every: 1, share: 0.1}]"), 1, ("conv4",),
         ),
     },
 }  # fmt: skip

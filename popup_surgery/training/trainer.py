@@ -19,6 +19,7 @@ from ..learners import sampled
 from ..masking.bake import bake, masks
 from ..masking.density import density_penalty
 from ..masking.k_schedule import KSchedule
+from ..masking.redraw import Redraw
 from . import trainer_state
 from .agreement import Agreement
 from .checkpoint import Checkpoint, file_of
@@ -44,6 +45,7 @@ class Trainer:
     Args:
         weight_masks: bool masks of a plain network's parameters, by name. Weights outside them stay 0.
         k_schedule: the share of weights that a converted network's masks keep, by epoch.
+        redraw: when weights of a converted network that do not take part are drawn again.
 
     Attributes:
         history: the epochs that have ended.
@@ -63,6 +65,7 @@ class Trainer:
         progress: Progress,
         weight_masks: Mapping[str, Tensor] = MappingProxyType({}),
         k_schedule: KSchedule | None = None,
+        redraw: Redraw | None = None,
     ) -> None:
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
@@ -78,7 +81,7 @@ class Trainer:
         self.batch = self.step = self.checkpoint_step = 0
         self.seconds = 0.0
         self.logged = [0.0, 0.0, 0.0]
-        self.hooks = LearnerHooks(model, training.seed, k_schedule)
+        self.hooks = LearnerHooks(model, training.seed, k_schedule, redraw)
         of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
         self.hooks.at(0.0, 0)
         self.mask_history = MaskHistory(self.masks(), of_k)

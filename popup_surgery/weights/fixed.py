@@ -1,4 +1,4 @@
-"""Weights that the seed fixes before training, as dropped or as kept (docs/artifact-format.md, section 10)."""
+"""Weights that the seed fixes before training, as dropped or as kept (docs/artifact-format.md, section 11)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

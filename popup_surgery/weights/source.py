@@ -1,7 +1,7 @@
 """Where a masked weight's values come from: a seed, or pretrained weights. Other folders need not know which."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from . import BASE, PRETRAINED, get_scheme
 from .fill import deviation, fill, pieces_of
-from .streams import DISTRIBUTIONS, Floats, draw
+from .streams import DISTRIBUTIONS, Floats, Generations, draw, draw_again
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,21 @@ class WeightSource(ABC):
     in_base = False
 
     @abstractmethod
-    def values(self, numel: int, std: float, seed: int, stream: str, held: Tensor | None) -> Iterator[Floats]:
+    def values(
+        self,
+        numel: int,
+        std: float,
+        seed: int,
+        stream: str,
+        held: Tensor | None,
+        generations: Iterable[Generations] | None = None,
+    ) -> Iterator[Floats]:
         """Yield the `numel` values in row-major order, in pieces of float32 [at most CHUNK].
 
         Args:
             std, seed, stream: what the values are drawn from, if they are drawn.
             held: otherwise, a float tensor of any shape that has the values already.
+            generations: how often each was drawn again, in pieces of CHUNK; None if none was.
         """
 
     @abstractmethod
@@ -43,8 +52,12 @@ class WeightSource(ABC):
         """Write the values into the weight `tensor`, in place, at conversion."""
 
     @abstractmethod
-    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> float:
+    def check(self, name: str, tensor: Tensor, values: Iterable[Floats], seed: int) -> float:
         """Return the largest difference between the weight called `name` and what a file restores, within rounding.
+
+        Args:
+            values: what the file restores, as `values` yields it.
+            seed: the seed of the conversion, for the message.
 
         Raises:
             ArtifactError: a file could not restore the weight's present values, not even within rounding.
@@ -64,14 +77,23 @@ class Drawn(WeightSource):
 
     drawn = True
 
-    def values(self, numel: int, std: float, seed: int, stream: str, held: Tensor | None) -> Iterator[Floats]:
-        return draw(self.distribution, numel, std, seed, "weight", stream)
+    def values(
+        self,
+        numel: int,
+        std: float,
+        seed: int,
+        stream: str,
+        held: Tensor | None,
+        generations: Iterable[Generations] | None = None,
+    ) -> Iterator[Floats]:
+        first = draw(self.distribution, numel, std, seed, "weight", stream)
+        return first if generations is None else draw_again(first, generations, self.distribution, std, seed, stream)
 
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
         fill(tensor, self.values(tensor.numel(), std, seed, stream, None))
 
-    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> float:
-        largest, rounding = deviation(tensor, self.values(tensor.numel(), std, seed, stream, None))
+    def check(self, name: str, tensor: Tensor, values: Iterable[Floats], seed: int) -> float:
+        largest, rounding = deviation(tensor, values)
         if not rounding:
             raise ArtifactError(
                 f"the weights of {name!r} are not those of seed {seed} any more, so no file could rebuild them: they "
@@ -94,14 +116,23 @@ class Pretrained(WeightSource):
 
     in_base = True
 
-    def values(self, numel: int, std: float, seed: int, stream: str, held: Tensor | None) -> Iterator[Floats]:
-        assert held is not None
+    def values(
+        self,
+        numel: int,
+        std: float,
+        seed: int,
+        stream: str,
+        held: Tensor | None,
+        generations: Iterable[Generations] | None = None,
+    ) -> Iterator[Floats]:
+        assert held is not None, "the values are somewhere"
+        assert generations is None, "no stream has others"
         return (piece.float().numpy() for piece in pieces_of(held))
 
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
         """Do nothing: the weight has its values."""
 
-    def check(self, name: str, tensor: Tensor, std: float, seed: int, stream: str) -> float:
+    def check(self, name: str, tensor: Tensor, values: Iterable[Floats], seed: int) -> float:
         if tensor.dtype == torch.float64:
             raise ArtifactError(
                 f"{name!r} is a pretrained weight of float64; cast the network to float32 before it is saved"

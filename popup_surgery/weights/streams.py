@@ -8,6 +8,7 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="
 
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+Words = NDArray[np.uint64]
+Generations = NDArray[np.integer[Any]]  # how often weights were drawn again
 Values = Callable[[Bytes, int], Floats]
 
 
@@ -32,13 +35,15 @@ def check_seed(seed: object) -> int:
     return int(seed)
 
 
-def words(seed: int, purpose: str, name: str) -> np.random.Philox:
-    """Return the generator of a tensor's random words.
-
-    It is Philox4x64-10, whose key is a BLAKE2b digest of the seed, the purpose and the name.
-    """
+def key_of(seed: int, purpose: str, name: str) -> Words:
+    """Return the key of a tensor's stream: uint64 [2], a BLAKE2b digest of the seed, the purpose and the name."""
     digest = hashlib.blake2b(f"{seed}/{purpose}/{name}".encode(), digest_size=16, person=PERSON).digest()
-    return np.random.Philox(key=np.frombuffer(digest, "<u8"))
+    return np.frombuffer(digest, "<u8")
+
+
+def words(seed: int, purpose: str, name: str) -> np.random.Philox:
+    """Return the generator of a tensor's random words: Philox4x64-10, whose key is that of its stream."""
+    return np.random.Philox(key=key_of(seed, purpose, name))
 
 
 @lru_cache(maxsize=1)
@@ -67,6 +72,80 @@ def draw(distribution: str, numel: int, std: float, seed: int, purpose: str, nam
 def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Floats]:
     """Yield initial scores, U(−1/√fan_in, 1/√fan_in), in pieces like `draw` (Kaiming uniform, a = √5)."""
     return _pieces(numel, 32, _symmetric(1.0 / math.sqrt(fan_in)), words(seed, "score", name))
+
+
+MOST = 4095  # how often a weight is drawn again at most
+
+
+def draw_again(
+    pieces: Iterable[Floats],
+    generations: Iterable[Generations],
+    distribution: str,
+    std: float,
+    seed: int,
+    name: str,
+) -> Iterator[Floats]:
+    """Yield the weights of a tensor, where those that were drawn again have their latest values.
+
+    Args:
+        pieces: the first values, as `draw` yields them. They are written to.
+        generations: how often each was drawn again, 0 … MOST, in pieces of the same sizes.
+        distribution, std, seed, name: as for `draw`.
+    """
+    start = 0
+    for piece, generation in zip(pieces, generations, strict=True):
+        again = np.flatnonzero(generation)
+        piece[again] = values_at(start + again, generation[again], distribution, std, seed, name)
+        yield piece
+        start += len(piece)
+
+
+def values_at(
+    places: NDArray[np.int64],
+    generations: Generations,
+    distribution: str,
+    std: float,
+    seed: int,
+    name: str,
+) -> Floats:
+    """Return single weights of later generations: float32 [n], of n places in the flattened tensor.
+
+    Generation g has a stream of its own, `<name>@<g>`, from which any value can be read without those before it.
+    """
+    bits, values = DISTRIBUTIONS[distribution]
+    found = np.empty(len(places), np.float32)
+    for start in range(0, len(places), CHUNK):
+        at = places[start : start + CHUNK] * bits
+        numbers, which = np.unique(generations[start : start + CHUNK], return_inverse=True)
+        keys = np.array([key_of(seed, "weight", f"{name}@{g}") for g in numbers], np.uint64).reshape(-1, 2)[which]
+        four = philox((at // 256 + 1).astype(np.uint64), keys[:, 0], keys[:, 1])
+        word = np.choose(at // 64 % 4, four) >> (at % 64).astype(np.uint64)
+        raw = np.packbits(word & 1, bitorder="little") if bits == 1 else word.astype(f"<u{bits // 8 or 1}")
+        found[start : start + CHUNK] = values(std)(raw.view(np.uint8), len(at))
+    return found
+
+
+def philox(counter: Words, k0: Words, k1: Words) -> tuple[Words, Words, Words, Words]:
+    """Return the four words of Philox4x64-10 for each counter (c, 0, 0, 0) and key: uint64 [n] each."""
+    zero = np.zeros_like(counter)
+    x = counter, zero, zero, zero
+    with np.errstate(over="ignore"):
+        for _ in range(10):
+            high0, low0 = _product(0xD2E7470EE14C6C93, x[0])
+            high1, low1 = _product(0xCA5A826395121157, x[2])
+            x = high1 ^ x[1] ^ k0, low1, high0 ^ x[3] ^ k1, low0
+            k0, k1 = k0 + np.uint64(0x9E3779B97F4A7C15), k1 + np.uint64(0xBB67AE8584CAA73B)
+    return x
+
+
+def _product(factor: int, x: Words) -> tuple[Words, Words]:
+    """Return the high and the low half of a product of 128 bits, from products of 32 bits each."""
+    half, mask = np.uint64(32), np.uint64(2**32 - 1)
+    low, high = np.uint64(factor & 2**32 - 1), np.uint64(factor >> 32)
+    x_low, x_high = x & mask, x >> half
+    middle = x_high * low + (x_low * low >> half)
+    other = x_low * high + (middle & mask)
+    return x_high * high + (middle >> half) + (other >> half), x * np.uint64(factor)
 
 
 SPREAD = 1 / 16  # of a constant's magnitude

@@ -22,6 +22,7 @@ from popup_surgery import Artifact, ArtifactError
 from popup_surgery.analysis import sanity as sanity_module
 from popup_surgery.artifact.planes import PLANES, Bits
 from popup_surgery.codecs.bitpack import pack
+from popup_surgery.codecs.generations import Reader, encode
 from popup_surgery.sharing.summary import Summary
 from support import GOLDEN, Outcome, golden_manifest, state_digest, write_digit
 from support import top as top_of
@@ -69,8 +70,15 @@ def test_the_pages_reader_reads_signs(scheme: str, tmp_path: Path) -> None:
 # --- every reader with every kind -------------------------------------------------------------------------------------
 
 SHARES = [0.25, 0.08, 0.03]
-KINDS: dict[str, dict[str, Any]] = {"sign": {"learner": "signed"}, "coats": {"learner_options": {"coats": SHARES}}}
-PLANES_OF = {"sign": ("sign",), "coats": ("coat2", "coat3")}
+KINDS: dict[str, dict[str, Any]] = {
+    "sign": {"learner": "signed"}, "coats": {"learner_options": {"coats": SHARES}}, "generation": {},
+}  # fmt: skip
+PLANES_OF = {"sign": ("sign",), "coats": ("coat2", "coat3"), "generation": ("generation",)}
+
+
+def planes_of(kind: str, scheme: str) -> tuple[str, ...]:
+    """What a file has. A constant that was drawn again has another sign at most."""
+    return ("sign",) if kind == "generation" and "constant" in scheme else PLANES_OF[kind]
 
 
 def sign(weight: Tensor, score: Tensor, k: float) -> Tensor:
@@ -88,24 +96,36 @@ def coats(weight: Tensor, score: Tensor, k: float) -> Tensor:
     return weight * coats_of(score, [k, *SHARES[1:]]) + 0
 
 
-def converted(kind: str, scheme: str, **settings: Any) -> nn.Module:
+def rescored(net: nn.Module, kind: str, seed: int = 6) -> nn.Module:
+    """The network with other scores, and with weights that were drawn again under those before, if the kind is that."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, 4 if kind == "generation" else 2):
+        if step > 1:
+            ps.redraw(net, step, every=1, share=0.3)
+        for name, parameter in net.named_parameters():
+            if name.endswith("_score"):
+                parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+def plain(weight: Tensor, score: Tensor, k: float) -> Tensor:
+    return torch.where(top_of([score], round(k * score.numel()))[0], weight, torch.zeros(()))
+
+
+def converted(kind: str, scheme: str, seed: int = 6, **settings: Any) -> nn.Module:
     """A network whose scores are not those of its seed, with running statistics of its own."""
     net = ps.convert(ps.build("popup_surgery/conv2", **CONV2), 0.25, scheme=scheme, **KINDS[kind], **settings)
-    generator = torch.Generator().manual_seed(6)
-    for name, parameter in net.named_parameters():
-        if name.endswith("_score"):
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
-    return net
+    return rescored(net, kind, seed)
 
 
 def independent(net: nn.Module, kind: str) -> dict[str, Tensor]:
     """What a file must give, from the network's tensors alone."""
     entries = {name: value.detach() for name, value in net.state_dict().items()}
-    rule = {"sign": sign, "coats": coats}[kind]
+    rule = {"sign": sign, "coats": coats, "generation": plain}[kind]
     return {
         name: rule(value, entries[f"{name}_score"], 0.25) if f"{name}_score" in entries else value
         for name, value in entries.items()
-        if not name.endswith("_score")
+        if not name.endswith(("_score", "_generation"))
     }
 
 
@@ -113,7 +133,7 @@ class Case:
     """One file of a kind, and what readers must give for it."""
 
     def __init__(self, kind: str, scheme: str, folder: Path) -> None:
-        self.kind, self.scheme, self.folder = kind, scheme, folder
+        self.kind, self.scheme, self.folder, self.planes = kind, scheme, folder, planes_of(kind, scheme)
         self.net = converted(kind, scheme)
         self.path = folder / "net.popup.safetensors"
         ps.save(self.net, self.path, probe=(1, 1, 8, 8), provenance=dict(ps.inspect(FILE).provenance))
@@ -151,8 +171,12 @@ def of_verify(case: Case) -> None:
     file = take_apart(case.path.read_bytes())
     entry = next(entry for entry in file.manifest["masked"] if entry["kept"] > 8)
     name = f"{entry['name']}.{entry['planes'][0]}"
-    dtype, shape, data = file.tensors[name]
-    file.tensors[name] = dtype, shape, bytes([data[0] ^ 1]) + data[1:]
+    dtype, _, data = file.tensors[name]
+    other = bytes([data[0] ^ 1]) + data[1:]
+    if case.planes == ("generation",):
+        of_each = Reader(np.frombuffer(data, np.uint8), entry["kept"]).take(entry["kept"])
+        other = encode(np.roll(of_each, 1)).tobytes()
+    file.tensors[name] = dtype, [len(other)], other
     file.digest()
     (case.folder / "other").write_bytes(file.bytes())
     verified = ps.verify(case.folder / "other")
@@ -163,7 +187,7 @@ def of_verify(case: Case) -> None:
 def of_whole(case: Case) -> None:
     """Without masks, planes say nothing either."""
     whole = Artifact.open(case.path).network(masked=False).state_dict()
-    raw = case.net.state_dict()
+    raw = ps.convert(ps.build("popup_surgery/conv2", **CONV2), 0.25, scheme=case.scheme).state_dict()
     assert all(torch.equal(value, raw[name]) for name, value in whole.items())
 
 
@@ -205,10 +229,7 @@ def of_infer(case: Case) -> None:
     """The mean of the tasks' weights, and its gradient, as an average of plain networks has them."""
     paths = [case.path]
     for seed in (1, 2):
-        net = converted(case.kind, case.scheme)
-        for name, parameter in net.named_parameters():
-            if name.endswith("_score"):
-                parameter.data.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)))
+        net = converted(case.kind, case.scheme, seed)
         paths.append(case.folder / f"{seed}.popup.safetensors")
         ps.save(net, paths[-1])
     bank = ps.MaskBank(case.path)
@@ -240,16 +261,19 @@ def of_sanity(case: Case) -> None:
     assert [one.change for one in found.variations] == [
         "as it is", "other seeds", "mask shuffled", "mask inverted", "all weights"
     ]  # fmt: skip
-    raw = case.net.state_dict()
+    raw, first = case.net.state_dict(), Artifact.open(case.path).network(masked=False).state_dict()
     for place, name in enumerate(ps.masks(case.net)):
         mask, m = case.state[name] != 0, case.state[name].sign()
+        raw[name] = torch.where(mask, raw[name], first[name])  # as far as the file says
         base = raw[name].abs()
+        if case.planes == ("generation",):
+            m, base = mask.float(), raw[name]
         if case.kind == "coats":
             m, base = coats_of(case.net.state_dict()[f"{name}_score"], SHARES), raw[name]
         assert torch.equal(as_it_is[name], case.state[name])
         assert torch.equal(seeds[name] != 0, mask)
-        assert not torch.equal(seeds[name], as_it_is[name]) or (case.kind == "sign" and "constant" in case.scheme)
-        if case.kind == "sign":
+        assert not torch.equal(seeds[name], as_it_is[name]) or (case.planes == ("sign",) and "constant" in case.scheme)
+        if case.planes == ("sign",):
             assert torch.equal(seeds[name].sign(), m), "learnt signs stay"
         elif "constant" in case.scheme:
             assert torch.equal(seeds[name].abs(), as_it_is[name].abs()), "coats stay"
@@ -279,17 +303,18 @@ def of_packed_onnx(case: Case) -> None:
     """Signed constants stay ternary: their products are packed exactly."""
     net = ps.build("popup_surgery/conv2", **{**CONV2, "width": 1.0})  # large enough to gain from it
     wide = case.folder / "wide.popup.safetensors"
-    ps.save(ps.convert(net, 0.25, scheme=case.scheme, **KINDS[case.kind]), wide, probe=(1, 1, 8, 8))
+    net = ps.convert(net, 0.25, scheme=case.scheme, **KINDS[case.kind])
+    ps.save(rescored(net, case.kind) if case.kind == "generation" else net, wide, probe=(1, 1, 8, 8))
     done = ps.export(wide, case.folder / "net.onnx", packed=True)
     how = {layer.name: layer.how for layer in done.layers}
-    ternary = "constant" in case.scheme and case.kind == "sign"
+    ternary = "constant" in case.scheme and case.kind != "coats"
     assert any(said in ("2 bits", "int8") for said in how.values()) == ternary, how
 
 
 def of_repack(case: Case) -> None:
     there, back = case.folder / "there", case.folder / "back"
     manifest = ps.repack(case.path, there, encoding="range_coded")
-    assert manifest.requires == ["range_coded", *PLANES_OF[case.kind]]
+    assert manifest.requires == ["range_coded", *case.planes]
     case.check(ps.load(there))
     assert ps.verify(there)
     ps.repack(there, back, encoding="bitpack")
@@ -316,7 +341,7 @@ def of_start(case: Case) -> None:
 
 
 def of_page(case: Case) -> None:
-    found = reader(1)["read"](case.path)
+    found = reader(3)["read"](case.path)
     assert all(found[name].tobytes() == value.numpy().tobytes() for name, value in case.state.items())
 
 
@@ -325,7 +350,7 @@ def of_decoder(case: Case) -> None:
         pytest.skip("needs a C compiler")
     unpack = Unpack(build_decoder(case.folder), case.folder)
     said = unpack.refusal(case.path.read_bytes())
-    named = ",".join(f'"{kind}"' for kind in PLANES_OF[case.kind])
+    named = ",".join(f'"{kind}"' for kind in case.planes)
     assert said == f"the file needs a newer reader: version 1, requires [{named}]"
 
 
@@ -364,7 +389,9 @@ def of_inspect(case: Case) -> None:
     assert sizes.total == case.path.stat().st_size
     entries = ps.inspect(case.path).masked
     assert sizes.masks == sum(-(-entry.numel // 8) for entry in entries)
-    if case.kind == "sign":
+    if case.planes == ("generation",):
+        assert 0 < 8 * sizes.planes < 2 * sum(entry.kept or 0 for entry in entries)
+    elif case.planes == ("sign",):
         assert sizes.planes == sum(-(-(entry.kept or 0) // 8) for entry in entries)
     else:
         inner = [entry.numel - int((1 - SHARES[1]) * entry.numel) for entry in entries]
@@ -375,17 +402,21 @@ CONSUMERS: dict[str, Callable[[Case], None]] = {
     name.removeprefix("of_"): value for name, value in globals().items() if name.startswith("of_")
 }
 NO_COMBINE = r"'features\.0\.weight' has the plane '{kind}', so its weights are not those of the seed or base alone"
-REFUSED = {
-    **dict.fromkeys([("combine", "sign"), ("combine", "coats")], NO_COMBINE),
+REFUSED: dict[tuple[str, ...], str] = {
+    **dict.fromkeys([("combine", kind) for kind in KINDS], NO_COMBINE),
     **dict.fromkeys(
-        [("other_masks", "sign"), ("other_masks", "coats")],
+        [("other_masks", kind) for kind in KINDS],
         r"'features\.0\.weight' has the plane '{kind}', which is for another mask",
     ),
     **dict.fromkeys(
         [("bank", "coats"), ("infer", "coats"), ("bank_of_coded_masks", "coats")],
-        r"'features\.0\.weight' has the plane 'coat2', so its weights are not those of the base; a bank takes masks",
+        r"'features\.0\.weight' has the plane 'coat2', so its weights are not those of the base; a bank takes",
     ),
     ("packed", "coats"): r"'features\.0\.weight' has the planes coat2, coat3, and its values are more than −c, 0 and c",
+    **dict.fromkeys(
+        [(name, "generation", "kaiming_normal") for name in ("bank", "infer", "bank_of_coded_masks")],
+        r"'features\.0\.weight' has the plane 'generation', so its weights are not those of the base; a bank takes",
+    ),
     ("packed", "kaiming_normal"): "the values of 'features.0.weight' are normal, not one constant; packed=True takes",
 }
 SLOW = {("packed_onnx", "kaiming_normal"), ("images", "kaiming_normal"), ("decoder", "kaiming_normal")}
@@ -408,8 +439,8 @@ def test_inspect_says_where_the_bytes_go(cli: Callable[..., Outcome]) -> None:
 
 
 def test_all_kinds_are_tried() -> None:
-    assert {kind for kinds in PLANES_OF.values() for kind in kinds} == set(PLANES[:3])
-    assert ("sign", *(f"coat{i}" for i in range(2, 9))) == PLANES
+    assert {kind for kinds in PLANES_OF.values() for kind in kinds} == set(PLANES[:4])
+    assert ("generation", "sign", *(f"coat{i}" for i in range(2, 9))) == PLANES
 
 
 @pytest.mark.parametrize(
@@ -423,11 +454,12 @@ def test_all_kinds_are_tried() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_reader_takes_it_or_refuses_it(kind: str, consumer: str, scheme: str, tmp_path: Path) -> None:
     case = Case(kind, scheme, tmp_path)
-    says = REFUSED.get((consumer, scheme)) or REFUSED.get((consumer, kind))
+    known = ((consumer, scheme), (consumer, kind), (consumer, kind, scheme))
+    says = next((REFUSED[case] for case in known if case in REFUSED), None)
     if says is None:
         CONSUMERS[consumer](case)
         return
-    with pytest.raises(ArtifactError, match=says.format(kind=PLANES_OF[kind][0])) as caught:
+    with pytest.raises(ArtifactError, match=says.format(kind=planes_of(kind, scheme)[0])) as caught:
         CONSUMERS[consumer](case)
     assert "\n" not in str(caught.value)
 
@@ -438,7 +470,7 @@ def test_other_dtypes(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
     def plain() -> nn.Module:
         return nn.Sequential(nn.Linear(70, 33), nn.Linear(33, 5)).to(dtype)
 
-    net = ps.convert(plain(), 0.25, scheme="kaiming_normal", **KINDS[kind])
+    net = rescored(ps.convert(plain(), 0.25, scheme="kaiming_normal", **KINDS[kind]), kind)
     manifest = ps.save(net, tmp_path / "net", probe=(1, 70))
     found, expected = ps.load(tmp_path / "net", plain()).state_dict(), ps.bake(net).state_dict()
     assert all(torch.equal(found[name], value) and found[name].dtype == dtype for name, value in expected.items())
@@ -568,9 +600,18 @@ WRONG: dict[str, tuple[Callable[[File], object], str]] = {
         r"the file requires 'size', which this reader does not know",
     ),
     "a kind twice": (masked(0, planes=["sign", "sign"]), r"masked\[0\]\.planes is \['sign', 'sign'\]; expected a list"),
-    "no kind": (masked(0, planes=[]), r"masked\[0\]\.planes is \[\]; expected a list of some of sign, coat2"),
-    "no list": (masked(0, planes="sign"), r"masked\[0\]\.planes is 'sign'; expected a list of some of sign, coat2"),
-    "null": (masked(0, planes=None), r"masked\[0\]\.planes is None; expected a list of some of sign, coat2"),
+    "no kind": (
+        masked(0, planes=[]),
+        r"masked\[0\]\.planes is \[\]; expected a list of some of sign, coat2",
+    ),
+    "no list": (
+        masked(0, planes="sign"),
+        r"masked\[0\]\.planes is 'sign'; expected a list of some of sign, coat2",
+    ),
+    "null": (
+        masked(0, planes=None),
+        r"masked\[0\]\.planes is None; expected a list of some of sign, coat2",
+    ),
     "lists in the list": (masked(0, planes=[["sign"]]), r"masked\[0\]\.planes is \[\['sign'\]\]; expected a list"),
     "requires nothing": (top(requires=[]), r"requires is \[\]; expected \[.*'sign'\], as the encodings and planes say"),
     "requires it twice": (

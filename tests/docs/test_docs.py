@@ -96,14 +96,14 @@ def test_the_page_reads_fixed_weights(encoding: str, learner: str, tmp_path: Pat
     model = ps.convert(net, 0.3, fixed={"dropped": 0.5, "kept": 0.1}, learner=learner, seed=2**63)
     ps.save(model, tmp_path / "net", encoding=encoding)
     with pytest.raises(ValueError, match="needs a newer reader"):
-        reader(2)["read"](tmp_path / "net")
-    state = reader(3)["read"](tmp_path / "net")
+        reader(3)["read"](tmp_path / "net")
+    state = reader(4)["read"](tmp_path / "net")
     for name, tensor in ps.bake(model).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
 def test_the_page_decodes_the_vectors_of_fixed_weights() -> None:
-    space = reader(3)
+    space = reader(4)
     for vector in json.loads((ROOT / "tests/golden/fixed.json").read_text(encoding="utf-8"))["vectors"]:
         if "bitpack" in vector:  # of large ones there are digests, which tests/artifact/test_fixed_files.py checks
             data = np.frombuffer(bytes.fromhex(vector["bitpack"]), np.uint8)
@@ -117,16 +117,16 @@ def test_the_page_reads_signs_of_draws(scheme: str, tmp_path: Path) -> None:
     model = ps.convert(net, 0.3, learner="biprop", scheme=scheme)
     ps.save(model, tmp_path / "net")
     with pytest.raises(ValueError, match="needs a newer reader"):
-        reader(3)["read"](tmp_path / "net")
-    state = reader(4)["read"](tmp_path / "net")
+        reader(4)["read"](tmp_path / "net")
+    state = reader(5)["read"](tmp_path / "net")
     for name, tensor in ps.bake(model).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
-@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "fixed", "binary"])
+@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "generation", "fixed", "binary"])
 def test_the_page_reads_the_golden_artifact(name: str) -> None:
     file = ROOT / f"tests/golden/{name}.popup.safetensors"
-    state = reader(4)["read"](file)
+    state = reader(5)["read"](file)
     for name, tensor in ps.load(file).state_dict().items():
         assert state[name].tobytes() == tensor.numpy().tobytes()
 

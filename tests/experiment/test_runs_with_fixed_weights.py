@@ -38,6 +38,14 @@ def test_a_run_that_was_stopped_ends_in_the_same_file(tmp_path: Path) -> None:
     assert manifest.provenance["recipe"]["surgery"]["fixed"] == {"dropped": 0.5, "kept": 0.1}
 
 
+def test_weights_that_are_free_are_drawn_again(tmp_path: Path) -> None:
+    overrides = [*FIXED, "training.epochs=1", "data.max_train=96", "surgery.redraw={every: 2, share: 0.5}"]
+    overrides += ["surgery.scheme=kaiming_normal", "surgery.encoding=range_coded"]
+    result = train(TINY, overrides=overrides, output=tmp_path / "run")
+    assert inspect(result.file).requires == ["range_coded", "fixed", "generation"]
+    assert equal_states(result.model, load(result.file))
+
+
 @pytest.mark.slow
 def test_processes_and_a_compiler_train_the_same_kind_of_run(tmp_path: Path) -> None:
     done = run_digits(tmp_path / "two", "--num-processes", "2", *(f"--set={each}" for each in FIXED))

@@ -18,6 +18,8 @@ from popup_surgery import (
     ArtifactError,
     ConversionError,
     MaskBank,
+    Recipe,
+    RecipeError,
     bake,
     combine,
     convert,
@@ -167,6 +169,11 @@ def test_pretrained_weights_are_refused() -> None:
             ConversionError, match=r"biprop keeps the signs of normal, uniform or constant weights, and "
         ):
             verb(nn.Linear(4, 4), 0.5, learner="biprop", scheme="pretrained")
+
+
+def test_its_weights_are_not_drawn_again() -> None:
+    with pytest.raises(RecipeError, match=r"surgery\.redraw is .*biprop gives the weights of a layer one magnitude"):
+        Recipe.load(GOLDEN / "tiny.yaml", ["surgery.learner=biprop", "surgery.redraw={every: 3}"])
 
 
 def test_a_run_rebuilds_its_network(tmp_path: Path) -> None:

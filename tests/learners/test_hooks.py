@@ -134,7 +134,7 @@ def test_the_scale_is_what_effective_multiplies_by(name: str) -> None:
         scale = learner.scale(weight, mask)
         assert type(scale) is float
         assert scale == (3.0 if learner.rescale else 1.0)
-        held = score if learner.learns_weights else weight
+        held = score if learner.learns_weights else learner.values(weight, mask)
         torch.testing.assert_close(learner.effective(weight, score, mask), masked(held, mask) * scale)
 
 

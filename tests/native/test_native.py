@@ -173,6 +173,7 @@ OTHERS = (
     "pretrained.popup",
     "signed.popup",
     "coats.popup",
+    "generation.popup",
     "pattern_coded.popup",
     "fixed.popup",
     "binary.popup",

@@ -35,6 +35,8 @@ def test_small_takes_one_network_and_full_takes_all() -> None:
     assert {run.recipe.model.name for run in small.runs} == {"popup_surgery/conv4"}
     assert {run.seed for run in small.runs} == {0, 1, 2}
     assert {run.recipe.training.epochs for run in small.runs} == {20}
+    every = {run.recipe.surgery.redraw["every"] for run in small.runs if run.label == "IteRand"}  # type: ignore
+    assert every == {100}, "ten thousand images in batches of 64 are 157 steps"
     other = sweep_of("equal-bytes", "small", only=["conv2"])
     assert {run.recipe.model.name for run in other.runs} == {"popup_surgery/conv2"}
 

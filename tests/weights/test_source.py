@@ -27,10 +27,10 @@ def test_drawn_values_are_those_of_the_stream(distribution: str) -> None:
     tensor = torch.zeros(12, 5).t()
     source.fill(tensor, 0.25, 7, "a")
     assert torch.equal(tensor, expected)
-    source.check("layer.weight", tensor, 0.25, 7, "a")
+    source.check("layer.weight", tensor, source.values(60, 0.25, 7, "a", None), 7)
     tensor[3, 2] += 1
     with pytest.raises(ArtifactError, match=r"^the weights of 'layer\.weight' are not those of seed 7 any more"):
-        source.check("layer.weight", tensor, 0.25, 7, "a")
+        source.check("layer.weight", tensor, source.values(60, 0.25, 7, "a", None), 7)
     assert source.record(0.25) == {"std": 0.25}
     assert source.describe(0.123456) == "0.12346"
 
@@ -46,9 +46,9 @@ def test_pretrained_values_are_those_that_are_there() -> None:
     before = tensor.clone()
     source.fill(tensor, 0.0, 7, "a")
     assert torch.equal(tensor, before)
-    source.check("layer.weight", tensor, 0.0, 7, "a")
+    source.check("layer.weight", tensor, [], 7)
     with pytest.raises(ArtifactError, match=r"^'layer\.weight' is a pretrained weight of float64; cast the network"):
-        source.check("layer.weight", tensor.double(), 0.0, 7, "a")
+        source.check("layer.weight", tensor.double(), [], 7)
     assert source.record(0.0) == {}
     assert source.describe(0.0) == "pretrained"
 
