@@ -22,13 +22,8 @@ from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
-FEATURES = (
-    "range_coded",
-    "pattern_coded",
-    "fixed",
-    *SIGNS.values(),
-    *PLANES,
-)  # what `requires` may name: what readers of the first files do not know
+# what `requires` may name: what readers of the first files do not know
+FEATURES = ("range_coded", "pattern_coded", "fixed", *SIGNS.values(), *PLANES)
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
