@@ -124,7 +124,7 @@ def test_edge_popup_at_the_same_bytes_is_read_off_its_curve() -> None:
         accuracy, stored = 0.9, 2000.0
         if run.label == "edge-popup":
             k = run.values["surgery.k"]
-            accuracy, stored = {0.125: (0.4, 1000.0), 0.3: (0.6, 4000.0)}.get(k, (0.1, 10.0 * k))
+            accuracy, stored = {0.1: (0.4, 1000.0), 0.3: (0.6, 4000.0)}.get(k, (0.1, 10.0 * k))
         return Outcome(run, State.FINISHED, Numbers(accuracy, 1, 1, 1, 1, stored))
 
     found = rows(FIGURES["equal-bytes"], points([outcome(run) for run in sweep.runs]))
