@@ -257,6 +257,7 @@ def test_entry_points_of_packages(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     assert models
 
 
+@pytest.mark.slow
 def test_an_installed_package_needs_no_option(tmp_path: Path) -> None:
     """A package as pip leaves it: a module, and metadata with entry points."""
     written(tmp_path)

@@ -419,7 +419,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ),
     ("packed", "kaiming_normal"): "the values of 'features.0.weight' are normal, not one constant; packed=True takes",
 }
-SLOW = {("packed_onnx", "kaiming_normal"), ("images", "kaiming_normal"), ("decoder", "kaiming_normal")}
+SLOW = {("images", "kaiming_normal"), ("decoder", "kaiming_normal")}
 
 
 def test_inspect_says_where_the_bytes_go(cli: Callable[..., Outcome]) -> None:
@@ -446,7 +446,11 @@ def test_all_kinds_are_tried() -> None:
 @pytest.mark.parametrize(
     ("consumer", "scheme"),
     [
-        pytest.param(consumer, scheme, marks=[pytest.mark.slow] if (consumer, scheme) in SLOW else [])
+        pytest.param(
+            consumer,
+            scheme,
+            marks=[pytest.mark.slow] if consumer == "packed_onnx" or (consumer, scheme) in SLOW else [],
+        )
         for consumer in CONSUMERS
         for scheme in ("signed_kaiming_constant", "kaiming_normal")
     ],

@@ -225,6 +225,7 @@ def test_a_switch_writes_in_place(bank: MaskBank) -> None:
     assert all(tensor._version > versions[name] for name, (tensor, _) in tensors.items()), "autograd sees the write"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", slow_except(["wrapped", "in place", "given"], ["wrapped"]))
 def test_nothing_is_compiled_again(how: str, make: Make) -> None:
     compiled = []

@@ -142,7 +142,9 @@ def work(
 WITH_PYTHON = [page for page in PAGES if python_blocks(page) and page != READER]
 
 
-@pytest.mark.parametrize("page", slow_except(WITH_PYTHON, set(WITH_PYTHON) - {"README.md", "docs/sweeps.md"}))
+@pytest.mark.parametrize(
+    "page", slow_except(WITH_PYTHON, set(WITH_PYTHON) - {"README.md", "docs/sweeps.md", "docs/extending.md"})
+)
 def test_the_python_of_a_page_runs(page: str, work: Path) -> None:
     Path("mine.yaml").write_text(SWEEP)
     Path("data").mkdir()

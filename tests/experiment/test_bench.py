@@ -210,6 +210,7 @@ def test_bad_arguments(wrong: dict[str, object]) -> None:
         ps.bench(GOLD, **wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_inputs_that_the_network_does_not_take(cli: Cli, temporary: Path) -> None:
     refused(cli("bench", GOLD, "--input-size", 7, 8, 8), "does not take an input of 1 × 7 × 8 × 8")
     assert not list(temporary.iterdir())

@@ -19,7 +19,7 @@ from networks import NETS, input_shape
 from popup_surgery.exporting import onnx_file
 from popup_surgery.exporting.check import check_export
 from popup_surgery.models.libraries import architecture_of
-from support import GOLDEN, Outcome, write_digit
+from support import GOLDEN, Outcome, slow_except, write_digit
 
 Cli = Callable[..., Outcome]
 GOLD = GOLDEN / "golden.popup.safetensors"
@@ -145,7 +145,10 @@ class Clamps(nn.Linear):
         return torch.clamp(x, self.a, self.b), torch.clamp(x, self.c, self.d)
 
 
-@pytest.mark.parametrize("model", [*(Attends(axes) for axes in (3, 4, 5, 6)), Clamps()], ids=repr)
+TRANSLATED = [*(Attends(axes) for axes in (3, 4, 5, 6)), Clamps()]
+
+
+@pytest.mark.parametrize("model", slow_except(TRANSLATED, TRANSLATED[-2:]), ids=repr)
 def test_what_the_translation_alone_gets_wrong(model: nn.Linear, tmp_path: Path) -> None:
     done = ps.export(model, tmp_path / "net.onnx", example=torch.randn(1, model.in_features))
     assert done.difference is not None

@@ -136,6 +136,7 @@ def test_only_onnx_files_are_packed(cli: Cli, artifact: Path) -> None:
     assert (outcome.status, outcome.err) == (2, "error: only .onnx files are packed; the path is net.pt2\n")
 
 
+@pytest.mark.slow
 def test_a_network_of_small_layers_stays_as_it_is(cli: Cli, artifact: Path) -> None:
     outcome = cli("export", artifact, "-o", "packed.onnx", "--packed")
     assert "too small to gain" in outcome.out

@@ -61,6 +61,7 @@ def test_a_run_starts_from_an_address(here: Hub, tmp_path: Path) -> None:
     assert ps.inspect(expected.file).provenance["recipe"]["model"]["init_from"] == FIRST.name
 
 
+@pytest.mark.slow
 def test_resume_after_a_push(here: Hub, other: bytes, tmp_path: Path) -> None:
     """A stopped run resumes from the commit it began with, and so does one whose checkpoints are gone."""
     expected = begin(tmp_path / "whole", ADDRESS)

@@ -266,6 +266,7 @@ def test_the_loop_tells_of_each_step(registered: None, after: int | None, tmp_pa
     assert learner.told == [(0, step, names, HALF, False) for step in range(1, 2 * STEPS + 1)]
 
 
+@pytest.mark.slow
 def test_watching_changes_nothing(registered: None, tmp_path: Path) -> None:
     watched, plain = run("Watching", tmp_path / "watched"), run("edge_popup", tmp_path / "plain")
     assert all(map(torch.equal, watched.model.state_dict().values(), plain.model.state_dict().values()))

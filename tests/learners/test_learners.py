@@ -522,7 +522,7 @@ def test_dnw_under_a_constant_scheme_keeps_weights_of_the_seeds_choice(scheme: s
             assert share.var() < 2 * 0.25 * share.numel() / mask.numel(), "as if each were chosen by itself"
 
 
-@pytest.mark.parametrize("k", [0.3, 0.5])
+@pytest.mark.parametrize("k", slow_except([0.3, 0.5], [0.5]))
 def test_dnw_learns_under_a_constant_scheme(k: float, tmp_path: Path) -> None:
     overrides = ["surgery.learner=dnw", f"surgery.k={k}", "surgery.seed=1", "training.epochs=3", "training.lr=0.02"]
     assert train("digits", overrides=overrides, output=tmp_path / "run").accuracy > 0.8
@@ -696,6 +696,7 @@ def test_supermask_learns_digits_in_the_loop(supermask_run: Any) -> None:
     assert (manifest.weights, manifest.kept) == (supermask_run.weights, supermask_run.kept)
 
 
+@pytest.mark.slow
 def test_a_supermask_run_that_was_stopped_ends_in_the_same_file(supermask_run: Any, tmp_path: Path) -> None:
     class Stop(Exception):
         pass

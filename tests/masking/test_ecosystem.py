@@ -237,7 +237,7 @@ NODES = {"resnet": ["layer2", "fc"], "convnext": ["stages.1", "head"], "nfnet": 
 
 
 @every_scope
-@pytest.mark.parametrize("net", NODES)
+@pytest.mark.parametrize("net", slow_except(NODES, ["nfnet"]))
 def test_torchvisions_feature_extractor_meets_the_masks(net: str, scope: Scope) -> None:
     """Layers outside torch.nn must be named as leaves, for a tracer would freeze their masks otherwise."""
     leaves = {"tracer_kwargs": {"leaf_modules": [ScaledStdConv2d]}} if net == "nfnet" else {}
@@ -644,7 +644,7 @@ def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     assert torch.equal(program.module()(images(2)), model(images(2)))
 
 
-@pytest.mark.parametrize("net", slow_except(NETS, ["vit"]))
+@pytest.mark.parametrize("net", slow_except(NETS, ["resnet"]))
 def test_onnx_of_a_baked_network(net: str, tmp_path: Path) -> None:
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")

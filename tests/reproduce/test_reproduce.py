@@ -25,7 +25,7 @@ RUNS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("figure", PAPER)
+@pytest.mark.parametrize("figure", slow_except(PAPER, ["figure3", "figure6"]))
 def test_a_figures_runs_are_those_of_the_paper(figure: str) -> None:
     full = sweep_of(figure)
     assert len(full.runs) == RUNS[figure]
@@ -93,6 +93,7 @@ def done(ten: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path
     return sweep, output, reproduce("figure3", "tiny", sweep, output, Here())
 
 
+@pytest.mark.slow
 def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any, Path, Any], ten: Path) -> None:
     sweep, _, result = done
     assert len(sweep.runs) == 12
@@ -256,6 +257,7 @@ def test_sweeps_are_no_recipes(cli: Callable[..., Any]) -> None:
         "many_tasks/permuted_digits",
         "many_tasks/piggyback_digits",
         "methods/equal_bytes",
+        "methods/patterns",
         *paper,
     ]
     assert not set(shipped_sweeps()) & set(shipped())

@@ -55,6 +55,7 @@ def test_a_sweep_of_many_tasks_has_a_header_with_its_command_and_what_to_expect(
     assert len(sweep.runs) >= 5
 
 
+@pytest.mark.slow
 def test_permuted_digits_have_one_random_network(permuted: tuple[Path, list[Outcome]]) -> None:
     assert len(Sweep.load("many_tasks/permuted_digits").runs) == 20
     output, outcomes = permuted

@@ -61,6 +61,7 @@ def test_a_long_value_does_not_make_a_name_too_long(tmp_path: Path) -> None:
     assert len(set(names)) == 8
 
 
+@pytest.mark.slow
 def test_a_run_is_found_by_its_hash_whatever_stands_before_it(tmp_path: Path) -> None:
     sweep = Sweep.parse({**BASE, "grid": {"surgery.k": [0.3, 0.5]}})
     execute(sweep, tmp_path, Here())

@@ -187,6 +187,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert "trying the checkpoint before it" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_does_not_count_among_the_two_that_are_kept(stopped: Path) -> None:
     newest, before = list(checkpoint.newest_first(stopped / "checkpoints"))[:2]
     flip(newest)
@@ -295,6 +296,7 @@ def test_a_folder_that_is_read_only(tmp_path: Path, through: bytes) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_a_clock_that_goes_backwards(stopped: Path, through: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which checkpoint is the newest is a matter of steps, not of the files' times."""

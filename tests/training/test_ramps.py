@@ -78,6 +78,7 @@ def test_a_run_that_was_stopped_ends_in_the_same_file(through: Any, after: int, 
     ]
 
 
+@pytest.mark.slow
 def test_a_global_ranking_with_a_floor_follows_the_schedule(tmp_path: Path) -> None:
     settings = [*SETTINGS, "surgery.k=0.02", "surgery.scope=global", "surgery.floor=5"]
     result = train("digits", overrides=settings, output=tmp_path / "run")

@@ -131,6 +131,7 @@ def test_cutmix_targets_are_the_share_of_pixels() -> None:
         assert float((images[0] == 2).float().mean()) == pytest.approx(float(targets[0, 2]))
 
 
+@pytest.mark.slow
 def test_mixing_is_part_of_the_run_and_repeats(first: Result, tmp_path: Path) -> None:
     mix = ["training.mixup=0.2", "training.cutmix=1.0", "training.label_smoothing=0.1"]
     one, other = short(tmp_path / "a", *mix), short(tmp_path / "b", *mix)
@@ -224,6 +225,7 @@ def test_float16_scales_its_loss(clip: str, tmp_path: Path) -> None:
 # trackers
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_curves_the_layers_and_the_table(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

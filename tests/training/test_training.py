@@ -317,6 +317,7 @@ def test_more_warm_up_than_epochs_is_refused_or_warms_up(tmp_path: Path) -> None
     assert [epoch.lr for epoch in result.history] == pytest.approx([0.025, 0.05])
 
 
+@pytest.mark.slow
 def test_bfloat16_runs_and_the_precision_may_change_between_runs(first: Result, tmp_path: Path) -> None:
     low = short(tmp_path / "low", "training.precision=bfloat16")
     assert low.accuracy > 0.6
