@@ -119,7 +119,7 @@ def run(
         "pattern": pattern, "scheme": scheme, "scaled": scaled, "seed": seed, "learner": learner,
         "scope": scope.value, "floor": floor, "include": include or None, "exclude": exclude or None,
         "others": others.value, "norm": norm.value, "train": train or None,
-        "fixed": dict(map(_fixed, fixed)) if fixed else None,
+        "fixed": _fixed(fixed) if fixed else None,
     }  # fmt: skip
     kwargs = {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
     with busy(f"converting {arch}"):
@@ -133,13 +133,18 @@ def run(
         show(planned.totals(), f"wrote {file}, {size(file)}")
 
 
-def _fixed(text: str) -> tuple[str, float]:
-    """Split `dropped=0.5` or `kept=0.1`."""
-    name, _, share = text.partition("=")
-    try:
-        return name, float(share)
-    except ValueError:
-        raise PopupError(f"--fixed {text!r}; expected dropped=SHARE or kept=SHARE, such as dropped=0.5") from None
+def _fixed(texts: list[str]) -> dict[str, float]:
+    """Split texts such as `dropped=0.5` and `kept=0.1`."""
+    found: dict[str, float] = {}
+    for text in texts:
+        name, _, share = text.partition("=")
+        if name in found:
+            raise PopupError(f"--fixed {text!r}; expected {name} once")
+        try:
+            found[name] = float(share)
+        except ValueError:
+            raise PopupError(f"--fixed {text!r}; expected dropped=SHARE or kept=SHARE, such as dropped=0.5") from None
+    return found
 
 
 def _without_none(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
 import json
+from collections import Counter
 from typing import Annotated
 
 import typer
@@ -50,7 +51,11 @@ def run(
     seed = f"seed {manifest.seed}"
     show(f"{len(manifest.masked)} layers, {manifest.kept:,} of {manifest.weights:,} weights kept ({share:.1%}), {seed}")
     encodings = ", ".join(sorted({entry.encoding for entry in manifest.masked}))
-    patterns = "".join(sorted({f", {entry.pattern} of neighbours" for entry in manifest.masked if entry.pattern}))
+    layers, of_layers = Counter(str(entry.pattern) for entry in manifest.masked if entry.pattern), len(manifest.masked)
+    patterns = "".join(
+        f", {pattern} of neighbours{'' if count == of_layers else f' in {count} of {of_layers} layers'}"
+        for pattern, count in sorted(layers.items())
+    )
     sizes = opened.sizes
     assert sizes is not None
     if fixed := [entry.fixed for entry in manifest.masked if entry.fixed]:

@@ -1,6 +1,7 @@
 """Checks of single recipe keys. Each returns the value, or raises a ValueError that says what was expected."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,11 +12,13 @@ from ..learners import Learner, get_learner
 from ..masking.k_schedule import KSchedule
 from ..masking.redraw import Redraw, learner_mistake, scheme_mistake
 from ..masking.settings import (
-    IN_LAYERS,
     as_floor,
+    called,
     fixed_bounds,
     fixed_mistakes,
     floor_mistake,
+    from_to,
+    in_layers,
     is_rule,
     is_share,
     own_shares,
@@ -145,16 +148,17 @@ def start_beside(fixed: dict[str, float], schedule: dict[str, Any]) -> None:
     least, most = fixed_bounds(fixed)
     if schedule["kind"] != "constant" and not least <= schedule["start"] <= most:
         raise ValueError(
-            f"start is {schedule['start']}; expected a share from {least:g} to {most:g}, which surgery.fixed allows"
+            f"start is {schedule['start']}; expected a share {from_to(least, most)}, which surgery.fixed allows"
         )
 
 
-def beside_learner(name: str, value: Any, learner: str, chosen: Learner) -> None:
+def beside_learner(name: str, value: Any, learner: str, options: Mapping[str, Any], chosen: Learner) -> None:
     """Check `k`, `scope`, `pattern` or `fixed` against a learner with its options."""
+    learner = called(learner, options)
     if name == "k" and value is not None and chosen.takes_k and (wrong := chosen.k_error(value)):
         raise ValueError(wrong)
     if name == "scope" and value == "global" and not chosen.ranks_globally:
-        raise ValueError(f"expected layer; {IN_LAYERS}")
+        raise ValueError(f"expected layer; {in_layers(learner)}")
     if name == "pattern" and value is not None and not chosen.takes_pattern:
         raise ValueError(f"expected null; {without_pattern(learner)}")
     if name == "fixed" and value is not None and not chosen.takes_fixed:

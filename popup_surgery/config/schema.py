@@ -163,14 +163,14 @@ class Surgery(_Section):
         chosen = get_learner(learner, info.data.get("learner_options"))  # an option may decide whether it takes a k
         if not chosen.takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
-        beside_learner(name, value, learner, chosen)
+        beside_learner(name, value, learner, info.data.get("learner_options", {}), chosen)
         if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
             raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
         if name == "k_schedule" and value is not None and (shares := info.data.get("fixed")) is not None:
             start_beside(shares, value)
         if name == "k_schedule" and value is not None and chosen.schedules_k:
             raise ValueError(f"expected null; {learner} comes to k by rounds of its own")
-        if name == "k" and value is None and chosen.takes_k:
+        if name == "k" and value is None and chosen.takes_k and "learner_options" in info.data:
             raise Missing(SHARES)
         if value == "global" and isinstance(k := info.data.get("k"), dict) and (is_rule(k) or len({*k.values()}) > 1):
             raise ValueError(f"expected layer, because k is {shown(k)}; all layers ranked together take one number")
@@ -296,6 +296,11 @@ class Recipe(_Section):
         if self.surgery != "none":
             scheme = self.surgery.scheme
             wanted = is_pretrained(scheme)
+            if wanted and get_learner(self.surgery.learner, self.surgery.learner_options).binary:
+                raise ValueError(
+                    "surgery.scheme is pretrained; expected a random one, such as kaiming_normal: no file could hold "
+                    f"the signs that {self.surgery.learner} takes of pretrained weights"
+                )
             if wanted and not self.model.pretrained:
                 raise ValueError(
                     "surgery.scheme pretrained needs pretrained weights; set model.pretrained to true, to a tag, or to "

@@ -76,7 +76,8 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
     known: list[str] = [field.name for field in fields(learner)] if is_dataclass(learner) else []
     for option in options or {}:
         if option not in known:
-            raise ConversionError(f"{name} has no option {option!r}; nearest: {nearest(str(option), known) or 'none'}")
+            hint = f"nearest: {nearest(str(option), known)}" if known else "it has no options"
+            raise ConversionError(f"{name} has no option {option!r}; {hint}")
     return replace(learner, **options) if options else learner  # type: ignore[type-var]
 
 

@@ -189,7 +189,11 @@ class Plan:
             kept = "the scores decide how many are kept"
         elif is_rule(settings.k):
             kept += f" by the rule {settings.k['rule']}"
-        least = "" if settings.floor is None else f", each keeps at least {settings.floor:g}"
+        least = (
+            ""
+            if settings.floor is None
+            else f", each keeps at least {settings.floor:g}{' of its weights' if settings.floor < 1 else ''}"
+        )
         return (
             f"{len(self.masked)} layers masked, {self.weights:,} weights, {kept}{before}\n"
             f"{len(self.rest)} tensors not masked, {rest:,} parameters{trained}; {coverage.share('masked'):.2%} of all "

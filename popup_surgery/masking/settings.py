@@ -54,6 +54,11 @@ class MaskingSettings:
     norm: Choice = "frozen"
     train: Patterns = None
 
+    @property
+    def called(self) -> str:
+        """The learner and its options' names, for a message."""
+        return called(self.learner, self.learner_options)
+
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> "MaskingSettings":
         """Return the given arguments, checked and converted to their types, with defaults for all others.
@@ -84,7 +89,7 @@ class MaskingSettings:
             if (word := getattr(asked, name)) not in words:
                 raise ConversionError(f"{name} is {word!r}; expected {' or '.join(map(repr, words))}")
         if asked.scope == "global" and not learner.ranks_globally:
-            raise ConversionError(f"scope is 'global'; expected 'layer'; {IN_LAYERS}")
+            raise ConversionError(f"scope is 'global'; expected 'layer'; {in_layers(asked.called)}")
         k = None if asked.k is None else _checked_shares(asked)
         if wrong := learner.k_error(k):
             raise ConversionError(f"k is {k!r}; {wrong}")
@@ -132,7 +137,7 @@ def share_of(pattern: str) -> float:
 def with_share(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the given settings, with the k of their pattern if they have none, and their learner takes one.
 
-    A pattern or learner that is none sets no k; later checks say what is wrong with it.
+    Later checks say what is wrong with a pattern or learner that is none.
     """
     from ..learners import get_learner
 
@@ -140,9 +145,13 @@ def with_share(given: Mapping[str, Any]) -> dict[str, Any]:
         return dict(given)
     try:
         takes_k = get_learner(given.get("learner", MaskingSettings.learner), given.get("learner_options")).takes_k
-        return {**given, "k": share_of(given["pattern"])} if takes_k else dict(given)
-    except (ValueError, PopupError):
+    except PopupError:
         return dict(given)
+    try:
+        k = share_of(given["pattern"])
+    except (ValueError, PopupError):
+        k = 1.0  # any, since it is the pattern that is wrong
+    return {**given, "k": k} if takes_k else dict(given)
 
 
 def _check_pattern(asked: "MaskingSettings", learner: "Learner") -> None:
@@ -152,7 +161,7 @@ def _check_pattern(asked: "MaskingSettings", learner: "Learner") -> None:
     except ValueError as error:
         raise ConversionError(f"pattern is {asked.pattern!r}; {error}") from None
     if not learner.takes_pattern:
-        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.learner)}")
+        raise ConversionError(f"pattern is {asked.pattern!r}; expected None; {without_pattern(asked.called)}")
     if asked.scope != "layer":
         raise ConversionError(f"scope is {asked.scope!r}; expected 'layer'; {ALONE}")
     if asked.k != share:
@@ -162,9 +171,14 @@ def _check_pattern(asked: "MaskingSettings", learner: "Learner") -> None:
 ALONE = "a pattern ranks the neighbours in each layer among themselves"
 
 
+def called(learner: str, options: Mapping[str, Any] | None) -> str:
+    """Return a learner and its options' names, for a message."""
+    return f"{learner} with {' and '.join(options)}" if options else learner
+
+
 def without_pattern(learner: str) -> str:
-    """Return why `learner` does not take a pattern, for a message."""
-    return f"a pattern keeps the largest scores among neighbours, and {learner} with its options chooses in another way"
+    """Return why a learner, as `called` says, does not take a pattern, for a message."""
+    return f"a pattern keeps the largest scores among neighbours, and {learner} chooses in another way"
 
 
 def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,7 +190,9 @@ def with_learner(given: Mapping[str, Any]) -> dict[str, Any]:
     return {**given, "learner": OF_PRETRAINED} if brings else dict(given)
 
 
-IN_LAYERS = "the learner's options rank each layer by itself"
+def in_layers(learner: str) -> str:
+    """Return why a learner, as `called` says, does not rank all layers together, for a message."""
+    return f"{learner} ranks each layer by itself"
 
 
 def without_k(learner: str) -> str:
@@ -267,6 +283,11 @@ def fixed_bounds(fixed: Mapping[str, float]) -> tuple[float, float]:
     return float(fixed.get("kept", 0)), round(1 - float(fixed.get("dropped", 0)), 12)
 
 
+def from_to(least: float, most: float) -> str:
+    """Return bounds of a share for a message: 0 is none."""
+    return f"from {least:g} to {most:g}" if least else f"above 0 and up to {most:g}"
+
+
 def fixed_mistakes(fixed: Any, k: Any, pattern: str | None) -> list[str]:
     """Return what is wrong with the shares in `fixed`, also beside a k or a pattern."""
     if not isinstance(fixed, Mapping) or not fixed:
@@ -287,17 +308,15 @@ def fixed_mistakes(fixed: Any, k: Any, pattern: str | None) -> list[str]:
     elif least >= most:
         found.append("dropped and kept together are 1 or more; expected some weights for the scores to choose from")
     elif isinstance(k, Real) and not least <= float(k) <= most:
-        found.append(f"k is {k}; expected a k from {least:g}, which is kept, to {most:g}, which is not dropped")
+        found.append(f"k is {k}; expected a k {from_to(least, most)}, as kept and dropped leave it")
     if pattern is not None:
         found.append(f"it is beside the pattern {pattern}, which ranks all weights among their neighbours")
     return found
 
 
 def without_fixed(learner: str) -> str:
-    """Return why `learner` does not take fixed weights, for a message."""
-    return (
-        f"the largest scores of the free weights are to be kept, and {learner} with its options chooses in another way"
-    )
+    """Return why a learner, as `called` says, does not take fixed weights, for a message."""
+    return f"the largest scores of the free weights are to be kept, and {learner} chooses in another way"
 
 
 def _check_fixed(asked: MaskingSettings, k: Shares | None, learner: "Learner") -> None:
@@ -305,7 +324,7 @@ def _check_fixed(asked: MaskingSettings, k: Shares | None, learner: "Learner") -
     if mistakes := fixed_mistakes(asked.fixed, k, asked.pattern):
         raise ConversionError(f"fixed is {asked.fixed!r}: {'; and '.join(mistakes)}")
     if not learner.takes_fixed:
-        raise ConversionError(f"fixed is {asked.fixed!r}; expected None; {without_fixed(asked.learner)}")
+        raise ConversionError(f"fixed is {asked.fixed!r}; expected None; {without_fixed(asked.called)}")
 
 
 def own_copy(value: Any) -> Any:

@@ -17,7 +17,7 @@ from artifact.hostile import (
     generated,
     take_apart,
 )
-from support import TESTS, asked, slow_except
+from support import TESTS, asked
 
 HEADER, MANIFEST = 16 << 20, 8 << 20
 SECONDS = 8  # a few, on a machine that has other work too
@@ -128,11 +128,6 @@ def coded(file: File, n: int) -> bytes:
 
 
 ADVERSARIES = adversaries()
-QUICK = [
-    "manifest of short strings", "manifest of aliases", "constant of 2**40 elements",
-    "probe of 2**40 elements", "coded mask of 2**40 weights", "coded mask of 2**34 weights, verified",
-]  # fmt: skip
-
 # Each file in a process of its own, forked after the imports and one load: its growth is the file's alone.
 MEASURE = """
 import json, os, signal, sys
@@ -193,7 +188,8 @@ def measured(
     return {name: [*line, size] for name, line, size in zip(names, lines, sizes, strict=True)}
 
 
-@pytest.mark.parametrize("name", slow_except(ADVERSARIES, QUICK))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADVERSARIES)
 def test_memory_and_time(name: str, measured: dict[str, list[Any]]) -> None:
     outcome, growth, size = measured[name]
     assert outcome in ("refused", "read"), f"{outcome} (within {SECONDS} s)"

@@ -35,7 +35,7 @@ from popup_surgery import (
 )
 from popup_surgery.artifact import stored_masks
 from popup_surgery.codecs import CODECS
-from support import GOLDEN, equal_states, golden_manifest
+from support import GOLDEN, Outcome, equal_states, golden_manifest
 
 CODED = "pattern_coded"
 ENCODINGS = ["bitpack", "range_coded", CODED]
@@ -119,7 +119,7 @@ def test_a_resnet_at_two_of_four(tmp_path: Path) -> None:
     assert verify(tmp_path / "net")
 
 
-def test_a_combination_drops_a_pattern_that_it_does_not_obey(tmp_path: Path) -> None:
+def test_a_combination_drops_a_pattern_that_it_does_not_obey(cli: Callable[..., Outcome], tmp_path: Path) -> None:
     files = [tmp_path / str(seed) for seed in range(3)]
     for seed, file in enumerate(files):
         save(converted(seed), file, encoding=CODED)
@@ -130,6 +130,7 @@ def test_a_combination_drops_a_pattern_that_it_does_not_obey(tmp_path: Path) -> 
     )
     assert [entry.encoding for entry in manifest.masked] == ["range_coded", CODED, "range_coded"]
     assert manifest.requires == ["range_coded", CODED]
+    assert "of neighbours in 1 of 3 layers, " in cli("inspect", tmp_path / "union").out
     expected = {key: mask | stored_masks(files[1])[key] for key, mask in stored_masks(files[0]).items()}
     assert all(torch.equal(mask, expected[key]) for key, mask in stored_masks(tmp_path / "union").items())
     same = combine([files[0], files[0]], "intersection").write(tmp_path / "same")

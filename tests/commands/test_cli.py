@@ -552,8 +552,9 @@ def test_convert_fixes_weights_before_training(cli: Cli, tmp_path: Path) -> None
         ("dropped", "--fixed 'dropped'; expected dropped=SHARE or kept=SHARE, such as dropped=0.5"),
         ("kept=many", "--fixed 'kept=many'; expected dropped=SHARE"),
         ("drop=0.5", "'drop' is not one of its keys; nearest: dropped"),
-        ("dropped=0.9", "k is 0.3; expected a k from 0, which is kept, to 0.1, which is not dropped"),
+        ("dropped=0.9", "k is 0.3; expected a k above 0 and up to 0.1, as kept and dropped leave it"),
+        ("dropped=0.2 dropped=0.1", "--fixed 'dropped=0.1'; expected dropped once"),
     ):
-        done = cli("convert", "conv2", "--dry-run", "--fixed", word)
+        done = cli("convert", "conv2", "--dry-run", *(arg for one in word.split() for arg in ("--fixed", one)))
         assert done.status == 2
         assert said in done.err

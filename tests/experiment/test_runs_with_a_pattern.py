@@ -68,6 +68,7 @@ WITHOUT = "surgery.learner=supermask", "surgery.k=null", "surgery.scaled=false"
 @pytest.mark.parametrize(
     ("overrides", "says"),
     [
+        (["surgery.k=null", "surgery.pattern=3:2"], r"^\S+: surgery\.pattern is '3:2'; [^;]*$"),
         (["surgery.pattern=3:2"], r"surgery\.pattern is '3:2'; expected 'N:M', N of each M neighbours"),
         (["surgery.pattern=0:4"], r"surgery\.pattern is '0:4'; expected 'N:M'"),
         (["surgery.pattern=124"], r"surgery\.pattern is 124; expected 'N:M'"),

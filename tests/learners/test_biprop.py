@@ -270,3 +270,9 @@ def test_a_changed_factor_is_found(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(apply(file, masked(0, std=0.5)))
     assert not verify(tmp_path / "f"), "weights_sha256 is over the weights"
     assert Artifact.open(tmp_path / "f").manifest.masked[0].std == 0.5
+
+
+def test_a_recipe_on_pretrained_weights_is_refused_before_they_are_there() -> None:
+    given = ["surgery.scheme=pretrained", "surgery.learner=biprop", "model.pretrained=none.safetensors"]
+    with pytest.raises(RecipeError, match=r"surgery\.scheme is pretrained; expected a random one, such as"):
+        Recipe.load("digits", given)

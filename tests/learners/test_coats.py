@@ -162,9 +162,12 @@ EXPECTED = r"; expected 2 to 8 shares kept, above 0 and up to 1, each smaller th
         ({"learner_options": {"coats": [0.2, 0.1]}}, r"k is 0\.3; expected 0\.2, the first of learner_options\.coats"),
         (
             {"pattern": "2:4", "learner_options": {"coats": [0.5, 0.1]}},
-            r"pattern is '2:4'; expected None; .* edge_popup with its options chooses in another way",
+            r"pattern is '2:4'; expected None; .* edge_popup with coats chooses in another way",
         ),
-        ({"scope": "global", "learner_options": {"coats": [0.3, 0.1]}}, r"scope is 'global'; expected 'layer'; the le"),
+        (
+            {"scope": "global", "learner_options": {"coats": [0.3, 0.1]}},
+            r"scope is 'global'; expected 'layer'; edge_popup with",
+        ),
     ],
 )
 def test_what_convert_refuses(settings: dict[str, Any], says: str) -> None:
@@ -181,7 +184,7 @@ def test_a_recipe_says_all_that_is_wrong(tmp_path: Path) -> None:
         train(tiny, overrides=[*options, "surgery.scope=global"], output=tmp_path / "wrong")
     said = str(caught.value)
     assert "surgery.k is 0.5; expected 0.3, the first of learner_options.coats" in said
-    assert "surgery.scope is 'global'; expected layer; the learner's options rank each layer by itself" in said
+    assert "surgery.scope is 'global'; expected layer; edge_popup with coats ranks each layer by itself" in said
     result = train(tiny, overrides=[*options, "surgery.k=0.3"], output=tmp_path / "run")
     assert {entry.planes for entry in inspect(result.file).masked} == {("coat2", "coat3")}
     assert equal_states(load(result.file), result.model)

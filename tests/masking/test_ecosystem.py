@@ -644,7 +644,7 @@ def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     assert torch.equal(program.module()(images(2)), model(images(2)))
 
 
-@pytest.mark.parametrize("net", slow_except(NETS, ["resnet"]))
+@pytest.mark.parametrize("net", slow_except(NETS, ["vit"]))
 def test_onnx_of_a_baked_network(net: str, tmp_path: Path) -> None:
     for needed in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(needed, reason=f"{needed} is not installed")

@@ -124,6 +124,7 @@ def test_a_figure_is_run_drawn_and_set_beside_the_papers_numbers(done: tuple[Any
     assert "Scale: tiny; 32 training and 16 validation images; batch: 16; epochs: 1; seeds: 1." in markdown.read_text()
 
 
+@pytest.mark.slow
 def test_a_figure_again_runs_nothing(done: tuple[Any, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     sweep, output, result = done
 

@@ -48,12 +48,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 # the full run
 
 
-def test_digits_reach_97_percent_in_a_file_of_a_few_kilobytes(digits_run: Result) -> None:
-    assert digits_run.accuracy >= 0.97
-    assert digits_run.file.stat().st_size < 10_000
-    assert (digits_run.weights, digits_run.kept) == (23_568, 11_784)
-    assert verify(digits_run.file)
-    assert inspect(digits_run.file).kept == digits_run.kept
+@pytest.mark.slow
+def test_digits_reach_97_percent_in_a_file_of_a_few_kilobytes(tmp_path: Path) -> None:
+    found = train("digits", output=tmp_path / "run")
+    assert found.accuracy >= 0.97
+    assert found.file.stat().st_size < 10_000
+    assert (found.weights, found.kept) == (23_568, 11_784)
+    assert verify(found.file)
+    assert inspect(found.file).kept == found.kept
 
 
 def test_a_run_writes_recipe_metrics_curve_and_artifact_and_nothing_else(digits_run: Result) -> None:
@@ -69,7 +71,7 @@ def test_metrics_have_a_line_of_json_for_each_epoch(digits_run: Result) -> None:
     assert lines[0]["train_loss"] > 5 * lines[-1]["train_loss"]
     assert all(0 <= line["train_accuracy"] <= 1 and line["seconds"] > 0 for line in lines)
     training = Recipe.load("digits").training
-    assert [line["lr"] for line in lines] == pytest.approx([rates(training)(e, 1.0) for e in range(40)])
+    assert [line["lr"] for line in lines] == pytest.approx([rates(training)(e, 1.0) for e in range(10)])
 
 
 @pytest.mark.parametrize("name", ["curve.png", "masks.png"])
@@ -100,7 +102,7 @@ def test_evaluate_gives_the_runs_accuracy(digits_run: Result) -> None:
 def test_the_file_says_where_it_comes_from(digits_run: Result) -> None:
     provenance = inspect(digits_run.file).provenance
     assert provenance["accuracy"] == digits_run.accuracy
-    assert provenance["epochs"] == 40
+    assert provenance["epochs"] == 10
     assert provenance["classes"] == [str(i) for i in range(10)]
     assert Recipe.parse(provenance["recipe"]) == Recipe.load("digits")
     assert provenance["software"]["popup_surgery"] == popup_surgery.__version__
