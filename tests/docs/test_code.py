@@ -143,7 +143,11 @@ WITH_PYTHON = [page for page in PAGES if python_blocks(page) and page != READER]
 
 
 @pytest.mark.parametrize(
-    "page", slow_except(WITH_PYTHON, set(WITH_PYTHON) - {"README.md", "docs/sweeps.md", "docs/extending.md"})
+    "page",
+    slow_except(
+        WITH_PYTHON,
+        set(WITH_PYTHON) - {"README.md", "docs/sweeps.md", "docs/extending.md", "docs/tutorials/pretrained.md"},
+    ),
 )
 def test_the_python_of_a_page_runs(page: str, work: Path) -> None:
     Path("mine.yaml").write_text(SWEEP)

@@ -23,6 +23,7 @@ def folder(first: Result, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@pytest.mark.slow
 def test_each_task_on_its_own_data(folder: Path) -> None:
     files = files_of(folder)
     assert list(files) == ["plain", "turned"]

@@ -1,6 +1,7 @@
 """Which convolutions become int8: those that save more than the borders of their region cost."""
 
 import onnx
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ def pointwise(inputs: int, outputs: int) -> nn.Module:
     return nn.Conv2d(inputs, outputs, 1)
 
 
+@pytest.mark.slow
 def test_size_decides_for_a_convolution_alone() -> None:
     assert worth(pointwise(16, 64), 16, 14, 14) == []
     assert worth(pointwise(64, 64), 64, 28, 28) == ["node_conv2d"]

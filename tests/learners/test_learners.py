@@ -683,6 +683,7 @@ def supermask_run(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return train("digits", overrides=[*SUPERMASK, *overrides], output=tmp_path_factory.mktemp("supermask") / "run")
 
 
+@pytest.mark.slow
 def test_supermask_learns_digits_in_the_loop(supermask_run: Any) -> None:
     assert supermask_run.accuracy > 0.8
     assert supermask_run.history[-1].changed < supermask_run.history[0].changed

@@ -75,6 +75,7 @@ def test_permuted_digits_have_one_random_network(permuted: tuple[Path, list[Outc
     assert [float(row["accuracy"]) for row in rows] == [task.accuracy for task in found.tasks]
 
 
+@pytest.mark.slow
 def test_a_task_under_another_mask_is_told_apart(permuted: tuple[Path, list[Outcome]]) -> None:
     output, outcomes = permuted
     files = {outcome.run.title: outcome.run.folder(output).final for outcome in outcomes}

@@ -199,6 +199,7 @@ def test_a_damaged_checkpoint_does_not_count_among_the_two_that_are_kept(stopped
     assert not newest.with_suffix(".safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_no_whole_checkpoint_is_an_error_and_loses_nothing(stopped: Path) -> None:
     for path in (stopped / "checkpoints").glob("*.json"):

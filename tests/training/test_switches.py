@@ -300,7 +300,8 @@ def test_favoured_scores_select_the_mask(values: list[list[float]], rng: Any) ->
     assert torch.allclose(before, after, atol=1e-6)
 
 
-@pytest.mark.parametrize("scope", slow_except(["layer", "global"], ["layer"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["layer", "global"])
 def test_a_network_starts_with_the_mask_of_a_file(scope: Scope, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"seed": 5, "scope": scope}
     torch.manual_seed(0)
@@ -347,6 +348,7 @@ def test_a_run_goes_on_from_a_file(first: Result, tmp_path: Path) -> None:
     assert str(first.file.parent) not in further.file.read_bytes().decode("latin-1")
 
 
+@pytest.mark.slow
 def test_a_run_takes_the_seed_of_the_file_it_goes_on_from(tmp_path: Path) -> None:
     nine = short(tmp_path / "nine", "surgery.seed=9")
     values = Recipe.load("digits", TWO_EPOCHS).model_dump(exclude_unset=True)
