@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Unpack
 
 import hypothesis
 import pytest
@@ -19,8 +20,7 @@ from torch import Tensor
 
 import popup_surgery
 from hub_server import Hub
-from popup_surgery.selection import Selection
-from popup_surgery.selection.fixed import FreeWeights
+from popup_surgery.selection import Limits, Selection
 from popup_surgery.signals import SIGNALS
 from support import Outcome, short, write_images
 
@@ -96,11 +96,9 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     real = edge_popup.select
 
-    def spy(
-        scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, *fixed: FreeWeights | None
-    ) -> Selection:
+    def spy(scores: Sequence[Tensor], kept: int, **limits: Unpack[Limits]) -> Selection:
         calls.append(kept)
-        return real(scores, kept, floors, *fixed)
+        return real(scores, kept, **limits)
 
     monkeypatch.setattr(edge_popup, "select", spy)
     return calls

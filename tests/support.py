@@ -28,6 +28,7 @@ from popup_surgery.config.schema import Data, Surgery
 from popup_surgery.config.yaml import to_yaml
 from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
+from popup_surgery.errors import Stopped
 from popup_surgery.sweep import Run, State
 from popup_surgery.sweep.engines import Events, Stop
 
@@ -99,6 +100,21 @@ TWO_EPOCHS = ["training.epochs=2"]
 def short(output: Path, *overrides: str, **arguments: Any) -> Result:
     """Two epochs of digits, in this process."""
     return train("digits", overrides=[*TWO_EPOCHS, *overrides], output=output, **arguments)
+
+
+def stopped_and_resumed(recipe: str | Path, overrides: list[str], folder: Path) -> tuple[Result, Result]:
+    """A run, and the same one stopped after an epoch and resumed; their files are equal."""
+    through = train(recipe, overrides=overrides, output=folder / "through")
+
+    def after(epoch: Any) -> None:
+        if epoch.epoch == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        train(recipe, overrides=overrides, output=folder / "run", after_epoch=after)
+    result = train(recipe, overrides=overrides, output=folder / "run", resume=True)
+    assert result.file.read_bytes() == through.file.read_bytes()
+    return through, result
 
 
 def equal_states(one: nn.Module, other: nn.Module) -> bool:

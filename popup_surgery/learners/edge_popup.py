@@ -1,15 +1,14 @@
 """edge-popup: rank by |score|, and pass the gradient straight through (paper, section 3, equations 3 to 5)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..selection import Selection, select, select_op
-from ..selection.fixed import FreeWeights
+from ..selection import Limits, Selection, select, select_traced
 from ..weights.streams import draw_scores
 from .base import Learner, StraightThrough
 
@@ -32,24 +31,14 @@ class EdgePopup(Learner):
         return draw_scores(numel, fan_in, seed, name)
 
     def select(
-        self,
-        scores: Sequence[Tensor],
-        kept: int,
-        names: Sequence[str] = (),
-        floors: Sequence[int] | None = None,
-        fixed: FreeWeights | None = None,
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **limits: Unpack[Limits]
     ) -> Selection:
-        return select(scores, kept, floors, fixed)
+        return select(scores, kept, **limits)
 
     def select_traced(
-        self,
-        scores: Sequence[Tensor],
-        kept: int,
-        names: Sequence[str] = (),
-        floors: Sequence[int] | None = None,
-        fixed: FreeWeights | None = None,
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **limits: Unpack[Limits]
     ) -> Sequence[Tensor]:
-        return select_op(list(scores), kept, floors, None if fixed is None else fixed.text)
+        return select_traced(scores, kept, **limits)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
         return _StraightThrough.apply(weight, score, mask)

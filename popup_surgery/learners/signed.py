@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ConversionError
-from ..selection import OneRead, Selection
-from ..selection.fixed import FreeWeights
+from ..selection import Limits, OneRead, Selection
 from ..weights.streams import draw_scores
 from .base import StraightThrough, masked
 from .edge_popup import EdgePopup
@@ -76,27 +75,17 @@ class Signed(EdgePopup):
         return draw_scores(numel, 1 / bound**2 if self.init != "uniform" else fan_in, seed, name)
 
     def select(
-        self,
-        scores: Sequence[Tensor],
-        kept: int,
-        names: Sequence[str] = (),
-        floors: Sequence[int] | None = None,
-        fixed: FreeWeights | None = None,
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **limits: Unpack[Limits]
     ) -> Selection:
         if self.threshold is None:
-            return super().select(scores, kept, names, floors, fixed)
+            return super().select(scores, kept, names, **limits)
         return OneRead(tuple(self.select_traced(scores, kept)))
 
     def select_traced(
-        self,
-        scores: Sequence[Tensor],
-        kept: int,
-        names: Sequence[str] = (),
-        floors: Sequence[int] | None = None,
-        fixed: FreeWeights | None = None,
+        self, scores: Sequence[Tensor], kept: int, names: Sequence[str] = (), **limits: Unpack[Limits]
     ) -> Sequence[Tensor]:
         if self.threshold is None:
-            return super().select_traced(scores, kept, names, floors, fixed)
+            return super().select_traced(scores, kept, names, **limits)
         return [score.abs() > self._threshold for score in scores]
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:

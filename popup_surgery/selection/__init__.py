@@ -5,7 +5,7 @@ This folder's README.md explains the method and the backends.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -60,6 +60,13 @@ class OneRead(Selection):
 
     def holds(self, scores: Sequence[Tensor], only: int | None = None) -> bool:
         return False
+
+
+class Limits(TypedDict, total=False):
+    """What beside the scores decides in `select`, which explains it."""
+
+    floors: Sequence[int] | None
+    fixed: FreeWeights | None
 
 
 def select(
@@ -149,15 +156,18 @@ def _among_free(scores: Sequence[Tensor], kept: int, floors: Sequence[int] | Non
     return _AmongFree(tuple(masks), -1, -1, chosen, fixed)
 
 
+def select_traced(
+    scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, fixed: FreeWeights | None = None
+) -> list[Tensor]:
+    """Return `select(…).masks`, by one operator that compilers and tracers do not look into."""
+    return select_op(list(scores), kept, floors, None if fixed is None else fixed.text)
+
+
 @torch.library.custom_op("popup_surgery::select", mutates_args=())
 def select_op(
     scores: Sequence[Tensor], kept: int, floors: Sequence[int] | None = None, fixed: str | None = None
 ) -> list[Tensor]:
-    """Return `select(…).masks`, as one operator that compilers and tracers do not look into.
-
-    Args:
-        fixed: the `text` of the weights that are not fixed.
-    """
+    """The operator behind `select_traced`, which takes the `text` of the weights that are not fixed."""
     return list(select(scores, kept, floors, None if fixed is None else FreeWeights.read(fixed)).masks)
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from artifact.hostile import File, Net, apply, attempt, masked, take_apart, top
+from masking.layers import with_scores
 from popup_surgery import (
     Artifact,
     MaskBank,
@@ -58,11 +59,7 @@ def network() -> nn.Sequential:
 
 def converted(scores: int = 0, fixed: Any = SHARES, **more: Any) -> Any:
     """The same weights under masks of these scores."""
-    net = convert(network(), 0.3, fixed=fixed, seed=5, **more)
-    for key, score in net.named_parameters():
-        if key.endswith("_score"):
-            score.data.copy_(torch.randn(score.shape, generator=torch.Generator().manual_seed(scores)))
-    return net
+    return with_scores(convert(network(), 0.3, fixed=fixed, seed=5, **more), scores)
 
 
 @pytest.fixture(params=ENCODINGS)

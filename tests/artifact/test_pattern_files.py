@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from artifact.hostile import File, Net, apply, attempt, masked, take_apart, top
+from masking.layers import with_scores
 from popup_surgery import (
     Artifact,
     ArtifactError,
@@ -49,11 +50,7 @@ def network() -> nn.Sequential:
 
 def converted(seed: int = 0) -> Any:
     """The same weights under masks of this seed."""
-    net = convert(network(), pattern="2:4", seed=5)
-    for key, score in net.named_parameters():
-        if key.endswith("_score"):
-            score.data.copy_(torch.randn(score.shape, generator=torch.Generator().manual_seed(seed)))
-    return net
+    return with_scores(convert(network(), pattern="2:4", seed=5), seed)
 
 
 @pytest.fixture(params=ENCODINGS)

@@ -1,17 +1,13 @@
 """The recipe key `surgery.pattern`: runs, their resuming, and what does not go with it."""
 
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from popup_surgery import Recipe, RecipeError, inspect, load, masks, train
+from popup_surgery import Recipe, RecipeError, inspect, load, masks
 from popup_surgery.config.keys import fingerprint
 from popup_surgery.config.overrides import parse_setting
-from popup_surgery.errors import Stopped
-from support import GOLDEN, equal_states, run_digits, short
+from support import GOLDEN, equal_states, run_digits, short, stopped_and_resumed
 
 TINY = GOLDEN / "tiny.yaml"
 PATTERN = ["surgery.pattern=2:4", "surgery.k=null"]
@@ -19,16 +15,7 @@ PATTERN = ["surgery.pattern=2:4", "surgery.k=null"]
 
 def test_a_run_that_was_stopped_ends_in_the_same_file(tmp_path: Path) -> None:
     overrides = [*PATTERN, "training.epochs=2", "surgery.scaled=true"]
-    through = train(TINY, overrides=overrides, output=tmp_path / "through")
-
-    def after(epoch: Any) -> None:
-        if epoch.epoch == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        train(TINY, overrides=overrides, output=tmp_path / "run", after_epoch=after)
-    result = train(TINY, overrides=overrides, output=tmp_path / "run", resume=True)
-    assert result.file.read_bytes() == through.file.read_bytes()
+    result = stopped_and_resumed(TINY, overrides, tmp_path)[1]
     assert equal_states(result.model, load(result.file))
     for mask in masks(result.file).values():
         if mask.dim() == 2:

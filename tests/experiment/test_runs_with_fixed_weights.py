@@ -1,18 +1,14 @@
 """The recipe key `surgery.fixed`: runs, their resuming, and what does not go with it."""
 
-import os
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from popup_surgery import Recipe, RecipeError, convert, inspect, load, masks, train
 from popup_surgery.config.keys import fingerprint
-from popup_surgery.errors import Stopped
 from popup_surgery.selection import kept_count
-from support import GOLDEN, equal_states, run_digits, short
+from support import GOLDEN, equal_states, run_digits, short, stopped_and_resumed
 
 TINY = GOLDEN / "tiny.yaml"
 FIXED = ["surgery.fixed={dropped: 0.5, kept: 0.1}", "surgery.k=0.3"]
@@ -21,16 +17,7 @@ FIXED = ["surgery.fixed={dropped: 0.5, kept: 0.1}", "surgery.k=0.3"]
 def test_a_run_that_was_stopped_ends_in_the_same_file(tmp_path: Path) -> None:
     ramp = "surgery.k_schedule={kind: linear, start: 0.5, epochs: 1}"
     overrides = [*FIXED, ramp, "training.epochs=2", "surgery.scope=global", "surgery.encoding=range_coded"]
-    through = train(TINY, overrides=overrides, output=tmp_path / "through")
-
-    def after(epoch: Any) -> None:
-        if epoch.epoch == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        train(TINY, overrides=overrides, output=tmp_path / "run", after_epoch=after)
-    result = train(TINY, overrides=overrides, output=tmp_path / "run", resume=True)
-    assert result.file.read_bytes() == through.file.read_bytes()
+    result = stopped_and_resumed(TINY, overrides, tmp_path)[1]
     assert equal_states(result.model, load(result.file))
     manifest = inspect(result.file)
     assert manifest.requires == ["range_coded", "fixed"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from artifact.hostile import Net, apply, attempt, masked, take_apart, top
-from masking.layers import images, layers_of, raw, reverse, sequential
+from masking.layers import check_ten_steps, images, layers_of, raw, reverse, sequential
 from popup_surgery import (
     Artifact,
     ArtifactError,
@@ -95,31 +95,12 @@ def test_of_constants_it_is_edge_popup(tmp_path: Path) -> None:
 
 
 def test_ten_steps_are_those_of_the_equations() -> None:
-    """w_eff = α · sign(w) · m with a constant α, ∂L/∂s = ∂L/∂w_eff · α · sign(w) · sign(s), by plain PyTorch."""
-    net: Any = convert(sequential(), 0.3, learner="biprop", scheme=NORMAL)
-    weights = [raw(layer).detach() for layer in layers_of(net)]
-    scores = [layer.weight_score.detach().clone().requires_grad_() for layer in layers_of(net)]
-    settings: Any = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
-    mine = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], **settings)
-    theirs = torch.optim.SGD(scores, **settings)
-    first = masks(net)
-    for step in range(10):
-        for optimizer in (mine, theirs):
-            optimizer.zero_grad()
-        net(images(step)).square().mean().backward()
-        effective = []
-        for w, s in zip(weights, scores, strict=True):
-            mask = chosen(s, 0.3)
-            alpha = (w.abs() * mask).sum() / mask.sum()
-            effective.append(alpha * w.sign() * (mask.float() + s.abs() - s.abs().detach()))
-        features = nn.functional.conv2d(images(step), effective[0]).relu().flatten(1)
-        nn.functional.linear(features, effective[1]).square().mean().backward()
-        mine.step()
-        theirs.step()
-    for layer, score in zip(layers_of(net), scores, strict=True):
-        torch.testing.assert_close(layer.weight_score.detach(), score.detach())
-        assert torch.equal(layer.weight != 0, chosen(score, 0.3))
-    assert any(not torch.equal(mask, first[key]) for key, mask in masks(net).items())
+    """m is that of edge-popup, and the values are α · sign(w)."""
+    check_ten_steps(
+        convert(sequential(), 0.3, learner="biprop", scheme=NORMAL),
+        lambda scores: [chosen(score, 0.3) for score in scores],
+        lambda w, mask: (w.abs() * mask).sum() / mask.sum() * w.sign(),
+    )
 
 
 @pytest.mark.parametrize(

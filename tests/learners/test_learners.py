@@ -4,9 +4,7 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +45,7 @@ from popup_surgery.training.distributed import start
 from popup_surgery.training.lottery_ticket import TicketTrainer
 from popup_surgery.weights import SCHEMES
 from popup_surgery.weights.streams import untied
-from support import PATIENCE, check_ensemble, equal_states, launch, slow_except, stopping
+from support import PATIENCE, check_ensemble, equal_states, launch, slow_except, stopped_and_resumed, stopping
 
 # timm's readers hand out open files and leave the closing to the garbage collector
 pytestmark = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.(png|jpg|tar)'>:ResourceWarning")
@@ -111,7 +109,7 @@ def test_every_learner_goes_on_from_a_file(learner: str, tmp_path: Path) -> None
 def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path) -> None:
     overrides = [f"surgery.learner={learner}", "training.epochs=2", "training.lr=0.01"]
     overrides += [] if LEARNERS[learner].takes_k else ["surgery.k=null"]
-    through, result = stopped_and_resumed(overrides, tmp_path)
+    through, result = stopped_and_resumed("digits", overrides, tmp_path)
     moved = any(epoch.changed for epoch in through.history)
     assert moved == LEARNERS[learner].trains
     plain = build_digits(result.file) if LEARNERS[learner].learns_weights else load(result.file)
@@ -127,24 +125,9 @@ def test_every_learner_runs_in_the_loop_and_goes_on(learner: str, tmp_path: Path
     ],
 )
 def test_learners_with_options_run_in_the_loop_and_go_on(overrides: list[str], tmp_path: Path) -> None:
-    through, result = stopped_and_resumed([*overrides, "training.epochs=2", "training.lr=0.01"], tmp_path)
+    through, result = stopped_and_resumed("digits", [*overrides, "training.epochs=2", "training.lr=0.01"], tmp_path)
     assert any(epoch.changed for epoch in through.history)
     assert equal_states(result.model, load(result.file))
-
-
-def stopped_and_resumed(overrides: list[str], tmp_path: Path) -> tuple[Any, Any]:
-    """A run, and the same one stopped after an epoch and resumed; their files are equal."""
-    through = train("digits", overrides=overrides, output=tmp_path / "through")
-
-    def after(epoch: Any) -> None:
-        if epoch.epoch == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Stopped):
-        train("digits", overrides=overrides, output=tmp_path / "run", after_epoch=after)
-    result = train("digits", overrides=overrides, output=tmp_path / "run", resume=True)
-    assert result.file.read_bytes() == through.file.read_bytes()
-    return through, result
 
 
 # supermask: the equations

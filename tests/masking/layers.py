@@ -120,3 +120,46 @@ def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 1) -> Non
     optimizer.zero_grad()
     net(images(seed)).square().sum().backward()
     optimizer.step()
+
+
+def check_ten_steps(
+    net: Any,
+    right: Callable[[list[Tensor]], list[Tensor]],
+    values: Callable[[Tensor, Tensor], Tensor] = lambda weight, mask: weight,
+) -> None:
+    """Compare a converted `sequential` with plain PyTorch: w_eff = v · m, ∂L/∂s = ∂L/∂w_eff · v · sign(s).
+
+    Args:
+        right: the masks m for the scores of all layers.
+        values: v, constant in the backward pass, from a weight and its mask.
+    """
+    weights = [raw(layer).detach() for layer in layers_of(net)]
+    scores = [layer.weight_score.detach().clone().requires_grad_() for layer in layers_of(net)]
+    settings: Any = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
+    mine = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], **settings)
+    theirs = torch.optim.SGD(scores, **settings)
+    first = right(scores)
+    for step in range(10):
+        for optimizer in (mine, theirs):
+            optimizer.zero_grad()
+        net(images(step)).square().mean().backward()
+        conv, linear = (
+            values(w, m) * (m.float() + s.abs() - s.abs().detach())
+            for w, m, s in zip(weights, right(scores), scores, strict=True)
+        )
+        features = nn.functional.conv2d(images(step), conv).relu().flatten(1)
+        nn.functional.linear(features, linear).square().mean().backward()
+        mine.step()
+        theirs.step()
+    for layer, score, mask in zip(layers_of(net), scores, right(scores), strict=True):
+        torch.testing.assert_close(layer.weight_score.detach(), score.detach())
+        assert torch.equal(layer.weight != 0, mask)
+    assert any(not torch.equal(*pair) for pair in zip(first, right(scores), strict=True))
+
+
+def with_scores(net: Any, seed: int) -> Any:
+    """The same network with scores drawn from a seed."""
+    for key, score in net.named_parameters():
+        if key.endswith("_score"):
+            score.data.copy_(torch.randn(score.shape, generator=torch.Generator().manual_seed(seed)))
+    return net

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from masking.layers import LAYERS, Block, images, layers_of, pickled, raw, reverse, saved, sequential
+from masking.layers import LAYERS, Block, check_ten_steps, images, layers_of, pickled, raw, reverse, saved, sequential
 from popup_surgery import ConversionError, KSchedule, bake, convert, load, masks, plan, save, set_k, start_from
 from popup_surgery.errors import ArtifactError
 from popup_surgery.learners import LEARNERS, EdgePopup
@@ -163,38 +163,18 @@ def test_new_layers_and_a_file_that_starts_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_ten_steps_are_those_of_the_equations(scope: Any) -> None:
-    """w_eff = w · m, m what is fixed and the largest free |s|, ∂L/∂s = ∂L/∂w_eff · w · sign(s), by plain PyTorch."""
+    """m is what is fixed, and the largest |s| of the rest."""
     net: Any = convert(sequential(), 0.3, fixed=SHARES, scope=scope, scheme="kaiming_normal")
-    weights = [raw(layer).detach() for layer in layers_of(net)]
-    scores = [layer.weight_score.detach().clone().requires_grad_() for layer in layers_of(net)]
-    fate = [fates(name, weight.shape) for name, weight in zip(masks(net), weights, strict=True)]
-    settings: Any = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
-    mine = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], **settings)
-    theirs = torch.optim.SGD(scores, **settings)
+    fate = [fates(name, mask.shape) for name, mask in masks(net).items()]
 
-    def right() -> list[Tensor]:
+    def right(scores: list[Tensor]) -> list[Tensor]:
         if scope == "layer":
             return [chosen(s, f, kept_count(s.numel(), 0.3)) for s, f in zip(scores, fate, strict=True)]
         flat, all_fates = (torch.cat([each.flatten() for each in parts]) for parts in (scores, fate))
         together = chosen(flat, all_fates, kept_count(flat.numel(), 0.3)).split([s.numel() for s in scores])
         return [part.view(score.shape) for part, score in zip(together, scores, strict=True)]
 
-    first = masks(net)
-    for step in range(10):
-        for optimizer in (mine, theirs):
-            optimizer.zero_grad()
-        net(images(step)).square().mean().backward()
-        conv, linear = (
-            w * (m.float() + s.abs() - s.abs().detach()) for w, m, s in zip(weights, right(), scores, strict=True)
-        )
-        features = nn.functional.conv2d(images(step), conv).relu().flatten(1)
-        nn.functional.linear(features, linear).square().mean().backward()
-        mine.step()
-        theirs.step()
-    for layer, score, mask in zip(layers_of(net), scores, right(), strict=True):
-        torch.testing.assert_close(layer.weight_score.detach(), score.detach())
-        assert torch.equal(layer.weight != 0, mask)
-    assert any(not torch.equal(mask, first[key]) for key, mask in masks(net).items())
+    check_ten_steps(net, right)
 
 
 def test_a_plan_says_what_is_fixed_and_goes_through_json() -> None:

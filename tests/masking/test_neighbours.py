@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 from transformers.pytorch_utils import Conv1D
 
-from masking.layers import LAYERS, Block, images, layers_of, pickled, raw, reverse, saved, sequential
+from masking.layers import LAYERS, Block, check_ten_steps, images, layers_of, pickled, raw, reverse, saved, sequential
 from popup_surgery import ConversionError, bake, convert, load, masks, plan, save, set_k, start_from
 from popup_surgery.learners import LEARNERS, EdgePopup
 from popup_surgery.learners.base import Learner
@@ -176,29 +176,9 @@ def test_new_layers_get_the_same_pattern_and_a_file_starts_it(tmp_path: Path) ->
 
 
 def test_ten_steps_are_those_of_the_equations() -> None:
-    """w_eff = w · m, m the choice among neighbours, ∂L/∂s = ∂L/∂w_eff · w · sign(s), by plain PyTorch."""
-    net: Any = convert(sequential(), pattern="2:4", scheme="kaiming_normal")
-    weights = [raw(layer).detach() for layer in layers_of(net)]
-    scores = [layer.weight_score.detach().clone().requires_grad_() for layer in layers_of(net)]
-    settings: Any = {"lr": 0.5, "momentum": 0.9, "weight_decay": 1e-3}
-    mine = torch.optim.SGD([layer.weight_score for layer in layers_of(net)], **settings)
-    theirs = torch.optim.SGD(scores, **settings)
-    first = masks(net)
-    for step in range(10):
-        for optimizer in (mine, theirs):
-            optimizer.zero_grad()
-        net(images(step)).square().mean().backward()
-        conv, linear = (
-            w * (chosen(s, 2, 4).float() + s.abs() - s.abs().detach()) for w, s in zip(weights, scores, strict=True)
-        )
-        features = nn.functional.conv2d(images(step), conv).relu().flatten(1)
-        nn.functional.linear(features, linear).square().mean().backward()
-        mine.step()
-        theirs.step()
-    for layer, score in zip(layers_of(net), scores, strict=True):
-        torch.testing.assert_close(layer.weight_score.detach(), score.detach())
-        assert torch.equal(layer.weight != 0, chosen(score, 2, 4))
-    assert any(not torch.equal(mask, first[key]) for key, mask in masks(net).items())
+    """m is the choice among neighbours."""
+    net = convert(sequential(), pattern="2:4", scheme="kaiming_normal")
+    check_ten_steps(net, lambda scores: [chosen(score, 2, 4) for score in scores])
 
 
 # what is refused
