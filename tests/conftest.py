@@ -34,6 +34,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device, and this machine has none")
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """What a test draws from the default generator does not depend on the tests before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def digits_run(tmp_path_factory: pytest.TempPathFactory) -> popup_surgery.Result:
     """The shipped digits recipe, a quarter of its epochs."""
