@@ -167,6 +167,7 @@ def sweeps(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         return results[-1]
 
     monkeypatch.setattr(cpu, "_sweep", spy)
+    monkeypatch.setattr(cpu, "_last", {})  # of other scores in the same memory
     return results
 
 
