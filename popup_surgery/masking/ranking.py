@@ -1,5 +1,6 @@
 """Groups of weights that are ranked together, and when their masks are computed again."""
 
+from collections.abc import Sequence
 from threading import get_ident
 from typing import Any, NamedTuple, cast
 
@@ -12,7 +13,7 @@ from ..learners import Learner
 from ..selection import Selection, kept_count
 from ..selection.fixed import FreeWeights
 from ..selection.pattern import Pattern, select_pattern, select_pattern_op
-from ..torch_compat import is_func_wrapper, remove_forward_hooks
+from ..torch_compat import is_func_wrapper, remove_forward_hooks, version_of
 
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
 
@@ -40,8 +41,9 @@ class RankGroup:
     A layer's mask is that of the scores which it holds itself. So copies that share a group, such as DataParallel's
     replicas and MAML's clones, have masks of their own.
 
-    The mask is cached from one read to the next. Each read checks that it still matches the scores. A tensor's version
-    counter would not tell, because a fused optimiser or a write to `.data` does not change it.
+    The mask is cached from one read to the next. Each read checks that it still matches the scores, unless a version
+    counter tells that they were written to. That it does not tell proves nothing: a fused optimiser or a write to
+    `.data` does not change it.
 
     Attributes:
         kept: how many weights take part; 0 if the learner takes no k.
@@ -55,6 +57,7 @@ class RankGroup:
     pattern: Pattern | None = None
     floors: tuple[int, ...] | None = None
     fixed: FreeWeights | None = None
+    _versions: Sequence[int] = ()  # of the scores when they were ranked last
     _in_graphs: int | None = None  # `in_force` as compiled graphs take it; None if it has always been `kept`
 
     def __init__(
@@ -70,7 +73,7 @@ class RankGroup:
         self._held: dict[int, _Held] = {}  # by thread, while it runs a forward of a root
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_selection": None, "_held": {}, "_in_graphs": None}
+        return self.__dict__ | {"_selection": None, "_held": {}, "_in_graphs": None, "_versions": ()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_held": {}})  # None in earlier versions
@@ -163,9 +166,11 @@ class RankGroup:
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **more)[index]
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
         selection = self._selection  # which other threads may replace meanwhile
-        if selection is None or not selection.holds(scores, index if checked else None):
+        versions = [-1 if score.is_inference() else version_of(score) for score in scores]
+        if selection is None or versions != self._versions or not selection.holds(scores, index if checked else None):
             with torch.inference_mode(False):  # a mask must outlive the mode
                 selection = self._selection = self.learner.select(scores, kept, self.streams, **more)
+            self._versions = versions
         return selection.masks[index]
 
     def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:
