@@ -14,7 +14,7 @@ In training the scores move little from one step to the next. So the next select
 sample: its bracket lies around the last threshold, and is a few times as wide as that has moved before.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -96,29 +96,31 @@ def select(scores: Sequence[Tensor], kept: int) -> Found:
 
 def _write(flats: list[_Flat], kept: int, total: int, key: tuple[int, int, int]) -> tuple[int, int]:
     """Write the masks. Returns the threshold and the last tie."""
-    known = _last.get(key) if total > FEW else None
-    low = high = found = None
-    if known is not None and known.reach:
-        low, high = max(known.threshold - known.reach, 0), min(known.threshold + known.reach, MAGNITUDE)
-        found = _sweep(flats, kept, low, high)
-    if found is None:
-        low, high = _sampled(flats, kept, total)
-        found = _sweep(flats, kept, low, high)
-    if found is None:  # the sample was misleading, or there was none: use the exact threshold as the bracket
-        bits = np.concatenate([flat.bits for flat in flats]) & MAGNITUDE
-        low = high = int(np.partition(bits, total - kept)[total - kept])
-        found = _sweep(flats, kept, low, high)
-        assert found is not None
+    known = _last.get(key)
+    for low, high in _brackets(flats, kept, total, known):
+        if (found := _sweep(flats, kept, low, high)) is not None:
+            break
     threshold, last, near = found
     if total > FEW:
-        # a bracket of a 512th of the weights at least, of a 16th at most
+        # the next bracket has a 512th of the weights at least, and a 16th at most
         moved = 0 if known is None else abs(threshold - known.threshold)
-        usual = (high - low + 1) / near * total / 1024
-        reach = max(usual, 4 * moved)
+        least = (high - low + 1) / near * total / 1024
+        reach = max(least, 4 * moved)
         if len(_last) >= REMEMBERED:
             _last.clear()
-        _last[key] = _Last(threshold, int(reach) if reach < 32 * usual else 0)
+        _last[key] = _Last(threshold, int(reach) if reach < 32 * least else 0)
     return threshold, last
+
+
+def _brackets(flats: list[_Flat], kept: int, total: int, known: _Last | None) -> Iterator[tuple[int, int]]:
+    """Yield brackets in the order in which they are tried; the threshold is in the last one."""
+    if known is not None and known.reach:
+        yield max(known.threshold - known.reach, 0), min(known.threshold + known.reach, MAGNITUDE)
+    yield _sampled(flats, kept, total)
+    # the sample was misleading: the exact threshold
+    bits = np.concatenate([flat.bits for flat in flats]) & MAGNITUDE
+    exact = int(np.partition(bits, total - kept)[total - kept])
+    yield exact, exact
 
 
 def _sampled(flats: list[_Flat], kept: int, total: int) -> tuple[int, int]:
