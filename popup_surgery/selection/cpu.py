@@ -98,8 +98,10 @@ def _write(flats: list[_Flat], kept: int, total: int, key: tuple[int, int, int])
     """Write the masks. Returns the threshold and the last tie."""
     known = _last.get(key)
     for low, high in _brackets(flats, kept, total, known):
-        if (found := _sweep(flats, kept, low, high)) is not None:
+        found = _sweep(flats, kept, low, high)
+        if found is not None:
             break
+    assert found is not None
     threshold, last, near = found
     if total > FEW:
         # the next bracket has a 512th of the weights at least, and a 16th at most

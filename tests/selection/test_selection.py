@@ -18,7 +18,7 @@ from popup_surgery import convert, selection
 from popup_surgery.selection import cpu, gpu, kept_count, select
 from popup_surgery.selection.backend import Backend, backend_of
 from popup_surgery.selection.bits import Found
-from popup_surgery.selection.cpu import SAMPLE
+from popup_surgery.selection.cpu import FEW, SAMPLE
 
 NAN, INF, TINY = math.nan, math.inf, 1.401298464324817e-45  # TINY is the least float32 above 0
 AWKWARD = [0.0, -0.0, TINY, -TINY, 1.17e-38, 1.0, -1.0, 1.0000001192092896, INF, -INF, NAN, -NAN, 3.4028234663852886e38]
@@ -219,6 +219,39 @@ def test_a_sample_that_misleads_falls_back_to_the_exact_threshold(
     assert torch.equal(mask, fast_reference(score, kept))
     assert len(sweeps) == 2
     assert sweeps[0] is None, "the sample's bracket held the threshold; the test misleads no longer"
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_scores_that_move_a_little_are_sampled_once(
+    layout: torch.memory_format, sweeps: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples: list[object] = []
+    real = cpu._sampled
+    monkeypatch.setattr(cpu, "_sampled", lambda *args: samples.append(args) or real(*args))
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randn(100, 120, 5, 5, generator=generator).to(memory_format=layout)
+    for step in range(6):
+        mask = select([score], 90_000).masks[0]
+        assert torch.equal(mask.reshape(-1), fast_reference(score.reshape(-1), 90_000))
+        assert (len(samples), len(sweeps)) == (1, step + 1)
+        score += 1e-3 * torch.randn(score.shape, generator=generator)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from([0.0, 1e-6, 1e-3, 0.1, 3.0, -1.0, math.inf]), min_size=1, max_size=6), st.data())
+def test_the_last_threshold_decides_nothing(moves: list[float], data: st.DataObject) -> None:
+    """Whatever has happened to the scores in the same memory: a jump, a reset, other numbers of them kept."""
+    n = 3 * FEW
+    score = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    for move in moves:
+        if move == -1.0:
+            score.fill_(0.5)
+        elif move == math.inf:
+            score[:: data.draw(st.integers(1, 50))] = math.inf
+        else:
+            score.mul_(1 + move).round_(decimals=data.draw(st.integers(0, 7)))
+        kept = data.draw(st.sampled_from([1, n // 10, n // 2, n - 1]))
+        assert torch.equal(select([score], kept).masks[0], fast_reference(score, kept))
 
 
 def test_device_path_on_a_large_array() -> None:
