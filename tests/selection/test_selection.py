@@ -227,7 +227,12 @@ def test_scores_that_move_a_little_are_sampled_once(
 ) -> None:
     samples: list[object] = []
     real = cpu._sampled
-    monkeypatch.setattr(cpu, "_sampled", lambda *args: samples.append(args) or real(*args))
+
+    def spy(*args: Any) -> Any:
+        samples.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(cpu, "_sampled", spy)
     generator = torch.Generator().manual_seed(0)
     score = torch.randn(100, 120, 5, 5, generator=generator).to(memory_format=layout)
     for step in range(6):
