@@ -3,16 +3,20 @@
     python benchmarks/step.py [--pairs 15] [--only conv4] [--output benchmarks/results/step.json]
 
 The sort-based layer implements the paper's text with PyTorch's own operators: sort all |scores| of a layer, write a
-mask of zeros and ones in that order, multiply, and pass the gradient through. On a GPU the batch is 256 and the forward
-pass runs in bfloat16.
+mask of zeros and ones in that order, multiply, and pass the gradient through. On a GPU the batch of most networks is
+256, and the forward pass runs in bfloat16.
+
+A second line has nanoseconds a weight: what ours adds to a dense step, and what its parts take on the network's
+largest layer, beside a plain copy of as many bytes (12 a weight: score and weight are read, the masked one written).
 """
 
 import argparse
 import json
-import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import popup_surgery as ps
+import popup_surgery.learners.base
+import popup_surgery.selection
+from popup_surgery.experiment.machine import processor
 
 K = 0.5
 
@@ -65,40 +72,87 @@ def with_sort(model: nn.Module) -> nn.Module:
     return model
 
 
-def stepper(model: nn.Module, x: Tensor, y: Tensor) -> Callable[[], float]:
+@dataclass(frozen=True)
+class Case:
+    """A network, the images of a step, and whether the forward pass runs in bfloat16."""
+
+    name: str
+    batch: int
+    pixels: int = 32
+    bfloat16: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+CASES = (
+    *(Case(f"popup_surgery/{net}", 128) for net in ("conv2", "conv4", "conv8")),
+    Case("timm/resnet50", 8, 224),
+    *(Case("timm/resnet18", 32, 64, bfloat16) for bfloat16 in (False, True)),
+    *(Case("timm/vit_small_patch16_224", 2, 224, bfloat16) for bfloat16 in (False, True)),
+    *(Case("timm/vit_tiny_patch16_224", 8, 224, bfloat16) for bfloat16 in (False, True)),
+)
+ON_GPU = tuple(replace(case, batch=256, bfloat16=True) for case in CASES[:4])
+
+
+def stepper(model: nn.Module, x: Tensor, y: Tensor, bfloat16: bool) -> Callable[[], float]:
     """Return a function that makes one training step and returns its time in seconds."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
-    gpu = x.is_cuda
 
-    def step() -> float:
-        if gpu:
-            torch.cuda.synchronize()
-        began = time.perf_counter()
+    def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=gpu):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bfloat16):
             loss = functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
-        if gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
 
-    return step
+    return lambda: timed(step, x.is_cuda)
 
 
-def measure(name: str, batch: int, pairs: int, device: torch.device) -> dict[str, object]:
+def timed(work: Callable[[], object], gpu: bool) -> float:
+    """Return the seconds that `work` takes."""
+    if gpu:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def parts(net: nn.Module, pairs: int) -> dict[str, float]:
+    """Return the nanoseconds a weight of the parts of a step, on the largest layer of a converted network."""
+    layers: list[Any] = [module for module in net.modules() if hasattr(module, "weight_score")]
+    layer = max(layers, key=lambda module: module.weight_score.numel())
+    score: Tensor = layer.weight_score
+    weight, grad = layer._parameters["weight"], torch.randn_like(score)
+    kept = ps.selection.kept_count(score.numel(), K)
+    masked = layer.weight
+    mask = ps.selection.select([score], kept).masks[0]
+    source, target = (torch.zeros(score.numel() * 3 // 2, device=score.device) for _ in range(2))
+    work = {
+        "copy": lambda: target.copy_(source),
+        "select": lambda: ps.selection.select([score], kept),
+        "mask": lambda: ps.learners.base.masked(weight, mask),
+        "backward": lambda: torch.autograd.grad(masked, score, grad, retain_graph=True),
+    }
+    taken = {part: [timed(each, score.is_cuda) for _ in range(pairs + 2)][2:] for part, each in work.items()}
+    return {part: round(1e9 * statistics.median(found) / score.numel(), 2) for part, found in taken.items()}
+
+
+def measure(case: Case, pairs: int, device: torch.device) -> dict[str, object]:
     """Return the median times of one network's training step, dense, by sorting and ours, interleaved."""
     torch.manual_seed(0)
-    make = {
-        "dense": lambda: ps.build(name),
-        "dense_again": lambda: ps.build(name),
-        "sort": lambda: with_sort(ps.build(name)),
-        "ours": lambda: ps.convert(ps.build(name), K, scaled=False),
+    build = partial(ps.build, case.name, **case.arguments)
+    make: dict[str, Callable[[], nn.Module]] = {
+        "dense": build,
+        "dense_again": build,
+        "sort": lambda: with_sort(build()),
+        "ours": lambda: ps.convert(build(), K, scaled=False),
     }
-    size, classes = ((224, 224), 1000) if "resnet" in name else ((32, 32), 10)
-    x, y = torch.randn(batch, 3, *size, device=device), torch.randint(classes, (batch,), device=device)
-    steps = {kind: stepper(build().to(device).train(), x, y) for kind, build in make.items()}
+    x = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
+    y = torch.randint(10, (case.batch,), device=device)
+    nets = {kind: each().to(device).train() for kind, each in make.items()}
+    steps = {kind: stepper(net, x, y, case.bfloat16) for kind, net in nets.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for round_ in range(pairs + 2):
         kinds = list(steps)
@@ -111,16 +165,25 @@ def measure(name: str, batch: int, pairs: int, device: torch.device) -> dict[str
         kind: statistics.median(a / b for a, b in zip(seconds[kind], seconds["dense"], strict=True))
         for kind in ("dense_again", "sort", "ours")
     }
+    weights = sum(score.numel() for name, score in nets["ours"].named_parameters() if name.endswith("_score"))
+    added = statistics.median(a - b for a, b in zip(seconds["ours"], seconds["dense"], strict=True))
+    nanoseconds = {"added": round(1e9 * added / weights, 2), **parts(nets["ours"], pairs)}
+    precision = "bfloat16" if case.bfloat16 else "float32"
     result = {
-        "network": name,
-        "batch": batch,
+        "network": case.name,
+        "batch": case.batch,
+        "pixels": case.pixels,
+        "precision": precision,
+        "weights": weights,
         "pairs": pairs,
         "dense_ms": round(1e3 * statistics.median(seconds["dense"]), 2),
         **{f"{kind}_over_dense": round(ratio, 3) for kind, ratio in ratios.items()},
+        "nanoseconds_a_weight": nanoseconds,
     }
     print(
-        f"{name:22} batch {batch:3}  dense {result['dense_ms']:8.1f} ms  dense again × {ratios['dense_again']:.3f}  "
-        f"sort × {ratios['sort']:.3f}  ours × {ratios['ours']:.3f}",
+        f"{case.name:32} batch {case.batch:3} {precision:8}  dense {result['dense_ms']:8.1f} ms  "
+        f"dense again × {ratios['dense_again']:.3f}  sort × {ratios['sort']:.3f}  ours × {ratios['ours']:.3f}\n"
+        f"    ns a weight: {'  '.join(f'{part} {value}' for part, value in nanoseconds.items())}",
         flush=True,
     )
     return result
@@ -134,18 +197,12 @@ def main() -> None:
     arguments = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    nets = [
-        ("popup_surgery/conv2", 128),
-        ("popup_surgery/conv4", 128),
-        ("popup_surgery/conv8", 128),
-        ("timm/resnet50", 8),
-    ]
-    where = torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if gpu else f"{processor()[0]}, {torch.get_num_threads()} threads"
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     result = {"device": where, "torch": torch.__version__, "k": K, "steps": (steps := [])}
-    for name, batch in nets:
-        if not arguments.only or arguments.only in name:
-            steps.append(measure(name, 256 if gpu else batch, arguments.pairs, device))
+    for case in ON_GPU if gpu else CASES:
+        if not arguments.only or arguments.only in case.name:
+            steps.append(measure(case, arguments.pairs, device))
             arguments.output.write_text(json.dumps(result, indent=2) + "\n")  # partial results, in case it is cut off
 
 
