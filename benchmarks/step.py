@@ -28,6 +28,7 @@ import popup_surgery as ps
 import popup_surgery.learners.base
 import popup_surgery.selection
 from popup_surgery.experiment.machine import processor
+from popup_surgery.selection.pattern import Pattern, select_pattern
 
 K = 0.5
 
@@ -126,12 +127,14 @@ def parts(net: nn.Module, pairs: int) -> dict[str, float]:
     score: Tensor = layer.weight_score
     weight, grad = layer._parameters["weight"], torch.randn_like(score)
     kept = ps.selection.kept_count(score.numel(), K)
+    neighbours = Pattern(2, 4, score.shape[1], score[0, 0].numel())
     masked = layer.weight
     mask = ps.selection.select([score], kept).masks[0]
     source, target = (torch.zeros(score.numel() * 3 // 2, device=score.device) for _ in range(2))
     work = {
         "copy": lambda: target.copy_(source),
         "select": lambda: ps.selection.select([score], kept),
+        "select_2:4": lambda: select_pattern(score, neighbours),
         "mask": lambda: ps.learners.base.masked(weight, mask),
         "backward": lambda: torch.autograd.grad(masked, score, grad, retain_graph=True),
     }
