@@ -16,6 +16,7 @@ from ..codecs import get_codec
 from ..codecs.bitpack import ones, pack
 from ..codecs.generations import encode
 from ..errors import ArtifactError
+from ..learners import name_of
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
 from ..masking.packed import refuse_packed
@@ -177,7 +178,7 @@ def _check_whole(core: nn.Module, slots: Slots) -> int:
             "would have no mask; mask new layers with convert(model) again, and save before layers are fused"
         )
     learners = [slot.ranking.learner for slot in slots.values() if slot is not None]
-    if dense := next((type(learner).__name__ for learner in learners if learner.learns_weights), None):
+    if dense := next((name_of(learner) for learner in learners if learner.learns_weights), None):
         raise ArtifactError(
             f"the learner {dense} trains the weights themselves, which no seed can restore; write "
             "bake(model).state_dict() as an ordinary file of weights, as train does"

@@ -81,6 +81,11 @@ def get_learner(name: str, options: Mapping[str, Any] | None = None) -> Learner:
     return replace(learner, **options) if options else learner  # type: ignore[type-var]
 
 
+def name_of(learner: Learner) -> str:
+    """Return the name of a learner, or that of its class if none is registered."""
+    return next((name for name, other in LEARNERS.items() if type(other) is type(learner)), type(learner).__name__)
+
+
 register_learner("edge_popup", Coats())
 register_learner("supermask", Supermask())
 register_learner("dnw", DNW())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError
-from ..learners import LEARNERS, Learner
+from ..learners import Learner, name_of
 from .ranking import score_of
 from .walk import masked_weights, unwrap
 
@@ -52,8 +52,7 @@ def density_penalty(model: nn.Module, weight: float = 1.0, target: float = 0.0) 
 
 def _check(learner: Learner) -> None:
     if learner.takes_k:
-        known = (name for name, other in LEARNERS.items() if type(other) is type(learner))
         raise ConversionError(
-            f"{next(known, type(learner).__name__)} takes a k, which sets how many weights are kept; a penalty on "
-            "their number needs a learner without one, such as supermask or piggyback"
+            f"{name_of(learner)} takes a k, which sets how many weights are kept; a penalty on their number "
+            "needs a learner without one, such as supermask or piggyback"
         )

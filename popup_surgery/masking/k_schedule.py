@@ -104,7 +104,15 @@ class KSchedule:
         return self.begin + (self.epochs or 0)
 
     def at(self, epoch: int, k: float) -> float:
-        """Return the share that is kept in an epoch, counted from 0, where `k` is kept in the end."""
+        """Return the share that is kept in an epoch, counted from 0, where `k` is kept in the end.
+
+        Raises:
+            ConversionError: the epoch or k has a bad value.
+        """
+        if not _whole(epoch, 0):
+            raise ConversionError(f"epoch is {epoch!r}; expected an integer from 0")
+        if not is_share(k):
+            raise ConversionError(f"k is {k!r}; expected a number above 0 and up to 1, the share of weights kept")
         if self.epochs is None or epoch >= self.end:
             return k
         if epoch <= self.begin:

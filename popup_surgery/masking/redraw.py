@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConversionError, nearest
-from ..learners import Learner
+from ..learners import Learner, name_of
 from ..learners.sampling import as_saved
 from ..weights import PRETRAINED, get_scheme
 from ..weights.source import source_of
@@ -105,7 +105,7 @@ def begin_redraws(model: nn.Module) -> None:
         slot = places[0][2]
         learner = slot.ranking.learner
         if wrong := learner_mistake(learner):
-            raise ConversionError(f"weights cannot be drawn again: the learner {type(learner).__name__} {wrong}")
+            raise ConversionError(f"weights cannot be drawn again: the learner {name_of(learner)} {wrong}")
         if wrong := _source_mistake(slot.distribution):
             raise ConversionError(f"{slot.stream!r} cannot be drawn again: its scheme {slot.scheme} {wrong}")
     for weight, places in held:

@@ -109,8 +109,9 @@ def check_fixed(settings: MaskingSettings, what: str, k: float, kept: int, numel
         k: the share that asks for `kept`.
     """
     if not fixed.allows(numel, kept):
+        asks = f"the rule {settings.k['rule']} with k={settings.k['k']!r}" if is_rule(settings.k) else f"k={k!r}"
         raise ConversionError(
-            f"k={k!r} keeps {kept:,} of the {numel:,} weights of {what}, and fixed={settings.fixed!r} keeps "
+            f"{asks} keeps {kept:,} of the {numel:,} weights of {what}, and fixed={settings.fixed!r} keeps "
             f"{fixed.kept:,} and drops {fixed.dropped:,}; expected k to keep {fixed.kept:,} to "
             f"{numel - fixed.dropped:,}"
         )

@@ -175,3 +175,17 @@ def test_a_network_exports_with_the_k_of_the_moment(strict: bool) -> None:
     images = torch.randn(3, 20)
     program = torch.export.export(network, (images,), strict=strict)
     torch.testing.assert_close(program.module()(images), network(images))
+
+
+@pytest.mark.parametrize(
+    ("epoch", "k", "message"),
+    [
+        (0, 2, r"k is 2; expected a number above 0 and up to 1"),
+        (0, 0.0, r"k is 0.0; expected"),
+        (-1, 0.3, r"epoch is -1; expected an integer from 0"),
+        (0.5, 0.3, r"epoch is 0.5; expected"),
+    ],
+)
+def test_bad_arguments_of_at_are_refused(epoch: Any, k: Any, message: str) -> None:
+    with pytest.raises(ConversionError, match=message):
+        KSchedule("linear", epochs=3).at(epoch, k)

@@ -321,9 +321,9 @@ def test_weights_that_no_generation_explains_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"learner": "random"}, r"the learner RandomMask never changes its masks, so that a weight drawn again would"),
-        ({"learner": "dnw"}, r"the learner DNW trains the weights themselves"),
-        ({"learner": "supermask", "k": None, "scaled": False}, r"the learner Supermask samples the weights that take"),
+        ({"learner": "random"}, r"the learner random never changes its masks, so that a weight drawn again would"),
+        ({"learner": "dnw"}, r"the learner dnw trains the weights themselves"),
+        ({"learner": "supermask", "k": None, "scaled": False}, r"the learner supermask samples the weights that take"),
         ({"scheme": "pretrained"}, r"'features\.0\.weight' cannot be drawn again: its scheme pretrained has no seed"),
         (
             {"scheme": {"*": "kaiming_normal", "classifier.1": "unsigned_kaiming_constant"}},
