@@ -13,7 +13,7 @@ from .table import match, panel_of, x_of
 
 # Okabe and Ito's colours are distinct for the colour-blind; markers and dashes are distinct in grey print
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#999999")
-MARKERS = "osD^vPX*"
+MARKERS = "osD^vPX*h"  # one more than there are colours, so that 72 series are distinct
 DASHES = ("-", "--", "-.", ":")
 
 
