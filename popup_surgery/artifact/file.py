@@ -156,7 +156,7 @@ class Artifact:
 
         Args:
             path: the file to write. An existing file is replaced atomically.
-            encoding: the codec of the masks. Default: as they are.
+            encoding: the codec of the masks, and if it is one at the entropy limit of the planes. Default: as they are.
 
         Raises:
             ArtifactError: this artifact's file is damaged.
@@ -212,8 +212,9 @@ def _with_mask(entry: TensorSpec, seed: int, mask: Packed) -> TensorSpec:
 def repack(path: str | Path | Artifact, output: str | Path, *, encoding: str) -> Manifest:
     """Write a popup artifact again, with its masks in another encoding. No bit of the network changes.
 
-    Only `encoding`, `requires` and `manifest_sha256` differ in the manifest. Without a network to compare with, a file
-    with at most 2³³ weights under masks in `range_coded` is read.
+    In the manifest, only `encoding`, `requires` and `manifest_sha256` differ. With planes, which are coded too where
+    that saves bytes, so do `plane_ones` and `tensors_sha256`. Without a network to compare with, a file whose coded
+    masks and planes have at most 2³³ bits is read.
 
     Args:
         path: the file, or an open `Artifact`.
@@ -254,7 +255,7 @@ def load(
     Args:
         path: the file, or its address on the Hub, such as `hf://user/repo`. It is treated as hostile: nothing in it
             is unpickled or run. Memory use is at most twice the file's size, plus the network, plus one bit a masked
-            weight, plus 256 MiB.
+            weight, plus the bits of coded planes, plus 256 MiB.
         model: a network to fill that is not converted. Needed only if the file's architecture is `custom`, which no
             library builds. It is changed only after all checks have passed.
         base: for a mask on pretrained weights: the network that has these weights, or a file of them. Default: the

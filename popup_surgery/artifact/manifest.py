@@ -17,13 +17,13 @@ from ..weights.fixed import Fixed
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS, SIGNS
 from .container import DTYPES, element_count
-from .planes import DRAWN_AGAIN, GENERATION, PLANES
+from .planes import DRAWN_AGAIN, GENERATION, PLANES, are_ones, in_order
 from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
 VERSION = 1
 # what `requires` may name: what readers of the first files do not know
-FEATURES = ("range_coded", "pattern_coded", "fixed", *SIGNS.values(), *PLANES)
+FEATURES = ("range_coded", "pattern_coded", "fixed", *SIGNS.values(), "coded_planes", *PLANES)
 MANIFEST_LIMIT = 8 << 20
 FLOAT32_MAX = torch.finfo(torch.float32).max
 PROBE_LIMIT = 4 << 20  # elements of the input; enough for one image of 1,024 pixels a side
@@ -37,7 +37,8 @@ class TensorSpec:
     `planes` are the kinds of the planes that change the weights that take part. A masked tensor with the distribution
     `base` is not drawn: its values come from the base, and its `std` is 0. `note` is informational: scheme, scaled, k,
     fan_in. `pattern` says that the mask keeps N of each M neighbours, `fixed` how many weights the seed fixes, so that
-    the encoding is of the others' bits alone.
+    the encoding is of the others' bits alone. `plane_ones` are the numbers of ones in the planes of bits, if these are
+    range-coded; empty if they are packed.
     """
 
     name: str
@@ -52,6 +53,7 @@ class TensorSpec:
     pattern: Pattern | None = None
     planes: tuple[str, ...] = ()
     fixed: Fixed | None = None
+    plane_ones: tuple[int, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -76,7 +78,7 @@ class TensorSpec:
         if self.fixed is not None:
             entry["fixed"] = asdict(self.fixed)
         entry |= {} if self.kept is None else {"kept": self.kept, "encoding": self.encoding}
-        return entry | ({"planes": list(self.planes)} if self.planes else {})
+        return entry | {key: list(found) for key in ("planes", "plane_ones") if (found := getattr(self, key))}
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class Manifest:
         """What a reader must know beyond the first version of the format."""
         used = {name for entry in self.masked for name in (entry.encoding, entry.distribution, *entry.planes)}
         used |= {"fixed" for entry in self.masked if entry.fixed is not None}
+        used |= {"coded_planes" for entry in self.masked if entry.plane_ones}
         return [feature for feature in FEATURES if feature in used]
 
     def text(self) -> dict[str, Any]:
@@ -314,7 +317,6 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         what = f"{where}.std is {_short(entry['std'])}"
         raise ArtifactError(f"{what}; expected none, as the distribution is {distribution!r}")
     std = get("std", "a float above 0 that float32 can hold", _standard_deviation) if drawn else 0.0
-    kinds = [kind for kind in PLANES if distribution in DRAWN_AGAIN or kind != GENERATION]
     return TensorSpec(
         name=name,
         stream=get("stream", "a string", _string),
@@ -329,15 +331,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         encoding=entry["encoding"] if masked else TensorSpec.encoding,
         pattern=_pattern(entry, where, numel) if masked else None,
         fixed=_fixed(entry, where, numel) if masked and "fixed" in entry else None,
-        planes=tuple(
-            get(
-                "planes",
-                f"a list of some of {', '.join(kinds)}, without gaps between coats",
-                lambda v: _planes(v, kinds),
-            )
-        )
-        if masked and "planes" in entry
-        else (),
+        **(_planes(entry, where, distribution) if masked else {}),
     )
 
 
@@ -385,11 +379,15 @@ def _standard_deviation(value: Any) -> bool:
     )
 
 
-def _planes(value: Any, kinds: list[str]) -> bool:
-    if not isinstance(value, list) or not value or value != [kind for kind in kinds if kind in value]:
-        return False
-    coats = [kind for kind in value if kind.startswith("coat")]
-    return coats == [f"coat{i}" for i in range(2, len(coats) + 2)]
+def _planes(entry: dict[str, Any], where: str, distribution: str) -> dict[str, Any]:
+    """Check the kinds of planes of a masked tensor, and how many ones each has if they are coded."""
+    kinds = [kind for kind in PLANES if distribution in DRAWN_AGAIN or kind != GENERATION]
+    of_bits = f"a list of how many ones each plane of bits has, for {entry['kept']} weights"
+    checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
+        "planes": (f"a list of some of {', '.join(kinds)}, without gaps between coats", lambda v: in_order(v, kinds)),
+        "plane_ones": (of_bits, lambda v: are_ones(v, entry.get("planes", []), entry["kept"])),
+    }
+    return {key: tuple(_get(entry, key, *how, f"{where}.")) for key, how in checks.items() if key in entry}
 
 
 def _known(value: Any, names: Any) -> bool:

@@ -1,15 +1,25 @@
-"""The bytes of a mask in a file: all of its bits, or where the seed fixes weights those of the others, encoded."""
+"""The bytes of a mask and its planes in a file.
+
+Of a mask all bits are encoded, or where the seed fixes weights those of the others.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from ..codecs import get_codec
+from ..codecs import Codec, generations, get_codec
 from ..codecs.base import Bytes, Shape
 from ..codecs.bitpack import bits_at, ones, pack
 from ..codecs.pattern_coded import obeys as obeys_pattern
 from ..errors import ArtifactError
+from ..selection.pattern import Pattern
 from ..weights.fixed import FREE, KEPT
 from .manifest import TensorSpec
-from .planes import Packed
+from .planes import GENERATION, Packed, counts, of_bits
+
+PLANE_CODEC = "range_coded"
+SAVING = 32  # bytes, about as many as a manifest takes to say that the planes of a weight are coded
 
 
 def mask_sizes(entry: TensorSpec) -> range:
@@ -17,9 +27,64 @@ def mask_sizes(entry: TensorSpec) -> range:
     return get_codec(entry.encoding).sizes(*_coded(entry), entry.pattern)
 
 
-def expands(entry: TensorSpec) -> bool:
-    """Return whether a mask of almost no bytes may stand for any number of weights."""
-    return entry.fixed is not None or get_codec(entry.encoding).expands
+def plane_sizes(entry: TensorSpec, kind: str) -> range:
+    """Return the possible numbers of bytes of a plane."""
+    kept = entry.kept or 0
+    if kind == GENERATION:
+        return generations.bound(kept)
+    if entry.plane_ones:
+        bits, found = _coded_planes(entry)[kind]
+        return get_codec(PLANE_CODEC).sizes((bits,), found)
+    size = -(-kept // 8)
+    return range(size if kind in ("sign", "coat2") else 0, size + 1)  # a later coat is about those in the one before
+
+
+def expanding(entry: TensorSpec) -> int:
+    """Return how many bits a mask, and planes, of almost no bytes may stand for."""
+    of_mask = entry.numel if entry.fixed is not None or get_codec(entry.encoding).expands else 0
+    return of_mask + sum(bits for bits, _ in _coded_planes(entry).values())
+
+
+def recoded(entry: TensorSpec, encoding: str, planes: Mapping[str, Packed]) -> TensorSpec:
+    """Return the entry of a mask in another encoding. At the entropy limit, planes are coded too if that saves bytes.
+
+    Args:
+        planes: by kind, as `planes.Bits` has them.
+    """
+    entry = replace(entry, encoding=encoding, plane_ones=())
+    if not get_codec(encoding).expands:
+        return entry
+    coded = replace(entry, plane_ones=tuple(ones(planes[kind]) for kind in of_bits(planes)))
+    before, after = (sum(map(len, encode_planes(each, planes).values())) for each in (entry, coded))
+    return coded if before - after >= SAVING else entry
+
+
+def encode_planes(entry: TensorSpec, planes: Mapping[str, Packed]) -> dict[str, Bytes]:
+    """Return the bytes of each plane."""
+    codec, found = get_codec(PLANE_CODEC), dict(planes)
+    for kind, (bits, count) in _coded_planes(entry).items():
+        found[kind] = codec.to_bytes(planes[kind], (bits,), count)
+    return found
+
+
+def decode_planes(entry: TensorSpec, data: Mapping[str, Packed]) -> dict[str, Packed]:
+    """Return the planes as `planes.Bits` has them, of their bytes. What may be as good as empty is checked here.
+
+    Raises:
+        ArtifactError: no plane has these bytes, or not one with as many ones.
+    """
+    found = dict(data)
+    for kind, (bits, count) in _coded_planes(entry).items():
+        name = f"{entry.name}.{kind}"
+        found[kind] = _decode(name, get_codec(PLANE_CODEC), data[kind], (bits,), count)
+        if ones(found[kind]) != count:
+            raise ArtifactError(f"{name!r} has {ones(found[kind])} ones; expected {count}, as plane_ones says")
+    if GENERATION in data:
+        try:
+            generations.check(data[GENERATION], entry.kept or 0)
+        except ValueError as error:
+            raise ArtifactError(f"'{entry.name}.{GENERATION}' {error}") from error
+    return found
 
 
 def encode_mask(entry: TensorSpec, seed: int, packed: Packed) -> Bytes:
@@ -35,10 +100,7 @@ def decode_mask(entry: TensorSpec, seed: int, data: Bytes) -> Packed:
         ArtifactError: no mask has these bytes, or not one that keeps as many weights, or that obeys its pattern.
     """
     codec = get_codec(entry.encoding)
-    try:
-        packed = codec.to_bits(data, *_coded(entry), entry.pattern)
-    except ValueError as error:
-        raise ArtifactError(f"'{entry.name}.mask' {error}") from error
+    packed = _decode(f"{entry.name}.mask", codec, data, *_coded(entry), entry.pattern)
     if entry.fixed is not None:
         packed = _whole(entry, seed, packed)
     if ones(packed) != entry.kept:
@@ -51,6 +113,18 @@ def decode_mask(entry: TensorSpec, seed: int, data: Bytes) -> Packed:
 def obeys_fixed(entry: TensorSpec, seed: int, packed: Packed) -> bool:
     """Return whether a mask keeps and drops what the seed fixes."""
     return entry.fixed is None or np.array_equal(_whole(entry, seed, _free(entry, seed, packed)), packed)
+
+
+def _decode(name: str, codec: Codec, data: Bytes, shape: Shape, kept: int, pattern: Pattern | None = None) -> Packed:
+    try:
+        return codec.to_bits(data, shape, kept, pattern)
+    except ValueError as error:
+        raise ArtifactError(f"{name!r} {error}") from error
+
+
+def _coded_planes(entry: TensorSpec) -> dict[str, tuple[int, int]]:
+    """Return how many bits each coded plane has, and how many of them are 1."""
+    return counts(entry.planes, entry.kept or 0, entry.plane_ones) if entry.plane_ones else {}
 
 
 def _coded(entry: TensorSpec) -> tuple[Shape, int]:

@@ -1,7 +1,8 @@
 """Planes: what changes the weights that take part, beside a mask (docs/artifact-format.md, sections 8 and 10)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +16,39 @@ Bools = NDArray[np.bool_]
 
 
 COATS = 8
-GENERATION = "generation"  # how often each weight was drawn again: the one plane that is coded …
+GENERATION = "generation"  # how often each weight was drawn again: the one plane that is not bits …
 DRAWN_AGAIN = ("normal", "uniform")  # … and for what: constants that were drawn again have the plane `sign`
 PLANES = (GENERATION, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
+
+
+def in_order(value: Any, kinds: list[str]) -> bool:
+    """Return whether a value of a manifest is a list of some of these kinds, without gaps between coats."""
+    if not isinstance(value, list) or not value or value != [kind for kind in kinds if kind in value]:
+        return False
+    coats = [kind for kind in value if kind.startswith("coat")]
+    return coats == [f"coat{i}" for i in range(2, len(coats) + 2)]
+
+
+def are_ones(value: Any, planes: Iterable[str], kept: int) -> bool:
+    """Return whether a value of a manifest may be the numbers of ones in planes for `kept` weights."""
+    if not isinstance(value, list) or not value or not all(type(one) is int for one in value):
+        return False
+    whole = len(value) == len(of_bits(planes))
+    return whole and all(0 <= one <= bits for bits, one in counts(planes, kept, value).values())
+
+
+def of_bits(planes: Iterable[str]) -> list[str]:
+    """Return the planes that are bits, in order."""
+    return [kind for kind in planes if kind != GENERATION]
+
+
+def counts(planes: Iterable[str], kept: int, plane_ones: Sequence[int]) -> dict[str, tuple[int, int]]:
+    """Return how many bits each plane for `kept` weights has, and how many of them are 1, which `plane_ones` gives."""
+    found, about = {}, kept
+    for kind, count in zip(of_bits(planes), plane_ones, strict=True):
+        found[kind] = about, count
+        about = about if kind == "sign" else count
+    return found
 
 
 @dataclass(frozen=True)
@@ -40,7 +71,7 @@ class Bits:
             values: pieces of float32, in row-major order, whose sizes are multiples of 8 but for the last. They are
                 those of the weight's `generations`.
         """
-        start, places = 0, dict.fromkeys(self._of_bits, 0)
+        start, places = 0, dict.fromkeys(of_bits(self.planes), 0)
 
         def take(kind: str, count: int) -> Bools:
             places[kind] += count
@@ -90,18 +121,19 @@ class Bits:
         Generations belong to places, and are left out.
         """
         n = len(order)
-        about = {"": self.mask} | {kind: self.spread(kind, n) for kind in self._of_bits}
+        kinds = of_bits(self.planes)
+        about = {"": self.mask} | {kind: self.spread(kind, n) for kind in kinds}
         there = {kind: bits_at(bits, 0, n)[order] for kind, bits in about.items()}
-        planes = {kind: pack(there[kind][there[["", *self._before(kind)][-1]]]) for kind in self._of_bits}
+        planes = {kind: pack(there[kind][there[["", *self._before(kind)][-1]]]) for kind in kinds}
         return Bits(pack(there[""]), planes)
 
     def wrong(self, name: str, kept: int) -> str:
         """Return what is wrong with the planes of a weight that keeps `kept`; empty if nothing is.
 
-        `generations.check` says what is wrong with coded ones, which must wait for the mask.
+        `mask_bytes.decode_planes` says what is wrong with coded ones, which must wait for the mask.
         """
         n = kept
-        for kind in self._of_bits:
+        for kind in of_bits(self.planes):
             plane = self.planes[kind]
             count = kept if kind == "sign" else n
             if len(plane) != -(-count // 8):
@@ -110,11 +142,6 @@ class Bits:
                 return f"'{name}.{kind}' has padding bits that are not 0"
             n = n if kind == "sign" else ones(plane)
         return ""
-
-    @property
-    def _of_bits(self) -> list[str]:
-        """The planes that are bits, in order."""
-        return [kind for kind in self.planes if kind != GENERATION]
 
     def _before(self, kind: str) -> list[str]:
         """Return the coats between the mask and a plane."""

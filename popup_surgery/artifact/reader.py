@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..codecs import generations
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, read_manifest
-from .mask_bytes import decode_mask, expands, mask_sizes
-from .planes import GENERATION, Bits, Packed
+from .mask_bytes import decode_mask, decode_planes, expanding, mask_sizes, plane_sizes
+from .planes import Bits, Packed
 from .rebuild import masks_digest, tensors_digest
 
 if TYPE_CHECKING:
     from ..hub.files import HubFile
 
-LIMIT = 1 << 33  # weights whose masks are decoded without a network to compare them with
+LIMIT = 1 << 33  # bits that are decoded without a network to compare them with
 Parts = dict[str, tuple[Stored, memoryview]]
 
 
@@ -33,7 +32,8 @@ class Contents:
     Attributes:
         encoded: each mask's bytes as the file has them.
         stored: the tensors that no seed gives.
-        planes: of each masked weight, what changes the weights that take part. Checked, but for generations.
+        planes: of each masked weight, what changes the weights that take part, in the file's bytes. Those that are
+            not coded are checked.
     """
 
     manifest: Manifest
@@ -59,18 +59,9 @@ class Contents:
             }
             if masks_digest(list(masks.values())) != self.manifest.masks_sha256:
                 raise ArtifactError("masks_sha256 does not match: a mask is damaged")
-            self._check_generations()
-            self._decoded.update({name: Bits(mask, self.planes.get(name, {})) for name, mask in masks.items()})
+            planes = {entry.name: decode_planes(entry, self.planes[entry.name]) for entry in self.manifest.masked}
+            self._decoded.update({name: Bits(mask, planes[name]) for name, mask in masks.items()})
         return self._decoded
-
-    def _check_generations(self) -> None:
-        """Check the planes that may be as good as empty, and still say something of any number of weights."""
-        for entry in self.manifest.masked:
-            if GENERATION in entry.planes:
-                try:
-                    generations.check(self.planes[entry.name][GENERATION], entry.kept or 0)
-                except ValueError as error:
-                    raise ArtifactError(f"'{entry.name}.{GENERATION}' {error}") from error
 
     @property
     def bits(self) -> dict[str, Bits]:
@@ -79,10 +70,9 @@ class Contents:
         Raises:
             ArtifactError: a mask is damaged; or they are not decoded yet, and would have more than `LIMIT` bits.
         """
-        entries = [entry for entry in self.manifest.masked if expands(entry)]
-        if not self._decoded and sum(entry.numel for entry in entries) > LIMIT:
+        if not self._decoded and sum(map(expanding, self.manifest.masked)) > LIMIT:
             raise ArtifactError(
-                f"the masks are for more than {LIMIT:,} weights, and no network is at hand to compare them with"
+                f"the masks and planes have more than {LIMIT:,} bits, and no network is at hand to compare them with"
             )
         return self.decode()
 
@@ -133,7 +123,8 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
         if tensor.dtype == "BOOL" and np.frombuffer(part, np.uint8).max(initial=0) > 1:
             raise ArtifactError(f"{name!r} is BOOL and has bytes other than 0 and 1")
     for entry in manifest.masked:
-        if wrong := Bits(np.empty(0, np.uint8), planes[entry.name]).wrong(entry.name, entry.kept or 0):
+        packed = {} if entry.plane_ones else planes[entry.name]
+        if wrong := Bits(np.empty(0, np.uint8), packed).wrong(entry.name, entry.kept or 0):
             raise ArtifactError(wrong)
     if digest != manifest.tensors_sha256:
         raise ArtifactError("tensors_sha256 does not match: a stored tensor is damaged")
@@ -143,26 +134,18 @@ def read_contents(path: str | Path, container: Container, manifest: Manifest) ->
 def _check_masks(manifest: Manifest, container: Container) -> None:
     """Check that each masked tensor has a mask and its planes, and that their sizes are possible."""
     for entry in manifest.masked:
-        mask = container.tensors.get(f"{entry.name}.mask")
-        sizes = mask_sizes(entry)
-        if mask is None:
-            raise ArtifactError(f"{entry.name!r} has no mask; expected the tensor '{entry.name}.mask'")
-        if mask.dtype != "U8" or len(mask.shape) != 1 or mask.shape[0] not in sizes:
-            found = f"{mask.dtype} {list(mask.shape)}"
-            low, high = sizes.start, sizes.stop - 1
-            expected = f"U8 [{low}]" if low == high else f"U8 [{low} to {high}]"
-            raise ArtifactError(f"'{entry.name}.mask' is {found}; expected {expected} for {list(entry.shape)}")
-        for kind in entry.planes:
-            name, size = f"{entry.name}.{kind}", -(-(entry.kept or 0) // 8)
-            plane = container.tensors.get(name)
-            if plane is None:
-                raise ArtifactError(f"{entry.name!r} has no plane {kind!r}; expected the tensor {name!r}")
-            exact = kind in ("sign", "coat2")  # a later coat has a bit for each 1 of the one before
-            sizes = generations.bound(entry.kept or 0) if kind == GENERATION else range(size * exact, size + 1)
-            if plane.dtype != "U8" or len(plane.shape) != 1 or plane.shape[0] not in sizes:
-                found = f"{plane.dtype} {list(plane.shape)}"
-                expected = f"{sizes.start} to {sizes.stop - 1}" if kind == GENERATION else f"{size}"
-                raise ArtifactError(f"{name!r} is {found}; expected U8 [{expected}] for {entry.kept:,} kept weights")
+        parts = [("mask", "mask", mask_sizes(entry), f"{list(entry.shape)}")]
+        parts += [(k, f"plane {k!r}", plane_sizes(entry, k), f"{entry.kept:,} kept weights") for k in entry.planes]
+        for part, what, sizes, about in parts:
+            name = f"{entry.name}.{part}"
+            tensor = container.tensors.get(name)
+            if tensor is None:
+                raise ArtifactError(f"{entry.name!r} has no {what}; expected the tensor {name!r}")
+            if tensor.dtype != "U8" or len(tensor.shape) != 1 or tensor.shape[0] not in sizes:
+                found = f"{tensor.dtype} {list(tensor.shape)}"
+                low, high = sizes.start, sizes.stop - 1
+                expected = f"U8 [{low}]" if low == high else f"U8 [{low} to {high}]"
+                raise ArtifactError(f"{name!r} is {found}; expected {expected} for {about}")
 
 
 def _check_places(manifest: Manifest, container: Container) -> None:

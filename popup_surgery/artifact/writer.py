@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,7 +37,7 @@ from .manifest import Constant, Manifest, TensorSpec
 from .planes import DRAWN_AGAIN, GENERATION, Bits, Packed
 from .probe import take_probe
 from .reader import naming
-from .rebuild import effective_pieces, masks_digest, tensors_digest, weights_digest
+from .rebuild import effective_pieces, masks_digest, weights_digest
 
 log = logging.getLogger("popup_surgery")
 
@@ -67,7 +66,8 @@ def save(
         probe: shape of an input, batch first. The first outputs for such an input are recorded, so that `verify`
             notices if a library has changed the network of that name.
         encoding: how masks are stored: the name of a codec in `popup_surgery.codecs`. `pattern_coded` is for networks
-            that were converted with a `pattern`.
+            that were converted with a `pattern`. With it and `range_coded`, planes such as coats are coded too, where
+            that saves bytes.
 
     Returns:
         The manifest: the description in the file, as written.
@@ -119,18 +119,12 @@ def _describe(
         aliases=places.aliases,
         masks_sha256=masks_digest([bits.mask for _, bits in masked]),
         weights_sha256=weights_digest(masked, seed, weights),
-        tensors_sha256=tensors_digest({name: _bytes(t) for name, t in (places.stored | _planes(masked)).items()}),
+        tensors_sha256="",  # which `assemble` knows
         provenance=_finite(provenance),
         probe=take_probe(_as_restored(core, masked, seed, weights), seed, probe) if probe is not None else None,
         base=base,
     )
     return manifest, {entry.name: bits for entry, bits in masked}, places.stored
-
-
-def _planes(masked: list[tuple[TensorSpec, Bits]]) -> dict[str, Tensor]:
-    """Return the planes by the names that they have in the file."""
-    found = ((entry.name, kind, plane) for entry, bits in masked for kind, plane in bits.planes.items())
-    return {f"{name}.{kind}": torch.from_numpy(plane) for name, kind, plane in found}
 
 
 def _entries(core: nn.Module) -> dict[str, Any]:
@@ -352,11 +346,6 @@ def _constant(tensor: Tensor) -> Constant | None:
     elif not all(bool((piece == value).all()) for piece in pieces_of(tensor)):
         return None
     return Constant(tuple(tensor.shape), DTYPE_NAMES[tensor.dtype], value)
-
-
-def _bytes(tensor: Tensor) -> tuple[str, tuple[int, ...], memoryview]:
-    data = tensor.reshape(-1).view(torch.uint8).numpy() if tensor.numel() else np.empty(0, np.uint8)
-    return DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), data.data
 
 
 def _finite(value: Any) -> Any:

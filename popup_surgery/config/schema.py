@@ -84,7 +84,8 @@ class Surgery(_Section):
             of them may be left out. The scores choose among the others, and the file has bits for these alone. `k` is
             still the share of all weights. Null fixes none. See [methods](../methods.md#frozen-parts).
         encoding: how the run's file stores masks: `bitpack`, one bit a weight, or `range_coded`, as few bits as their
-            share of ones allows, or `pattern_coded`, as few as the pattern allows. The network is the same.
+            share of ones allows, or `pattern_coded`, as few as the pattern allows. The last two also code planes such
+            as coats. The network is the same.
     """
 
     learner: Annotated[str, known(get_learner)] = DEFAULT.learner.value

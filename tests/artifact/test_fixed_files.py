@@ -287,7 +287,7 @@ def test_masks_of_no_bytes_for_huge_shapes_take_no_memory(
     tried = attempt(tmp_path / "f", taken.bytes())
     assert not isinstance(tried.inspected, ArtifactError), "the header is right"
     assert tried.refused_by_network
-    assert "the masks are for more than 8,589,934,592 weights" in str(tried.verified)
+    assert "the masks and planes have more than 8,589,934,592 bits" in str(tried.verified)
 
 
 def test_an_older_reader_refuses_it_in_a_sentence(file_of: Path, monkeypatch: pytest.MonkeyPatch) -> None:

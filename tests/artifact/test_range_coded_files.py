@@ -188,7 +188,7 @@ def test_masks_of_no_bytes_for_huge_shapes_take_no_memory(
         assert not isinstance(tried.inspected, ArtifactError), "the header is right"
         assert tried.refused_by_network
         path = tmp_path / "f"
-        says = f"^{path}: the masks are for more than 8,589,934,592 weights, and no network is at hand to compare .*$"
+        says = f"^{path}: the masks and planes have more than 8,589,934,592 bits, and no network is at hand to comp.*$"
         assert re.search(says, str(tried.verified))
         for read in (
             stored_masks, verify, lambda p: repack(p, tmp_path / "output", encoding="bitpack"), lambda p: overlap(p, p)
@@ -211,7 +211,7 @@ def test_a_network_that_large_confirms_its_masks(file: File, tmp_path: Path, mon
     (tmp_path / "f").write_bytes(file.bytes())
     assert load(tmp_path / "f", Net())
     assert verify(tmp_path / "f", Net())
-    with pytest.raises(ArtifactError, match="the masks are for more than 10 weights"):
+    with pytest.raises(ArtifactError, match="the masks and planes have more than 10 bits"):
         verify(tmp_path / "f")
 
 

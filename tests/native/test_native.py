@@ -173,6 +173,7 @@ OTHERS = (
     "pretrained.popup",
     "signed.popup",
     "coats.popup",
+    "coded_planes.popup",
     "generation.popup",
     "pattern_coded.popup",
     "fixed.popup",
@@ -224,7 +225,7 @@ def test_a_mask_on_pretrained_weights_asks_for_them(unpack: Unpack, tmp_path: Pa
 
 @pytest.mark.parametrize(("name", "feature"), [
     ("signed", '["sign"]'), ("pattern_coded", '["pattern_coded"]'), ("fixed", '["range_coded","fixed"]'),
-    ("binary", '["normal_sign"]'),
+    ("binary", '["normal_sign"]'), ("coded_planes", '["range_coded","coded_planes","coat2","coat3"]'),
 ])  # fmt: skip
 def test_a_file_with_planes_or_of_a_newer_encoding_is_refused_by_name(
     name: str, feature: str, unpack: Unpack, tmp_path: Path
