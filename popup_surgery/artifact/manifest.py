@@ -17,7 +17,7 @@ from ..weights.fixed import Fixed
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS, SIGNS
 from .container import DTYPES, element_count
-from .planes import DRAWN_AGAIN, GENERATION, PLANES
+from .planes import CODED, OF_MANY, PLANES
 from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
@@ -314,7 +314,7 @@ def _drawn(entry: Any, where: str, masked: bool) -> TensorSpec:
         what = f"{where}.std is {_short(entry['std'])}"
         raise ArtifactError(f"{what}; expected none, as the distribution is {distribution!r}")
     std = get("std", "a float above 0 that float32 can hold", _standard_deviation) if drawn else 0.0
-    kinds = [kind for kind in PLANES if distribution in DRAWN_AGAIN or kind != GENERATION]
+    kinds = [kind for kind in PLANES if distribution in OF_MANY or kind not in CODED]
     return TensorSpec(
         name=name,
         stream=get("stream", "a string", _string),

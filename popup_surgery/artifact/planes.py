@@ -1,23 +1,26 @@
-"""Planes: what changes the weights that take part, beside a mask (docs/artifact-format.md, sections 8 and 10)."""
+"""Planes: what changes the weights that take part, beside a mask (docs/artifact-format.md, sections 8, 10 and 13)."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codecs import generations, sources
 from ..codecs.bitpack import bits_at, ones, pack, padding_is_zero
-from ..codecs.generations import Reader
-from ..weights.streams import CHUNK, Floats, Generations
+from ..weights.streams import CHUNK, Floats, Generations, Origin, Sources, origins
 
 Packed = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
+Of = Callable[[Sources], NDArray[np.integer[Any]]]  # from places in the flattened tensor
 
 
 COATS = 8
-GENERATION = "generation"  # how often each weight was drawn again: the one plane that is coded …
-DRAWN_AGAIN = ("normal", "uniform")  # … and for what: constants that were drawn again have the plane `sign`
-PLANES = (GENERATION, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
+SOURCE, GENERATION = "source", "generation"  # whose values weights have, and how often these were drawn again
+CODED = (SOURCE, GENERATION)  # they are no bits, and say which the values are that other planes change …
+OF_MANY = ("normal", "uniform")  # … of these distributions: other constants are other signs, and have the plane `sign`
+PLANES = (*CODED, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Bits:
     Attributes:
         mask: uint8 [ceil(n / 8)].
         planes: of each kind uint8, lowest bit first: a bit for each weight that takes part, and of the coats after
-            coat 2 for each weight of the coat before. `generation` has the bytes of `codecs.generations`.
+            coat 2 for each weight of the coat before. The coded ones have the bytes of `codecs.sources` and
+            `codecs.generations`.
     """
 
     mask: Packed
@@ -38,7 +42,7 @@ class Bits:
 
         Args:
             values: pieces of float32, in row-major order, whose sizes are multiples of 8 but for the last. They are
-                those of the weight's `generations`.
+                those of the weight's `origins`.
         """
         start, places = 0, dict.fromkeys(self._of_bits, 0)
 
@@ -61,20 +65,34 @@ class Bits:
             yield out
             start += len(piece)
 
-    def generations(self, numel: int) -> Iterator[Generations] | None:
-        """Return how often each weight was drawn again, in pieces of CHUNK: 0 for those that take no part.
+    def origins(self, numel: int) -> Iterator[Origin] | None:
+        """Return where the weights' values are from, as `streams.origins` does. Those that take no part are the first.
 
-        None if none was drawn again.
+        None if no plane says so of any.
         """
+        return origins(numel, self.generations(numel), self.sources(numel))
+
+    def generations(self, numel: int) -> Iterator[Generations] | None:
+        """Return how often each weight was drawn again, in pieces of CHUNK; None if none was."""
         if GENERATION not in self.planes:
             return None
-        return self._generations(Reader(self.planes[GENERATION], ones(self.mask)), numel)
+        reader = generations.Reader(self.planes[GENERATION], ones(self.mask))
+        return self._of_each(numel, lambda own: np.zeros(len(own), np.uint16), lambda own: reader.take(len(own)))
 
-    def _generations(self, reader: Reader, numel: int) -> Iterator[Generations]:
+    def sources(self, numel: int) -> Iterator[Sources] | None:
+        """Return whose value each weight has, in pieces of CHUNK; None if none has another's."""
+        if SOURCE not in self.planes:
+            return None
+        reader = sources.Reader(self.planes[SOURCE], ones(self.mask), numel)
+        return self._of_each(numel, lambda own: own, reader.take)
+
+    def _of_each(self, numel: int, first: Of, taken: Of) -> Iterator[NDArray[np.integer[Any]]]:
+        """Yield what `taken` returns for the places of the weights that take part, and `first` for the others'."""
         for start in range(0, numel, CHUNK):
-            kept = bits_at(self.mask, start, min(CHUNK, numel - start))
-            piece = np.zeros(len(kept), np.uint16)
-            piece[kept] = reader.take(int(kept.sum()))
+            own = np.arange(start, min(start + CHUNK, numel))
+            kept = bits_at(self.mask, start, len(own))
+            piece = first(own)
+            piece[kept] = taken(own[kept])
             yield piece
 
     def spread(self, kind: str, numel: int) -> Packed:
@@ -87,7 +105,7 @@ class Bits:
     def moved(self, order: NDArray[np.int64]) -> "Bits":
         """Return the bits with the weights in another order: place i gets what place order[i] has.
 
-        Generations belong to places, and are left out.
+        Coded planes belong to places, and are left out.
         """
         n = len(order)
         about = {"": self.mask} | {kind: self.spread(kind, n) for kind in self._of_bits}
@@ -98,7 +116,7 @@ class Bits:
     def wrong(self, name: str, kept: int) -> str:
         """Return what is wrong with the planes of a weight that keeps `kept`; empty if nothing is.
 
-        `generations.check` says what is wrong with coded ones, which must wait for the mask.
+        `check_coded` says what is wrong with coded ones, which must wait for the mask.
         """
         n = kept
         for kind in self._of_bits:
@@ -114,11 +132,21 @@ class Bits:
     @property
     def _of_bits(self) -> list[str]:
         """The planes that are bits, in order."""
-        return [kind for kind in self.planes if kind != GENERATION]
+        return [kind for kind in self.planes if kind not in CODED]
 
     def _before(self, kind: str) -> list[str]:
         """Return the coats between the mask and a plane."""
         return [] if kind == "sign" else [f"coat{i}" for i in range(2, int(kind.removeprefix("coat")))]
+
+
+def coded_bound(kind: str, kept: int, numel: int) -> range:
+    """Return the possible numbers of bytes of a coded plane, of a tensor that keeps `kept` of `numel` weights."""
+    return sources.bound(kept, numel) if kind == SOURCE else generations.bound(kept)
+
+
+def check_coded(kind: str, data: Packed, kept: int, numel: int) -> None:
+    """Raise ValueError unless a writer gives these bytes to a coded plane."""
+    sources.check(data, kept, numel) if kind == SOURCE else generations.check(data, kept)
 
 
 def _signed(values: Floats, positive: Bools) -> Floats:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..codecs import generations
 from ..errors import ArtifactError
 from .container import Container, Stored, open_file, read_header, stamp_of
 from .manifest import Manifest, read_manifest
 from .mask_bytes import decode_mask, expands, mask_sizes
-from .planes import GENERATION, Bits, Packed
+from .planes import CODED, Bits, Packed, check_coded, coded_bound
 from .rebuild import masks_digest, tensors_digest
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class Contents:
     Attributes:
         encoded: each mask's bytes as the file has them.
         stored: the tensors that no seed gives.
-        planes: of each masked weight, what changes the weights that take part. Checked, but for generations.
+        planes: of each masked weight, what changes the weights that take part. Checked, but for coded ones.
     """
 
     manifest: Manifest
@@ -59,18 +58,18 @@ class Contents:
             }
             if masks_digest(list(masks.values())) != self.manifest.masks_sha256:
                 raise ArtifactError("masks_sha256 does not match: a mask is damaged")
-            self._check_generations()
+            self._check_coded()
             self._decoded.update({name: Bits(mask, self.planes.get(name, {})) for name, mask in masks.items()})
         return self._decoded
 
-    def _check_generations(self) -> None:
+    def _check_coded(self) -> None:
         """Check the planes that may be as good as empty, and still say something of any number of weights."""
         for entry in self.manifest.masked:
-            if GENERATION in entry.planes:
+            for kind in (kind for kind in entry.planes if kind in CODED):
                 try:
-                    generations.check(self.planes[entry.name][GENERATION], entry.kept or 0)
+                    check_coded(kind, self.planes[entry.name][kind], entry.kept or 0, entry.numel)
                 except ValueError as error:
-                    raise ArtifactError(f"'{entry.name}.{GENERATION}' {error}") from error
+                    raise ArtifactError(f"'{entry.name}.{kind}' {error}") from error
 
     @property
     def bits(self) -> dict[str, Bits]:
@@ -157,11 +156,14 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
             plane = container.tensors.get(name)
             if plane is None:
                 raise ArtifactError(f"{entry.name!r} has no plane {kind!r}; expected the tensor {name!r}")
-            exact = kind in ("sign", "coat2")  # a later coat has a bit for each 1 of the one before
-            sizes = generations.bound(entry.kept or 0) if kind == GENERATION else range(size * exact, size + 1)
+            coded, exact = (
+                kind in CODED,
+                kind in ("sign", "coat2"),
+            )  # a later coat has a bit for each 1 of the one before
+            sizes = coded_bound(kind, entry.kept or 0, entry.numel) if coded else range(size * exact, size + 1)
             if plane.dtype != "U8" or len(plane.shape) != 1 or plane.shape[0] not in sizes:
                 found = f"{plane.dtype} {list(plane.shape)}"
-                expected = f"{sizes.start} to {sizes.stop - 1}" if kind == GENERATION else f"{size}"
+                expected = f"{sizes.start} to {sizes.stop - 1}" if coded else f"{size}"
                 raise ArtifactError(f"{name!r} is {found}; expected U8 [{expected}] for {entry.kept:,} kept weights")
 
 
