@@ -63,7 +63,7 @@ def saved(net: nn.Module, folder: Path) -> bytes:
 
 
 def test_ten_steps_are_those_of_the_paper() -> None:
-    """Gorbett and Whitley, 2023: edge-popup, where after every third step the lowest fifth gets the highest's values."""
+    """Gorbett and Whitley, 2023: edge-popup; after every third step the lowest fifth gets the highest's values."""
     torch.manual_seed(0)
     layer: Any = ps.convert(nn.Linear(30, 20, bias=False), 0.25, scheme="kaiming_normal", scaled=False, seed=3)
     optimizer = torch.optim.SGD([layer.weight_score], lr=0.05, momentum=0.9)
