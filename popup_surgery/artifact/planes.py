@@ -145,7 +145,7 @@ def coded_bound(kind: str, kept: int, numel: int) -> range:
 
 
 def check_coded(kind: str, data: Packed, kept: int, numel: int) -> None:
-    """Raise ValueError unless a writer gives these bytes to a coded plane."""
+    """Raise ValueError unless these can be the bytes of a coded plane."""
     sources.check(data, kept, numel) if kind == SOURCE else generations.check(data, kept)
 
 

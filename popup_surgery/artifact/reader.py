@@ -156,10 +156,8 @@ def _check_masks(manifest: Manifest, container: Container) -> None:
             plane = container.tensors.get(name)
             if plane is None:
                 raise ArtifactError(f"{entry.name!r} has no plane {kind!r}; expected the tensor {name!r}")
-            coded, exact = (
-                kind in CODED,
-                kind in ("sign", "coat2"),
-            )  # a later coat has a bit for each 1 of the one before
+            coded = kind in CODED
+            exact = kind in ("sign", "coat2")  # a later coat has a bit for each 1 of the one before
             sizes = coded_bound(kind, entry.kept or 0, entry.numel) if coded else range(size * exact, size + 1)
             if plane.dtype != "U8" or len(plane.shape) != 1 or plane.shape[0] not in sizes:
                 found = f"{plane.dtype} {list(plane.shape)}"

@@ -46,6 +46,23 @@ class Redraw(Rewrite):
         return count
 
 
+def generations_of_signs(slot: MaskedParam, values: Tensor) -> Tensor:
+    """Return the first generation in which each weight that is not 0 has the sign that it has in `values`: int16.
+
+    Args:
+        slot: of a signed constant that was not drawn again.
+        values: the weight, on the CPU.
+    """
+    wanted, first = values.reshape(-1).float().numpy(), np.concatenate([*slot.values(values)])
+    found = np.zeros(len(first), np.int16)
+    left = np.flatnonzero((wanted != 0) & (np.signbit(wanted) != np.signbit(first)))
+    while left.size:
+        found[left] += 1
+        drawn = values_at(left, found[left], slot.distribution, slot.std, slot.seed, slot.stream)
+        left = left[np.signbit(drawn) != np.signbit(wanted[left])]
+    return torch.from_numpy(found).view(values.shape)
+
+
 def redraw(model: nn.Module, step: int, *, every: int = 300, share: float = 0.1) -> int:
     """Draw weights that do not take part again, for a training loop of your own.
 
@@ -70,20 +87,3 @@ def redraw(model: nn.Module, step: int, *, every: int = 300, share: float = 0.1)
             change, or change with each sample, or it trains the weights; an argument has a bad value.
     """
     return Redraw(every, share).after_step(model, step)
-
-
-def generations_of_signs(slot: MaskedParam, values: Tensor) -> Tensor:
-    """Return the first generation in which each weight that is not 0 has the sign that it has in `values`: int16.
-
-    Args:
-        slot: of a signed constant that was not drawn again.
-        values: the weight, on the CPU.
-    """
-    wanted, first = values.reshape(-1).float().numpy(), np.concatenate([*slot.values(values)])
-    found = np.zeros(len(first), np.int16)
-    left = np.flatnonzero((wanted != 0) & (np.signbit(wanted) != np.signbit(first)))
-    while left.size:
-        found[left] += 1
-        drawn = values_at(left, found[left], slot.distribution, slot.std, slot.seed, slot.stream)
-        left = left[np.signbit(drawn) != np.signbit(wanted[left])]
-    return torch.from_numpy(found).view(values.shape)
