@@ -37,6 +37,7 @@ _HOMES = {
     "masking.layer": ("Tracer",),
     "masking.plan": ("Coverage", "Plan"),
     "masking.planning": ("plan",),
+    "masking.recycle": ("recycle",),
     "masking.redraw": ("redraw",),
     "models.architecture": ("Architecture",),
     "models.build": ("build",),
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
     from .masking.layer import Tracer
     from .masking.plan import Coverage, Plan
     from .masking.planning import plan
+    from .masking.recycle import recycle
     from .masking.redraw import redraw
     from .models.architecture import Architecture
     from .models.build import build

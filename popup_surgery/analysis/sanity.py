@@ -169,9 +169,9 @@ class _Parts:
         self.first = {name: weight.clone() for name, weight in self.weights.items()}
         self.bits = bits
         for entry in manifest.masked:
-            if (again := bits[entry.name].generations(entry.numel)) is not None:
+            if (found := bits[entry.name].origins(entry.numel)) is not None:
                 source = source_of(entry.distribution)
-                values = source.values(entry.numel, entry.std, manifest.seed, entry.stream, None, again)
+                values = source.values(entry.numel, entry.std, manifest.seed, entry.stream, None, found)
                 fill(self.first[entry.name], values)
 
     def put(self, change: str, value: float | None) -> None:

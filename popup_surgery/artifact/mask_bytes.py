@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..codecs import Codec, generations, get_codec
+from ..codecs import Codec, get_codec
 from ..codecs.base import Bytes, Shape
 from ..codecs.bitpack import bits_at, ones, pack
 from ..codecs.pattern_coded import obeys as obeys_pattern
@@ -16,7 +16,7 @@ from ..errors import ArtifactError
 from ..selection.pattern import Pattern
 from ..weights.fixed import FREE, KEPT
 from .manifest import TensorSpec
-from .planes import GENERATION, Packed, counts, of_bits
+from .planes import ORIGINS, Packed, check_origins, counts, of_bits, origin_sizes
 
 PLANE_CODEC = "range_coded"
 SAVING = 32  # bytes, about as many as a manifest takes to say that the planes of a weight are coded
@@ -30,8 +30,8 @@ def mask_sizes(entry: TensorSpec) -> range:
 def plane_sizes(entry: TensorSpec, kind: str) -> range:
     """Return the possible numbers of bytes of a plane."""
     kept = entry.kept or 0
-    if kind == GENERATION:
-        return generations.bound(kept)
+    if kind in ORIGINS:
+        return origin_sizes(kind, kept, entry.numel)
     if entry.plane_ones:
         bits, found = _coded_planes(entry)[kind]
         return get_codec(PLANE_CODEC).sizes((bits,), found)
@@ -79,11 +79,11 @@ def decode_planes(entry: TensorSpec, data: Mapping[str, Packed]) -> dict[str, Pa
         found[kind] = _decode(name, get_codec(PLANE_CODEC), data[kind], (bits,), count)
         if ones(found[kind]) != count:
             raise ArtifactError(f"{name!r} has {ones(found[kind])} ones; expected {count}, as plane_ones says")
-    if GENERATION in data:
+    for kind in (kind for kind in ORIGINS if kind in data):
         try:
-            generations.check(data[GENERATION], entry.kept or 0)
+            check_origins(kind, data[kind], entry.kept or 0, entry.numel)
         except ValueError as error:
-            raise ArtifactError(f"'{entry.name}.{GENERATION}' {error}") from error
+            raise ArtifactError(f"'{entry.name}.{kind}' {error}") from error
     return found
 
 

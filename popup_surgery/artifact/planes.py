@@ -1,24 +1,26 @@
-"""Planes: what changes the weights that take part, beside a mask (docs/artifact-format.md, sections 8 and 10)."""
+"""Planes: what changes the weights that take part, beside a mask (docs/artifact-format.md, sections 8, 10 and 14)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codecs import generations, sources
 from ..codecs.bitpack import bits_at, ones, pack, padding_is_zero
-from ..codecs.generations import Reader
-from ..weights.streams import CHUNK, Floats, Generations
+from ..weights.streams import CHUNK, Floats, Generations, Origin, Sources, origins
 
 Packed = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
+Of = Callable[[Sources], NDArray[np.integer[Any]]]  # from places in the flattened tensor
 
 
 COATS = 8
-GENERATION = "generation"  # how often each weight was drawn again: the one plane that is not bits …
-DRAWN_AGAIN = ("normal", "uniform")  # … and for what: constants that were drawn again have the plane `sign`
-PLANES = (GENERATION, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
+SOURCE, GENERATION = "source", "generation"  # whose values weights have, and how often these were drawn again
+ORIGINS = (SOURCE, GENERATION)  # they are no bits, and say which the values are that other planes change …
+OF_MANY = ("normal", "uniform")  # … of these distributions: other constants are other signs, and have the plane `sign`
+PLANES = (*ORIGINS, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
 
 
 def in_order(value: Any, kinds: list[str]) -> bool:
@@ -39,7 +41,7 @@ def are_ones(value: Any, planes: Iterable[str], kept: int) -> bool:
 
 def of_bits(planes: Iterable[str]) -> list[str]:
     """Return the planes that are bits, in order."""
-    return [kind for kind in planes if kind != GENERATION]
+    return [kind for kind in planes if kind not in ORIGINS]
 
 
 def counts(planes: Iterable[str], kept: int, plane_ones: Sequence[int]) -> dict[str, tuple[int, int]]:
@@ -58,7 +60,8 @@ class Bits:
     Attributes:
         mask: uint8 [ceil(n / 8)].
         planes: of each kind uint8, lowest bit first: a bit for each weight that takes part, and of the coats after
-            coat 2 for each weight of the coat before. `generation` has the bytes of `codecs.generations`.
+            coat 2 for each weight of the coat before. `source` and `generation` have the bytes of `codecs.sources` and
+            `codecs.generations`.
     """
 
     mask: Packed
@@ -69,7 +72,7 @@ class Bits:
 
         Args:
             values: pieces of float32, in row-major order, whose sizes are multiples of 8 but for the last. They are
-                those of the weight's `generations`.
+                those of the weight's `origins`.
         """
         start, places = 0, dict.fromkeys(of_bits(self.planes), 0)
 
@@ -92,20 +95,34 @@ class Bits:
             yield out
             start += len(piece)
 
-    def generations(self, numel: int) -> Iterator[Generations] | None:
-        """Return how often each weight was drawn again, in pieces of CHUNK: 0 for those that take no part.
+    def origins(self, numel: int) -> Iterator[Origin] | None:
+        """Return where the weights' values are from, as `streams.origins` does. Those that take no part are the first.
 
-        None if none was drawn again.
+        None if no plane says so of any.
         """
+        return origins(numel, self.generations(numel), self.sources(numel))
+
+    def generations(self, numel: int) -> Iterator[Generations] | None:
+        """Return how often each weight was drawn again, in pieces of CHUNK; None if none was."""
         if GENERATION not in self.planes:
             return None
-        return self._generations(Reader(self.planes[GENERATION], ones(self.mask)), numel)
+        reader = generations.Reader(self.planes[GENERATION], ones(self.mask))
+        return self._of_each(numel, lambda own: np.zeros(len(own), np.uint16), lambda own: reader.take(len(own)))
 
-    def _generations(self, reader: Reader, numel: int) -> Iterator[Generations]:
+    def sources(self, numel: int) -> Iterator[Sources] | None:
+        """Return whose value each weight has, in pieces of CHUNK; None if none has another's."""
+        if SOURCE not in self.planes:
+            return None
+        reader = sources.Reader(self.planes[SOURCE], ones(self.mask), numel)
+        return self._of_each(numel, lambda own: own, reader.take)
+
+    def _of_each(self, numel: int, first: Of, taken: Of) -> Iterator[NDArray[np.integer[Any]]]:
+        """Yield what `taken` returns for the places of the weights that take part, and `first` for the others'."""
         for start in range(0, numel, CHUNK):
-            kept = bits_at(self.mask, start, min(CHUNK, numel - start))
-            piece = np.zeros(len(kept), np.uint16)
-            piece[kept] = reader.take(int(kept.sum()))
+            own = np.arange(start, min(start + CHUNK, numel))
+            kept = bits_at(self.mask, start, len(own))
+            piece = first(own)
+            piece[kept] = taken(own[kept])
             yield piece
 
     def spread(self, kind: str, numel: int) -> Packed:
@@ -118,7 +135,7 @@ class Bits:
     def moved(self, order: NDArray[np.int64]) -> "Bits":
         """Return the bits with the weights in another order: place i gets what place order[i] has.
 
-        Generations belong to places, and are left out.
+        Sources and generations belong to places, and are left out.
         """
         n = len(order)
         kinds = of_bits(self.planes)
@@ -146,6 +163,16 @@ class Bits:
     def _before(self, kind: str) -> list[str]:
         """Return the coats between the mask and a plane."""
         return [] if kind == "sign" else [f"coat{i}" for i in range(2, int(kind.removeprefix("coat")))]
+
+
+def origin_sizes(kind: str, kept: int, numel: int) -> range:
+    """Return the possible numbers of bytes of a plane in `ORIGINS`, for a tensor that keeps `kept` of `numel`."""
+    return sources.bound(kept, numel) if kind == SOURCE else generations.bound(kept)
+
+
+def check_origins(kind: str, data: Packed, kept: int, numel: int) -> None:
+    """Raise ValueError unless these can be the bytes of a plane in `ORIGINS`."""
+    sources.check(data, kept, numel) if kind == SOURCE else generations.check(data, kept)
 
 
 def _signed(values: Floats, positive: Bools) -> Floats:

@@ -31,8 +31,8 @@ def effective_pieces(
     if entry.distribution == "signed_constant" and not bits.planes:
         yield from _signed_pieces(entry, seed, bits.mask)
         return
-    generations = bits.generations(entry.numel)
-    weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base, generations)
+    origins = bits.origins(entry.numel)
+    weights = source_of(entry.distribution).values(entry.numel, entry.std, seed, entry.stream, base, origins)
     if bits.planes:
         dtype = DTYPES[entry.dtype]
         if dtype.itemsize < 4:  # rounded before the product too, as in a network of that dtype

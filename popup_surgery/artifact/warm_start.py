@@ -14,14 +14,15 @@ from ..errors import ArtifactError
 from ..learners import Learner
 from ..masking.bake import bake, rebuilt
 from ..masking.ranking import parameter_of, score_of
-from ..masking.redraw import generations_of_signs, set_generations
-from ..masking.state import MaskedParam
+from ..masking.redraw import generations_of_signs
+from ..masking.rewrites import set_origins
+from ..masking.state import ORIGINS, MaskedParam
 from ..masking.walk import masked_weights, unwrap
 from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
 from .file import Artifact
 from .manifest import TensorSpec
-from .planes import GENERATION, Bits
+from .planes import ORIGINS, Bits
 from .reader import naming
 from .restore import fill_network
 
@@ -29,8 +30,8 @@ from .restore import fill_network
 def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module | str | Path | None = None) -> None:
     """Start a converted network with the subnetwork of a popup artifact: its mask, running statistics and the like.
 
-    Weights that were drawn again have their latest values, as far as the file has them: those that take part. The
-    scores keep the values that were drawn but change places, so that kept weights rank above all others.
+    Weights that were drawn again or copied have their latest values, as far as the file has them: those that take
+    part. The scores keep the values that were drawn but change places, so that kept weights rank above all others.
 
     Args:
         model: a network converted with the file's seed and scheme and, if scaled, its k.
@@ -57,8 +58,8 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             module, name, slot = weights[entry.name]
             mask, raw = masks[entry.name].to(entries[entry.name].device), parameter_of(module, name)
             learner, theirs = slot.ranking.learner, entries[entry.name]
-            of_draws = [kind for kind in entry.planes if kind == GENERATION or _is_drawn(kind, entry, learner)]
-            if (slot.generations is not None or of_draws) and slot.distribution == entry.distribution:
+            of_draws = [kind for kind in entry.planes if kind in ORIGINS or _is_drawn(kind, entry, learner)]
+            if (slot.origins or of_draws) and slot.distribution == entry.distribution:
                 slot, raw = redrawn[entry.name] = _redrawn(slot, raw, bits[entry.name], theirs if of_draws else None)
             mine = rebuilt(raw, slot, mask)
             planes = [kind for kind in entry.planes if kind not in of_draws]
@@ -85,7 +86,7 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             if key in entries and key not in weights:
                 tensor.copy_(entries[key])
         for key, (slot, raw) in redrawn.items():
-            set_generations(core, parameter_of(*weights[key][:2]), raw, slot.generations)
+            set_origins(core, parameter_of(*weights[key][:2]), raw, slot)
         _move_scores(weights, masks, nested, flipped)
 
 
@@ -126,19 +127,20 @@ def _is_drawn(kind: str, entry: TensorSpec, learner: Learner) -> bool:
 
 
 def _redrawn(slot: MaskedParam, raw: Tensor, bits: Bits, values: Tensor | None) -> tuple[MaskedParam, Tensor]:
-    """Return a masked weight's slot and raw values, drawn again as often as a file says.
+    """Return a masked weight's slot and raw values, drawn again and copied as a file says.
 
     Args:
-        values: what its weights are in the file, where it has a plane; None if none was drawn again.
+        values: what its weights are in the file, where it has a plane; None if no weight has another value.
     """
-    first = replace(slot, generations=None)
+    first = replace(slot, generations=None, sources=None)
     if values is None:
         return first, fill(torch.empty_like(raw), first.values(raw))
-    if (again := bits.generations(raw.numel())) is not None:
-        counts = torch.from_numpy(np.concatenate([*again]).astype(np.int16)).view(raw.shape)
-    else:
-        counts = generations_of_signs(first, values.cpu())
-    slot = replace(slot, generations=counts)
+    slot = replace(first)
+    for what, pieces in ("generations", bits.generations(raw.numel())), ("sources", bits.sources(raw.numel())):
+        if pieces is not None:
+            setattr(slot, what, torch.from_numpy(np.concatenate([*pieces])).to(ORIGINS[what]).view(raw.shape))
+    if not slot.origins:
+        slot.generations = generations_of_signs(first, values.cpu())
     return slot, fill(torch.empty_like(raw), slot.values(raw))
 
 

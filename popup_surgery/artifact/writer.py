@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from ..atomic import write_atomically
-from ..codecs import get_codec
+from ..codecs import generations, get_codec, sources
 from ..codecs.bitpack import ones, pack
-from ..codecs.generations import encode
 from ..errors import ArtifactError
 from ..learners import name_of
 from ..learners.sampling import as_saved
 from ..masking.bake import bake
 from ..masking.packed import refuse_packed
 from ..masking.planning import unconverted
-from ..masking.ranking import generation_name, parameter_of, score_name, score_of
+from ..masking.ranking import origin_name, parameter_of, score_name, score_of
 from ..masking.state import MaskedParam, slots_of, state_of
 from ..masking.unmasked import Generated
 from ..masking.walk import ranked_within, unwrap
@@ -34,7 +33,7 @@ from .base_record import base_record, tell_moved
 from .container import DTYPE_NAMES
 from .description import describe_network
 from .manifest import Constant, Manifest, TensorSpec
-from .planes import DRAWN_AGAIN, GENERATION, Bits, Packed
+from .planes import GENERATION, OF_MANY, SOURCE, Bits, Packed
 from .probe import take_probe
 from .reader import naming
 from .rebuild import effective_pieces, masks_digest, weights_digest
@@ -130,7 +129,8 @@ def _describe(
 def _entries(core: nn.Module) -> dict[str, Any]:
     """Return the `state_dict`, with the network's own masked weights and scores where a hook put copies of them.
 
-    What computes a score, such as the mask of `prune` or a parametrisation, is left out, and so are generations.
+    What computes a score, such as the mask of `prune` or a parametrisation, is left out; so is what says where weights
+    are from.
 
     Raises:
         ArtifactError: a masked weight is not in it, or is not what it is in the network.
@@ -153,7 +153,7 @@ def _entries(core: nn.Module) -> dict[str, Any]:
                         "method of the network's own changes it; save the network without that"
                     )
                 entries[key] = tensor
-            beside += [f"{prefix}{generation_name(name)}"] * (slot.generations is not None)
+            beside += [prefix + origin_name(name, what) for what in slot.origins]
     return {name: tensor for name, tensor in entries.items() if not name.startswith(tuple(beside))}
 
 
@@ -294,8 +294,7 @@ def _masked_entry(name: str, weight: Tensor, slot: MaskedParam) -> tuple[TensorS
             kind: pack(learner.plane(kind, weight.detach(), slot.ranking.score(slot.index), mask).cpu().numpy())
             for kind in learner.planes
         }
-    if slot.generations is not None and (again := slot.generations[mask.cpu()]).any():
-        planes = _drawn_again(slot.distribution, again, weight.detach()[mask]) | planes
+    planes = _of_origins(slot, mask, weight) | planes
     group = slot.ranking
     k = kept / weight.numel() if slot.k is None else float(slot.k)
     if group.kept_now is not None:  # another share than that of the conversion, for now
@@ -316,11 +315,22 @@ def _fixed(member: FixedTensor) -> Fixed | None:
     return found if found.free(member.numel) < member.numel else None
 
 
-def _drawn_again(distribution: str, generations: Tensor, values: Tensor) -> dict[str, Packed]:
-    """Return the plane of kept weights that were drawn again: of constants their signs, which learnt ones replace."""
-    if distribution in DRAWN_AGAIN:
-        return {GENERATION: encode(generations.numpy())}
-    return {"sign": pack(~values.signbit().cpu().numpy())}
+def _of_origins(slot: MaskedParam, mask: Tensor, weight: Tensor) -> dict[str, Packed]:
+    """Return the planes of kept weights that were drawn again or copied, if any was.
+
+    Those of constants are their signs, which learnt ones replace.
+    """
+    own = mask.cpu().reshape(-1).nonzero().view(-1)
+    of_each = {what: tensor.view(-1)[own].numpy() for what, tensor in slot.origins.items()}
+    drawn, found = of_each.get("generations"), of_each.get("sources")
+    planes: dict[str, Packed] = {}
+    if found is not None and (found != own.numpy()).any():
+        planes[SOURCE] = sources.encode(own.numpy(), found, weight.numel())
+    if drawn is not None and drawn.any():
+        planes[GENERATION] = generations.encode(drawn)
+    if planes and slot.distribution not in OF_MANY:
+        return {"sign": pack(~weight.detach()[mask].signbit().cpu().numpy())}
+    return planes
 
 
 def _generated_entry(name: str, tensor: Tensor, origin: Generated, seed: int) -> TensorSpec | None:

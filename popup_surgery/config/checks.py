@@ -1,7 +1,7 @@
 """Checks of single recipe keys. Each returns the value, or raises a ValueError that says what was expected."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +10,7 @@ from pydantic import AfterValidator, ValidationInfo
 from ..errors import ConversionError, PopupError, unknown
 from ..learners import Learner, get_learner
 from ..masking.k_schedule import KSchedule
-from ..masking.redraw import Redraw, learner_mistake, scheme_mistake
+from ..masking.rewrites import Rewrite, learner_mistake, scheme_mistake
 from ..masking.settings import (
     as_floor,
     called,
@@ -165,24 +165,28 @@ def beside_learner(name: str, value: Any, learner: str, options: Mapping[str, An
         raise ValueError(f"expected null; {without_fixed(learner)}")
 
 
-def redraws(value: Any, info: ValidationInfo) -> dict[str, Any] | None:
-    """Return a redraw with all of its keys, checked against the learner and the schemes."""
-    if value is None:
-        return None
-    wrong, found = [], None
-    try:
-        found = Redraw.of(value)
-    except ConversionError as error:
-        wrong.append(str(error))
-    learner, given = info.data.get("learner"), info.data.get("scheme", {})
-    if learner is not None and (why := learner_mistake(get_learner(learner, info.data.get("learner_options")))):
-        wrong.append(f"expected null; {learner} {why}")
-    for name in dict.fromkeys(given.values() if isinstance(given, dict) else [given]):
-        if why := scheme_mistake(name):
-            wrong.append(f"expected null; the scheme {name} {why}")
-    if found is None or wrong:
-        raise ValueError("; and ".join(wrong))
-    return asdict(found)
+def rewrites(kind: type[Rewrite]) -> Callable[[Any, ValidationInfo], dict[str, Any] | None]:
+    """Return a check of when weights get other values, which returns all of its keys."""
+
+    def check(value: Any, info: ValidationInfo) -> dict[str, Any] | None:
+        if value is None:
+            return None
+        wrong, found = [], None
+        try:
+            found = kind.of(value)
+        except ConversionError as error:
+            wrong.append(str(error))
+        learner, given = info.data.get("learner"), info.data.get("scheme", {})
+        if learner is not None and (why := learner_mistake(get_learner(learner, info.data.get("learner_options")))):
+            wrong.append(f"expected null; {learner} {why}")
+        for name in dict.fromkeys(given.values() if isinstance(given, dict) else [given]):
+            if why := scheme_mistake(name):
+                wrong.append(f"expected null; the scheme {name} {why}")
+        if found is None or wrong:
+            raise ValueError("; and ".join(wrong))
+        return asdict(found)
+
+    return check
 
 
 def ramp(value: Any) -> dict[str, Any] | None:

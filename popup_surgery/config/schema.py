@@ -21,6 +21,8 @@ from ..codecs import get_codec
 from ..errors import RecipeError
 from ..learners import get_learner
 from ..masking.k_schedule import KSchedule
+from ..masking.recycle import Recycle
+from ..masking.redraw import Redraw
 from ..masking.settings import (
     ALONE,
     DEFAULT,
@@ -44,7 +46,7 @@ from .checks import (
     neighbours,
     options,
     ramp,
-    redraws,
+    rewrites,
     schemes,
     shares,
     start_beside,
@@ -78,6 +80,9 @@ class Surgery(_Section):
             [methods](../methods.md).
         redraw: `{every: 300, share: 0.1}` draws weights that do not take part again: after every 300th step of the
             optimiser, each with the probability 0.1. Null for never. See [methods](../methods.md).
+        recycle: `{every: 300, share: 0.1}` copies weights: after every 300th step of the optimiser, those with the
+            highest scores of each layer onto those with the lowest, a tenth of it. Null for never. See
+            [methods](../methods.md#recycling-weights).
         pattern: as `2:4`, which keeps 2 of each 4 neighbours along the input channels of a layer, by |score|, and sets
             k. Null ranks whole layers.
         fixed: as `{dropped: 0.5, kept: 0.1}`, shares of each layer's weights that the seed fixes before training. One
@@ -119,7 +124,10 @@ class Surgery(_Section):
         Key(affects_speed=False),
     ] = None
     redraw: Annotated[
-        dict[str, Any] | None, PlainValidator(redraws), Field(examples=[{"every": 300, "share": 0.1}])
+        dict[str, Any] | None, PlainValidator(rewrites(Redraw)), Field(examples=[{"every": 300, "share": 0.1}])
+    ] = None
+    recycle: Annotated[
+        dict[str, Any] | None, PlainValidator(rewrites(Recycle)), Field(examples=[{"every": 300, "share": 0.1}])
     ] = None
     encoding: Annotated[str, known(get_codec), Key(affects_result=False, affects_speed=False)] = "bitpack"
 
@@ -139,7 +147,7 @@ class Surgery(_Section):
     @property
     def arguments(self) -> dict[str, Any]:
         """The arguments of `convert`."""
-        return self.model_dump(exclude={"encoding", "k_schedule", "redraw"})
+        return self.model_dump(exclude={"encoding", "k_schedule", "redraw", "recycle"})
 
     @field_validator("pattern")
     @classmethod

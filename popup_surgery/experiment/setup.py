@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,7 +19,9 @@ from ..hub import Address, is_address
 from ..learners import get_learner
 from ..masking.convert import convert
 from ..masking.k_schedule import KSchedule, check_schedule
+from ..masking.recycle import Recycle
 from ..masking.redraw import Redraw
+from ..masking.rewrites import Rewrite
 from ..models.architecture import input_size
 from ..models.build import build
 from ..models.libraries import architecture_of
@@ -71,7 +74,7 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
         return TicketTrainer(*parts, recipe.lottery_ticket), size
-    return Trainer(*parts, start_masks(recipe), schedule, redraw_of(recipe)), size
+    return Trainer(*parts, start_masks(recipe), schedule, rewrites(recipe)), size
 
 
 def k_schedule(recipe: Recipe) -> KSchedule | None:
@@ -80,10 +83,12 @@ def k_schedule(recipe: Recipe) -> KSchedule | None:
     return None if given is None else KSchedule.of(given)
 
 
-def redraw_of(recipe: Recipe) -> Redraw | None:
-    """Return when a recipe draws weights again; None for never."""
-    given = None if recipe.surgery == "none" else recipe.surgery.redraw
-    return None if given is None else Redraw.of(given)
+def rewrites(recipe: Recipe) -> list[Rewrite]:
+    """Return when a recipe gives weights other values. They are drawn again before they are copied."""
+    if recipe.surgery == "none":
+        return []
+    both: list[tuple[type[Rewrite], Any]] = [(Redraw, recipe.surgery.redraw), (Recycle, recipe.surgery.recycle)]
+    return [kind.of(given) for kind, given in both if given is not None]
 
 
 def first_file(recipe: Recipe) -> str | None:

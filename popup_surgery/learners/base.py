@@ -188,6 +188,14 @@ class Learner(ABC):
         """
         return kept
 
+    def importance(self, score: Tensor) -> Tensor:
+        """Return numbers in whose order weights come to take part: |score| unless the learner ranks them otherwise.
+
+        Args:
+            score: float32, of any shape. What it has frozen for good gets −infinity.
+        """
+        return score.abs()
+
     def scale(self, weight: Tensor, mask: Tensor) -> float:
         """Return the factor of a layer's kept weights in `effective`: 1 unless the learner sets `rescale`.
 

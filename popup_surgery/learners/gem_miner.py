@@ -89,6 +89,9 @@ class GemMiner(Learner):
             torch.where(mask, (half + 0.5).clamp(min=least), half) for half, mask in zip(halves, masks, strict=True)
         ]
 
+    def importance(self, score: Tensor) -> Tensor:
+        return score.masked_fill(score == FROZEN, -torch.inf)
+
     def penalty(self, score: Tensor) -> Tensor | None:
         return score.clamp(min=0).square().sum() * self.penalty_weight if self.penalty_weight else None
 

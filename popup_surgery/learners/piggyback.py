@@ -70,6 +70,9 @@ class Piggyback(Learner):
             found.append(torch.where(mask, (threshold + distance).clamp(min=least), threshold - distance))
         return found
 
+    def importance(self, score: Tensor) -> Tensor:
+        return score
+
     @property
     def _threshold(self) -> float:
         """The threshold as float32 has it: the same number, whether a backend compares in float32 or in float64."""

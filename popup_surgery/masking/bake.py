@@ -40,7 +40,7 @@ def bake(model: nn.Module) -> nn.Module:
                 (raw, baked_weight),
                 (score, nn.Parameter(torch.empty(0))),  # `unswap` removes it
                 (slot.ranking, RankGroup(slot.ranking.learner, 0)),  # otherwise its masks would be copied
-                (slot.generations, None),
+                *((tensor, None) for tensor in slot.origins.values()),
             ]
         baked = clone_with(core, replacements)
     for before, module in zip(core.modules(), baked.modules(), strict=True):

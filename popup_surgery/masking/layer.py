@@ -8,6 +8,7 @@ layer or outside. The raw weight stays in `_parameters`, frozen. The score is st
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from ..models.layer_types import layer_type_of
 from ..models.structure import PLAIN_TYPE
 from ..torch_compat import ModuleMethods, forget_weight_list, is_replica, renew_weight_list
 from .masked_weight import MaskedWeight
-from .ranking import STATE, generation_name, score_name
-from .state import MaskedParam, ModuleState, slots_of, upgrade
+from .ranking import STATE, origin_name, score_name
+from .state import ORIGINS, MaskedParam, ModuleState, slots_of, upgrade
 
 
 class Masked(ModuleMethods):
@@ -70,25 +71,26 @@ class Masked(ModuleMethods):
         return apply
 
     def _popup_save(self, saved: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Add how often weights were drawn again, which belongs to them, to a `state_dict`."""
+        """Add where weights are from, which belongs to them, to a `state_dict`."""
         slots = slots_of(self)  # type: ignore[arg-type]
         return saved | {
-            prefix + generation_name(name): slot.generations
+            prefix + origin_name(name, what): tensor
             for name, slot in slots.items()
-            if slot.generations is not None
+            for what, tensor in slot.origins.items()
         }
 
     @contextmanager
     def _popup_load(self, state_dict: dict[str, Any], prefix: str, missing: list[str]) -> Iterator[None]:
         """Let loading assign weights. A plain checkpoint without scores leaves the scores unchanged."""
         state = self.__dict__[STATE]
-        for name, slot in state.masked.items():
-            weight, again = state_dict.get(prefix + name), state_dict.get(prefix + generation_name(name))
-            if again is not None and again.shape == self._parameters[name].shape:  # type: ignore[attr-defined]
-                del state_dict[prefix + generation_name(name)]
-                slot.generations = again.to("cpu", torch.int16, copy=True).contiguous()
-            elif again is None and weight is not None:
-                slot.generations = None
+        for (name, slot), (what, dtype) in product(state.masked.items(), ORIGINS.items()):
+            key = prefix + origin_name(name, what)
+            weight, found = state_dict.get(prefix + name), state_dict.get(key)
+            if found is not None and found.shape == self._parameters[name].shape:  # type: ignore[attr-defined]
+                del state_dict[key]
+                setattr(slot, what, found.to("cpu", dtype, copy=True).contiguous())
+            elif found is None and weight is not None:
+                setattr(slot, what, None)
         state.loading = True
         try:
             yield

@@ -23,9 +23,9 @@ def score_name(name: str) -> str:
     return f"{name}_score"
 
 
-def generation_name(name: str) -> str:
-    """Return the `state_dict` name of how often the weights of `name` were drawn again."""
-    return f"{name}_generation"
+def origin_name(name: str, what: str) -> str:
+    """Return the `state_dict` name of what a `MaskedParam` says of the weights of `name`: one of `state.ORIGINS`."""
+    return f"{name}_{what.removesuffix('s')}"
 
 
 class _Held(NamedTuple):
@@ -180,6 +180,17 @@ class RankGroup:
             return select_pattern_op(score.detach(), [pattern.keep, pattern.of, pattern.channels, pattern.stride])
         with torch.inference_mode(False):
             return select_pattern(score, pattern)
+
+    def importance(self, index: int, score: Tensor) -> Tensor:
+        """Return numbers in whose order weights come to take part: float32, of the score's shape.
+
+        Those that never will have −infinity: what the seed has fixed as dropped, and what the learner has frozen.
+        """
+        found = self.learner.importance(score.detach())
+        if self.fixed is None:
+            return found
+        free = torch.ones_like(self.fixed.scores(index, score), dtype=torch.bool)
+        return found.masked_fill(~self.fixed.mask(index, free, score), -torch.inf)
 
     def score(self, index: int) -> Tensor:
         """Return the score of member `index` that `mask` ranks."""

@@ -16,12 +16,14 @@ from ..models.architecture import forget_base, gather
 from ..torch_compat import is_fx_tracing
 from ..weights.fill import pieces_of
 from ..weights.source import source_of
-from ..weights.streams import Floats
+from ..weights.streams import Floats, origins
 from .masked_weight import Watch, watched
 from .ranking import STATE as STATE
 from .ranking import RankGroup, parameter_of, score_name, score_of, under_transform
 from .settings import MaskingSettings
 from .unmasked import Generated, UnmaskedRule
+
+ORIGINS = {"generations": torch.int16, "sources": torch.int64}  # what says where a weight's values are from
 
 
 @dataclass
@@ -36,6 +38,8 @@ class MaskedParam:
         ranking, index: the group that it is ranked in, and its index in the group.
         generations: how often each weight was drawn again: int16 on the CPU, of the weight's shape; None if none was.
             All places of one weight share it.
+        sources: whose value each weight has, as an index of the flattened weight: int64 on the CPU, of the weight's
+            shape; None if none was copied. All places share it too.
     """
 
     stream: str
@@ -49,6 +53,7 @@ class MaskedParam:
     ranking: RankGroup
     index: int
     generations: Tensor | None = None
+    sources: Tensor | None = None
     _watches: set[Watch] = field(default_factory=set, repr=False, compare=False)  # of the tensors that were read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -58,15 +63,21 @@ class MaskedParam:
         self.__dict__.update(state | {"_watches": set()})
         self.__dict__.pop("_watch", None)  # of earlier versions
 
+    @property
+    def origins(self) -> dict[str, Tensor]:
+        """Where the values are from, by the names of `ORIGINS`; empty if all are the first of their places."""
+        return {what: tensor for what in ORIGINS if (tensor := getattr(self, what)) is not None}
+
     def values(self, held: Tensor, factor: float = 1.0) -> Iterator[Floats]:
         """Yield the weight's values as a file restores them, in pieces of float32, times `factor` if they are drawn.
 
         Args:
             held: the raw weight. Only its number of elements counts, unless it is pretrained.
         """
-        again = None if self.generations is None else (p.numpy() for p in pieces_of(self.generations))
+        of = {what: (piece.numpy() for piece in pieces_of(tensor)) for what, tensor in self.origins.items()}
+        found = origins(held.numel(), of.get("generations"), of.get("sources"))
         source = source_of(self.distribution)
-        return source.values(held.numel(), self.std * factor, self.seed, self.stream, held, again)
+        return source.values(held.numel(), self.std * factor, self.seed, self.stream, held, found)
 
     def mask(self, module: nn.Module, name: str) -> Tensor:
         """Return the mask of the scores that `module` holds: bool, of the weight's shape."""

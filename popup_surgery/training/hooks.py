@@ -1,6 +1,6 @@
-"""What the loop tells a network's learners: how far the training is, and that a step was made. It redraws weights."""
+"""What the loop tells a network's learners: how far the training is, and that a step was made. It rewrites weights."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..learners.base import Learner, TrainedWeight
 from ..masking.k_schedule import KSchedule, scheduled
 from ..masking.ranking import parameter_of, score_of
-from ..masking.redraw import Redraw, begin_redraws, redraw
+from ..masking.rewrites import Rewrite
 from ..masking.state import MaskedParam
 from ..masking.walk import masked_weights
 
@@ -22,15 +22,15 @@ class LearnerHooks:
         core: the network.
         seed: the run's seed, for `Learner.after_step`.
         schedule: the share of weights that is kept in each epoch; None for that of the conversion.
-        redraw: when weights are drawn again; None for never.
+        rewrites: when weights get other values, in the order in which it is done.
     """
 
     def __init__(
-        self, core: nn.Module, seed: int, schedule: KSchedule | None = None, redraw: Redraw | None = None
+        self, core: nn.Module, seed: int, schedule: KSchedule | None = None, rewrites: Sequence[Rewrite] = ()
     ) -> None:
-        self.core, self.seed, self.schedule, self.redraw = core, seed, schedule, redraw
-        if redraw is not None:
-            begin_redraws(core)
+        self.core, self.seed, self.schedule, self.rewrites = core, seed, schedule, rewrites
+        for rewrite in rewrites:
+            rewrite.begin(core)
         self.groups: dict[int, MaskedParam] = {}  # by the group's id, one of its weights
         self.weights: dict[int, tuple[Learner, list[TrainedWeight]]] = {}
         for _, module, name, slot in masked_weights(core):
@@ -74,8 +74,8 @@ class LearnerHooks:
         self.at(progress, epoch)
         for learner, weights in self.weights.values():
             learner.after_step(weights, self.seed, step)
-        if self.redraw is not None:
-            redraw(self.core, step, every=self.redraw.every, share=self.redraw.share)
+        for rewrite in self.rewrites:
+            rewrite.after_step(self.core, step)
 
     @torch.no_grad()
     def epoch_done(self, epoch: int, epochs: int) -> None:
@@ -90,11 +90,11 @@ class LearnerHooks:
         found = [penalty for penalty in each if penalty is not None]
         return torch.stack(found).sum() if found else None
 
-    def redrawn(self) -> set[int]:
+    def rewritten(self) -> set[int]:
         """Return the ids of the weights that change although they get no gradient."""
         return {
             id(one.weight)
             for learner, weights in self.weights.values()
-            if learner.redraws or self.redraw is not None
+            if learner.redraws or self.rewrites
             for one in weights
         }

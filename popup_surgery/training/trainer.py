@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -19,7 +19,7 @@ from ..learners import sampled
 from ..masking.bake import bake, masks
 from ..masking.density import density_penalty
 from ..masking.k_schedule import KSchedule
-from ..masking.redraw import Redraw
+from ..masking.rewrites import Rewrite
 from . import trainer_state
 from .agreement import Agreement
 from .checkpoint import Checkpoint, file_of
@@ -45,7 +45,7 @@ class Trainer:
     Args:
         weight_masks: bool masks of a plain network's parameters, by name. Weights outside them stay 0.
         k_schedule: the share of weights that a converted network's masks keep, by epoch.
-        redraw: when weights of a converted network that do not take part are drawn again.
+        rewrites: when weights of a converted network that do not take part get other values.
 
     Attributes:
         history: the epochs that have ended.
@@ -65,7 +65,7 @@ class Trainer:
         progress: Progress,
         weight_masks: Mapping[str, Tensor] = MappingProxyType({}),
         k_schedule: KSchedule | None = None,
-        redraw: Redraw | None = None,
+        rewrites: Sequence[Rewrite] = (),
     ) -> None:
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
@@ -81,7 +81,7 @@ class Trainer:
         self.batch = self.step = self.checkpoint_step = 0
         self.seconds = 0.0
         self.logged = [0.0, 0.0, 0.0]
-        self.hooks = LearnerHooks(model, training.seed, k_schedule, redraw)
+        self.hooks = LearnerHooks(model, training.seed, k_schedule, rewrites)
         of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
         self.hooks.at(0.0, 0)
         self.mask_history = MaskHistory(self.masks(), of_k)
@@ -136,9 +136,9 @@ class Trainer:
         return self.mask_history.layers()
 
     def learned(self) -> dict[str, Tensor]:
-        """Return what training changes: parameters that require a gradient, redrawn weights, persistent buffers."""
+        """Return what training changes: parameters that require a gradient, rewritten weights, persistent buffers."""
         frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
-        frozen -= self.hooks.redrawn()
+        frozen -= self.hooks.rewritten()
         entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import ArtifactError
 from . import BASE, PRETRAINED, get_scheme
 from .fill import deviation, fill, pieces_of
-from .streams import DISTRIBUTIONS, Floats, Generations, draw, draw_again
+from .streams import DISTRIBUTIONS, Floats, Origin, draw, draw_again
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class WeightSource(ABC):
         seed: int,
         stream: str,
         held: Tensor | None,
-        generations: Iterable[Generations] | None = None,
+        origins: Iterable[Origin] | None = None,
     ) -> Iterator[Floats]:
         """Yield the `numel` values in row-major order, in pieces of float32 [at most CHUNK].
 
         Args:
             std, seed, stream: what the values are drawn from, if they are drawn.
             held: otherwise, a float tensor of any shape that has the values already.
-            generations: how often each was drawn again, in pieces of CHUNK; None if none was.
+            origins: where each is from, as `streams.origins` yields it; None if all are the first of their places.
         """
 
     @abstractmethod
@@ -84,10 +84,10 @@ class Drawn(WeightSource):
         seed: int,
         stream: str,
         held: Tensor | None,
-        generations: Iterable[Generations] | None = None,
+        origins: Iterable[Origin] | None = None,
     ) -> Iterator[Floats]:
         first = draw(self.distribution, numel, std, seed, "weight", stream)
-        return first if generations is None else draw_again(first, generations, self.distribution, std, seed, stream)
+        return first if origins is None else draw_again(first, origins, self.distribution, std, seed, stream)
 
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:
         fill(tensor, self.values(tensor.numel(), std, seed, stream, None))
@@ -123,10 +123,10 @@ class Pretrained(WeightSource):
         seed: int,
         stream: str,
         held: Tensor | None,
-        generations: Iterable[Generations] | None = None,
+        origins: Iterable[Origin] | None = None,
     ) -> Iterator[Floats]:
         assert held is not None, "the values are somewhere"
-        assert generations is None, "no stream has others"
+        assert origins is None, "no stream has others"
         return (piece.float().numpy() for piece in pieces_of(held))
 
     def fill(self, tensor: Tensor, std: float, seed: int, stream: str) -> None:

@@ -25,6 +25,8 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 Words = NDArray[np.uint64]
 Generations = NDArray[np.integer[Any]]  # how often weights were drawn again
+Sources = NDArray[np.integer[Any]]  # places in the flattened tensor that weights have their values from
+Origin = tuple[Generations, Sources]
 Values = Callable[[Bytes, int], Floats]
 
 
@@ -77,47 +79,70 @@ def draw_scores(numel: int, fan_in: float, seed: int, name: str) -> Iterator[Flo
 MOST = 4095  # how often a weight is drawn again at most
 
 
+def origins(
+    numel: int, generations: Iterator[Generations] | None, sources: Iterator[Sources] | None
+) -> Iterator[Origin] | None:
+    """Return where each weight's value is from, in pieces of CHUNK: the stream's generation, and the place in it.
+
+    None if both are missing. If one is, the weights were never drawn again, or have the values of their own places.
+    """
+    return None if generations is None and sources is None else _origins(numel, generations, sources)
+
+
+def _origins(
+    numel: int, generations: Iterator[Generations] | None, sources: Iterator[Sources] | None
+) -> Iterator[Origin]:
+    for start in range(0, numel, CHUNK):
+        own = np.arange(start, min(start + CHUNK, numel))
+        yield (
+            np.zeros_like(own) if generations is None else next(generations),
+            own if sources is None else next(sources),
+        )
+
+
 def draw_again(
     pieces: Iterable[Floats],
-    generations: Iterable[Generations],
+    origins: Iterable[Origin],
     distribution: str,
     std: float,
     seed: int,
     name: str,
 ) -> Iterator[Floats]:
-    """Yield the weights of a tensor, where those that were drawn again have their latest values.
+    """Yield the weights of a tensor, where those that were drawn again or copied have their latest values.
 
     Args:
         pieces: the first values, as `draw` yields them. They are written to.
-        generations: how often each was drawn again, 0 … MOST, in pieces of the same sizes.
+        origins: the generation of each, 0 … MOST, and the place, in pieces of the same sizes.
         distribution, std, seed, name: as for `draw`.
     """
     start = 0
-    for piece, generation in zip(pieces, generations, strict=True):
-        again = np.flatnonzero(generation)
-        piece[again] = values_at(start + again, generation[again], distribution, std, seed, name)
+    for piece, (generation, source) in zip(pieces, origins, strict=True):
+        other = np.flatnonzero((generation != 0) | (source != np.arange(start, start + len(piece))))
+        piece[other] = values_at(source[other], generation[other], distribution, std, seed, name)
         yield piece
         start += len(piece)
 
 
 def values_at(
-    places: NDArray[np.int64],
+    places: Sources,
     generations: Generations,
     distribution: str,
     std: float,
     seed: int,
     name: str,
 ) -> Floats:
-    """Return single weights of later generations: float32 [n], of n places in the flattened tensor.
+    """Return single weights: float32 [n], of n places in the flattened tensor.
 
-    Generation g has a stream of its own, `<name>@<g>`, from which any value can be read without those before it.
+    Generation g > 0 has a stream of its own, `<name>@<g>`. Any value can be read without those before it.
     """
     bits, values = DISTRIBUTIONS[distribution]
     found = np.empty(len(places), np.float32)
     for start in range(0, len(places), CHUNK):
         at = places[start : start + CHUNK] * bits
         numbers, which = np.unique(generations[start : start + CHUNK], return_inverse=True)
-        keys = np.array([key_of(seed, "weight", f"{name}@{g}") for g in numbers], np.uint64).reshape(-1, 2)[which]
+        keys = np.array([key_of(seed, "weight", f"{name}@{g}" if g else name) for g in numbers], np.uint64).reshape(
+            -1, 2
+        )[which]
         four = philox((at // 256 + 1).astype(np.uint64), keys[:, 0], keys[:, 1])
         word = np.choose(at // 64 % 4, four) >> (at % 64).astype(np.uint64)
         raw = np.packbits(word & 1, bitorder="little") if bits == 1 else word.astype(f"<u{bits // 8 or 1}")

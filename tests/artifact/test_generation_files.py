@@ -81,7 +81,7 @@ AT_ONCE: dict[str, tuple[Callable[[File], object], str]] = {
     "no name": (top(requires=[]), r"requires is \[\]; expected \[.*'generation'\], as the encodings and planes say"),
     "another order": (
         both(masked(0, planes=["sign", "generation"]), tensor("first.weight.sign", "U8", [2], b"\0\0")),
-        r"masked\[0\]\.planes is \['sign', 'generation'\]; expected a list of some of generation, sign",
+        r"masked\[0\]\.planes is \['sign', 'generation'\]; expected a list of some of source, generation, sign",
     ),
     "on pretrained weights": (
         lambda file: file.manifest["masked"][0].update(distribution="base") or file.manifest["masked"][0].pop("std"),

@@ -74,13 +74,15 @@ def test_the_pages_reader_reads_signs(scheme: str, tmp_path: Path) -> None:
 SHARES = [0.25, 0.08, 0.03]
 KINDS: dict[str, dict[str, Any]] = {
     "sign": {"learner": "signed"}, "coats": {"learner_options": {"coats": SHARES}}, "generation": {},
+    "source": {},
 }  # fmt: skip
-PLANES_OF = {"sign": ("sign",), "coats": ("coat2", "coat3"), "generation": ("generation",)}
+PLANES_OF = {"sign": ("sign",), "coats": ("coat2", "coat3"), "generation": ("generation",), "source": ("source",)}
+CODED = ("generation", "source")  # what weights have that were drawn again, or copied
 
 
 def planes_of(kind: str, scheme: str) -> tuple[str, ...]:
-    """What a file has. A constant that was drawn again has another sign at most."""
-    return ("sign",) if kind == "generation" and "constant" in scheme else PLANES_OF[kind]
+    """What a file has. A constant that was drawn again or copied has another sign at most."""
+    return ("sign",) if kind in CODED and "constant" in scheme else PLANES_OF[kind]
 
 
 def sign(weight: Tensor, score: Tensor, k: float) -> Tensor:
@@ -99,11 +101,11 @@ def coats(weight: Tensor, score: Tensor, k: float) -> Tensor:
 
 
 def rescored(net: nn.Module, kind: str, seed: int = 6) -> nn.Module:
-    """The network with other scores, and with weights that were drawn again under those before, if the kind is that."""
+    """The network with other scores, and with weights that were drawn again or copied under those before."""
     generator = torch.Generator().manual_seed(seed)
-    for step in range(1, 4 if kind == "generation" else 2):
+    for step in range(1, 4 if kind in CODED else 2):
         if step > 1:
-            ps.redraw(net, step, every=1, share=0.3)
+            {"generation": ps.redraw, "source": ps.recycle}[kind](net, step, every=1, share=0.3)
         for name, parameter in net.named_parameters():
             if name.endswith("_score"):
                 parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
@@ -132,11 +134,11 @@ def converted(kind: str, scheme: str, seed: int = 6) -> nn.Module:
 def independent(net: nn.Module, kind: str) -> dict[str, Tensor]:
     """What a file must give, from the network's tensors alone."""
     entries = {name: value.detach() for name, value in net.state_dict().items()}
-    rule = {"sign": sign, "coats": coats, "generation": plain}[kind]
+    rule = {"sign": sign, "coats": coats, "generation": plain, "source": plain}[kind]
     return {
         name: rule(value, entries[f"{name}_score"], 0.25) if f"{name}_score" in entries else value
         for name, value in entries.items()
-        if not name.endswith(("_score", "_generation"))
+        if not name.endswith(("_score", "_generation", "_source"))
     }
 
 
@@ -198,6 +200,9 @@ def of_verify(case: Case) -> None:
     if case.planes == ("generation",):
         of_each = Reader(np.frombuffer(data, np.uint8), entry["kept"]).take(entry["kept"])
         other = encode(np.roll(of_each, 1)).tobytes()
+    elif case.planes == ("source",):  # the lowest bit of the first index, after how many there are
+        front = (entry["kept"].bit_length() + 7) // 8
+        other = data[:front] + bytes([data[front] ^ 1]) + data[front + 1 :]
     if case.coded:
         about = (entry["kept"],), entry["plane_ones"][0]
         bits = unpack_mask(CODECS["range_coded"].to_bits(np.frombuffer(data, np.uint8), *about), about[0])
@@ -294,7 +299,7 @@ def of_sanity(case: Case) -> None:
         mask, m = case.state[name] != 0, case.state[name].sign()
         raw[name] = torch.where(mask, raw[name], first[name])  # as far as the file says
         base = raw[name].abs()
-        if case.planes == ("generation",):
+        if case.planes[0] in CODED:
             m, base = mask.float(), raw[name]
         if case.kind == "coats":
             m, base = coats_of(case.net.state_dict()[f"{name}_score"], SHARES), raw[name]
@@ -332,7 +337,7 @@ def of_packed_onnx(case: Case) -> None:
     net = ps.build("popup_surgery/conv2", **{**CONV2, "width": 1.0})  # large enough to gain from it
     wide = case.folder / "wide.popup.safetensors"
     net = ps.convert(net, 0.25, scheme=case.scheme, **KINDS[case.kind])
-    ps.save(rescored(net, case.kind) if case.kind == "generation" else net, wide, probe=(1, 1, 8, 8))
+    ps.save(rescored(net, case.kind) if case.kind in CODED else net, wide, probe=(1, 1, 8, 8))
     done = ps.export(wide, case.folder / "net.onnx", packed=True)
     how = {layer.name: layer.how for layer in done.layers}
     ternary = "constant" in case.scheme and case.kind != "coats"
@@ -422,6 +427,8 @@ def of_inspect(case: Case) -> None:
     assert sizes.planes == sum(len(tensors[f"{entry.name}.{kind}"][2]) for entry in entries for kind in entry.planes)
     if case.planes == ("generation",):
         assert 0 < 8 * sizes.planes < 2 * sum(entry.kept or 0 for entry in entries)
+    elif case.planes == ("source",):
+        assert 0 < 8 * sizes.planes < 16 * sum(entry.kept or 0 for entry in entries)
     elif case.planes == ("sign",):
         bits = sum(-(-(entry.kept or 0) // 8) for entry in entries)
         assert sizes.planes < bits if case.coded else sizes.planes == bits
@@ -447,8 +454,8 @@ REFUSED: dict[tuple[str, ...], str] = {
     ),
     ("packed", "coats"): r"'features\.0\.weight' has the planes coat2, coat3, and its values are more than −c, 0 and c",
     **dict.fromkeys(
-        [(name, "generation", "kaiming_normal") for name in ("bank", "infer", "bank_of_coded_masks")],
-        r"'features\.0\.weight' has the plane 'generation', so its weights are not those of the base; a bank takes",
+        [(name, kind, "kaiming_normal") for name in ("bank", "infer", "bank_of_coded_masks") for kind in CODED],
+        r"'features\.0\.weight' has the plane '{kind}', so its weights are not those of the base; a bank takes",
     ),
     ("packed", "kaiming_normal"): "the values of 'features.0.weight' are normal, not one constant; packed=True takes",
 }
@@ -472,8 +479,8 @@ def test_inspect_says_where_the_bytes_go(cli: Callable[..., Outcome]) -> None:
 
 
 def test_all_kinds_are_tried() -> None:
-    assert {kind for kinds in PLANES_OF.values() for kind in kinds} == set(PLANES[:4])
-    assert ("generation", "sign", *(f"coat{i}" for i in range(2, 9))) == PLANES
+    assert {kind for kinds in PLANES_OF.values() for kind in kinds} == set(PLANES[:5])
+    assert ("source", "generation", "sign", *(f"coat{i}" for i in range(2, 9))) == PLANES
 
 
 @pytest.mark.parametrize(

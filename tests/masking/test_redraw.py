@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import popup_surgery as ps
 from popup_surgery import ConversionError
-from popup_surgery.masking.redraw import scheme_mistake
+from popup_surgery.masking.rewrites import scheme_mistake
 from popup_surgery.masking.state import slots_of
 from popup_surgery.weights import SCHEMES
 from popup_surgery.weights.streams import MOST, draw
@@ -321,13 +321,13 @@ def test_weights_that_no_generation_explains_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"learner": "random"}, r"the learner random never changes its masks, so that a weight drawn again would"),
+        ({"learner": "random"}, r"the learner random never changes its masks, so that another value would"),
         ({"learner": "dnw"}, r"the learner dnw trains the weights themselves"),
         ({"learner": "supermask", "k": None, "scaled": False}, r"the learner supermask samples the weights that take"),
         ({"scheme": "pretrained"}, r"'features\.0\.weight' cannot be drawn again: its scheme pretrained has no seed"),
         (
             {"scheme": {"*": "kaiming_normal", "classifier.1": "unsigned_kaiming_constant"}},
-            r"'classifier\.1\.weight' cannot be drawn again: its scheme unsigned_kaiming_constant gives each",
+            r"'classifier\.1\.weight' cannot be drawn again: its scheme unsigned_kaiming_constant gives all",
         ),
     ],
 )

@@ -36,7 +36,7 @@ def test_a_signature_shows_every_argument_with_its_default(verb: Callable[..., A
 
 
 def test_the_recipe_and_the_command_have_the_same_defaults() -> None:
-    others = {"encoding", "k_schedule", "redraw"}  # an argument of save, and two of the training loop
+    others = {"encoding", "k_schedule", "redraw", "recycle"}  # an argument of save, and three of the training loop
     assert Surgery.model_fields.keys() == DEFAULTS.keys() | others
     assert Surgery.model_fields["encoding"].default == inspect.signature(run).parameters["encoding"].default
     options = inspect.signature(run).parameters

@@ -178,6 +178,7 @@ OTHERS = (
     "pattern_coded.popup",
     "fixed.popup",
     "binary.popup",
+    "source.popup",
 )  # which need a base or a newer reader
 FILES = [path for path in sorted(GOLDEN.rglob("*.popup.safetensors")) if path.stem not in OTHERS]
 

@@ -124,11 +124,11 @@ def test_two_processes_draw_the_same(tmp_path: Path) -> None:
         ),
         (
             ["surgery.redraw={every: 3}", "surgery.scheme={'*': kaiming_normal, fc: unsigned_kaiming_constant}"],
-            "surgery.redraw is .*; expected null; the scheme unsigned_kaiming_constant gives each weight the same",
+            "surgery.redraw is .*; expected null; the scheme unsigned_kaiming_constant gives all weights the same",
         ),
         (
             ["surgery.redraw={every: 3}", "surgery.scheme=pretrained", "model.pretrained=true", "surgery.k=0.3"],
-            "surgery.redraw is .*; expected null; the scheme pretrained has no seed that others could be drawn from",
+            "surgery.redraw is .*; expected null; the scheme pretrained has no seed that other values could come from",
         ),
     ],
 )
