@@ -133,8 +133,8 @@ def renew_reducer(wrapper: nn.parallel.DistributedDataParallel) -> None:
 def fsdp_calls() -> bool:
     """Return whether `fully_shard` called the function that calls this one.
 
-    It exchanges a parameter for its shard and back by `setattr` on the module, and reads the shard by `getattr`. Nothing
-    public tells its parameters from those that a user assigns. Tried on torch 2.14.
+    It exchanges a parameter for its shard and back by `setattr` on the module, and reads the shard by `getattr`. There
+    is no public way to tell its parameters from those that a user assigns. Tried on torch 2.14.
     """
     module = sys._getframe(2).f_globals.get("__name__", "")
     return isinstance(module, str) and module.startswith(_FSDP)
@@ -144,8 +144,9 @@ _FSDP = "torch.distributed.fsdp._fully_shard."
 
 
 def of_fsdp(model: nn.Module) -> bool:
-    """Return whether `fully_shard` was called with `model` or a module in it. Tried on torch 2.14."""
-    return any("_is_fsdp_managed_module" in module.__dict__ for module in model.modules())
+    """Return whether `fully_shard` was called with `model` or a module in it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 @contextmanager
@@ -158,18 +159,16 @@ def without_fsdp(model: nn.Module) -> Iterator[None]:
     if not of_fsdp(model):
         yield
         return
-    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
     from torch.distributed.fsdp import FSDPModule
 
-    marks = REGISTRY_KEY, STATE_KEY, "_is_fsdp_managed_module", "_fsdp_use_orig_params"
     before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
     try:
         for module, cls, attributes in before:
             module.__class__ = next(one for one in cls.__mro__ if not issubclass(one, FSDPModule))
             for name, value in attributes.items():
-                if name in marks:
+                if name.startswith("_") and ("fsdp" in name or "composable" in name):
                     del module.__dict__[name]
-                elif name.endswith("_hooks") and isinstance(value, dict) and value:
+                elif name.endswith("_hooks") and isinstance(value, dict):
                     own = [(number, hook) for number, hook in value.items() if not _of_fsdp(hook)]
                     module.__dict__[name] = type(value)(own)
         yield

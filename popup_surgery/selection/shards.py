@@ -38,6 +38,21 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_shard(tensor) else tensor.detach()  # type: ignore[attr-defined]
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return what this process has of a tensor's values."""
+    return tensor.to_local() if is_shard(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that all processes have, spread over them as `like` is."""
+    if not is_shard(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    tensor = tensor.to(like.device)
+    return distribute_tensor(tensor, like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+
+
 @dataclass(frozen=True)
 class Cut:
     """What decides about all masks of a group, as two numbers that all processes know.
@@ -109,9 +124,7 @@ def find_cut(scores: Sequence[Tensor], kept: int) -> Cut | None:
     return Cut(threshold, last, starts[:-1])
 
 
-def _place(
-    values: list[Tensor], place: int, bits: int, group: ProcessGroup, like: Tensor
-) -> tuple[int, int, int]:
+def _place(values: list[Tensor], place: int, bits: int, group: ProcessGroup, like: Tensor) -> tuple[int, int, int]:
     """Return the value at a place of all processes' values in ascending order, its place among its equals, and theirs.
 
     Args:
