@@ -78,7 +78,7 @@ def check_learners(learners: Iterable[Learner], more: dict[str, bool]) -> None:
     if found := sorted({*found, *(what for what, there in more.items() if there)}):
         raise RunError(
             f"the run was started with FSDP, which does not work with {listed(found)}: between steps, no process has "
-            "all scores"
+            "all weights and scores"
         )
 
 
@@ -91,7 +91,7 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     from torch.distributed.fsdp import FSDPModule
 
     try:
-        model = fsdp2_prepare_model(accelerator, model.to(accelerator.device))
+        model = fsdp2_prepare_model(accelerator, model)
     except (ValueError, NotImplementedError) as error:
         raise RunError(f"FSDP does not take this network: {' '.join(str(error).split())}") from error
     if not any(isinstance(module, FSDPModule) for module in model.modules() if module is not model):

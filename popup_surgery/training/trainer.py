@@ -84,7 +84,7 @@ class Trainer:
         self.logged = [0.0, 0.0, 0.0]
         self.hooks = LearnerHooks(model, training.seed, k_schedule, redraw)
         if uses_shards(accelerator):
-            more = {"weights in masks": bool(weight_masks), "surgery.redraw": redraw is not None}
+            more = {"a network without masks": not self.hooks.weights, "surgery.redraw": redraw is not None}
             check_learners((learner for learner, _ in self.hooks.weights.values()), more)
         of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
         self.hooks.at(0.0, 0)

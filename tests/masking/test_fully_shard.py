@@ -32,7 +32,9 @@ def plain() -> nn.Sequential:
     """No dimension is a multiple of the number of processes."""
     torch.manual_seed(0)
     block = nn.Sequential(nn.Linear(7 * 36, 13), nn.ReLU(), nn.Linear(13, 11, bias=False))
-    return nn.Sequential(nn.Conv2d(1, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), block, nn.ReLU(), nn.Linear(11, 5))
+    return nn.Sequential(
+        nn.Conv2d(1, 7, 3), nn.BatchNorm2d(7), nn.ReLU(), nn.Flatten(), block, nn.ReLU(), nn.Linear(11, 5)
+    )
 
 
 def hidden(**options: Any) -> nn.Sequential:
@@ -161,7 +163,9 @@ def test_masked_weights_are_made_again_for_the_backward(process_group: None) -> 
     model = spread(hidden())
     seen = []
     layer = model[4][0]
-    layer.register_forward_hook(lambda *_: seen.append(next(iter(model[4][0].__dict__["_popup_state"].masked.values()))))
+    layer.register_forward_hook(
+        lambda *_: seen.append(next(iter(model[4][0].__dict__["_popup_state"].masked.values())))
+    )
     loss = model(torch.randn(4, 1, 8, 8)).sum()
     (slot,) = seen
     (watch,) = slot._watches
