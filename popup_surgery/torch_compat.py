@@ -168,7 +168,7 @@ def without_fsdp(model: nn.Module) -> Iterator[None]:
             for name, value in attributes.items():
                 if name.startswith("_") and ("fsdp" in name or "composable" in name):
                     del module.__dict__[name]
-                elif name.endswith("_hooks") and isinstance(value, dict):
+                elif name.endswith("hooks") and isinstance(value, dict):
                     own = [(number, hook) for number, hook in value.items() if not _of_fsdp(hook)]
                     module.__dict__[name] = type(value)(own)
         yield

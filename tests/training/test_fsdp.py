@@ -124,7 +124,8 @@ def refusals(file: Path) -> None:
 def test_what_does_not_work_is_one_sentence(fsdp: None, tmp_path: Path) -> None:
     launch(2, __file__, "refusals", tmp_path / "said.json")
     for said, (_, _, expected) in zip(json.loads((tmp_path / "said.json").read_text()), REFUSED, strict=True):
-        assert re.search(expected, said) and "\n" not in said
+        assert re.search(expected, said), said
+        assert "\n" not in said
 
 
 if __name__ == "__main__":  # one of the processes
