@@ -165,11 +165,11 @@ class RankGroup:
             scores[index] = score
         if any(map(is_shard, scores)):
             return self._over_shards(index, scores, None if held is None else held.cut)
-        self._cut = None
         if self.pattern is not None:
             return self._among_neighbours(scores[index], compiling)
         if compiling or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **more)[index]
+        self._cut = None
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
         selection = self._selection  # which other threads may replace meanwhile
         if selection is None or not selection.holds(scores, index if checked else None):

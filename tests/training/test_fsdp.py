@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from popup_surgery import PopupError, Recipe, Stopped, train
+from popup_surgery import PopupError, Recipe, train
 from popup_surgery.data.batches import quiet
+from popup_surgery.errors import Stopped
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.selection.shards import is_shard, whole
 from popup_surgery.training.distributed import leave, start
