@@ -164,7 +164,8 @@ def without_fsdp(model: nn.Module) -> Iterator[None]:
     before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
     try:
         for module, cls, attributes in before:
-            module.__class__ = next(one for one in cls.__mro__ if not issubclass(one, FSDPModule))
+            own_class: type[Any] = next(one for one in cls.__mro__ if not issubclass(one, FSDPModule))
+            module.__class__ = own_class
             for name, value in attributes.items():
                 if name.startswith("_") and ("fsdp" in name or "composable" in name):
                     del module.__dict__[name]
@@ -190,7 +191,7 @@ def storage_of(reference: StorageWeakRef) -> torch.UntypedStorage | None:
 
     torch has a public name neither for weak references to storages nor for this.
     """
-    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # type: ignore[attr-defined]
+    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
 
 
 class ModuleMethods:

@@ -192,8 +192,9 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
-        if is_shard(self._parameters.get(name)) and fsdp_calls():
-            return self._parameters[name]
+        raw = self._parameters.get(name)  # None in a replica of DataParallel's
+        if raw is not None and is_shard(raw) and fsdp_calls():
+            return raw
         try:
             return self.__dict__[STATE].masked[name].read(self, name)
         except AttributeError as error:  # nn.Module would give the raw weight in its place

@@ -24,7 +24,8 @@ Found = tuple[tuple[Tensor, ...], int, int]  # what a backend finds: masks, thre
 def bits_of(score: Tensor) -> Bits:
     """Return the bit patterns of a score's elements in row-major order. A contiguous score is not copied."""
     # `numpy()` would forbid that the memory is freed, as `fully_shard` frees that of whole parameters
-    return np.from_dlpack(score.detach().contiguous().view(-1).view(torch.int32))
+    array: Bits = np.from_dlpack(score.detach().contiguous().view(-1).view(torch.int32))  # type: ignore[assignment]
+    return array
 
 
 def in_pieces(array: NDArray) -> list[NDArray]:

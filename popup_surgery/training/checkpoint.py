@@ -101,9 +101,9 @@ def pack(tree: Any, prefix: str, tensors: dict[str, Tensor] | None) -> Any:
         RunError: a value is of another type.
     """
     if isinstance(tree, Tensor):
-        values = whole(tree)
+        tensor = whole(tree)
         if tensors is not None:
-            tensors[prefix] = values.cpu().contiguous()
+            tensors[prefix] = tensor.cpu().contiguous()
         return {"tensor": prefix}
     if isinstance(tree, torch.dtype):
         return {"dtype": str(tree).removeprefix("torch.")}
