@@ -60,7 +60,6 @@ def same_masks(one: nn.Module, other: nn.Module) -> bool:
 
 def compare(name: str, folder: Path) -> None:
     """Each of the processes trains a spread network on its images, and another one by itself on all of them."""
-    dist.init_process_group("gloo")
     rank, processes = dist.get_rank(), dist.get_world_size()
     alone, model = hidden(**OPTIONS[name]).eval(), spread(hidden(**OPTIONS[name]).eval())
     assert same_masks(alone, model)
@@ -84,24 +83,10 @@ def compare(name: str, folder: Path) -> None:
     assert equal_states(load(file, plain()), bake(alone))
     save(alone, folder / f"{rank}.alone")
     assert file.read_bytes() == (folder / f"{rank}.alone").read_bytes()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", OPTIONS)
-def test_two_processes_train_as_one(name: str, tmp_path: Path) -> None:
-    launch(2, __file__, "compare", name, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["layer", "global"])
-def test_three_processes_train_as_one(name: str, tmp_path: Path) -> None:
-    launch(3, __file__, "compare", name, tmp_path)
 
 
 def rank_many() -> None:
     """Many groups of scores, with ties across shards, against a stable sort."""
-    dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
@@ -120,13 +105,12 @@ def rank_many() -> None:
             assert torch.equal(cut.mask(i, values[i]), expected), (seed, i)
     by_columns = distribute_tensor(torch.randn(3, 2 * mesh.size()), mesh, [Shard(1)])
     assert find_cut([by_columns], 3) is None
-    dist.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_the_ranking_over_shards_is_exact(processes: int) -> None:
-    launch(processes, __file__, "rank_many")
+@pytest.mark.parametrize(("processes", "names"), [(2, list(OPTIONS)), (3, ["layer", "global"])])
+def test_several_processes_rank_and_train_as_one(processes: int, names: list[str], tmp_path: Path) -> None:
+    launch(processes, __file__, tmp_path, *names)
 
 
 # in one process --------------------------------------------------------------------------------------------------
@@ -182,7 +166,9 @@ def test_scores_of_another_precision_are_refused(process_group: None) -> None:
 
 
 if __name__ == "__main__":  # one of the processes
-    if sys.argv[1] == "compare":
-        compare(sys.argv[2], Path(sys.argv[3]))
-    else:
-        rank_many()
+    dist.init_process_group("gloo")
+    rank_many()
+    for each in sys.argv[2:]:
+        print(each, file=sys.stderr)  # where a failure shows it
+        compare(each, Path(sys.argv[1]))
+    dist.destroy_process_group()
