@@ -65,6 +65,8 @@ class OptimizerStep:
         if self.training.channels_last:
             model = cast(Any, model).to(memory_format=torch.channels_last)  # torch 2.11 has no type for this argument
         if uses_shards(self.accelerator):
+            self.parameters.clear()  # so that none of them stays whole in memory
+            optimizer.param_groups.clear()
             shard(model, self.accelerator)
             spread = [parameter for parameter in model.parameters() if parameter.requires_grad]
             return model, self.accelerator.prepare_optimizer(optimizer_of(spread, self.training))
