@@ -5,12 +5,14 @@ package uses a private name of torch, with one exception: `_parameters`, `_buffe
 every `nn.Module`, are read in many places.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """What every batch norm is an instance of, apex's too, which derives from no public class.
@@ -126,6 +128,70 @@ def renew_reducer(wrapper: nn.parallel.DistributedDataParallel) -> None:
     wrapper._remove_autograd_hooks()
     wrapper.__setstate__(wrapper.__dict__ | {"process_group": group, "reducer": None, "logger": None})
     wrapper.process_group = group
+
+
+def fsdp_calls() -> bool:
+    """Return whether `fully_shard` called the function that calls this one.
+
+    It exchanges a parameter for its shard and back by `setattr` on the module, and reads the shard by `getattr`. There
+    is no public way to tell its parameters from those that a user assigns. Tried on torch 2.14.
+    """
+    module = sys._getframe(2).f_globals.get("__name__", "")
+    return isinstance(module, str) and module.startswith(_FSDP)
+
+
+_FSDP = "torch.distributed.fsdp._fully_shard."
+
+
+def of_fsdp(model: nn.Module) -> bool:
+    """Return whether `fully_shard` was called with `model` or a module in it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def without_fsdp(model: nn.Module) -> Iterator[None]:
+    """Context manager: the modules of `model` have their own classes and hooks, without what `fully_shard` added.
+
+    So they can be copied, which `fully_shard` refuses. Their parameters stay in shards. Does nothing to other networks.
+    Tried on torch 2.14.
+    """
+    if not of_fsdp(model):
+        yield
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    before = [(module, type(module), module.__dict__.copy()) for module in model.modules()]
+    try:
+        for module, cls, attributes in before:
+            own_class: type[Any] = next(one for one in cls.__mro__ if not issubclass(one, FSDPModule))
+            module.__class__ = own_class
+            for name, value in attributes.items():
+                if name.startswith("_") and ("fsdp" in name or "composable" in name):
+                    del module.__dict__[name]
+                elif name.endswith("hooks") and isinstance(value, dict):
+                    own = [(number, hook) for number, hook in value.items() if not _of_fsdp(hook)]
+                    module.__dict__[name] = type(value)(own)
+        yield
+    finally:
+        for module, cls, attributes in before:
+            module.__class__ = cls
+            module.__dict__.update(attributes)
+
+
+def _of_fsdp(hook: Any) -> bool:
+    """Return whether `fully_shard` made a hook: a function, a method or a partial one."""
+    hook = getattr(hook, "hook", hook)  # torch's wrapper of some hooks
+    hook = getattr(hook, "func", hook)
+    return str(getattr(hook, "__module__", "")).startswith(_FSDP)
+
+
+def storage_of(reference: StorageWeakRef) -> torch.UntypedStorage | None:
+    """Return the storage of a weak reference; None if it is gone. Tried on torch 2.14.
+
+    torch has a public name neither for weak references to storages nor for this.
+    """
+    return torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
 
 
 class ModuleMethods:

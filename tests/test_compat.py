@@ -1,6 +1,7 @@
 """Private names of other libraries: each is there and does what it did, and none is used outside `*_compat.py`."""
 
 import ast
+import copy
 import inspect
 import json
 import logging
@@ -25,6 +26,8 @@ import torch.distributed as dist
 import torchvision
 import typer
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -44,14 +47,18 @@ from popup_surgery.torch_compat import (
     RecurrentWeights,
     compiled_module,
     forget_weight_list,
+    fsdp_calls,
     is_func_wrapper,
     is_fx_tracing,
     is_replica,
+    of_fsdp,
     remove_forward_hooks,
     renew_reducer,
     renew_weight_list,
+    storage_of,
     unsaved_buffers,
     version_of,
+    without_fsdp,
 )
 from popup_surgery.typer_compat import UsageError
 from support import write_images
@@ -65,6 +72,7 @@ SHIMS = sorted(PACKAGE.glob("*_compat.py"))
 # each private name that is used, where it is found
 NAMES = (
     "accelerate.state.AcceleratorState._reset_state",
+    "torch.UntypedStorage._new_with_weak_ptr",
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch.compile(torch.nn.Linear(1, 1))._orig_mod",
     "torch.empty(0)._version",
@@ -322,6 +330,46 @@ def test_renew_reducer(process_group: None) -> None:
         wrapper(torch.ones(1, 2)).sum().backward()
     assert exchanged == {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert wrapper.process_group is group
+
+
+def test_what_fully_shard_assigns_and_leaves(process_group: None) -> None:
+    seen = []
+
+    class Layer(nn.Linear):
+        def __setattr__(self, name: str, value: Any) -> None:
+            seen.append((name, fsdp_calls()))
+            super().__setattr__(name, value)
+
+    layer = Layer(2, 3)
+    assert not of_fsdp(layer)
+    assert not any(by_fsdp for _, by_fsdp in seen)
+    fully_shard(layer)
+    assert ("weight", True) in seen
+    assert of_fsdp(layer)
+    replaced = {id(parameter): nn.Parameter(torch.zeros(1)) for parameter in layer.parameters()}
+    before = layer.__dict__.copy()
+    with pytest.raises(AssertionError):
+        copy.deepcopy(layer, replaced.copy())
+    with without_fsdp(layer):
+        twin = copy.deepcopy(layer, replaced)
+    assert layer.__dict__ == before
+    assert of_fsdp(layer)
+    assert type(twin) is Layer
+    empty = nn.Linear(2, 3).__dict__
+    assert {name: value for name, value in vars(twin).items() if name.endswith("hooks")} == {
+        name: value for name, value in empty.items() if name.endswith("hooks")
+    }
+    assert vars(twin).keys() == empty.keys()
+
+
+def test_storage_of() -> None:
+    tensor = torch.ones(3)
+    reference = StorageWeakRef(tensor.untyped_storage())
+    storage = storage_of(reference)
+    assert storage is not None
+    assert storage.data_ptr() == tensor.data_ptr()
+    del tensor, storage
+    assert storage_of(reference) is None
 
 
 def test_broadcast_buffers_warning(process_group: None) -> None:

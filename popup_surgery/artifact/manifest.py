@@ -17,7 +17,7 @@ from ..weights.fixed import Fixed
 from ..weights.source import distributions, source_of
 from ..weights.streams import DISTRIBUTIONS, SIGNS
 from .container import DTYPES, element_count
-from .planes import OF_MANY, ORIGINS, PLANES, are_ones, in_order
+from .planes import OF_MANY, ORIGIN_KINDS, PLANES, are_ones, in_order
 from .strict_json import canonical, parse
 
 FORMAT = "popup-surgery"
@@ -381,7 +381,7 @@ def _standard_deviation(value: Any) -> bool:
 
 def _planes(entry: dict[str, Any], where: str, distribution: str) -> dict[str, Any]:
     """Check the kinds of planes of a masked tensor, and how many ones each has if they are coded."""
-    kinds = [kind for kind in PLANES if distribution in OF_MANY or kind not in ORIGINS]
+    kinds = [kind for kind in PLANES if distribution in OF_MANY or kind not in ORIGIN_KINDS]
     of_bits = f"a list of how many ones each plane of bits has, for {entry['kept']} weights"
     checks: dict[str, tuple[str, Callable[[Any], Any]]] = {
         "planes": (f"a list of some of {', '.join(kinds)}, without gaps between coats", lambda v: in_order(v, kinds)),

@@ -16,7 +16,7 @@ from ..errors import ArtifactError
 from ..selection.pattern import Pattern
 from ..weights.fixed import FREE, KEPT
 from .manifest import TensorSpec
-from .planes import ORIGINS, Packed, check_origins, counts, of_bits, origin_sizes
+from .planes import ORIGIN_KINDS, Packed, check_origins, counts, of_bits, origin_sizes
 
 PLANE_CODEC = "range_coded"
 SAVING = 32  # bytes, about as many as a manifest takes to say that the planes of a weight are coded
@@ -30,7 +30,7 @@ def mask_sizes(entry: TensorSpec) -> range:
 def plane_sizes(entry: TensorSpec, kind: str) -> range:
     """Return the possible numbers of bytes of a plane."""
     kept = entry.kept or 0
-    if kind in ORIGINS:
+    if kind in ORIGIN_KINDS:
         return origin_sizes(kind, kept, entry.numel)
     if entry.plane_ones:
         bits, found = _coded_planes(entry)[kind]
@@ -79,7 +79,7 @@ def decode_planes(entry: TensorSpec, data: Mapping[str, Packed]) -> dict[str, Pa
         found[kind] = _decode(name, get_codec(PLANE_CODEC), data[kind], (bits,), count)
         if ones(found[kind]) != count:
             raise ArtifactError(f"{name!r} has {ones(found[kind])} ones; expected {count}, as plane_ones says")
-    for kind in (kind for kind in ORIGINS if kind in data):
+    for kind in (kind for kind in ORIGIN_KINDS if kind in data):
         try:
             check_origins(kind, data[kind], entry.kept or 0, entry.numel)
         except ValueError as error:

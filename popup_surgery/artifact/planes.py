@@ -18,9 +18,9 @@ Of = Callable[[Sources], NDArray[np.integer[Any]]]  # from places in the flatten
 
 COATS = 8
 SOURCE, GENERATION = "source", "generation"  # whose values weights have, and how often these were drawn again
-ORIGINS = (SOURCE, GENERATION)  # they are no bits, and say which the values are that other planes change …
+ORIGIN_KINDS = (SOURCE, GENERATION)  # they are no bits, and say which the values are that other planes change …
 OF_MANY = ("normal", "uniform")  # … of these distributions: other constants are other signs, and have the plane `sign`
-PLANES = (*ORIGINS, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
+PLANES = (*ORIGIN_KINDS, "sign", *(f"coat{i}" for i in range(2, COATS + 1)))
 
 
 def in_order(value: Any, kinds: list[str]) -> bool:
@@ -41,7 +41,7 @@ def are_ones(value: Any, planes: Iterable[str], kept: int) -> bool:
 
 def of_bits(planes: Iterable[str]) -> list[str]:
     """Return the planes that are bits, in order."""
-    return [kind for kind in planes if kind not in ORIGINS]
+    return [kind for kind in planes if kind not in ORIGIN_KINDS]
 
 
 def counts(planes: Iterable[str], kept: int, plane_ones: Sequence[int]) -> dict[str, tuple[int, int]]:
@@ -166,12 +166,12 @@ class Bits:
 
 
 def origin_sizes(kind: str, kept: int, numel: int) -> range:
-    """Return the possible numbers of bytes of a plane in `ORIGINS`, for a tensor that keeps `kept` of `numel`."""
+    """Return the possible numbers of bytes of a plane in `ORIGIN_KINDS`, for a tensor that keeps `kept` of `numel`."""
     return sources.bound(kept, numel) if kind == SOURCE else generations.bound(kept)
 
 
 def check_origins(kind: str, data: Packed, kept: int, numel: int) -> None:
-    """Raise ValueError unless these can be the bytes of a plane in `ORIGINS`."""
+    """Raise ValueError unless these can be the bytes of a plane in `ORIGIN_KINDS`."""
     sources.check(data, kept, numel) if kind == SOURCE else generations.check(data, kept)
 
 

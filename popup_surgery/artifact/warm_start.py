@@ -22,7 +22,7 @@ from ..weights.fill import fill, pieces_of
 from ..weights.source import source_of
 from .file import Artifact
 from .manifest import TensorSpec
-from .planes import ORIGINS, Bits
+from .planes import ORIGIN_KINDS, Bits
 from .reader import naming
 from .restore import fill_network
 
@@ -58,7 +58,7 @@ def start_from(model: nn.Module, path: str | Path | Artifact, *, base: nn.Module
             module, name, slot = weights[entry.name]
             mask, raw = masks[entry.name].to(entries[entry.name].device), parameter_of(module, name)
             learner, theirs = slot.ranking.learner, entries[entry.name]
-            of_draws = [kind for kind in entry.planes if kind in ORIGINS or _is_drawn(kind, entry, learner)]
+            of_draws = [kind for kind in entry.planes if kind in ORIGIN_KINDS or _is_drawn(kind, entry, learner)]
             if (slot.origins or of_draws) and slot.distribution == entry.distribution:
                 slot, raw = redrawn[entry.name] = _redrawn(slot, raw, bits[entry.name], theirs if of_draws else None)
             mine = rebuilt(raw, slot, mask)

@@ -16,7 +16,7 @@ from ..codecs.bitpack import ones, pack
 from ..errors import ArtifactError
 from ..learners import name_of
 from ..learners.sampling import as_saved
-from ..masking.bake import bake
+from ..masking.bake import bake, in_one_piece
 from ..masking.packed import refuse_packed
 from ..masking.planning import unconverted
 from ..masking.ranking import origin_name, parameter_of, score_name, score_of
@@ -59,6 +59,7 @@ def save(
 
     Args:
         model: a network that `convert` returned, before or after training. It may be wrapped by DDP or `torch.compile`.
+            If `fully_shard` has spread it over processes, all of them must call this, each with a path of its own.
         path: the file to write. An existing file is replaced atomically.
         provenance: JSON values to record: recipe, accuracies, versions. Numbers that are not finite become null. If
             the learner samples, the key `mask` says which network the file holds.
@@ -78,7 +79,7 @@ def save(
         UnknownName: there is no such codec.
         PopupError: the file cannot be written. An existing file is unchanged.
     """
-    core = unwrap(model)
+    core = in_one_piece(unwrap(model))
     refuse_packed(core, "be saved, as the file has it", ArtifactError)
     get_codec(encoding)
     with as_saved(), ranked_within(core):

@@ -16,7 +16,7 @@ from ..config.overrides import override
 from ..data.batches import Progress, quiet
 from ..data.folders import recognised
 from ..data.seeding import ambient_seed
-from ..masking.bake import bake
+from ..masking.bake import bake, in_one_piece
 from ..signals import asked_to_stop
 from ..training.distributed import numerics, resume_threads, start, warn_of_other_threads
 from ..training.metrics import Epoch, Steps
@@ -135,7 +135,8 @@ def _train_in(
 
         calls = (record, record_steps) if main else (_nothing, _nothing)
         history = trainer.run(calls[0], run.write_checkpoint, stop, calls[1])
-        model = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).cpu()
+        trained = accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+        model = trainer.core = in_one_piece(trained).cpu()  # from here on, each process is by itself
         weights, kept = mask_counts(model, trainer.masks())
         accuracy = history[-1].accuracy
         if main:

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from ..errors import ConversionError
 from ..learners.base import masked
 from ..learners.sampling import as_saved
+from ..selection.shards import is_shard, whole
+from ..torch_compat import of_fsdp, without_fsdp
 from ..weights.fill import equals, fill
 from .layer import is_masked, unswap
 from .packed import refuse_packed
@@ -21,7 +23,8 @@ def bake(model: nn.Module) -> nn.Module:
     """Return a plain copy of a converted network: original classes and `state_dict` keys, effective weights.
 
     All floating-point parameters of the copy are trainable. It shares no memory with `model`, which does not change. If
-    the learner samples, the copy is the network that a file would store; inside `sampled` it is that sample.
+    the learner samples, the copy is the network that a file would store; inside `sampled` it is that sample. Where
+    `fully_shard` has spread `model` over processes, all of them must call this, and each gets a whole copy.
     """
     core = unwrap(model)
     refuse_packed(core, "be baked", ConversionError)
@@ -31,7 +34,7 @@ def bake(model: nn.Module) -> nn.Module:
         for _, module, name, slot in masked_weights(core):
             effective = slot.read(module, name)
             if slot.ranking.learner.rescale:
-                effective = rebuilt(parameter_of(module, name), slot, slot.mask(module, name))
+                effective = rebuilt(whole(parameter_of(module, name)), slot, slot.mask(module, name))
             # `data` of a plain tensor, so that a write to the copy does not count as one to the masked weight
             baked_weight = nn.Parameter(effective.as_subclass(Tensor).data, requires_grad=False)
             raw, score = parameter_of(module, name), score_of(module, name)
@@ -64,6 +67,8 @@ def clone_with(model: nn.Module, replacements: Iterable[tuple[object, object]]) 
     replacement is put into the memo beforehand. It then appears wherever its object was, is not copied itself, and the
     object is never read.
 
+    Of a network in shards it is a whole copy, and all processes must call this.
+
     A network may store results of its last pass. `deepcopy` refuses them while they are part of a graph, so the copy
     gets their values.
 
@@ -76,13 +81,26 @@ def clone_with(model: nn.Module, replacements: Iterable[tuple[object, object]]) 
             for kept in value if isinstance(value, list | tuple) else [value]:
                 if isinstance(kept, Tensor) and not kept.is_leaf:
                     memo[id(kept)] = kept.detach().clone()
-    return copy.deepcopy(model, memo)
+    for parameter in model.parameters():
+        if is_shard(parameter) and id(parameter) not in memo:
+            memo[id(parameter)] = nn.Parameter(whole(parameter).clone(), parameter.requires_grad)
+    with without_fsdp(model):
+        return copy.deepcopy(model, memo)
+
+
+def in_one_piece(model: nn.Module) -> nn.Module:
+    """Return `model` itself, or if `fully_shard` has spread it over processes, a whole copy in each of them.
+
+    All processes must call this.
+    """
+    return clone_with(model, ()) if of_fsdp(model) else model
 
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of each masked weight's mask, by the weight's `state_dict` key: bool, of the weight's shape.
 
     If the learner samples, they are the masks that a file would store; inside `sampled` they are those of that sample.
+    Where `fully_shard` has spread `model` over processes, all of them must call this, and each gets whole masks.
     """
     with as_saved(), ranked_within(unwrap(model)):
         return {key: slot.mask(module, name).clone() for key, module, name, slot in masked_weights(unwrap(model))}

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..errors import MaskedWeightError
 from ..models.layer_types import layer_type_of
 from ..models.structure import PLAIN_TYPE
-from ..torch_compat import ModuleMethods, forget_weight_list, is_replica, renew_weight_list
+from ..selection.shards import is_shard
+from ..torch_compat import ModuleMethods, forget_weight_list, fsdp_calls, is_replica, renew_weight_list
 from .masked_weight import MaskedWeight
 from .ranking import STATE, origin_name, score_name
 from .state import ORIGINS, MaskedParam, ModuleState, slots_of, upgrade
@@ -29,6 +30,9 @@ class Masked(ModuleMethods):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in slots_of(self) and is_replica(self):  # type: ignore[arg-type]
             self.__dict__[name] = value
+            return
+        if isinstance(value, nn.Parameter) and fsdp_calls():
+            self._popup_exchange(name, value)
             return
         self._popup_refuse(name, "assigned; change {score}, load_state_dict, or")
         super().__setattr__(name, value)
@@ -45,6 +49,23 @@ class Masked(ModuleMethods):
                 "made again from its scores at each read; bake(model) first"
             )
         super().register_parameter(name, param)  # type: ignore[misc]
+
+    def _popup_exchange(self, name: str, value: nn.Parameter) -> None:
+        """Take the parameter that `fully_shard` puts in the place of another: a shard, or the whole one for a pass."""
+        self._parameters[name] = value  # type: ignore[attr-defined]
+        for weight, slot in slots_of(self).items():  # type: ignore[arg-type]
+            if name not in (weight, score_name(weight)):
+                continue
+            if is_shard(value):
+                slot.give_up()
+                continue
+            if name != weight and value.dtype != torch.float32:
+                raise MaskedWeightError(
+                    f"the scores of {type(self).__name__} would be ranked in {value.dtype}, because fully_shard was "
+                    "called with a MixedPrecisionPolicy that has a param_dtype; expected none: scores are float32, and "
+                    "torch.autocast computes the products in another precision"
+                )
+            slot.make_again(self, weight)  # type: ignore[arg-type]
 
     def _popup_refuse(self, name: str, what: str) -> None:
         """Raise `MaskedWeightError` if `name` is a masked weight, unless a `state_dict` is being loaded."""
@@ -173,6 +194,9 @@ def masked_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Modul
 
 def _property(name: str) -> property:
     def read(self: nn.Module) -> Tensor:
+        raw = self._parameters.get(name)  # None in a replica of DataParallel's
+        if raw is not None and is_shard(raw) and fsdp_calls():
+            return raw
         try:
             return self.__dict__[STATE].masked[name].read(self, name)
         except AttributeError as error:  # nn.Module would give the raw weight in its place

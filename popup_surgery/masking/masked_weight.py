@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import MaskedWeightError
-from ..torch_compat import ParameterToBe, version_of
+from ..torch_compat import ParameterToBe, storage_of, version_of
 
 
 class Watch:
@@ -21,6 +21,7 @@ class Watch:
         self._witness = tensor.detach()  # shares the counter, and gives up the memory
         self._witness.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         self._seen = version_of(self._witness)
+        self.differentiable = tensor.requires_grad
 
     def written(self) -> bool:
         """Return whether there was a write since the start, or since `reset`."""
@@ -33,6 +34,24 @@ class Watch:
     def reset(self) -> None:
         """Forget the writes so far, which were reported."""
         self._seen = version_of(self._witness)
+
+    def free(self) -> None:
+        """Give up the values of the tensor and of its aliases, until `restore`."""
+        storage = storage_of(self._storage)
+        if storage is not None:
+            storage.resize_(0)
+
+    def freed(self) -> bool:
+        """Return whether aliases are left whose values were given up."""
+        storage = storage_of(self._storage)
+        return storage is not None and storage.size() == 0
+
+    def restore(self, tensor: Tensor) -> None:
+        """Give the tensor and its aliases their values again: those of `tensor`, of the same dtype and strides."""
+        storage, values = storage_of(self._storage), tensor.untyped_storage()
+        if storage is not None:
+            storage.resize_(values.size())
+            storage.copy_(values)
 
 
 class MaskedWeight(ParameterToBe, Tensor):

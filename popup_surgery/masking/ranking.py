@@ -13,6 +13,7 @@ from ..learners import Learner
 from ..selection import Selection, kept_count
 from ..selection.fixed import FreeWeights
 from ..selection.pattern import Pattern, select_pattern, select_pattern_op
+from ..selection.shards import Cut, find_cut, is_shard, whole
 from ..torch_compat import is_func_wrapper, remove_forward_hooks, version_of
 
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
@@ -29,10 +30,14 @@ def origin_name(name: str, what: str) -> str:
 
 
 class _Held(NamedTuple):
-    """The members of a group in one network, and their scores when they were last checked together."""
+    """The members of a group in one network, and their scores when they were last checked together.
+
+    Of scores in shards there is a cut in place of the check, since nothing changes them during a forward.
+    """
 
     members: list[tuple[nn.Module, str]]
     scores: list[Tensor]
+    cut: Cut | None = None
 
 
 class RankGroup:
@@ -58,6 +63,7 @@ class RankGroup:
     floors: tuple[int, ...] | None = None
     fixed: FreeWeights | None = None
     _versions: Sequence[int] = ()  # of the scores when they were ranked last
+    _cut: Cut | None = None  # of the last mask, if it was found over shards
     _in_graphs: int | None = None  # `in_force` as compiled graphs take it; None if it has always been `kept`
 
     def __init__(
@@ -73,7 +79,8 @@ class RankGroup:
         self._held: dict[int, _Held] = {}  # by thread, while it runs a forward of a root
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_selection": None, "_held": {}, "_in_graphs": None, "_versions": ()}
+        fresh: dict[str, Any] = {"_selection": None, "_cut": None, "_held": {}, "_in_graphs": None, "_versions": ()}
+        return self.__dict__ | fresh
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state | {"_held": {}})  # None in earlier versions
@@ -157,13 +164,16 @@ class RankGroup:
             self.scores() if held is None else [score_of(*one) for one in held.members],
             self._kept_in_graph() if compiling else self.in_force,
         )
-        more = {name: getattr(self, name) for name in ("floors", "fixed") if getattr(self, name) is not None}
+        more = self._limits
         if score is not None:
             scores[index] = score
+        if any(map(is_shard, scores)):
+            return self._over_shards(index, scores, None if held is None else held.cut)
         if self.pattern is not None:
             return self._among_neighbours(scores[index], compiling)
         if compiling or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **more)[index]
+        self._cut = None
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
         selection = self._selection  # which other threads may replace meanwhile
         versions = [-1 if score.is_inference() else version_of(score) for score in scores]
@@ -172,6 +182,34 @@ class RankGroup:
                 selection = self._selection = self.learner.select(scores, kept, self.streams, **more)
             self._versions = versions
         return selection.masks[index]
+
+    def mask_again(self, index: int, score: Tensor) -> Tensor:
+        """Return the mask of member `index` for the score that the last `mask` was of, without an exchange."""
+        return self.mask(index, score) if self._cut is None else self._cut.mask(index, score)
+
+    @property
+    def _limits(self) -> dict[str, Any]:
+        """What beside the scores and their number decides."""
+        return {name: getattr(self, name) for name in ("floors", "fixed") if getattr(self, name) is not None}
+
+    def _over_shards(self, index: int, scores: list[Tensor], cut: Cut | None = None) -> Tensor:
+        """Return the whole mask of a member where scores are in shards. All processes must call this.
+
+        Args:
+            cut: what decides about the masks, if that is known.
+        """
+        self._cut = cut or self._find_cut(scores)
+        if self._cut is not None:
+            return self._cut.mask(index, scores[index])
+        if self.pattern is not None:
+            return self._among_neighbours(whole(scores[index]), False)
+        found = self.learner.select([whole(score) for score in scores], self.in_force, self.streams, **self._limits)
+        return found.masks[index]
+
+    def _find_cut(self, scores: list[Tensor]) -> Cut | None:
+        """Return what decides about the masks of scores in shards; None if more than the largest |score| counts."""
+        plain = self.learner.takes_pattern and self.pattern is None and not self._limits
+        return find_cut(scores, self.in_force) if plain else None
 
     def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:
         """Return the mask of the group's one score. To find it costs no more than to tell whether it still holds."""
@@ -207,7 +245,10 @@ class RankGroup:
                     found.setdefault(slot.index, (module, name))
         members = [found.get(index, member) for index, member in enumerate(self.members)]
         self._held[get_ident()] = _Held(members, [])
-        if len(members) > 1:
+        scores = [score_of(*member) for member in members]
+        if len(members) > 1 and any(map(is_shard, scores)):
+            self._held[get_ident()] = _Held(members, [], self._find_cut(scores))
+        elif len(members) > 1:
             self.mask(0)
             self._held[get_ident()] = _Held(members, [score_of(module, name) for module, name in members])
 

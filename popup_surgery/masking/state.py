@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import MaskedWeightError
 from ..models.architecture import forget_base, gather
+from ..selection.shards import is_shard, whole
 from ..torch_compat import is_fx_tracing
 from ..weights.fill import pieces_of
 from ..weights.source import source_of
@@ -86,6 +87,8 @@ class MaskedParam:
     def read(self, module: nn.Module, name: str) -> Tensor:
         """Return the masked weight: a new tensor at each read, with the learner's gradient to the score.
 
+        Of a layer in shards it is the whole weight, gathered and without a gradient; all processes must read it.
+
         Raises:
             MaskedWeightError: an earlier tensor was written to in place, or a tracer that would freeze the mask reads
                 it.
@@ -104,6 +107,9 @@ class MaskedParam:
                 f"{name} of {type(module).__name__} was read by a torch.fx tracer, which would freeze its mask; trace "
                 "with popup_surgery.Tracer, which takes masked layers as leaves, or trace bake(model)"
             )
+        if is_shard(weight) or is_shard(score):
+            with torch.no_grad():
+                return learner.effective(whole(weight), whole(score), self.ranking.mask(self.index, score))
         self.check_writes(name)
         mask = self.ranking.mask(self.index, score)
         if torch.is_inference_mode_enabled():
@@ -131,6 +137,26 @@ class MaskedParam:
                 )
             if watch.over():
                 self._watches.discard(watch)
+
+    def give_up(self) -> None:
+        """Free the masked weights that wait for a backward, as `fully_shard` frees the parameters that they are of.
+
+        A learner that samples may give another one the next time, so its weights stay.
+        """
+        if not self.ranking.learner.samples:
+            for watch in self._watches:
+                if watch.differentiable:
+                    watch.free()
+
+    def make_again(self, module: nn.Module, name: str) -> None:
+        """Give the masked weights that wait for a backward their values again, once `module` has its parameters."""
+        weight, score = parameter_of(module, name), score_of(module, name)
+        freed = [watch for watch in self._watches if watch.freed()]
+        if freed and not is_shard(weight) and not is_shard(score):
+            with torch.no_grad():
+                effective = self.ranking.learner.effective(weight, score, self.ranking.mask_again(self.index, score))
+            for watch in freed:
+                watch.restore(effective)
 
     def forget_writes(self) -> None:
         """Forget the writes so far: an error has reported them."""

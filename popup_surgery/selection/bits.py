@@ -23,7 +23,9 @@ Found = tuple[tuple[Tensor, ...], int, int]  # what a backend finds: masks, thre
 
 def bits_of(score: Tensor) -> Bits:
     """Return the bit patterns of a score's elements in row-major order. A contiguous score is not copied."""
-    return score.detach().contiguous().view(-1).view(torch.int32).numpy()
+    # `numpy()` would forbid that the memory is freed, as `fully_shard` frees that of whole parameters
+    array: Bits = np.from_dlpack(score.detach().contiguous().view(-1).view(torch.int32))  # type: ignore[assignment]
+    return array
 
 
 def in_pieces(array: NDArray) -> list[NDArray]:

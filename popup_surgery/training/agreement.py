@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data.batches import Batches
 from ..data.reading import warn_of_skipped
 from ..errors import RunError
+from ..selection.shards import local
 from .mask_history import packed
 
 
@@ -62,10 +63,10 @@ class Agreement:
         bad_step = self.highest(bad_step + 1) - 1
         if bad_step >= 0:
             return bad_step, "the loss"
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad and not parameter.isfinite().all():
-                return step - 1, f"{name} after the update"
-        return None
+        named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        bad = (len(named) - i for i, (_, parameter) in enumerate(named) if not local(parameter).isfinite().all())
+        first = self.highest(next(bad, 0))  # of all processes, counted from the end
+        return (step - 1, f"{named[-first][0]} after the update") if first else None
 
     def check_masks(self, masks: Mapping[str, Tensor], step: int) -> None:
         """Check that all processes have the same masks.

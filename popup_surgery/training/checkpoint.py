@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..atomic import write_atomically
 from ..errors import RunError
+from ..selection.shards import whole
 
 FORMAT = 2  # format 1 packed the bits of masks in the opposite order
 PACKED = ("before.", "ticket.")  # prefixes of the names of packed masks
@@ -88,19 +89,21 @@ def discard(path: Path) -> None:
     path.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def pack(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+def pack(tree: Any, prefix: str, tensors: dict[str, Tensor] | None) -> Any:
     """Return nested dicts, lists, tuples, plain values and dtypes in a form that JSON can represent.
 
     Args:
         tree: the values; tensors among them are moved to `tensors`.
         prefix: how the names of these tensors begin.
-        tensors: receives the tensors by name, on the CPU.
+        tensors: receives the tensors by name, whole and on the CPU; None in a process that only helps to gather them.
 
     Raises:
         RunError: a value is of another type.
     """
     if isinstance(tree, Tensor):
-        tensors[prefix] = tree.cpu().contiguous()
+        tensor = whole(tree)
+        if tensors is not None:
+            tensors[prefix] = tensor.cpu().contiguous()
         return {"tensor": prefix}
     if isinstance(tree, torch.dtype):
         return {"dtype": str(tree).removeprefix("torch.")}

@@ -16,6 +16,7 @@ from ..accelerate_compat import forget_settings
 from ..config.schema import Training
 from ..errors import RunError
 from ..torch_compat import NOT_DETERMINISTIC
+from .sharding import join_shards
 
 log = logging.getLogger("popup_surgery")
 
@@ -70,10 +71,13 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
         ) from error
     if training.precision == "float16" and accelerator.device.type == "cpu":  # Accelerate ignores this silently
         raise RunError("training.precision is 'float16', which trains only on GPUs; expected float32 or bfloat16")
+    join_shards(accelerator, training)
     kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-        raise RunError(f"the run was started with {kind}; expected one process, or data-parallel ones on CPUs or GPUs")
-    if training.sync_batchnorm and kind == "MULTI_CPU":
+    if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
+        raise RunError(
+            f"the run was started with {kind}; expected one process, data-parallel ones on CPUs or GPUs, or FSDP2"
+        )
+    if training.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise RunError(
             "training.sync_batchnorm is true; expected false, because PyTorch shares batch statistics only between GPUs"
         )

@@ -16,6 +16,7 @@ from ..torch_compat import BROADCAST_BUFFERS_DEPRECATED
 from .mixing import Mixing
 from .optimizers import for_derivatives, make_step, optimizer_of, second_order, seed_for_step
 from .outputs import heads
+from .sharding import shard, uses_shards
 
 
 class OptimizerStep:
@@ -49,6 +50,7 @@ class OptimizerStep:
         self.mixing = Mixing(training, classes) if training.mixup or training.cutmix else None
         self.criterion = nn.CrossEntropyLoss(label_smoothing=training.label_smoothing)
         self.model, self.optimizer = self._prepared(model, optimizer)
+        self.parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if training.compile:
             self.model.compile(mode=None if training.compile is True else training.compile)
         self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
@@ -62,8 +64,14 @@ class OptimizerStep:
             model = convert_sync_batchnorm(model)
         if self.training.channels_last:
             model = cast(Any, model).to(memory_format=torch.channels_last)  # torch 2.11 has no type for this argument
+        if uses_shards(self.accelerator):
+            self.parameters.clear()  # so that none of them stays whole in memory
+            optimizer.param_groups.clear()
+            shard(model, self.accelerator)
+            spread = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            return model, self.accelerator.prepare_optimizer(optimizer_of(spread, self.training))
         if not self.parameters:  # DDP refuses a model without gradients to exchange
-            return model.to(self.accelerator.device), self.accelerator.prepare(optimizer)
+            return model.to(self.accelerator.device), self.accelerator.prepare_optimizer(optimizer)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", BROADCAST_BUFFERS_DEPRECATED)
             return self.accelerator.prepare(model, optimizer)

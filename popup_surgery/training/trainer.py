@@ -27,6 +27,7 @@ from .evaluation import right_answers
 from .hooks import LearnerHooks
 from .mask_history import MaskHistory
 from .metrics import Epoch, LayerMask, Steps
+from .sharding import check_learners, uses_shards
 from .step import OptimizerStep
 from .weight_masks import WeightMasks
 
@@ -82,6 +83,10 @@ class Trainer:
         self.seconds = 0.0
         self.logged = [0.0, 0.0, 0.0]
         self.hooks = LearnerHooks(model, training.seed, k_schedule, rewrites)
+        if uses_shards(accelerator):
+            more = {"a network without masks": not self.hooks.weights}
+            more |= {f"surgery.{type(rewrite).__name__.lower()}": True for rewrite in rewrites}
+            check_learners((learner for learner, _ in self.hooks.weights.values()), more)
         of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
         self.hooks.at(0.0, 0)
         self.mask_history = MaskHistory(self.masks(), of_k)
@@ -137,9 +142,9 @@ class Trainer:
 
     def learned(self) -> dict[str, Tensor]:
         """Return what training changes: parameters that require a gradient, rewritten weights, persistent buffers."""
+        entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         frozen = {id(parameter) for parameter in self.core.parameters() if not parameter.requires_grad}
         frozen -= self.hooks.rewritten()
-        entries: dict[str, Tensor] = self.core.state_dict(keep_vars=True)
         return {key: tensor for key, tensor in entries.items() if id(tensor) not in frozen}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -263,8 +268,11 @@ class Trainer:
             self.agreement.check_masks(self.masks(), self.step)
         self.agreement.share_statistics(self.core)
         sums, skipped = self.agreement.total(self.update.sums), self.agreement.skipped(self.data)
-        if self.accelerator.is_main_process:
-            save(self.step, self._checkpoint(sums.tolist(), skipped))
+        main = self.accelerator.is_main_process
+        if main or uses_shards(self.accelerator):  # where all processes gather what it holds
+            checkpoint = self._checkpoint(sums.tolist(), skipped)
+            if main:
+                save(self.step, checkpoint)
         self.checkpoint_step = self.step
         self.accelerator.wait_for_everyone()
 

@@ -8,8 +8,10 @@ import torch
 
 from ..data.batches import TRAIN
 from ..errors import RunError, listed
+from ..selection.shards import spread
 from .checkpoint import Checkpoint, pack, unpack
 from .metrics import Epoch
+from .sharding import spread_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -18,8 +20,14 @@ log = logging.getLogger("popup_surgery")
 
 
 def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkpoint:
-    """Return the state of a trainer. `sums` and `skipped` are totals over all processes."""
-    tensors = {f"model.{key}": tensor.detach().cpu().contiguous() for key, tensor in trainer.learned().items()}
+    """Return the state of a trainer. `sums` and `skipped` are totals over all processes.
+
+    Under FSDP, all processes must call this, and the first gets the tensors.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    kept = tensors if trainer.accelerator.is_main_process else None
+    for key, tensor in trainer.learned().items():
+        pack(tensor, f"model.{key}", kept)
     tensors |= {f"before.{key}": torch.from_numpy(mask) for key, mask in trainer.mask_history.latest.items()}
     scaler = trainer.accelerator.scaler
     return Checkpoint(
@@ -33,7 +41,7 @@ def checkpoint_of(trainer: "Trainer", sums: list[float], skipped: int) -> Checkp
             "images": trainer.data.counts[TRAIN],
             "skipped": skipped,
             "history": [asdict(epoch) for epoch in trainer.history],
-            "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", tensors),
+            "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", kept),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": trainer.part.processes,
             "threads": torch.get_num_threads(),
@@ -50,8 +58,9 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
         _warn_of_differences(trainer, checkpoint)
     with torch.no_grad():
         for key, tensor in trainer.learned().items():
-            tensor.copy_(tensors[f"model.{key}"])
-    trainer.optimizer.load_state_dict(unpack(state["optimizer"], tensors))
+            tensor.copy_(spread(tensors[f"model.{key}"], tensor))
+    of_optimizer = spread_state(trainer.optimizer, unpack(state["optimizer"], tensors))
+    trainer.optimizer.load_state_dict(of_optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])
     trainer.history = [Epoch(**epoch) for epoch in state["history"]]
