@@ -375,7 +375,7 @@ def of_start(case: Case) -> None:
 
 
 def of_page(case: Case) -> None:
-    found = reader(6)["read"](case.path)
+    found = reader(7)["read"](case.path)
     assert all(found[name].tobytes() == value.numpy().tobytes() for name, value in case.state.items())
 
 

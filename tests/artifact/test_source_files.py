@@ -25,10 +25,10 @@ NAME = "first.weight.source"
 def test_the_golden_file() -> None:
     golden = json.loads((GOLDEN / "source.json").read_text(encoding="utf-8"))["artifact"]
     assert golden_manifest(golden).requires == golden["requires"] == ["range_coded", "source"]
-    page = {name: torch.from_numpy(np.asarray(array)) for name, array in reader(6)["read"](FILE).items()}
+    page = {name: torch.from_numpy(np.asarray(array)) for name, array in reader(7)["read"](FILE).items()}
     assert state_digest(page) == golden["state_dict_sha256"], "the page's reader"
     with pytest.raises(ValueError, match="needs a newer reader"):
-        reader(5)["read"](FILE)
+        reader(6)["read"](FILE)
 
 
 def rewritten(model: nn.Module, redraws: bool = False) -> nn.Module:
@@ -49,7 +49,7 @@ def test_the_page_reads_what_was_drawn_again_and_copied(scheme: str, tmp_path: P
     plain = nn.Sequential(nn.Linear(37, 101), nn.Linear(101, 3))
     model = rewritten(ps.convert(plain, 0.6, scheme=scheme), redraws=True)
     assert ps.save(model, tmp_path / "net").requires == ["source", "generation"]
-    state = reader(6)["read"](tmp_path / "net")
+    state = reader(7)["read"](tmp_path / "net")
     for name, value in ps.bake(model).state_dict().items():
         assert state[name].tobytes() == value.numpy().tobytes()
 

@@ -77,7 +77,7 @@ def test_the_example_of_the_page() -> None:
 def test_the_page_reads_the_vectors(vector: dict[str, Any]) -> None:
     own, sources = np.array(vector["own"]), vector["sources"]
     values = np.arange(vector["n"], dtype=np.float32)
-    reader(6)["UNPACK"]["source"](np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8), own, values, {}, "5")
+    reader(7)["UNPACK"]["source"](np.frombuffer(bytes.fromhex(vector["bytes"]), np.uint8), own, values, {}, "5")
     expected = np.arange(vector["n"])
     expected[own] = sources
     assert values.tolist() == expected.tolist()

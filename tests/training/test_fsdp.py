@@ -40,7 +40,7 @@ REFUSED: list[tuple[dict[str, str], list[str], str]] = [
         [],
         "FSDP does not take this network: Could not find the transformer layer class Block in the model",
     ),
-    ({}, ["surgery.learner=gem_miner"], "does not work with 'the learner GemMiner': between steps, no process has"),
+    ({}, ["surgery.learner=gem_miner"], "does not work with 'the learner gem_miner': between steps, no process has"),
     ({}, ["surgery=none"], "does not work with 'a network without masks'"),
     ({}, ["surgery.redraw={every: 2, share: 0.1}"], "does not work with 'surgery.redraw'"),
 ]
