@@ -123,7 +123,9 @@ def test_the_page_reads_signs_of_draws(scheme: str, tmp_path: Path) -> None:
         assert state[name].tobytes() == tensor.numpy().tobytes()
 
 
-@pytest.mark.parametrize("name", ["range_coded", "pattern_coded", "generation", "fixed", "binary", "coded_planes", "source"])
+@pytest.mark.parametrize(
+    "name", ["range_coded", "pattern_coded", "generation", "fixed", "binary", "coded_planes", "source"]
+)
 def test_the_page_reads_the_golden_artifact(name: str) -> None:
     file = ROOT / f"tests/golden/{name}.popup.safetensors"
     state = reader(7)["read"](file)
