@@ -312,4 +312,4 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
     # Example: −0.75 is 0xBF400000 in float32. Times 1 it is the same; times 0 it is 0x00000000 = +0.0, where a product
     # of floats would give −0.0. An infinite weight that is dropped becomes +0.0 too, not NaN.
     integer = _INTEGERS[weight.element_size()]
-    return torch.mul(mask.view(torch.int8), weight.detach().view(integer)).view(weight.dtype)
+    return mask.view(torch.int8).to(integer).mul_(weight.detach().view(integer)).view(weight.dtype)

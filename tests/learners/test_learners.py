@@ -555,7 +555,7 @@ def test_dnw_of_pretrained_weights() -> None:
 
 
 def test_dnw_is_no_subnetwork_that_a_file_could_hold(tmp_path: Path) -> None:
-    with pytest.raises(ArtifactError, match=r"DNW trains the weights themselves, .*bake\(model\)\.state_dict\(\)"):
+    with pytest.raises(ArtifactError, match=r"dnw trains the weights themselves, .*bake\(model\)\.state_dict\(\)"):
         save(small(learner="dnw"), tmp_path / "net")
     assert not list(tmp_path.iterdir())
 

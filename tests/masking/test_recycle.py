@@ -326,7 +326,7 @@ def test_weights_that_no_source_explains_are_refused(tmp_path: Path) -> None:
     [
         ({"learner": "random"}, r"weights cannot be recycled: the learner random never changes its masks"),
         ({"learner": "dnw"}, r"the learner dnw trains the weights themselves"),
-        ({"learner": "biprop"}, r"the learner Biprop gives the weights of a layer one magnitude"),
+        ({"learner": "biprop"}, r"the learner biprop gives the weights of a layer one magnitude"),
         ({"learner": "supermask", "k": None, "scaled": False}, r"the learner supermask samples the weights that take"),
         ({"scheme": "pretrained"}, r"'features\.0\.weight' cannot be recycled: its scheme pretrained has no seed"),
         (
