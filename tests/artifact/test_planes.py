@@ -496,7 +496,11 @@ def test_all_kinds_are_tried() -> None:
     ],
 )
 @pytest.mark.parametrize(
-    ("kind", "encoding"), [*((kind, "bitpack") for kind in KINDS), ("sign", "range_coded"), ("coats", "range_coded")]
+    ("kind", "encoding"),
+    [
+        *((kind, "bitpack") for kind in KINDS),
+        *(pytest.param(kind, "range_coded", marks=pytest.mark.slow) for kind in ("sign", "coats")),
+    ],
 )
 def test_every_reader_takes_it_or_refuses_it(
     kind: str, encoding: str, consumer: str, scheme: str, tmp_path: Path
