@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -87,8 +86,8 @@ def rewrites(recipe: Recipe) -> list[Rewrite]:
     """Return when a recipe gives weights other values. They are drawn again before they are copied."""
     if recipe.surgery == "none":
         return []
-    both: list[tuple[type[Rewrite], Any]] = [(Redraw, recipe.surgery.redraw), (Recycle, recipe.surgery.recycle)]
-    return [kind.of(given) for kind, given in both if given is not None]
+    both: tuple[type[Rewrite], ...] = Redraw, Recycle
+    return [kind.of(given) for kind in both if (given := getattr(recipe.surgery, kind.key)) is not None]
 
 
 def first_file(recipe: Recipe) -> str | None:

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import ConversionError, nearest
+from ..errors import ConversionError
 from .patterns import check_patterns, last_match, matches
 from .ranking import RankGroup
-from .settings import is_share
+from .settings import from_keys, is_share
 from .state import MaskedParam
 from .walk import masked_weights, unwrap
 
@@ -62,17 +62,7 @@ class KSchedule:
             return values
         if not isinstance(values, Mapping) or "kind" not in values:
             raise ConversionError(f"expected a mapping with kind ({_or(KINDS)}), start, begin, epochs and every")
-        names = [field.name for field in fields(cls)]
-        mistakes = [
-            f"{key!r} is not one of its keys; nearest: {nearest(str(key), names)}" for key in values if key not in names
-        ]
-        try:
-            schedule = cls(**{key: value for key, value in values.items() if key in names})
-        except ConversionError as error:
-            mistakes.append(str(error))
-        if mistakes:
-            raise ConversionError("; and ".join(mistakes))
-        return schedule
+        return from_keys(cls, values)
 
     def _mistakes(self) -> list[str]:
         found = []

@@ -18,6 +18,7 @@ class Recycle(Rewrite):
         share: the share of each layer's weights that get the value of another, in (0, ½].
     """
 
+    key = "recycle"
     called = "recyclings"
     done = "recycled"
     expected = "a share of a layer's weights"

@@ -20,6 +20,7 @@ class Redraw(Rewrite):
         share: the probability with which each weight that does not take part is drawn again, in (0, 1].
     """
 
+    key = "redraw"
     called = "redraws"
     done = "drawn again"
     expected = "a probability"

@@ -2,19 +2,19 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConversionError, nearest
+from ..errors import ConversionError
 from ..learners import Learner, name_of
 from ..learners.sampling import as_saved
 from ..weights import PRETRAINED, get_scheme
 from ..weights.source import source_of
 from .ranking import parameter_of
-from .settings import is_share
+from .settings import from_keys, is_share
 from .state import ORIGINS, MaskedParam, slots_of
 from .walk import ranked_within, unwrap
 
@@ -28,6 +28,7 @@ class Rewrite(ABC):
     Attributes:
         every: the number of optimiser steps from one time to the next.
         share: how many weights, in (0, `most`].
+        key: its recipe key in the section `surgery`.
         called, done, expected: in messages, the times, what is done to a weight, and what the share is.
         record: what says where the new values are from, one of `state.ORIGINS`.
 
@@ -38,6 +39,7 @@ class Rewrite(ABC):
     every: int = 300
     share: float = 0.1
 
+    key: ClassVar[str]
     called: ClassVar[str]
     done: ClassVar[str]
     expected: ClassVar[str]
@@ -60,19 +62,9 @@ class Rewrite(ABC):
         Raises:
             ConversionError: a key or a value is bad; the message names all of them.
         """
-        names = [field.name for field in fields(cls)]
         if not isinstance(values, Mapping):
             raise ConversionError("expected a mapping with every and share")
-        mistakes = [
-            f"{key!r} is not one of its keys; nearest: {nearest(str(key), names)}" for key in values if key not in names
-        ]
-        try:
-            found = cls(**{key: value for key, value in values.items() if key in names})
-        except ConversionError as error:
-            mistakes.append(str(error))
-        if mistakes:
-            raise ConversionError("; and ".join(mistakes))
-        return found
+        return from_keys(cls, values)
 
     def begin(self, model: nn.Module) -> None:
         """Check that the weights of a converted network may get other values, and begin to record where they are from.

@@ -4,10 +4,10 @@ Importing this module imports neither torch nor NumPy, so that `popup-surgery co
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, TypeVar, get_args
 
 from ..errors import ConversionError, PopupError, nearest
 
@@ -19,6 +19,7 @@ Shares = float | Mapping[str, float | str]
 Schemes = str | Mapping[str, str]
 Scope = Literal["layer", "global"]
 Choice = Literal["frozen", "train"]
+Checked = TypeVar("Checked")  # a dataclass that checks its fields
 
 OF_PRETRAINED = "piggyback"  # the learner of the scheme `pretrained` if neither a learner nor k is given
 RULES = ("balanced", "erk", "fan", "uniform")  # how k is spread over the layers: `masking.shares`
@@ -220,6 +221,25 @@ def rule_mistakes(k: Mapping[str, Any]) -> list[str]:
         found.append("k is missing beside rule; expected the share that the whole network keeps")
     if "*" in k:
         found.append("'*' is beside rule and would leave it no layer; expected a narrower pattern")
+    return found
+
+
+def from_keys(cls: type[Checked], values: Mapping[str, Any]) -> Checked:
+    """Return an instance of a dataclass that checks its own fields.
+
+    Raises:
+        ConversionError: a key or a value is bad; the message names all of them.
+    """
+    names = [each.name for each in fields(cls)]  # type: ignore[arg-type]
+    mistakes = [
+        f"{key!r} is not one of its keys; nearest: {nearest(str(key), names)}" for key in values if key not in names
+    ]
+    try:
+        found = cls(**{key: value for key, value in values.items() if key in names})
+    except ConversionError as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise ConversionError("; and ".join(mistakes))
     return found
 
 

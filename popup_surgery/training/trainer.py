@@ -85,7 +85,7 @@ class Trainer:
         self.hooks = LearnerHooks(model, training.seed, k_schedule, rewrites)
         if uses_shards(accelerator):
             more = {"a network without masks": not self.hooks.weights}
-            more |= {f"surgery.{type(rewrite).__name__.lower()}": True for rewrite in rewrites}
+            more |= {f"surgery.{rewrite.key}": True for rewrite in rewrites}
             check_learners((learner for learner, _ in self.hooks.weights.values()), more)
         of_k = None if k_schedule is None else self.masks()  # to compare with: a ramp may begin with all weights
         self.hooks.at(0.0, 0)
