@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 import popup_surgery as ps
-from popup_surgery import ConversionError
 from popup_surgery.masking.rewrites import scheme_mistake
 from popup_surgery.masking.state import slots_of
 from popup_surgery.weights import SCHEMES
@@ -316,47 +315,3 @@ def test_weights_that_no_source_explains_are_refused(tmp_path: Path) -> None:
     raw(net)[0] += 1
     with pytest.raises(ps.ArtifactError, match=r"weights of 'features\.0\.weight' are not those of seed 0 any more"):
         ps.save(net, tmp_path / "net")
-
-
-# what is refused
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"learner": "random"}, r"weights cannot be recycled: the learner random never changes its masks"),
-        ({"learner": "dnw"}, r"the learner dnw trains the weights themselves"),
-        ({"learner": "biprop"}, r"the learner biprop gives the weights of a layer one magnitude"),
-        ({"learner": "supermask", "k": None, "scaled": False}, r"the learner supermask samples the weights that take"),
-        ({"scheme": "pretrained"}, r"'features\.0\.weight' cannot be recycled: its scheme pretrained has no seed"),
-        (
-            {"scheme": {"*": "kaiming_normal", "classifier.1": "unsigned_kaiming_constant"}},
-            r"'classifier\.1\.weight' cannot be recycled: its scheme unsigned_kaiming_constant gives all weights the",
-        ),
-    ],
-)
-def test_what_cannot_be_recycled(settings: dict[str, Any], says: str) -> None:
-    net = conv2(**settings)
-    with pytest.raises(ConversionError, match=says) as caught:
-        ps.recycle(net, 1)
-    assert "\n" not in str(caught.value)
-    assert not sources(net)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ({"every": 0}, "every is 0; expected the steps between two recyclings, an integer from 1"),
-        ({"share": 0.6}, "share is 0.6; expected a share of a layer's weights above 0 and up to 0.5"),
-        ({"every": 2.5, "share": 0}, "every is 2.5; .*; and share is 0; expected a share of a layer's weights above 0"),
-        ({"step": -1}, "step is -1; expected the number of steps made, an integer from 0"),
-    ],
-)
-def test_arguments_that_are_refused(arguments: dict[str, Any], says: str) -> None:
-    with pytest.raises(ConversionError, match=says):
-        ps.recycle(conv2(), **{"step": 1, **arguments})
-
-
-def test_a_plain_network_is_refused() -> None:
-    with pytest.raises(ConversionError, match="Linear has no masks; convert it first"):
-        ps.recycle(nn.Linear(3, 2), 1)
