@@ -27,7 +27,7 @@ from torch.nn import functional
 import popup_surgery as ps
 import popup_surgery.learners.base
 import popup_surgery.selection
-from popup_surgery.experiment.machine import processor
+from popup_surgery.experiment.machine import keep_freed_memory, processor
 from popup_surgery.selection.pattern import Pattern, select_pattern
 
 K = 0.5
@@ -198,6 +198,7 @@ def main() -> None:
     parser.add_argument("--only", help="measure only networks with this in their name")
     parser.add_argument("--output", type=Path, default=Path("step.json"))
     arguments = parser.parse_args()
+    keep_freed_memory()  # as the training command does
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     where = torch.cuda.get_device_name() if gpu else f"{processor()[0]}, {torch.get_num_threads()} threads"

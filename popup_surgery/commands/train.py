@@ -49,9 +49,11 @@ def run(
     began = time.perf_counter()
     with busy("starting"):
         from ..config import Recipe
+        from ..experiment.machine import keep_freed_memory
         from ..experiment.train import train
         from ..training.distributed import join_slurm, leave
 
+        keep_freed_memory()
         join_slurm()
         first = os.environ.get("RANK", "0") == "0"
         loaded = Recipe.load(recipe, set_ or [])
