@@ -33,6 +33,7 @@ assert open(hf_hub_download("me/x", "README.md", revision="a/b"), "rb").read() =
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["xet", "basic", "multipart"])
 def test_official_client_writes_and_reads(tmp_path: Path, way: str) -> None:
     """Large files go up as Xet chunks, as one LFS object, or as one in parts, and come back as they were."""

@@ -589,6 +589,7 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path: Path) -> None:
     # a mount of its own, in a namespace that is gone with the process
     mount = f"mount -t tmpfs -o size=64k tmpfs {tmp_path}"

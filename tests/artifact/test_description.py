@@ -141,6 +141,7 @@ def test_networks_of_several_dtypes_load(name: str, cast: Callable[[Any], Any], 
     assert verify(tmp_path / FILE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("name", [NAME, "timm/vit_small_patch16_rope_224"])
 def test_the_files_dtypes_count_whatever_the_default(name: str, default: torch.dtype, tmp_path: Path) -> None:

@@ -418,6 +418,7 @@ def test_a_mask_on_pretrained_weights_is_refused(tmp_path: Path) -> None:
         ps.load(path, Products(), packed=True)
 
 
+@pytest.mark.slow
 def test_a_pass_imports_no_compiler(tmp_path: Path) -> None:
     """It takes more memory than most networks."""
     file = saved(ps.build("popup_surgery/fc", width=0.1, in_chans=3, img_size=8), tmp_path / "net.popup.safetensors")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from popup_surgery.codecs import CODECS
 from popup_surgery.codecs.bitpack import pack, unpack_mask
 from popup_surgery.codecs.generations import Reader, encode
 from popup_surgery.sharing.summary import Summary
-from support import GOLDEN, Outcome, golden_manifest, state_digest, write_digit
+from support import GOLDEN, Outcome, golden_manifest, slow_except, state_digest, write_digit
 from support import top as top_of
 
 FILE = GOLDEN / "signed.popup.safetensors"
@@ -459,7 +460,6 @@ REFUSED: dict[tuple[str, ...], str] = {
     ),
     ("packed", "kaiming_normal"): "the values of 'features.0.weight' are normal, not one constant; packed=True takes",
 }
-SLOW = {("images", "kaiming_normal"), ("decoder", "kaiming_normal")}
 
 
 def test_inspect_says_where_the_bytes_go(cli: Callable[..., Outcome]) -> None:
@@ -485,15 +485,13 @@ def test_all_kinds_are_tried() -> None:
 
 @pytest.mark.parametrize(
     ("consumer", "scheme"),
-    [
-        pytest.param(
-            consumer,
-            scheme,
-            marks=[pytest.mark.slow] if consumer == "packed_onnx" or (consumer, scheme) in SLOW else [],
-        )
-        for consumer in CONSUMERS
-        for scheme in ("signed_kaiming_constant", "kaiming_normal")
-    ],
+    slow_except(
+        product(CONSUMERS, ("signed_kaiming_constant", "kaiming_normal")),
+        [
+            *((consumer, "signed_kaiming_constant") for consumer in set(CONSUMERS) - {"packed_onnx"}),
+            *((consumer, "kaiming_normal") for consumer in ("bank", "packed")),
+        ],
+    ),
 )
 @pytest.mark.parametrize(
     ("kind", "encoding"),

@@ -87,6 +87,7 @@ def known(images: Path, split: str) -> list[bytes]:
 # order
 
 
+@pytest.mark.slow
 def test_shards_and_rows_are_permuted(walked: dict[str, Any]) -> None:
     config = {**walked, "batch_size": 4, **PLAIN}
     plain, task = opened(**config), opened(permute_seed=3, **config)
@@ -116,6 +117,7 @@ def test_an_epoch_has_each_image_once_in_an_order_of_seed_and_epoch(
     assert ids(joined(again.train(1))[0]) == orders[1, 1], "neither the batch size nor what came before may matter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(walked: dict[str, Any], workers: int) -> None:
     config: dict[str, Any] = {**walked, **AUGMENTED, "re_prob": 0.3, "batch_size": 4}
@@ -152,6 +154,7 @@ def test_an_epoch_goes_on_where_it_was(walked: dict[str, Any]) -> None:
             assert torch.equal(labels, same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", slow_except([1, 2, 4, 7], [1, 4]))
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_each_image_once(walked: dict[str, Any], images: Path, processes: int, workers: int) -> None:

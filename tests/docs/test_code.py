@@ -55,6 +55,7 @@ LONG = {  # more than 10 seconds; tests run something shorter, or the same elsew
     "bench runs/digits/digits.popup.safetensors --threads 1 -o bench.png": "the same",
     "zoo timm": "every network of timm",
 }
+SLOW = {"evaluate", "export", "predict", "push", "sanity", "sweep", "train"}  # each has an example in its help too
 SWEEP = "recipe: digits\nset: {training.epochs: 1}\ngrid: {surgery.k: [0.5]}\nseeds: 1\n"
 
 
@@ -142,13 +143,7 @@ def work(
 WITH_PYTHON = [page for page in PAGES if python_blocks(page) and page != READER]
 
 
-@pytest.mark.parametrize(
-    "page",
-    slow_except(
-        WITH_PYTHON,
-        set(WITH_PYTHON) - {"README.md", "docs/sweeps.md", "docs/extending.md", "docs/tutorials/pretrained.md"},
-    ),
-)
+@pytest.mark.parametrize("page", slow_except(WITH_PYTHON, ["docs/index.md", "docs/surgery.md"]))
 def test_the_python_of_a_page_runs(page: str, work: Path) -> None:
     Path("mine.yaml").write_text(SWEEP)
     Path("data").mkdir()
@@ -179,7 +174,7 @@ def test_a_command_line_is_one_that_the_parser_takes(line: Line) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        pytest.param(line, marks=[pytest.mark.slow] if line.text.startswith("sweep") else [])
+        pytest.param(line, marks=[pytest.mark.slow] if line.text.split()[0] in SLOW else [])
         for line in LINES
         if to_run(line)
     ],

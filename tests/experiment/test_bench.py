@@ -224,6 +224,7 @@ def test_an_address_on_the_hub(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mon
     assert [way.name for way in found.measured] == [way for way in WAYS if way != "onnx_packed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(["onnxruntime", "onnxscript"], ["onnxruntime"]))
 def test_without_memory_for_one_way_and_packages_for_others(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = WayProcess.open

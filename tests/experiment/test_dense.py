@@ -23,6 +23,7 @@ def test_a_name_is_written_only_if_it_builds_the_network(tmp_path: Path) -> None
         open_result(tmp_path / "net.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_files_dtypes_count_whatever_the_default(dtype: torch.dtype, tmp_path: Path) -> None:
     model = build(NAME).to(dtype)

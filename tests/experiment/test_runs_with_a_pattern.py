@@ -13,6 +13,7 @@ TINY = GOLDEN / "tiny.yaml"
 PATTERN = ["surgery.pattern=2:4", "surgery.k=null"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_file(tmp_path: Path) -> None:
     overrides = [*PATTERN, "training.epochs=2", "surgery.scaled=true"]
     result = stopped_and_resumed(TINY, overrides, tmp_path)[1]

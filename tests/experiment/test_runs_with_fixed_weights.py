@@ -14,6 +14,7 @@ TINY = GOLDEN / "tiny.yaml"
 FIXED = ["surgery.fixed={dropped: 0.5, kept: 0.1}", "surgery.k=0.3"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_file(tmp_path: Path) -> None:
     ramp = "surgery.k_schedule={kind: linear, start: 0.5, epochs: 1}"
     overrides = [*FIXED, ramp, "training.epochs=2", "surgery.scope=global", "surgery.encoding=range_coded"]

@@ -173,6 +173,7 @@ class Cache(nn.Linear):
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_the_network_keeps_its_state_and_dtype(dtype: torch.dtype, target: Path) -> None:
     model = Cache().to(dtype)
@@ -208,6 +209,7 @@ def refused(outcome: Outcome, *patterns: str) -> None:
         assert re.search(pattern, outcome.err), outcome.err
 
 
+@pytest.mark.slow
 def test_weights_beyond_the_limit(target: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ps.bake(ps.convert(nn.Sequential(nn.Linear(384, 512), nn.Linear(512, 8)), 0.5))
     monkeypatch.setattr(to_onnx, "LARGEST", 200_000)
@@ -235,6 +237,7 @@ def trained(images: Path, tmp_path_factory: pytest.TempPathFactory) -> ps.Result
     return ps.train(path, output=folder / "run")
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_packed_export(
     trained: ps.Result, images: Path, target: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -556,6 +559,7 @@ def test_places_that_cannot_be_written(output: str, cli: Cli, tmp_path: Path, mo
         ps.export(GOLD, "a\0b.onnx")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", slow_except([torch.bfloat16, torch.float16, torch.float64], [torch.float64]))
 def test_networks_of_other_dtypes_to_the_end(dtype: torch.dtype, first: ps.Result, tmp_path: Path, cli: Cli) -> None:
     """Their file, and its export, plain and packed, give the accuracy of the network in float32."""

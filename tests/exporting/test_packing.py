@@ -153,6 +153,7 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Regions, "worth", lambda self, candidates: set(candidates))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("everything")
 @pytest.mark.parametrize("how", slow_except(["--packed", "--fast"], ["--packed"]))
 def test_digits_keep_their_classes(how: str, cli: Cli, artifact: Path) -> None:

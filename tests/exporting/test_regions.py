@@ -49,6 +49,7 @@ class Residual(nn.Module):
         return x * self.small(x).sigmoid()
 
 
+@pytest.mark.slow
 def test_the_end_of_a_region_stays_if_it_saves_nothing() -> None:
     assert worth(Residual(), 128, 14, 14) == ["first", "second"]
 

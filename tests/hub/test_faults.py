@@ -64,6 +64,7 @@ def test_rights(here: Hub, data: bytes, home: Path, monkeypatch: pytest.MonkeyPa
     refused(FILE, "the token may not read me/digits")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("status", "words"),
     [(429, "the Hub takes no more requests for now (429); try again"), (503, "an error of its own (503); try again")],
@@ -109,6 +110,7 @@ def test_the_download_breaks_for_good(here: Hub, data: bytes, home: Path, monkey
     assert opened.masks(), "the same open artifact works once the connection does"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("hasty")
 def test_no_answer(here: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
@@ -120,6 +122,7 @@ def test_no_answer(here: Hub, home: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert not left(home)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["/_xorb/", "/_xet/v1/reconstructions/"])
 def test_xet_fails(by_xet: Hub, home: Path, where: str) -> None:
     by_xet.fail(f"GET {where}", status=404)

@@ -129,6 +129,7 @@ def test_commands(hub: Hub, data: bytes, home: Path, tmp_path: Path, monkeypatch
     assert command(hub, home, *calls[0]).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_command_line_keeps_both_slashes(
     here: Hub, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -263,6 +263,7 @@ def test_masks_bake_and_save_take_the_most_probable_network_or_the_sample_that_i
     assert not torch.equal(held[4].weight, held[4].weight), "reads go on sampling"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", slow_except(["aot_eager", "inductor"], ["aot_eager"]))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning:torch")
 def test_a_compiled_network_samples_at_each_call(backend: str) -> None:
@@ -560,6 +561,7 @@ def test_dnw_is_no_subnetwork_that_a_file_could_hold(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_dnw_in_the_loop_writes_its_weights_and_masks(tmp_path: Path) -> None:
     overrides = ["surgery.learner=dnw", "surgery.k=0.3", "training.epochs=4", "training.lr=0.02"]
     result = train("digits", overrides=overrides, output=tmp_path / "run")
@@ -798,6 +800,7 @@ def test_a_ticket_is_written_densely_with_its_masks(ticket_run: Any) -> None:
     assert dataclasses.replace(again, model=ticket_run.model) == ticket_run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epoch", slow_except([1, 2, 3], [2]))
 def test_a_ticket_that_was_stopped_ends_in_the_same_files(epoch: int, ticket_run: Any, tmp_path: Path) -> None:
     """Also one that was stopped after the first step that follows a pruning."""

@@ -14,7 +14,7 @@ from popup_surgery import convert
 from popup_surgery.learners import LEARNERS
 from popup_surgery.masking.layer import is_masked
 from popup_surgery.selection import kept_count
-from support import top
+from support import slow_except, top
 
 K = 0.4
 
@@ -48,7 +48,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-every_layer = pytest.mark.parametrize("kind", LAYERS)
+every_layer = pytest.mark.parametrize("kind", slow_except(LAYERS, ["Linear", "Conv2d", "ConvTranspose1d", "StdConv2d"]))
 
 
 every_learner = pytest.mark.parametrize("learner", LEARNERS)

@@ -109,6 +109,7 @@ def through(plain: nn.Module, model: nn.Module) -> dict[str, Tensor]:
 # timm: averages, checkpoints, optimisers -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("foreach", [True, False])
 def test_timm_ema_follows_the_scores_and_ranks_its_own(foreach: bool, tmp_path: Path) -> None:
     model = hidden(resnet)
@@ -582,6 +583,7 @@ def test_a_part_of_a_converted_network_is_saved_under_the_wholes_streams(scope: 
     assert verify(tmp_path / "part", Detector().backbone)
 
 
+@pytest.mark.slow
 def test_a_wrapper_around_a_part_is_a_part_of_its_streams(process_group: None, dynamo: None, tmp_path: Path) -> None:
     """Only the prefixes of a wrapped root are left out of stream names: the rest are `state_dict` keys."""
     for wrap, prefix in ((compiled, "backbone._orig_mod."), (DistributedDataParallel, "backbone.module.")):
@@ -644,6 +646,7 @@ def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     assert torch.equal(program.module()(images(2)), model(images(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("net", slow_except(NETS, ["vit"]))
 def test_onnx_of_a_baked_network(net: str, tmp_path: Path) -> None:
     for needed in ("onnx", "onnxscript", "onnxruntime"):

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize, prune
 
 from masking.layers import LAYERS, K, layers_of, make, raw, right, sequential
 from popup_surgery import MaskedWeightError, bake, convert, masks
+from support import slow_except
 
 LOST = r"was written to in place, and the write is lost.*change weight(_hh_l0)?_score"
 NEW = torch.linspace(1, 2, 30).view(5, 6)
@@ -139,7 +140,7 @@ FOUND: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+@pytest.mark.parametrize("mode", slow_except(["grad", "no_grad", "inference_mode"], ["grad"]))
 @pytest.mark.parametrize("idiom", FOUND)
 def test_a_write_is_found_at_the_next_read_however_many_lie_between(idiom: str, mode: str) -> None:
     """Other reads lie between the read that gave the tensor and the write, so that it is to none of the latest."""

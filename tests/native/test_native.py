@@ -55,7 +55,11 @@ def test_it_is_as_short_as_promised() -> None:
 
 @pytest.mark.parametrize("encoding", ["bitpack", "range_coded"])
 @pytest.mark.parametrize(
-    "learner", [name for name, learner in LEARNERS.items() if not learner.learns_weights and not learner.planes]
+    "learner",
+    slow_except(
+        (name for name, learner in LEARNERS.items() if not learner.learns_weights and not learner.planes),
+        ["edge_popup", "supermask"],
+    ),
 )
 def test_every_learner_in_every_encoding(learner: str, encoding: Any, unpack: Unpack, tmp_path: Path) -> None:
     model = ps.convert(Net(), learner=learner, exclude="kept", seed=5)

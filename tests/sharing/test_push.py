@@ -79,6 +79,7 @@ def test_config_lists_the_artifacts(me: Hub) -> None:
     assert tiny["size"] == TINY.stat().st_size
 
 
+@pytest.mark.slow
 def test_several_artifacts_and_what_becomes_of_them(me: Hub) -> None:
     push_to_hub(TINY, "me/masks")
     push_to_hub(EDGE, "me/masks")
@@ -127,6 +128,7 @@ def test_nothing_new_is_no_commit(me: Hub) -> None:
     assert len(commits()) == 2
 
 
+@pytest.mark.slow
 def test_branches_and_pull_requests(me: Hub) -> None:
     push_to_hub(TINY, "me/masks")
     on_branch = push_to_hub(EDGE, "me/masks", revision="try/one")
@@ -140,6 +142,7 @@ def test_branches_and_pull_requests(me: Hub) -> None:
         assert equal_states(load(each.address), load(file))
 
 
+@pytest.mark.slow
 def test_networks_open_artifacts_and_addresses(me: Hub, tmp_path: Path) -> None:
     model = convert(build("popup_surgery/conv2", in_chans=1, img_size=8, width=0.25), 0.5)
     pushed = push_to_hub(model, "me/a", path_in_repo="net.popup.safetensors", provenance={"accuracy": 0.25})
@@ -160,6 +163,7 @@ def test_networks_open_artifacts_and_addresses(me: Hub, tmp_path: Path) -> None:
             push_to_hub(file, "me/d", **arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_commit_in_between_is_kept(me: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push_to_hub(TINY, "me/masks")
     seen: list[str | None] = []
@@ -267,6 +271,7 @@ def test_refused_with_the_repository_as_it_was(me: Hub, monkeypatch: pytest.Monk
         push_to_hub(TINY, "me/none", create_pr=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fault", "says"), [
     ({"status": 429}, "the Hub takes no more requests"), ({"status": 500}, "the Hub has an error of its own"),
     ({"break_after": 0}, "the connection to .* broke|cannot be reached|transfer failed"),
@@ -320,6 +325,7 @@ def test_help_ends_with_real_calls_and_their_output(me: Hub, cli: Callable[..., 
         assert blurred[0] == blurred[1]
 
 
+@pytest.mark.slow
 def test_a_push_says_what_it_replaced(me: Hub) -> None:
     def pushed(file: Path) -> bool:
         return push_to_hub(file, "me/masks", path_in_repo="a.popup.safetensors").replaced

@@ -131,6 +131,7 @@ def test_a_base_is_trained_once(piggyback: tuple[Sweep, Path, list[Outcome]]) ->
     assert {run.recipe.model.pretrained for run in given.runs} == {"mine.safetensors"}
 
 
+@pytest.mark.slow
 def test_the_command_prints_and_writes_the_table(
     cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, permuted: tuple[Path, list[Outcome]]
 ) -> None:

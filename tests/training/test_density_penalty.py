@@ -194,6 +194,7 @@ def test_a_target_is_reached_that_is_not_without_it(learner: str, tmp_path: Path
     assert [epoch.density for epoch in result.history][-1] == result.kept / result.weights
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_in_the_same_file(tmp_path: Path) -> None:
     overrides = [*LEARN["supermask"], PENALTY, "training.epochs=2"]
     through = train("digits", overrides=overrides, output=tmp_path / "through")

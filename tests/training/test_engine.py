@@ -212,6 +212,7 @@ def test_no_whole_checkpoint_is_an_error_and_loses_nothing(stopped: Path) -> Non
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_another_recipe_is_refused_by_the_keys_that_differ(stopped: Path) -> None:
     more = ["training.lr=0.5", "surgery.k=0.4"]

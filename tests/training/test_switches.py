@@ -285,6 +285,7 @@ def test_layers_change_and_overlap_with_the_start() -> None:
     st.lists(st.lists(st.floats(-2, 2, width=32).map(lambda x: round(x, 1)), min_size=1, max_size=9), min_size=1),
     st.randoms(),
 )
+@pytest.mark.slow
 def test_favoured_scores_select_the_mask(values: list[list[float]], rng: Any) -> None:
     """Also with equal scores: they are the same numbers but for the smallest step, and select just that mask."""
     scores = [torch.tensor(row) for row in values]

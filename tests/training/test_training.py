@@ -136,6 +136,7 @@ def test_the_same_recipe_gives_the_same_bytes_whatever_the_ambient_seeds(first: 
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("override", ["training.seed=1", "surgery.seed=1"])
 def test_another_seed_gives_another_file(first: Result, tmp_path: Path, override: str) -> None:
     other = short(tmp_path / "run", override)
@@ -216,6 +217,7 @@ def test_a_recipe_that_cannot_be_run_leaves_no_folder(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists(), bad
 
 
+@pytest.mark.slow
 def test_metrics_are_written_while_it_runs(tmp_path: Path) -> None:
     seen = []
     short(tmp_path, after_epoch=lambda epoch: seen.append((tmp_path / "metrics.jsonl").read_text().count("\n")))
