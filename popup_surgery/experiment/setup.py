@@ -70,10 +70,12 @@ def prepare(recipe: Recipe, accelerator: Accelerator, progress: Progress) -> tup
     if not (recipe.training.sync_batchnorm and accelerator.num_processes > 1):  # which counts all processes' images
         data.least = least
         _check_batches(data, recipe.data)
+    rewriting = rewrites(recipe)
+    _check_rewrites(rewriting, data.steps(), recipe.training.epochs)
     parts = model, data, recipe.training, accelerator, progress
     if recipe.lottery_ticket is not None:
         return TicketTrainer(*parts, recipe.lottery_ticket), size
-    return Trainer(*parts, start_masks(recipe), schedule, rewrites(recipe)), size
+    return Trainer(*parts, start_masks(recipe), schedule, rewriting), size
 
 
 def k_schedule(recipe: Recipe) -> KSchedule | None:
@@ -179,6 +181,16 @@ def _check_batches(data: Batches, config: Data) -> None:
             f"{few}; the network has batch norms over maps of 1 × 1, which train on {data.least} images at a time or "
             "more"
         )
+
+
+def _check_rewrites(rewriting: Sequence[Rewrite], steps: int | None, epochs: int) -> None:
+    """Raise `RecipeError` if a run of `steps` steps an epoch, if that is known, ends before weights are rewritten."""
+    for rewrite in rewriting:
+        if steps is not None and rewrite.every > steps * epochs:
+            raise RecipeError(
+                f"surgery.{rewrite.key}.every is {rewrite.every:,}; expected at most {steps * epochs:,}, the steps of "
+                f"the run, so that there are {rewrite.called}"
+            )
 
 
 def start_masks(recipe: Recipe) -> dict[str, Tensor]:

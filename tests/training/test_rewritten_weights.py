@@ -181,6 +181,14 @@ def test_both_bad_values_are_named(setting: str, says: str) -> None:
         Recipe.load("digits", [setting])
 
 
+@pytest.mark.parametrize("key", ["redraw", "recycle"])
+def test_a_run_that_ends_before_it_is_done_is_refused(key: str, tmp_path: Path) -> None:
+    settings = [*TWO, f"surgery.{key}={{every: 31}}"]
+    with pytest.raises(RecipeError, match=rf"surgery\.{key}\.every is 31; expected at most 30, the steps of the run"):
+        train("digits", overrides=settings, output=tmp_path / "run")
+    assert not [*tmp_path.rglob("*.safetensors")]
+
+
 def test_all_mistakes_are_told_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
         Recipe.load("digits", ["surgery.redraw={every: x}", "surgery.learner=dnw", "training.lr=-1"])
