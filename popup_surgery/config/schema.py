@@ -1,7 +1,7 @@
 """Recipes: typed YAML. Every unknown key and bad value is an error, and all errors are reported at once."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -221,7 +221,9 @@ class Training(_Section):
             `weight` · max(0, density − `target`), where the density is the share of masked weights that take part.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
             each epoch.
-        precision: dtype of the forward pass. Scores and their ranking are always float32.
+        preset: `fast` sets `precision: bfloat16` and `channels_last: true`, unless they are set.
+        precision: dtype of the forward pass; `tf32` is float32 whose products a GPU computes with 10 bits of mantissa.
+            Scores and their ranking are always float32.
         compile: use `torch.compile`: true, or the name of one of its modes.
         channels_last: keep images and the weights of convolutions in channels-last memory format.
         sync_batchnorm: compute batch statistics over all processes, on GPUs.
@@ -260,7 +262,8 @@ class Training(_Section):
     clip_norm: Positive | None = None
     density_penalty: Annotated[Penalty, Field(examples=[{"weight": 1.0, "target": 0.3}])] = None
     checkpoint_minutes: Annotated[float, Field(ge=0, allow_inf_nan=False), Key(affects_result=False)] = 10.0
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    preset: Annotated[Literal["fast"] | None, Key(affects_result=False, affects_speed=False)] = None
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
     channels_last: bool = False
     sync_batchnorm: bool = False
@@ -270,6 +273,14 @@ class Training(_Section):
     threads: Annotated[int, Field(ge=1, le=4096), Key(affects_result=False)] = 1
     trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], Key(affects_result=False)] = []
     seed: Annotated[int, Field(ge=0, lt=2**63), Key(affects_speed=False)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """Add the values of the preset for keys that are not set."""
+        if isinstance(values, Mapping) and values.get("preset") == "fast":
+            return {"precision": "bfloat16", "channels_last": True, **values}
+        return values
 
     @model_validator(mode="after")
     def _arguments(self) -> "Training":

@@ -20,7 +20,7 @@ from .sharding import join_shards
 
 log = logging.getLogger("popup_surgery")
 
-_PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_PRECISIONS = {"float32": "no", "tf32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def join_slurm() -> None:
@@ -69,8 +69,10 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
         raise RunError(
             f"training.precision is {training.precision!r}, which this device does not have: {error}"
         ) from error
-    if training.precision == "float16" and accelerator.device.type == "cpu":  # Accelerate ignores this silently
-        raise RunError("training.precision is 'float16', which trains only on GPUs; expected float32 or bfloat16")
+    if training.precision in ("float16", "tf32") and accelerator.device.type == "cpu":  # would be ignored
+        raise RunError(
+            f"training.precision is {training.precision!r}, which trains only on GPUs; expected float32 or bfloat16"
+        )
     join_shards(accelerator, training)
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
@@ -92,7 +94,7 @@ def leave() -> None:
 
 @contextmanager
 def numerics(training: Training) -> Iterator[int]:
-    """Context manager: the recipe's number of threads, and deterministic algorithms if it asks for them.
+    """Context manager: the recipe's number of threads, and TF32 and deterministic algorithms if it asks for them.
 
     It yields the number of threads that the process had.
 
@@ -100,7 +102,10 @@ def numerics(training: Training) -> Iterator[int]:
         RunError: an operator of the network has no deterministic algorithm.
     """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    threads = torch.get_num_threads()
+    threads, products = torch.get_num_threads(), None
+    if training.precision == "tf32":
+        products = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high")  # convolutions have it by PyTorch's default
     torch.set_num_threads(training.threads)
     if training.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -116,6 +121,8 @@ def numerics(training: Training) -> Iterator[int]:
         raise
     finally:
         torch.set_num_threads(threads)
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
 

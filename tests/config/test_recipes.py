@@ -235,7 +235,8 @@ def test_whatever_is_wrong_with_a_key_is_told_in_our_own_words(path: str) -> Non
         ("training.epochs", "3", "training.epochs is '3'; expected an integer from 1"),
         ("training.seed", -1, "training.seed is -1; expected an integer from 0 to 2**63 - 1"),
         ("training.nesterov", 1, "training.nesterov is 1; expected true or false"),
-        ("training.precision", "half", "training.precision is 'half'; expected 'float32', 'bfloat16' or 'float16'"),
+        ("training.precision", "half", "training.precision is 'half'; expected 'float32', 'tf32', 'bfloat16' or "
+         "'float16'"),
         ("training.trackers", "wandb", "training.trackers is 'wandb'; expected a list of any of 'tensorboard', "
          "'wandb', 'mlflow' or 'trackio'"),
         ("model.pretrained", None, "model.pretrained has no value; expected true, false, or a string"),

@@ -208,12 +208,28 @@ def test_deterministic_algorithms_are_asked_for_within_a_run_alone() -> None:
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_precision_that_the_device_does_not_have(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float16", "tf32"])
+def test_a_precision_that_the_device_does_not_have(precision: str, tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("this device has float16")
-    with pytest.raises(RunError, match=r"training\.precision is 'float16', which trains only on GPUs"):
-        short(tmp_path / "run", "training.precision=float16")
+        pytest.skip(f"this device has {precision}")
+    with pytest.raises(RunError, match=rf"training\.precision is '{precision}', which trains only on GPUs"):
+        short(tmp_path / "run", f"training.precision={precision}")
     assert not list(tmp_path.iterdir())
+
+
+def test_tf32_is_for_the_run_alone() -> None:
+    before = torch.get_float32_matmul_precision()
+    with numerics(Training(epochs=1, lr=0.1, precision="tf32")):
+        assert torch.get_float32_matmul_precision() == "high"
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_preset_sets_what_the_recipe_does_not() -> None:
+    fast = Recipe.load("digits", ["training.preset=fast"])
+    assert (fast.training.precision, fast.training.channels_last) == ("bfloat16", True)
+    assert Recipe.parse(fast.dump()) == fast
+    own = Recipe.load("digits", ["training.preset=fast", "training.precision=float32"])
+    assert (own.training.precision, own.training.channels_last) == ("float32", True)
 
 
 @pytest.mark.gpu
