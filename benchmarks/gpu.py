@@ -36,8 +36,8 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ from popup_surgery.reproduce import sweep_of
 from popup_surgery.sweep import Local, Outcome, Run, State, Sweep, execute
 from popup_surgery.sweep.archive import write_archive
 from popup_surgery.sweep.engines import Events, Stop, start_run
+from popup_surgery.sweep.gpus import shared
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = ("conv4", "conv2", "conv6", "conv8")
@@ -367,18 +368,6 @@ def _bounded(call: Sequence[str], log: Path, seconds: float) -> int | str:
             process.wait()
 
 
-@contextmanager
-def mps(ledger: Ledger) -> Iterator[None]:
-    """Context manager: share the GPU between processes through NVIDIA's MPS, if it is installed."""
-    program = shutil.which("nvidia-cuda-mps-control") if torch.cuda.is_available() else None
-    ledger.values["mps"] = program is not None and subprocess.run([program, "-d"]).returncode == 0
-    try:
-        yield
-    finally:
-        if ledger.values["mps"] and program:
-            subprocess.run([program], input=b"quit\n", timeout=30, check=False)
-
-
 class Trial:
     """Runs of Conv4, started together and stopped one after another, to measure the speed by their number."""
 
@@ -628,7 +617,7 @@ def run_day(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
     sweep = runs_of_the_day(scale, settings, arguments.networks, arguments.seeds, data_dir)
     if "step" not in ledger.values:
         check(ledger, day)
-    with mps(ledger):
+    with shared() as ledger.values["mps"]:
         if "taken" not in ledger.values.get("trial", {}):
             trial(ledger, day, arguments.trial, settings, data_dir, scale == "tiny")
         about = {key: ledger.values[key] for key in ("device", "versions", "mps")} | {

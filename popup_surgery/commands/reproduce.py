@@ -6,7 +6,7 @@ import typer
 
 from ..errors import PopupError, Stopped
 from .shared import busy, messages, show
-from .sweep import Address, DryRun, GpusPerRun, Jobs, OnOption, Seeds, Threads, chosen, estimate, shown
+from .sweep import Address, DryRun, GpusPerRun, Jobs, OnOption, Pack, Seeds, Threads, chosen, estimate, shown
 
 if TYPE_CHECKING:
     from ..reproduce import Reproduction
@@ -40,6 +40,7 @@ def run(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set.")] = None,
     jobs: Jobs = None,
     threads: Threads = None,
+    pack: Pack = None,
     on: OnOption = None,
     address: Address = None,
     gpus_per_run: GpusPerRun = None,
@@ -73,12 +74,12 @@ def run(
         if from_ is not None:
             given = {
                 "--set": set_, "--only": only, "--seeds": seeds, "--data-dir": data_dir, "--on": on, "--jobs": jobs,
-                "--dry-run": dry_run,
+                "--pack": pack, "--dry-run": dry_run,
             }  # fmt: skip
             if others := [name for name, value in given.items() if value]:
                 raise PopupError(f"{others[0]} has no effect with --from, which runs nothing; leave out one of the two")
             return _print(reproducing.redraw(figure, from_, output))
-        engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
+        engine = chosen(jobs, threads, pack, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
         sweep = reproducing.sweep_of(figure, scale.value, set_ or (), only=only or (), seeds=number, data_dir=data_dir)
     if dry_run:

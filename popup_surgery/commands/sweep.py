@@ -30,6 +30,9 @@ Jobs = Annotated[
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of each run, in place of training.threads; results depend on it.")
 ]
+Pack = Annotated[
+    int | None, typer.Option(min=1, help="Runs at a time on each GPU, which share it by NVIDIA's MPS; default: 1.")
+]
 OnOption = Annotated[On | None, typer.Option(help="Run on a Ray cluster.")]
 Address = Annotated[
     str | None, typer.Option(help="Address of the Ray cluster; default: the one of this machine, or a new one.")
@@ -57,6 +60,7 @@ def run(
     data_dir: Annotated[Path | None, typer.Option(help="Folder of the data set, in place of data.root.")] = None,
     jobs: Jobs = None,
     threads: Threads = None,
+    pack: Pack = None,
     on: OnOption = None,
     address: Address = None,
     gpus_per_run: GpusPerRun = None,
@@ -81,7 +85,7 @@ def run(
         from ..config.yaml import parse_yaml
         from ..sweep.grid import default_folder
 
-        engine = chosen(jobs, threads, on, address, gpus_per_run, data_dir)
+        engine = chosen(jobs, threads, pack, on, address, gpus_per_run, data_dir)
         number = None if seeds is None else parse_yaml(seeds, f"--seeds {seeds}")
         loaded = sweeps.Sweep.load(sweep, set_ or (), seeds=number, data_dir=data_dir, output=output)
     folder = output or default_folder(loaded.name)
@@ -106,6 +110,7 @@ def run(
 def chosen(
     jobs: int | None,
     threads: int | None,
+    pack: int | None,
     on: On | None,
     address: str | None,
     gpus_per_run: float | None,
@@ -121,7 +126,11 @@ def chosen(
             raise PopupError(f"{name} is {value}; it works only with --on ray")
     if on is not None and jobs is not None:
         raise PopupError(f"--jobs is {jobs}; it works only without --on ray, which fills the cluster by itself")
-    return OnRay(address, gpus_per_run, threads) if on else Local(jobs, threads)
+    if pack is not None and on is not None:
+        raise PopupError(f"--pack is {pack}; it works only without --on ray, which takes --gpus-per-run")
+    if pack is not None and jobs is not None:
+        raise PopupError(f"--pack is {pack} and --jobs is {jobs}; expected one of them: both set the runs at a time")
+    return OnRay(address, gpus_per_run, threads) if on else Local(jobs, threads, pack=pack or 1)
 
 
 @contextmanager

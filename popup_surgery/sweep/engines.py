@@ -22,6 +22,7 @@ from ..config.yaml import to_yaml
 from ..errors import PopupError, Stopped
 from ..experiment.train import train
 from ..plugins import loaded_plugins, restore_plugins
+from .gpus import check_room, gpus, shared
 from .grid import Run
 from .results import State
 
@@ -59,26 +60,37 @@ class Local:
     """Engine: processes on this machine, each an ordinary `popup-surgery train`.
 
     Attributes:
-        jobs: runs at a time; if not given, one for each GPU, or without GPUs as many as have a core for each thread.
+        jobs: runs at a time; if not given, `pack` for each GPU, or without GPUs as many as have a core for each thread.
             GPUs are assigned to them in turn.
         threads: threads of each run, in place of its `training.threads`.
         admit: called before a run starts; it returns false to refuse the run. A refused run is tried again when a place
             is free. Runs refused while nothing runs stay waiting.
+        pack: runs at a time on each GPU, which they share through NVIDIA's MPS where it is installed.
     """
 
     jobs: int | None = None
     threads: int | None = None
     admit: Callable[[Run], bool] = lambda run: True
+    pack: int = 1
 
     def places(self, runs: Sequence[Run]) -> int:
         """Return the number of `runs` at a time."""
         most = self.threads or max((run.recipe.training.threads for run in runs), default=1)
-        return self.jobs or len(_gpus()) or max(1, (os.cpu_count() or 1) // most)
+        return self.jobs or self.pack * len(gpus()) or max(1, (os.cpu_count() or 1) // most)
 
     def ready(self) -> AbstractContextManager[object]:
-        return nullcontext()
+        return shared() if self.pack > 1 else nullcontext()
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
+        """As `Engine.run`.
+
+        Raises:
+            PopupError: a GPU's memory has no room for `pack` of the runs.
+        """
+        if self.pack > 1 and not gpus():
+            log.warning("--pack is %d, and this machine has no GPU: it has no effect", self.pack)
+        elif self.pack > 1:
+            check_room(runs, self.pack, self.threads)
         return _LocalRuns(self, runs, output, stop).events()
 
 
@@ -90,7 +102,7 @@ class _LocalRuns:
         self.waiting = [run.with_threads(engine.threads) for run in runs]
         self.running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
         self.told = False  # whether the processes have been asked to stop
-        self.gpus, self.places = _gpus(), range(engine.places(runs))
+        self.gpus, self.places = gpus(), range(engine.places(runs))
 
     def events(self) -> Events:
         """Run everything, and yield the events of `Engine.run`."""
@@ -303,14 +315,6 @@ def _in_use(run: Run, output: Path) -> bool:
     except Timeout:
         return True
     return False
-
-
-def _gpus() -> list[str]:
-    """Return the name, as in CUDA_VISIBLE_DEVICES, of each GPU that this process sees."""
-    import torch
-
-    count = torch.cuda.device_count()
-    return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
 
 
 def _outcome(run: Run, output: Path, status: int, stopping: bool) -> Event:

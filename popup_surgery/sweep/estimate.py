@@ -35,12 +35,14 @@ class RunKind:
         start: seconds until the first step.
         step: seconds per step.
         epoch: seconds per epoch.
+        room: how many such runs the memory of a GPU has room for; None on the CPU.
     """
 
     runs: tuple[Run, ...]
     start: float
     step: float
     epoch: float
+    room: int | None
 
     def seconds(self, run: Run) -> float:
         """Return the seconds that a run takes when it runs alone."""
@@ -75,8 +77,8 @@ def measure(runs: Sequence[Run], threads: int | None = None, progress: Progress 
     return kinds
 
 
-def _measure(values: dict[str, Any]) -> tuple[float, float, float]:
-    """Measure a run. Returns the seconds of the measurement, of a step, and of an epoch with its validation."""
+def _measure(values: dict[str, Any]) -> tuple[float, float, float, int | None]:
+    """Measure a run. Returns the seconds of the measurement, of a step, and of an epoch; and the `RunKind.room`."""
     recipe = Recipe.parse(values)
     accelerator = start(recipe.training)
     with numerics(recipe.training), ambient_seed([recipe.training.seed]):
@@ -100,4 +102,8 @@ def _measure(values: dict[str, Any]) -> tuple[float, float, float]:
     if count is None or rest is None:
         raise RunError("its data set does not say how many images it has")
     step = median(steps[1:] or steps)
-    return ended - times[0], step, count * step + rest * (ended - began) / min(batches, rest)
+    room = None
+    if accelerator.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info()  # of all processes: the context is counted too
+        room = total // (total - free)
+    return ended - times[0], step, count * step + rest * (ended - began) / min(batches, rest), room

@@ -264,6 +264,8 @@ def test_all_that_recipes_refuse_is_said_at_once() -> None:
         (("digits", "--gpus-per-run", "1"), "--gpus-per-run is 1.0; it works only with --on ray"),
         (("digits", "--on", "ray", "--gpus-per-run", "1.5"), r"--gpus-per-run is 1\.5; expected a share of a GPU"),
         (("digits", "--on", "ray", "--jobs", "2"), "--jobs is 2; it works only without --on ray"),
+        (("digits", "--on", "ray", "--pack", "2"), "--pack is 2; it works only without --on ray"),
+        (("digits", "--jobs", "2", "--pack", "3"), "--pack is 3 and --jobs is 2; expected one of them"),
         (("digits", "--on", "slurm"), "slurm"),
         (("digits", "-o", "/proc/self/sweep"), "cannot be written"),
         (("digits", "-o", "run"), "run is the folder of a run"),

@@ -1,0 +1,70 @@
+"""Several runs on one GPU: how many at a time, MPS around them, and numbers that the memory has no room for."""
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from popup_surgery import PopupError
+from popup_surgery.sweep import Local, State, Sweep, engines, estimate, execute, gpus
+from popup_surgery.sweep.estimate import RunKind
+
+FOUR = {"recipe": "digits", "set": {"training.epochs": 1}, "grid": {"surgery.k": [0.3, 0.5]}, "seeds": 2}
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that says that it has two GPUs; what runs on them sees none, and takes the CPU."""
+    for module in (gpus, engines):
+        monkeypatch.setattr(module, "gpus", lambda: ["0", "GPU-1"])
+
+
+def with_room(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    """Let a measurement, which is real, find that a GPU has room for so many runs."""
+    found = estimate.measure
+    monkeypatch.setattr(estimate, "measure", lambda *a: [replace(kind, room=room) for kind in found(*a)])
+
+
+def test_runs_share_each_gpu(two_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_room(monkeypatch, 2)
+    environments = []
+    start = engines.start_run
+    monkeypatch.setattr(
+        engines, "start_run", lambda run, output, env: environments.append(env) or start(run, output, env)
+    )
+    control = tmp_path / "bin" / "nvidia-cuda-mps-control"
+    control.parent.mkdir()
+    control.write_text(f'#!/bin/sh\necho "$1$(test "$1" || cat)" >> {tmp_path}/told\n')
+    control.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{control.parent}{os.pathsep}{os.environ['PATH']}")
+    sweep = Sweep.parse(FOUR)
+    assert Local(pack=2).places(sweep.runs) == 4
+    outcomes = execute(sweep, tmp_path / "sweep", Local(pack=2))
+    assert [outcome.state for outcome in outcomes] == [State.FINISHED] * 4
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in environments] == ["0", "GPU-1", "0", "GPU-1"]
+    assert (tmp_path / "told").read_text() == "-d\nquit\n"
+
+
+def test_what_the_memory_has_no_room_for(two_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with_room(monkeypatch, 3)
+    says = r"--pack is 4; a GPU's memory has room for 3 runs such as digits surgery\.k=0\.3 seed 0"
+    with pytest.raises(PopupError, match=says):
+        execute(Sweep.parse(FOUR), tmp_path, Local(pack=4))
+    assert not list(tmp_path.glob("*/recipe.yaml"))
+
+
+def test_without_a_gpu_it_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    if gpus.gpus():
+        pytest.skip("this machine has a GPU")
+    (outcome,) = execute(Sweep.parse(FOUR | {"grid": {}, "seeds": 1}), tmp_path, Local(pack=4))
+    assert outcome.state is State.FINISHED
+    assert caplog.messages == ["--pack is 4, and this machine has no GPU: it has no effect"]
+    assert Local(pack=4).places([outcome.run]) == Local().places([outcome.run])
+
+
+def test_there_is_no_room_to_measure_on_a_cpu() -> None:
+    if gpus.gpus():
+        pytest.skip("this machine has a GPU")
+    kinds = estimate.measure(Sweep.parse(FOUR).runs)
+    assert [(type(kind), kind.room) for kind in kinds] == [(RunKind, None)]
