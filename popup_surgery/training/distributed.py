@@ -21,6 +21,7 @@ from .sharding import join_shards
 log = logging.getLogger("popup_surgery")
 
 _PRECISIONS = {"float32": "no", "tf32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_EXPECTED = "expected one process, data-parallel ones on CPUs or GPUs, or FSDP2"
 
 
 def join_slurm() -> None:
@@ -49,6 +50,8 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
             kind that the loop does not support.
     """
     join_slurm()
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        raise RunError(f"the run was started with DeepSpeed; {_EXPECTED}, which spreads more than ZeRO-1 and 2 do")
     installed = {str(tracker) for tracker in get_available_trackers()}
     for name in training.trackers:
         if name not in installed:
@@ -76,9 +79,7 @@ def start(training: Training, folder: Path | None = None) -> Accelerator:
     join_shards(accelerator, training)
     kind = accelerator.distributed_type.value
     if kind not in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
-        raise RunError(
-            f"the run was started with {kind}; expected one process, data-parallel ones on CPUs or GPUs, or FSDP2"
-        )
+        raise RunError(f"the run was started with {kind}; {_EXPECTED}")
     if training.sync_batchnorm and accelerator.num_processes > 1 and accelerator.device.type == "cpu":
         raise RunError(
             "training.sync_batchnorm is true; expected false, because PyTorch shares batch statistics only between GPUs"

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate.utils import is_deepspeed_available
 
-from popup_surgery import Recipe, evaluate
+from popup_surgery import Recipe, RunError, evaluate
 from popup_surgery.data.batches import quiet
 from popup_surgery.experiment.setup import prepare
 from popup_surgery.training.distributed import leave, start
@@ -94,6 +95,22 @@ def test_deepspeed_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: pytes
     done = run_digits(tmp_path / "run")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*DeepSpeed.*\n", done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_deepspeed_is_refused_whether_or_not_it_is_installed(
+    installed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if installed:
+        for name, text in {"deepspeed.py": "", "deepspeed-0.18.0.dist-info/METADATA": "Name: deepspeed\n"}.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+    assert bool(is_deepspeed_available()) == installed
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    with pytest.raises(RunError, match="^the run was started with DeepSpeed; expected one process, .* or FSDP2, which"):
+        start(Recipe.load("digits").training)
 
 
 @pytest.mark.slow
