@@ -1,12 +1,15 @@
 """FSDP2: each process has a share of the rows of every parameter, as `fully_shard` divides them."""
 
+import ctypes
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, fsdp2_prepare_model
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from torch import nn
 
 from ..config.schema import Training
@@ -15,6 +18,7 @@ from ..learners import name_of
 from ..learners.base import Learner
 from ..selection.shards import is_shard, spread
 
+_MMAP_THRESHOLD = -3  # of malloc.h: pieces of this size are returned when they are freed
 _HOOKS = "around_step", "after_step", "after_epoch", "penalty"
 
 
@@ -48,6 +52,17 @@ def join_shards(accelerator: Accelerator, training: Training) -> None:
         raise RunError(f"the run was started with FSDP, which does not work with {listed(found)}")
     plugin.cpu_ram_efficient_loading = False  # each process has drawn all values
     plugin.mixed_precision_policy = None  # scores are ranked in float32; autocast does the rest
+    if accelerator.device.type == "cpu":
+        _return_freed_memory()
+
+
+def _return_freed_memory() -> None:
+    """Let the C library return what is freed to the system, if it is glibc.
+
+    It keeps freed pieces of up to 32 MB by default, such as gathered layers, which took more than shards save.
+    """
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def uses_shards(accelerator: Accelerator) -> bool:
@@ -89,17 +104,29 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     Raises:
         RunError: the policy wraps no layer, or `fully_shard` does not take the network.
     """
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import fully_shard
 
+    plugin, mesh = accelerator.state.fsdp_plugin, accelerator.torch_device_mesh
+    if mesh is not None:
+        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
     try:
-        model = fsdp2_prepare_model(accelerator, model)
+        plugin.set_auto_wrap_policy(model)
+        wraps = fsdp2_prepare_auto_wrap_policy(plugin, model) or (lambda module: False)
+        modules = [module for module in reversed(list(model.modules())) if module is model or wraps(module)]
+        if modules == [model]:
+            raise RunError(
+                "FSDP wraps no layer, so that each process would gather the whole network at once; expected a policy "
+                "that does, such as --fsdp_auto_wrap_policy SIZE_BASED_WRAP --fsdp_min_num_params 100000"
+            )
+        for module in modules:  # from the inside out; `fsdp2_prepare_model` holds all of them whole until the end
+            fully_shard(
+                module,
+                mesh=mesh,
+                # PyTorch's default is that the network's own parameters stay whole until the backward
+                reshard_after_forward=None if module is model else plugin.reshard_after_forward,
+            )
     except (ValueError, NotImplementedError) as error:
         raise RunError(f"FSDP does not take this network: {' '.join(str(error).split())}") from error
-    if not any(isinstance(module, FSDPModule) for module in model.modules() if module is not model):
-        raise RunError(
-            "FSDP wraps no layer, so that each process would gather the whole network at once; expected a policy that "
-            "does, such as --fsdp_auto_wrap_policy SIZE_BASED_WRAP --fsdp_min_num_params 100000"
-        )
     return model
 
 

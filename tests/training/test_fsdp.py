@@ -29,6 +29,7 @@ FEW = ["training.epochs=2", "data.batch_size=720"]
 REFUSED: list[tuple[dict[str, str], list[str], str]] = [
     ({"FSDP_VERSION": "1"}, [], "started with version 1 of FSDP; expected version 2: accelerate launch --use_fsdp"),
     ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, [], "FSDP wraps no layer, .* --fsdp_auto_wrap_policy SIZE_BASED_WRAP"),
+    ({"FSDP_MIN_NUM_PARAMS": "100000000"}, [], "FSDP wraps no layer, so that each process would gather the whole net"),
     ({"FSDP_OFFLOAD_PARAMS": "true"}, [], "FSDP, which does not work with 'the offload of parameters to the CPU'$"),
     (
         {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
