@@ -183,6 +183,10 @@ class RankGroup:
             self._versions = versions
         return selection.masks[index]
 
+    def free_masks(self) -> None:
+        """Free the cached masks; the next read ranks again."""
+        self._selection = None
+
     def mask_again(self, index: int, score: Tensor) -> Tensor:
         """Return the mask of member `index` for the score that the last `mask` was of, without an exchange."""
         return self.mask(index, score) if self._cut is None else self._cut.mask(index, score)

@@ -139,11 +139,12 @@ class MaskedParam:
                 self._watches.discard(watch)
 
     def give_up(self) -> None:
-        """Free the masked weights that wait for a backward, as `fully_shard` frees the parameters that they are of.
+        """Free the mask, and the masked weights that wait for a backward, as `fully_shard` frees their parameters.
 
         A learner that samples may give another one the next time, so its weights stay.
         """
         if not self.ranking.learner.samples:
+            self.ranking.free_masks()
             for watch in self._watches:
                 if watch.differentiable:
                     watch.free()

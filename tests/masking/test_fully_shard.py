@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "pattern": {"k": None, "pattern": "1:2"},
     "piggyback": {"learner": "piggyback", "scheme": "kaiming_normal", "k": None},
     "rescaled": {"learner": "edge_popup", "scheme": "kaiming_normal", "scaled": True},
+    "root alone": {},
 }
 
 
@@ -43,8 +44,8 @@ def hidden(**options: Any) -> Any:
     return convert(plain(), **{key: value for key, value in arguments.items() if value is not None})
 
 
-def spread(model: Any, **options: Any) -> Any:
-    for module in (model[4], model[0], model):
+def spread(model: Any, root_alone: bool = False, **options: Any) -> Any:
+    for module in [model] if root_alone else [model[4], model[0], model]:
         fully_shard(module, **options)
     return model
 
@@ -61,7 +62,7 @@ def same_masks(one: nn.Module, other: nn.Module) -> bool:
 def compare(name: str, folder: Path) -> None:
     """Each of the processes trains a spread network on its images, and another one by itself on all of them."""
     rank, processes = dist.get_rank(), dist.get_world_size()
-    alone, model = hidden(**OPTIONS[name]).eval(), spread(hidden(**OPTIONS[name]).eval())
+    alone, model = hidden(**OPTIONS[name]).eval(), spread(hidden(**OPTIONS[name]).eval(), name == "root alone")
     assert same_masks(alone, model)
     optimizers = [torch.optim.SGD(scores(each), lr=0.5, momentum=0.9) for each in (alone, model)]
     images, labels = torch.randn(6, 1, 8, 8), torch.randint(0, 5, (6,))
@@ -124,9 +125,9 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
-def test_one_process_trains_as_without(scope: str, process_group: None) -> None:
-    alone, model = hidden(scope=scope), spread(hidden(scope=scope))
+@pytest.mark.parametrize(("scope", "root_alone"), [("layer", False), ("global", False), ("layer", True)])
+def test_one_process_trains_as_without(scope: str, root_alone: bool, process_group: None) -> None:
+    alone, model = hidden(scope=scope), spread(hidden(scope=scope), root_alone)
     assert type(model[0]._parameters["weight_score"]) is DTensor
     images = torch.randn(4, 1, 8, 8)
     for each in (alone, model):
@@ -136,7 +137,7 @@ def test_one_process_trains_as_without(scope: str, process_group: None) -> None:
     assert all(torch.equal(whole(its), one) for one, its in zip(scores(alone), scores(model), strict=True))
     assert same_masks(alone, model)
     assert equal_states(bake(alone), bake(model))
-    assert isinstance(model[0], FSDPModule)  # as it was
+    assert isinstance(model, FSDPModule)  # as it was
     model(images).sum().backward()
     assert not of_fsdp(bake(model))
     twin = bake(model)
@@ -149,6 +150,7 @@ def test_masked_weights_are_made_again_for_the_backward(process_group: None) -> 
     loss = model(torch.randn(4, 1, 8, 8)).sum()
     (watch,) = slots_of(model[4][0])["weight"]._watches
     assert watch.freed()  # with the parameters of its block
+    assert slots_of(model[4][0])["weight"].ranking._selection is None  # which has the mask
     loss.backward()
     assert watch.over()
 
