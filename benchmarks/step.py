@@ -27,7 +27,8 @@ from torch.nn import functional
 import popup_surgery as ps
 import popup_surgery.learners.base
 import popup_surgery.selection
-from popup_surgery.experiment.machine import keep_freed_memory, processor
+from popup_surgery.experiment.machine import processor
+from popup_surgery.malloc import keep_freed_memory
 from popup_surgery.selection.pattern import Pattern, select_pattern
 
 K = 0.5

@@ -11,7 +11,7 @@ PACKAGE = Path(popup_surgery.__file__).parent
 
 # From the bottom up: a room imports only from rooms of earlier rows.
 ROWS = (
-    ("errors", "deprecated", "signals"),
+    ("errors", "deprecated", "signals", "malloc"),
     ("atomic", "plugins", "torch_compat", "accelerate_compat", "timm_compat", "typer_compat"),
     ("plots", "weights", "hub"),
     ("selection",),

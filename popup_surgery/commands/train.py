@@ -49,8 +49,8 @@ def run(
     began = time.perf_counter()
     with busy("starting"):
         from ..config import Recipe
-        from ..experiment.machine import keep_freed_memory
         from ..experiment.train import train
+        from ..malloc import keep_freed_memory
         from ..training.distributed import join_slurm, leave
 
         keep_freed_memory()

@@ -14,7 +14,6 @@ _INSTRUCTIONS = (
     "avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16",
     "asimd", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
 )  # fmt: skip
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt
 _CPUINFO, _STATUS, _FORGET = Path("/proc/cpuinfo"), Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -45,21 +44,6 @@ def memory(*, trim: bool = False, forget: bool = False) -> Memory | None:
         return None
     found = dict(re.findall(r"^(VmRSS|VmHWM):\s+(\d+) kB", text, re.M))
     return Memory(1024 * int(found["VmRSS"]), 1024 * int(found["VmHWM"])) if len(found) == 2 else None
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep the memory that it frees, for its next large tensors, where the C library can.
-
-    Otherwise glibc returns each to the system and gets it again at the next step, page by page, which takes up to a
-    third of a small network's time on a CPU.
-    """
-    with suppress(AttributeError, OSError, TypeError):  # glibc alone has it
-        set_to = ctypes.CDLL(None).mallopt
-        for limit in (1 << 30, 1 << 25):  # earlier versions take no more than 32 MB
-            if set_to(_MMAP_THRESHOLD, limit):
-                break
-        set_to(_TRIM_THRESHOLD, (1 << 31) - 1)
-        set_to(_TOP_PAD, 1 << 26)
 
 
 def processor() -> tuple[str, tuple[str, ...]]:

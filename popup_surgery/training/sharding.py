@@ -1,9 +1,7 @@
 """FSDP2: each process has a share of the rows of every parameter, as `fully_shard` divides them."""
 
-import ctypes
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,9 +14,9 @@ from ..config.schema import Training
 from ..errors import RunError, listed
 from ..learners import name_of
 from ..learners.base import Learner
+from ..malloc import return_freed_memory
 from ..selection.shards import is_shard, spread
 
-_MMAP_THRESHOLD = -3  # of malloc.h: pieces of this size are returned when they are freed
 _HOOKS = "around_step", "after_step", "after_epoch", "penalty"
 
 
@@ -50,19 +48,8 @@ def join_shards(accelerator: Accelerator, training: Training) -> None:
     }
     if found := [what for what, there in wrong.items() if there]:
         raise RunError(f"the run was started with FSDP, which does not work with {listed(found)}")
-    plugin.cpu_ram_efficient_loading = False  # each process has drawn all values
-    plugin.mixed_precision_policy = None  # scores are ranked in float32; autocast does the rest
     if accelerator.device.type == "cpu":
-        _return_freed_memory()
-
-
-def _return_freed_memory() -> None:
-    """Let the C library return what is freed to the system, if it is glibc.
-
-    It keeps freed pieces of up to 32 MB by default, such as gathered layers, which took more than shards save.
-    """
-    with suppress(AttributeError, OSError, TypeError):
-        ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+        return_freed_memory()
 
 
 def uses_shards(accelerator: Accelerator) -> bool:
@@ -118,12 +105,10 @@ def shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
                 "FSDP wraps no layer, so that each process would gather the whole network at once; expected a policy "
                 "that does, such as --fsdp_auto_wrap_policy SIZE_BASED_WRAP --fsdp_min_num_params 100000"
             )
-        for module in modules:  # from the inside out; `fsdp2_prepare_model` holds all of them whole until the end
+        # From the inside out. Accelerate's `fsdp2_prepare_model` would hold all layers whole until the last is spread.
+        for module in modules:  # without mixed precision: scores are ranked in float32, and autocast does the rest
             fully_shard(
-                module,
-                mesh=mesh,
-                # PyTorch's default is that the network's own parameters stay whole until the backward
-                reshard_after_forward=None if module is model else plugin.reshard_after_forward,
+                module, mesh=mesh, reshard_after_forward=None if module is model else plugin.reshard_after_forward
             )
     except (ValueError, NotImplementedError) as error:
         raise RunError(f"FSDP does not take this network: {' '.join(str(error).split())}") from error

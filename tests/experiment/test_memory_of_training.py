@@ -5,11 +5,12 @@ import sys
 
 import pytest
 
-KEEPS = """
+FREES = """
 import torch
-from popup_surgery.experiment.machine import keep_freed_memory, memory
-if {keep}:
-    keep_freed_memory()
+from popup_surgery import malloc
+from popup_surgery.experiment.machine import memory
+for what in {what}:
+    getattr(malloc, what + "_freed_memory")()
 large = torch.ones(64 << 20)
 held = memory().now
 del large
@@ -18,7 +19,7 @@ print(held - memory().now)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the memory of a process")
-@pytest.mark.parametrize("keep", [True, False])
-def test_freed_memory_stays_with_a_training_process_alone(keep):
-    done = subprocess.run([sys.executable, "-c", KEEPS.format(keep=keep)], capture_output=True, text=True, check=True)
-    assert (int(done.stdout) < 1 << 20) is keep
+@pytest.mark.parametrize(("what", "kept"), [(["keep"], True), ([], False), (["keep", "return"], False)])
+def test_freed_memory_stays_with_a_training_process_alone(what: list[str], kept: bool) -> None:
+    done = subprocess.run([sys.executable, "-c", FREES.format(what=what)], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) < 1 << 20) is kept

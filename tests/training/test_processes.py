@@ -109,7 +109,9 @@ def test_deepspeed_is_refused_whether_or_not_it_is_installed(
     assert bool(is_deepspeed_available()) == installed
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    with pytest.raises(RunError, match="^the run was started with DeepSpeed; expected one process, .* or FSDP2, which"):
+    with pytest.raises(
+        RunError, match=r"^the run was started with DeepSpeed; expected one process, .* or FSDP2, which"
+    ):
         start(Recipe.load("digits").training)
 
 
