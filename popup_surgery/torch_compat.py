@@ -8,6 +8,7 @@ every `nn.Module`, are read in many places.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 from typing import Any
 
 import torch
@@ -136,11 +137,25 @@ def fsdp_calls() -> bool:
     It exchanges a parameter for its shard and back by `setattr` on the module, and reads the shard by `getattr`. There
     is no public way to tell its parameters from those that a user assigns. Tried on torch 2.14.
     """
-    module = sys._getframe(2).f_globals.get("__name__", "")
-    return isinstance(module, str) and module.startswith(_FSDP)
+    return _module_of(sys._getframe(2)).startswith(_FSDP)
 
 
 _FSDP = "torch.distributed.fsdp._fully_shard."
+
+
+def torch_layer_reads() -> bool:
+    """Return whether the package was called by torch's own code of linear layers or convolutions.
+
+    Under autocast, that casts the weight that it reads before it does anything else with it. Tried on torch 2.14.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _module_of(frame).startswith("popup_surgery."):
+        frame = frame.f_back
+    return frame is not None and _module_of(frame) in ("torch.nn.modules.linear", "torch.nn.modules.conv")
+
+
+def _module_of(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 def of_fsdp(model: nn.Module) -> bool:

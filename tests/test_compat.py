@@ -56,6 +56,7 @@ from popup_surgery.torch_compat import (
     renew_reducer,
     renew_weight_list,
     storage_of,
+    torch_layer_reads,
     unsaved_buffers,
     version_of,
     without_fsdp,
@@ -360,6 +361,17 @@ def test_what_fully_shard_assigns_and_leaves(process_group: None) -> None:
         name: value for name, value in empty.items() if name.endswith("hooks")
     }
     assert vars(twin).keys() == empty.keys()
+
+
+def test_torch_layer_reads() -> None:
+    seen: list[bool] = []
+    own: dict[str, Any] = {"__name__": "popup_surgery.layer", "torch_layer_reads": torch_layer_reads, "seen": seen}
+    exec("def read(layer):\n    seen.append(torch_layer_reads())\n    return layer._parameters['weight']", own)
+    for layer, images in ((nn.Linear(2, 3), torch.ones(1, 2)), (nn.Conv2d(2, 3, 1), torch.ones(1, 2, 1, 1))):
+        layer.__class__ = type("Reader", (type(layer),), {"weight": property(own["read"])})
+        layer(images)
+        assert layer.weight.shape[:2] == (3, 2)
+    assert seen == [True, False, True, False]
 
 
 def test_storage_of() -> None:

@@ -53,6 +53,7 @@ class Masked(ModuleMethods):
     def _popup_exchange(self, name: str, value: nn.Parameter) -> None:
         """Take the parameter that `fully_shard` puts in the place of another: a shard, or the whole one for a pass."""
         self._parameters[name] = value  # type: ignore[attr-defined]
+        self.__dict__[STATE].sharded = True
         for weight, slot in slots_of(self).items():  # type: ignore[arg-type]
             if name not in (weight, score_name(weight)):
                 continue

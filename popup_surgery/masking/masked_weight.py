@@ -47,8 +47,8 @@ class Watch:
         return storage is not None and storage.size() == 0
 
     def restore(self, tensor: Tensor) -> None:
-        """Give the tensor and its aliases their values again: those of `tensor`, of the same dtype and strides."""
-        storage, values = storage_of(self._storage), tensor.untyped_storage()
+        """Give the tensor and its aliases their values again: those of `tensor`, of the same strides."""
+        storage, values = storage_of(self._storage), tensor.to(self._witness.dtype).untyped_storage()
         if storage is not None:
             storage.resize_(values.size())
             storage.copy_(values)

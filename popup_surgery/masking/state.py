@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..errors import MaskedWeightError
 from ..models.architecture import forget_base, gather
 from ..selection.shards import is_shard, whole
-from ..torch_compat import is_fx_tracing
+from ..torch_compat import is_fx_tracing, torch_layer_reads
 from ..weights.fill import pieces_of
 from ..weights.source import source_of
 from ..weights.streams import Floats, origins
@@ -115,7 +115,10 @@ class MaskedParam:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # tensors of that mode do not count writes
                 return self._watched(learner.effective(weight, score, mask), weight, score)
-        return self._watched(learner.effective(weight, score, mask), weight, score)
+        effective = learner.effective(weight, score, mask)
+        if module.__dict__[STATE].sharded and torch_layer_reads():
+            effective = _autocast(effective)
+        return self._watched(effective, weight, score)
 
     def _watched(self, effective: Tensor, weight: Tensor, score: Tensor) -> Tensor:
         """Return the masked weight as a tensor whose writes the next read finds."""
@@ -175,6 +178,7 @@ class ModuleState:
         generated: which of the others were drawn, and from which stream.
         settings: the settings of the conversion, only on the module that `convert` was called with.
         loading: whether it is loading a `state_dict`, which may assign masked weights.
+        sharded: whether `fully_shard` exchanges its parameters.
     """
 
     masked: dict[str, MaskedParam] = field(default_factory=dict)
@@ -182,12 +186,21 @@ class ModuleState:
     generated: dict[str, Generated] = field(default_factory=dict)
     settings: MaskingSettings | None = None
     loading: bool = False
+    sharded: bool = False
 
 
 _MARKS = {
     "_popup_slots": "masked", "_popup_converted": "others", "_popup_generated": "generated",
     "_popup_settings": "settings",
 }  # fmt: skip
+
+
+def _autocast(effective: Tensor) -> Tensor:
+    """Return what autocast would make of a masked weight, whose copy could not be freed until the backward."""
+    device = effective.device.type
+    if torch.is_autocast_enabled(device) and effective.dtype == torch.float32:
+        return effective.to(torch.get_autocast_dtype(device))
+    return effective
 
 
 def upgrade(attributes: dict[str, Any]) -> None:

@@ -125,14 +125,19 @@ def process_group(tmp_path: Path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("scope", "root_alone"), [("layer", False), ("global", False), ("layer", True)])
-def test_one_process_trains_as_without(scope: str, root_alone: bool, process_group: None) -> None:
+@pytest.mark.parametrize(
+    ("scope", "root_alone", "autocast"),
+    [("layer", False, False), ("global", False, False), ("layer", True, False), ("layer", False, True)],
+)
+def test_one_process_trains_as_without(scope: str, root_alone: bool, autocast: bool, process_group: None) -> None:
     alone, model = hidden(scope=scope), spread(hidden(scope=scope), root_alone)
     assert type(model[0]._parameters["weight_score"]) is DTensor
     images = torch.randn(4, 1, 8, 8)
     for each in (alone, model):
         optimizer = torch.optim.SGD(scores(each), lr=0.5)
-        each(images).square().sum().backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = each(images)
+        found.float().square().sum().backward()
         optimizer.step()
     assert all(torch.equal(whole(its), one) for one, its in zip(scores(alone), scores(model), strict=True))
     assert same_masks(alone, model)
@@ -145,10 +150,23 @@ def test_one_process_trains_as_without(scope: str, root_alone: bool, process_gro
     assert torch.equal(twin(images), model(images))
 
 
-def test_masked_weights_are_made_again_for_the_backward(process_group: None) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_masked_weights_are_made_again_for_the_backward(autocast: bool, process_group: None) -> None:
     model = spread(hidden())
-    loss = model(torch.randn(4, 1, 8, 8)).sum()
+    kept: list[Tensor] = []
+
+    def keep(saved: Tensor) -> Tensor:
+        kept.append(saved)
+        return saved
+
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved),
+    ):
+        loss = model(torch.randn(4, 1, 8, 8)).sum()
     (watch,) = slots_of(model[4][0])["weight"]._watches
+    assert max(saved.untyped_storage().size() for saved in kept) < 2 * 13 * 7 * 36  # no weight of the block is kept
+    kept.clear()
     assert watch.freed()  # with the parameters of its block
     assert slots_of(model[4][0])["weight"].ranking._selection is None  # which has the mask
     loss.backward()
