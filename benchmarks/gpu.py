@@ -532,7 +532,7 @@ def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) ->
             ledger.values["costs"] = {kind: round(cost, 4) for kind, cost in forecast.costs.items()}
             ledger.write(day)
 
-    engine = UntilItIsOver(measured["taken"], 1, scheduler.admits, lambda: day.here <= 0)
+    engine = UntilItIsOver(measured["taken"], 1, scheduler.admits, over=lambda: day.here <= 0)
     with suppress(Stopped):
         execute(replace(sweep, runs=tuple(begun)), output, engine, report)
     outcomes = [Outcome.read(run, output) for run in sweep.runs]

@@ -69,10 +69,10 @@ def measure(runs: Sequence[Run], threads: int | None = None, progress: Progress 
             began = time.perf_counter()
             try:
                 with ProcessPoolExecutor(1, get_context("spawn"), restore_plugins, (loaded_plugins(),)) as pool:
-                    busy, *measured = pool.submit(_measure, alike[0].recipe.dump()).result()
+                    busy, step, epoch, room = pool.submit(_measure, alike[0].recipe.dump()).result()
             except (PopupError, BrokenExecutor) as error:
                 raise RunError(f"{alike[0]} cannot be measured: {error}") from error
-            kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, *measured))
+            kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, step, epoch, room))
             advance()
     return kinds
 

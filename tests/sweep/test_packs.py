@@ -1,13 +1,15 @@
 """Several runs on one GPU: how many at a time, MPS around them, and numbers that the memory has no room for."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from popup_surgery import PopupError
-from popup_surgery.sweep import Local, State, Sweep, engines, estimate, execute, gpus
+from popup_surgery.sweep import Local, Run, State, Sweep, engines, estimate, execute, gpus
 from popup_surgery.sweep.estimate import RunKind
 
 FOUR = {"recipe": "digits", "set": {"training.epochs": 1}, "grid": {"surgery.k": [0.3, 0.5]}, "seeds": 2}
@@ -30,9 +32,12 @@ def test_runs_share_each_gpu(two_gpus: None, monkeypatch: pytest.MonkeyPatch, tm
     with_room(monkeypatch, 2)
     environments = []
     start = engines.start_run
-    monkeypatch.setattr(
-        engines, "start_run", lambda run, output, env: environments.append(env) or start(run, output, env)
-    )
+
+    def noting(run: Run, output: Path, environment: Mapping[str, str]) -> Any:
+        environments.append(environment)
+        return start(run, output, environment)
+
+    monkeypatch.setattr(engines, "start_run", noting)
     control = tmp_path / "bin" / "nvidia-cuda-mps-control"
     control.parent.mkdir()
     control.write_text(f'#!/bin/sh\necho "$1$(test "$1" || cat)" >> {tmp_path}/told\n')
