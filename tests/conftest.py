@@ -10,8 +10,10 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 import hypothesis
 import pytest
@@ -108,6 +110,17 @@ def rankings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(edge_popup, "select", spy)
     return calls
+
+
+@pytest.fixture(scope="session")
+def kernels() -> Iterator[Callable[..., Any]]:
+    """Calls functions in a process where Triton's interpreter runs the GPU's kernels, on the CPU, from the start."""
+    pytest.importorskip("triton", reason="Triton comes with PyTorch where there may be a GPU")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TRITON_INTERPRET", "1")
+            pool.submit(torch.set_num_threads, 1).result()
+        yield lambda function, *args: pool.submit(function, *args).result()
 
 
 @pytest.fixture

@@ -11,6 +11,9 @@ import tarfile
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from importlib import import_module
+from inspect import Parameter, Signature, signature
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,6 +51,28 @@ class Outcome(NamedTuple):
     status: int
     out: str
     err: str
+
+
+def by_kernels(test: Callable[..., None]) -> Callable[..., None]:
+    """Let the body of a test run in the process of the fixture `kernels`, where the CPU counts as a GPU."""
+
+    @wraps(test)
+    def wrapper(*, kernels: Callable[..., None], **arguments: Any) -> None:
+        kernels(_in_interpreter, test.__module__, test.__name__, arguments)
+
+    given = signature(test).parameters.values()
+    wrapper.__signature__ = Signature([Parameter("kernels", Parameter.POSITIONAL_OR_KEYWORD), *given])  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _in_interpreter(module: str, name: str, arguments: Mapping[str, Any]) -> None:
+    from popup_surgery.selection import segments
+
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(segments, "DEVICES", {"cpu"})
+        segments.works_on.cache_clear()
+        getattr(import_module(module), name).__wrapped__(**arguments)
 
 
 class Here:

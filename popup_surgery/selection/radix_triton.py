@@ -16,13 +16,13 @@ BLOCK = 4096  # elements of one program
 WARPS = 8
 
 
-# How `_find` works, for the 2 largest of 2.0 = 0x40000000, 1.5 = 0x3FC00000, 1.0 = 0x3F800000 and 0.5 = 0x3F000000:
+# How `find` works, for the 2 largest of 2.0 = 0x40000000, 1.5 = 0x3FC00000, 1.0 = 0x3F800000 and 0.5 = 0x3F000000:
 # first digit   0x40 occurs once, 0x3F 3 times. `upward` is 1 at 0x40 and 4 from 0x3F down, so it reaches 2 in the 64
 #               bins 0x00 … 0x3F: the digit is 64 − 1 = 0x3F. Of its 3 magnitudes, 2 − (4 − 3) = 1 is still to be kept.
 # second digit  of those 3: 0xC0, 0x80 and 0x00, each once. `upward` reaches 1 from 0xC0 down: the digit is 0xC0.
 # the others    0x00 and 0x00. The threshold is 0x3FC00000 = 1.5; 1 magnitude is exactly that, and 1 is kept: no tie.
 @triton.jit
-def _find(counts, kept, DIGITS: tl.constexpr):
+def find(counts, kept, DIGITS: tl.constexpr):
     """Return the first digits of the threshold, and how many magnitudes begin with them: those to keep, and all."""
     bins = tl.arange(0, 256)
     threshold = 0
@@ -48,7 +48,7 @@ def _count(bits, n, counts, kept, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
     """Count how often each value of the digit after the first DIGITS ones occurs."""
     _, inside, value = _magnitudes(bits, n, BLOCK)
     if DIGITS > 0:
-        threshold, _, _ = _find(counts, kept, DIGITS)
+        threshold, _, _ = find(counts, kept, DIGITS)
         inside = inside & ((value ^ threshold) >> (32 - 8 * DIGITS) == 0)
     found = tl.histogram((value >> (24 - 8 * DIGITS)) & 255, 256, mask=inside)
     bins = tl.arange(0, 256)
@@ -58,7 +58,7 @@ def _count(bits, n, counts, kept, DIGITS: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["kept"])
 def _count_ties(bits, n, counts, kept, BLOCK: tl.constexpr):
     """Count each program's magnitudes at the threshold, if not all of them are kept."""
-    threshold, needed, there = _find(counts, kept, 4)
+    threshold, needed, there = find(counts, kept, 4)
     if needed < there:
         _, inside, value = _magnitudes(bits, n, BLOCK)
         tl.store(counts + 1024 + tl.program_id(0), tl.sum((inside & (value == threshold)).to(tl.int32)))
@@ -67,7 +67,7 @@ def _count_ties(bits, n, counts, kept, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["kept"])
 def _choose(bits, n, counts, kept, mask, BLOCK: tl.constexpr):
     """Write the mask."""
-    threshold, needed, there = _find(counts, kept, 4)
+    threshold, needed, there = find(counts, kept, 4)
     index, inside, value = _magnitudes(bits, n, BLOCK)
     ties = value == threshold
     if needed < there:
