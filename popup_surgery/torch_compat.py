@@ -77,6 +77,14 @@ def is_func_wrapper(tensor: Tensor) -> bool:
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def in_func_transform() -> bool:
+    """Return whether a transform of torch.func runs in this thread, whatever it has wrapped.
+
+    It refuses autograd functions that do not say how they are transformed. Tried on torch 2.14.
+    """
+    return torch._C._are_functorch_transforms_active()
+
+
 def is_fx_tracing() -> bool:
     """Return whether a torch.fx tracer runs in this thread. `torch.compile` and `torch.export` do not count.
 
@@ -102,9 +110,22 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
     return model._modules.get("_orig_mod")
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether `module` was compiled: by `module.compile()`, or wrapped by `torch.compile`.
+
+    What `compile` leaves on the module is private. Tried on torch 2.14.
+    """
+    return getattr(module, "_compiled_call_impl", None) is not None or compiled_module(module) is not None
+
+
 def unsaved_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """Return the module's own buffers that are not in its `state_dict`, by name. Tried on torch 2.11 and 2.14."""
     return {name: module._buffers[name] for name in module._non_persistent_buffers_set}
+
+
+def has_forward_hooks(module: nn.Module, kind: type) -> bool:
+    """Return whether a forward pre-hook of `module` is an instance of `kind`. Tried on torch 2.14."""
+    return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
 
 
 def remove_forward_hooks(module: nn.Module, kind: type) -> None:

@@ -48,6 +48,9 @@ from popup_surgery.torch_compat import (
     compiled_module,
     forget_weight_list,
     fsdp_calls,
+    has_forward_hooks,
+    in_func_transform,
+    is_compiled,
     is_func_wrapper,
     is_fx_tracing,
     is_replica,
@@ -74,6 +77,7 @@ SHIMS = sorted(PACKAGE.glob("*_compat.py"))
 NAMES = (
     "accelerate.state.AcceleratorState._reset_state",
     "torch.UntypedStorage._new_with_weak_ptr",
+    "torch._C._are_functorch_transforms_active",
     "torch._C._functorch.is_functorch_wrapped_tensor",
     "torch.compile(torch.nn.Linear(1, 1))._orig_mod",
     "torch.empty(0)._version",
@@ -82,6 +86,7 @@ NAMES = (
     "torch.nn.LSTM(1, 1)._flat_weights",
     "torch.nn.LSTM._init_flat_weights",
     "torch.nn.LSTM._update_flat_weights",
+    "torch.nn.Module()._compiled_call_impl",
     "torch.nn.Module()._forward_hooks",
     "torch.nn.Module()._forward_hooks_always_called",
     "torch.nn.Module()._forward_pre_hooks",
@@ -248,6 +253,39 @@ def test_is_func_wrapper() -> None:
     assert seen == [(True, Tensor), (True, Tensor), (False, Tensor)]
 
 
+def test_in_func_transform() -> None:
+    seen = []
+    torch.func.grad(lambda x: (seen.append(in_func_transform()), x.sum())[1])(torch.zeros(2))
+    torch.func.vmap(lambda x: (seen.append(in_func_transform()), x)[1])(torch.zeros(2))
+    assert [*seen, in_func_transform()] == [True, True, False]
+
+
+def test_is_compiled() -> None:
+    model = nn.Linear(1, 1)
+    assert not is_compiled(model)
+    assert is_compiled(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
+    model.compile(backend="eager")
+    assert is_compiled(model)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "expected"),
+    [
+        (nn.Linear(2, 2), (1, 2), True), (nn.Conv1d(2, 2, 1), (1, 2, 3), True),
+        (nn.ConvTranspose3d(2, 2, 1), (1, 2, 3, 3, 3), True), (nn.LayerNorm(2), (1, 2), False),
+    ],
+)  # fmt: skip
+def test_torch_layer_reads(layer: Any, shape: tuple[int, ...], expected: bool) -> None:
+    """The package's code between the layer's own and this is passed over."""
+    seen: list[bool] = []
+    ours: dict[str, Any] = {"__name__": "popup_surgery.ours", "seen": seen, "torch_layer_reads": torch_layer_reads}
+    exec("def read(layer): return (seen.append(torch_layer_reads()), layer._parameters['weight'])[1]", ours)
+    layer.__class__ = type("Read", (type(layer),), {"weight": property(ours["read"])})
+    layer(torch.zeros(shape))
+    assert seen == [expected]
+    assert not torch_layer_reads()
+
+
 class Telling(nn.Module):
     """Notes in each forward whether torch.fx traces it."""
 
@@ -295,7 +333,9 @@ def test_remove_forward_hooks() -> None:
     model.register_forward_hook(lambda *_: other.append(1))
     model(torch.zeros(1))
     assert Counting.calls == 2
+    assert has_forward_hooks(model, Counting)
     remove_forward_hooks(model, Counting)
+    assert not has_forward_hooks(model, Counting)
     model(torch.zeros(1))
     with pytest.raises(RuntimeError, match="shape"):
         model(torch.zeros(7))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..deprecated import link_methods
 from ..selection import Selection
+from ..torch_compat import version_of
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -74,6 +75,9 @@ class Learner(ABC):
         takes_fixed: whether `select` and `select_traced` take `fixed`, as `selection.select` does: weights that are
             kept or dropped whatever their scores are. They get it only where `convert` was called with `fixed`. It is
             not inherited where `takes_pattern` is not.
+        one_pass: whether a GPU may compute all layers in one pass (`selection.segments`): the weights with the largest
+            |score| are kept, `effective` is their product with the mask, and ∂L/∂s = ∂L/∂w_eff · w · sign(s). A
+            subclass that selects or computes in its own way does not inherit it.
         planes: what else a file stores about the weights that take part, by the names of `artifact.planes.PLANES`:
             `sign` if their signs are learnt too. `plane` returns the bits.
         ranks_globally: whether `scope="global"` suits it, so that `kept` may be of several weights together.
@@ -92,6 +96,7 @@ class Learner(ABC):
     starts_whole: bool = False
     takes_pattern: bool = False
     takes_fixed: bool = False
+    one_pass: bool = False
     planes: tuple[str, ...] = ()
     ranks_globally: bool = True
 
@@ -99,10 +104,13 @@ class Learner(ABC):
         super().__init_subclass__(**kwargs)
         link_methods(cls)
         bases = [base for base in cls.__bases__ if issubclass(base, Learner)]
-        names = "select", "select_traced", "kept_at"
-        if any(getattr(cls, name) is not getattr(base, name) for base in bases for name in names):
-            for name in ("takes_pattern", "takes_fixed"):
-                setattr(cls, name, vars(cls).get(name, False))
+        for methods, attributes in (
+            (("select", "select_traced", "kept_at"), ("takes_pattern", "takes_fixed")),
+            (("select", "select_traced", "effective"), ("one_pass",)),
+        ):
+            if any(getattr(cls, name) is not getattr(base, name) for base in bases for name in methods):
+                for name in attributes:
+                    setattr(cls, name, vars(cls).get(name, False))
 
     @abstractmethod
     def initial_scores(
@@ -297,6 +305,32 @@ class StraightThrough(torch.autograd.Function):
         weight, score, mask = inputs
         # the mask is needed only if the weight is trained too
         ctx.save_for_backward(weight, score, mask if ctx.needs_input_grad[0] else None)
+
+
+class Unsaved:
+    """Inputs of an autograd function that its backward reads, kept beside the tensors that the graph saves.
+
+    `torch.utils.checkpoint` computes a layer again in the backward, and the graph must then save as many tensors as
+    before. But a masked weight comes from `masking.together` at first, and from its own layer the second time.
+    """
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._versions = [version_of(tensor) for tensor in tensors]
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Return the inputs.
+
+        Raises:
+            RuntimeError: one of them was written to since.
+        """
+        for tensor, version in zip(self._tensors, self._versions, strict=True):
+            if version_of(tensor) != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"scores or raw weights of shape {tuple(tensor.shape)} changed between a forward and its backward"
+                )
+        return self._tensors
 
 
 def masked(weight: Tensor, mask: Tensor) -> Tensor:

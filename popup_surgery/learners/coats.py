@@ -60,6 +60,10 @@ class Coats(EdgePopup):
     def takes_fixed(self) -> bool:  # type: ignore[override]
         return self.coats is None
 
+    @property
+    def one_pass(self) -> bool:  # type: ignore[override]
+        return self.coats is None
+
     def k_error(self, k: Any) -> str:
         if self.coats is None or k == self.coats[0]:
             return ""

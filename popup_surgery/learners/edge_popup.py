@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..selection import Limits, Selection, select, select_traced
+from ..torch_compat import in_func_transform
 from ..weights.streams import draw_scores
-from .base import Learner, StraightThrough
+from .base import Learner, StraightThrough, Unsaved, masked
 
 
 class EdgePopup(Learner):
@@ -24,6 +25,7 @@ class EdgePopup(Learner):
     takes_pattern = True
     takes_floor = True
     takes_fixed = True
+    one_pass = True
 
     def initial_scores(
         self, numel: int, fan_in: float, seed: int, name: str, weights: Iterable[NDArray[np.float32]] = ()
@@ -41,7 +43,14 @@ class EdgePopup(Learner):
         return select_traced(scores, kept, **limits)
 
     def effective(self, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
-        return _StraightThrough.apply(weight, score, mask)
+        if torch.compiler.is_compiling() or in_func_transform() or weight.requires_grad:
+            return _StraightThrough.apply(weight, score, mask)
+        return _Unsaved.apply(weight, score, mask)
+
+
+def straight_through(grad: Tensor, weight: Tensor, score: Tensor) -> Tensor:
+    """Return the score's gradient, float32, as if the mask were the score's magnitude."""
+    return (grad.to(score.dtype) * weight).mul_(score.sign())
 
 
 class _StraightThrough(StraightThrough):
@@ -50,6 +59,20 @@ class _StraightThrough(StraightThrough):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         weight, score, mask = ctx.saved_tensors
-        for_score = (grad.to(score.dtype) * weight).mul_(score.sign()) if ctx.needs_input_grad[1] else None
+        for_score = straight_through(grad, weight, score) if ctx.needs_input_grad[1] else None
         for_weight = torch.where(mask, grad, 0.0) if ctx.needs_input_grad[0] else None
         return for_weight, for_score, None
+
+
+class _Unsaved(torch.autograd.Function):
+    """The same of a weight that is not trained, outside compilers and transforms. The graph saves no tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, score: Tensor, mask: Tensor) -> Tensor:
+        if ctx.needs_input_grad[1]:
+            ctx.inputs = Unsaved(weight, score)
+        return masked(weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None]:
+        return None, straight_through(grad, *ctx.inputs.tensors()), None
