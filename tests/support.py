@@ -72,6 +72,7 @@ def _in_interpreter(module: str, name: str, arguments: Mapping[str, Any]) -> Non
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(segments, "DEVICES", {"cpu"})
         segments.works_on.cache_clear()
+        assert segments.works_on(torch.device("cpu"))
         getattr(import_module(module), name).__wrapped__(**arguments)
 
 

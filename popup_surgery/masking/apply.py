@@ -15,7 +15,7 @@ from ..weights.streams import draw, untied
 from .checks import check_memory, check_rest, check_score_name, check_writable
 from .layer import masked_class, swap
 from .plan import Plan, PlannedRest, PlannedWeight
-from .ranking import STATE, RankGroup, drop_hooks
+from .ranking import STATE, RankGroup, mark_forwards
 from .settings import MaskingSettings
 from .shares import floor_count
 from .state import MaskedParam, ModuleState, slots_of, state_of
@@ -57,6 +57,8 @@ def apply(core: nn.Module, planned: Plan) -> None:
     _note_digest(core)
     if settings.scope == "global":
         _rank_together(core, learner, settings)
+    elif learner.one_pass:
+        mark_forwards(core)
 
 
 # find and prepare: what can fail
@@ -190,5 +192,4 @@ def _rank_together(core: nn.Module, learner: Learner, settings: MaskingSettings)
     ranking.kept = kept_count(ranking.numel, settings.by_pattern("k")["*"])
     if settings.floor is not None:
         ranking.floors = tuple(floor_count(score.numel(), settings) for score in ranking.scores())
-    drop_hooks(core)
-    ranking.hold_during_forward(core)
+    mark_forwards(core, ranking)

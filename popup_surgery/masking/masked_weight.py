@@ -65,7 +65,7 @@ class MaskedWeight(ParameterToBe, Tensor):
     _popup_watch: Watch | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.detach().as_subclass(Tensor).__reduce_ex__(protocol)
+        return self.detach().as_subclass(Tensor).clone().__reduce_ex__(protocol)  # its memory may be a part of more
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         if self.requires_grad and not self.is_leaf:

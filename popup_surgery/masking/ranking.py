@@ -14,7 +14,8 @@ from ..selection import Selection, kept_count
 from ..selection.fixed import FreeWeights
 from ..selection.pattern import Pattern, select_pattern, select_pattern_op
 from ..selection.shards import Cut, find_cut, is_shard, whole
-from ..torch_compat import is_func_wrapper, remove_forward_hooks, version_of
+from ..torch_compat import has_forward_hooks, in_func_transform, is_func_wrapper, remove_forward_hooks, version_of
+from .forwards import begin, end
 
 STATE = "_popup_state"  # key of a module's `ModuleState` in its `__dict__`
 
@@ -171,7 +172,7 @@ class RankGroup:
             return self._over_shards(index, scores, None if held is None else held.cut)
         if self.pattern is not None:
             return self._among_neighbours(scores[index], compiling)
-        if compiling or under_transform(scores):
+        if compiling or in_func_transform() or under_transform(scores):
             return self.learner.select_traced([score.detach() for score in scores], kept, self.streams, **more)[index]
         self._cut = None
         checked = held is not None and list(map(id, held.scores)) == list(map(id, scores))
@@ -218,7 +219,7 @@ class RankGroup:
     def _among_neighbours(self, score: Tensor, compiling: bool) -> Tensor:
         """Return the mask of the group's one score. To find it costs no more than to tell whether it still holds."""
         pattern = cast(Pattern, self.pattern)
-        if compiling or under_transform([score]):
+        if compiling or in_func_transform() or under_transform([score]):
             return select_pattern_op(score.detach(), [pattern.keep, pattern.of, pattern.channels, pattern.stride])
         with torch.inference_mode(False):
             return select_pattern(score, pattern)
@@ -252,7 +253,7 @@ class RankGroup:
         scores = [score_of(*member) for member in members]
         if len(members) > 1 and any(map(is_shard, scores)):
             self._held[get_ident()] = _Held(members, [], self._find_cut(scores))
-        elif len(members) > 1:
+        elif len(members) > 1 and all(score.device.type == "cpu" for score in scores):  # elsewhere nothing is checked
             self.mask(0)
             self._held[get_ident()] = _Held(members, [score_of(module, name) for module, name in members])
 
@@ -266,25 +267,35 @@ class RankGroup:
         if before is not None:
             self._held[get_ident()] = before
 
-    def hold_during_forward(self, root: nn.Module) -> None:
-        """Check all scores once at the start of each forward of `root`. During it, a read checks its own score only."""
-        root.register_forward_pre_hook(_Hold(self, True))
-        root.register_forward_hook(_Hold(self, False), always_call=True)
+
+def mark_forwards(root: nn.Module, ranking: RankGroup | None = None) -> None:
+    """Let each forward of `root` be known as one, so that `together` makes its masked weights.
+
+    With the `ranking` of all its weights, all scores are checked at the start of the forward. During it, a read checks
+    its own score only.
+    """
+    if ranking is not None:
+        drop_hooks(root)
+    elif has_forward_hooks(root, _Hold):
+        return
+    root.register_forward_pre_hook(_Hold(ranking, True))
+    root.register_forward_hook(_Hold(ranking, False), always_call=True)
 
 
 class _Hold:
-    """Forward hook that marks the start or the end of a root's forward for a ranking group."""
+    """Forward hook that marks the start or the end of a root's forward."""
 
-    def __init__(self, ranking: RankGroup, start: bool) -> None:
+    def __init__(self, ranking: RankGroup | None, start: bool) -> None:
         self.ranking, self.start = ranking, start
 
     def __call__(self, module: nn.Module, *_: Any) -> None:
-        ranking = self.ranking
         if torch.compiler.is_compiling():
             return
-        ranking.release()
-        if self.start:
-            ranking.hold(module)
+        if self.ranking is not None:
+            self.ranking.release()
+            if self.start:
+                self.ranking.hold(module)
+        (begin if self.start else end)(module)
 
 
 def drop_hooks(module: nn.Module) -> None:

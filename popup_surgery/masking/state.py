@@ -22,6 +22,7 @@ from .masked_weight import Watch, watched
 from .ranking import STATE as STATE
 from .ranking import RankGroup, parameter_of, score_name, score_of, under_transform
 from .settings import MaskingSettings
+from .together import made_together
 from .unmasked import Generated, UnmaskedRule
 
 ORIGINS = {"generations": torch.int16, "sources": torch.int64}  # what says where a weight's values are from
@@ -41,6 +42,7 @@ class MaskedParam:
             All places of one weight share it.
         sources: whose value each weight has, as an index of the flattened weight: int64 on the CPU, of the weight's
             shape; None if none was copied. All places share it too.
+        uncast: whether other code than its layer's own has read it under autocast.
     """
 
     stream: str
@@ -55,6 +57,7 @@ class MaskedParam:
     index: int
     generations: Tensor | None = None
     sources: Tensor | None = None
+    uncast: bool = field(default=False, repr=False, compare=False)
     _watches: set[Watch] = field(default_factory=set, repr=False, compare=False)  # of the tensors that were read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -111,14 +114,20 @@ class MaskedParam:
             with torch.no_grad():
                 return learner.effective(whole(weight), whole(score), self.ranking.mask(self.index, score))
         self.check_writes(name)
-        mask = self.ranking.mask(self.index, score)
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False), torch.no_grad():  # tensors of that mode do not count writes
-                return self._watched(learner.effective(weight, score, mask), weight, score)
-        effective = learner.effective(weight, score, mask)
+                return self._watched(self._made(weight, score), weight, score)
+        effective = self._made(weight, score)
         if module.__dict__[STATE].sharded and torch_layer_reads():
             effective = _autocast(effective)
         return self._watched(effective, weight, score)
+
+    def _made(self, weight: Tensor, score: Tensor) -> Tensor:
+        """Return the masked weight, made with those of all layers, or by itself."""
+        made = made_together(self, weight, score)
+        if made is not None:
+            return made
+        return self.ranking.learner.effective(weight, score, self.ranking.mask(self.index, score))
 
     def _watched(self, effective: Tensor, weight: Tensor, score: Tensor) -> Tensor:
         """Return the masked weight as a tensor whose writes the next read finds."""
