@@ -56,6 +56,7 @@ def suits(score: Tensor, weight: Tensor) -> bool:
         and score.dtype == torch.float32
         and weight.dtype in KINDS
         and score.numel() > 0
+        and _is_aligned(score)
         and _channels_and_points(score) is not None
         and same_layout(score, weight)
     )
@@ -205,9 +206,14 @@ class OnePass:
         ]
 
 
+def _is_aligned(tensor: Tensor) -> bool:
+    """Return whether the address is one that Triton builds no other kernel for."""
+    return tensor.data_ptr() % 16 == 0
+
+
 def _laid_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor with its elements in the order in memory that those of `like` have."""
-    if same_layout(tensor, like):
+    """Return the tensor with its elements in the order in memory that those of `like` have, at an aligned address."""
+    if same_layout(tensor, like) and _is_aligned(tensor):
         return tensor
     return torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

@@ -114,7 +114,7 @@ def count_ties(table, counts, ties, BLOCK: tl.constexpr):
         tl.store(ties + block, tl.sum((inside & (value == threshold)).to(tl.int32)))
 
 
-@triton.jit(do_not_specialize=["buffers"])
+@triton.jit
 def write(table, counts, ties, buffers, BUFFERS: tl.constexpr, BLOCK: tl.constexpr):
     """Write the masked weights: the weight where it is kept, else +0.0."""
     block = tl.program_id(0)
@@ -136,7 +136,7 @@ def write(table, counts, ties, buffers, BUFFERS: tl.constexpr, BLOCK: tl.constex
     _store(made, tl.load(row + MADE_KIND), place, weight, inside)
 
 
-@triton.jit(do_not_specialize=["first", "gradients"])
+@triton.jit(do_not_specialize=["first"])
 def differentiate(table, first, gradients, found, COUNT: tl.constexpr, BLOCK: tl.constexpr):
     """Write the gradients of a bucket's scores: that of the masked weight, times the weight, times the score's sign."""
     row, index, inside = _member(table, first + tl.program_id(0), BLOCK)

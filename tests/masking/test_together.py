@@ -5,6 +5,7 @@ import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from popup_surgery.masking import forwards, together
 from popup_surgery.masking.state import slots_of
 from popup_surgery.selection import segments
 from popup_surgery.selection.shards import whole
-from support import Scope, by_kernels
+from support import Scope, by_kernels, slow_except
 
 every_scope = pytest.mark.parametrize("scope", ["layer", "global"])
 
@@ -104,9 +105,13 @@ def check(net: nn.Module, call: Callable[..., Tensor] | None = None, made: bool 
 # what is made
 
 
-@every_scope
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("scope", "autocast", "layout"),
+    slow_except(
+        product(["layer", "global"], [False, True], [torch.contiguous_format, torch.channels_last]),
+        [("layer", False, torch.contiguous_format), ("global", True, torch.channels_last)],
+    ),
+)
 @by_kernels
 def test_steps_are_those_of_the_layers_by_themselves(scope: Scope, autocast: bool, layout: torch.memory_format) -> None:
     net = converted(deep(), scope=scope).to(memory_format=layout)
@@ -383,9 +388,13 @@ class Checkpointed(nn.Module):
         return self.body[6:](x)
 
 
-@every_scope
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(
+    ("scope", "autocast", "reentrant"),
+    slow_except(
+        product(["layer", "global"], [False, True], [False, True]),
+        [("layer", True, False), ("global", False, False), ("layer", False, True)],
+    ),
+)
 @by_kernels
 def test_gradient_checkpointing(scope: Scope, autocast: bool, reentrant: bool) -> None:
     net = converted(Checkpointed(), scope=scope)

@@ -78,6 +78,7 @@ def check(found: list[Member]) -> None:
         given: list[Tensor | None] = [torch.randn(found[i].score.shape).to(found[i].dtype) for i in indices]
         if len(given) > 1:
             given[1] = None
+        given[0] = torch.cat([torch.zeros(1, dtype=given[0].dtype), given[0].reshape(-1)])[1:].view(given[0].shape)
         for i, one, gradient in zip(indices, given, one_pass.gradients(index, given), strict=True):
             if one is None:
                 assert gradient is None
@@ -141,33 +142,52 @@ def test_what_a_pass_does_not_take() -> None:
     others: list[tuple[Any, Any]] = [
         (score.double(), score), (score, score.double()), (score, score.contiguous(memory_format=torch.channels_last)),
         (score.permute(1, 2, 3, 0), score.permute(1, 2, 3, 0)), (score[..., :1], score[..., :1]), (score, score[0]),
-        (torch.ones(0), torch.ones(0)), (score.to("meta"), score),
+        (torch.ones(0), torch.ones(0)), (score.to("meta"), score), (torch.ones(5)[1:], torch.ones(4)),
     ]  # fmt: skip
     assert not any(suits(*pair) for pair in others)
 
 
+class Target:
+    """Triton's driver of a GPU that is not there."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return -self.capability  # what is built for it is built for no other
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
 @pytest.mark.parametrize("capability", slow_except([75, 80, 90], [90]))
-def test_the_kernels_can_be_built_for_a_gpu(capability: int) -> None:
+def test_the_kernels_can_be_built_for_a_gpu(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """To machine code, for which none is needed. What the interpreter takes and the compiler refuses is seen here."""
-    triton = pytest.importorskip("triton", reason="Triton comes with PyTorch where there may be a GPU")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    pytest.importorskip("triton", reason="Triton comes with PyTorch where there may be a GPU")
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
-    from popup_surgery.selection import segments_triton as kernels
+    built: list[str] = []
+    run = JITFunction.run
 
-    table = {"table": "*i64", "counts": "*i32"}
-    last = {"BLOCK": kernels.BLOCK}
-    many = {"first": "i32", "gradients": ("i64",) * 20, "found": "*fp32"}
-    for kernel, signature, constants in (
-        *((kernels.count, table, {"DIGITS": digits}) for digits in range(4)),
-        (kernels.count_ties, table | {"ties": "*i32"}, {}),
-        (kernels.write, table | {"ties": "*i32", "buffers": ("i64",) * 5}, {"BUFFERS": 5}),
-        (kernels.differentiate, {"table": "*i64"} | many, {"COUNT": 20}),
-    ):
-        constants = constants | last
-        source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": kernels.WARPS})
-        assert built.asm["cubin"]
+    def build(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        built.append(kernel.name)
+
+    monkeypatch.setattr(JITFunction, "run", build)
+    monkeypatch.setattr(segments, "BUCKET", 5000)
+    monkeypatch.setattr(driver, "_active", Target(capability))
+    one_pass = OnePass(members(torch.float32, torch.bfloat16))
+    weights = one_pass.masked_weights()
+    for index, indices in enumerate(one_pass.buckets):
+        one_pass.gradients(index, [weights[i] for i in indices])
+    assert built == ["count"] * 4 + ["count_ties", "write"] + ["differentiate"] * len(one_pass.buckets)
 
 
 @pytest.mark.gpu
