@@ -255,8 +255,13 @@ def test_is_func_wrapper() -> None:
 
 def test_in_func_transform() -> None:
     seen = []
-    torch.func.grad(lambda x: (seen.append(in_func_transform()), x.sum())[1])(torch.zeros(2))
-    torch.func.vmap(lambda x: (seen.append(in_func_transform()), x)[1])(torch.zeros(2))
+
+    def look(tensor: Tensor) -> Tensor:
+        seen.append(in_func_transform())
+        return tensor.sum()
+
+    torch.func.grad(look)(torch.zeros(2))
+    torch.func.vmap(look)(torch.zeros(2, 2))
     assert [*seen, in_func_transform()] == [True, True, False]
 
 

@@ -439,7 +439,7 @@ def test_gradients_are_derived_again() -> None:
         with where():
             scores = [layer.weight_score for layer in layers_of(net)]
             first = torch.autograd.grad(net(images()).tanh().sum(), scores, create_graph=True)
-            found.append(torch.autograd.grad(sum(one.square().sum() for one in first), scores))
+            found.append(torch.autograd.grad(torch.stack([one.square().sum() for one in first]).sum(), scores))
     assert all(map(torch.equal, *found))
     assert all(one.any() for one in found[0])
 
@@ -483,7 +483,7 @@ def test_frozen_scores_get_no_gradient() -> None:
 @by_kernels
 def test_shared_weights_and_copies_with_scores_of_their_own(scope: Scope) -> None:
     net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
-    net[2].weight = net[0].weight  # type: ignore[union-attr]
+    net[2].weight = net[0].weight
     net = converted(net, scope=scope)
     other: Any = copy.copy(net[0])
     other._parameters = dict(other._parameters, weight_score=nn.Parameter(reverse(net[0].weight_score)))
@@ -539,7 +539,12 @@ def test_threads_have_forwards_of_their_own() -> None:
 
     read: list[Tensor] = []
     other = threading.Thread(target=lambda: read.append(net[0].weight))
-    net[0].register_forward_pre_hook(lambda *_: (other.start(), other.join(), None)[-1])
+
+    def wait(*_: Any) -> None:
+        other.start()
+        other.join()
+
+    net[0].register_forward_pre_hook(wait)
     assert torch.equal(net(inputs[0]), expected[0])
     assert torch.equal(read[0], right(net[0]))
 
@@ -675,7 +680,7 @@ def test_without_triton_layers_make_their_own() -> None:
 
 @every_scope
 def test_on_the_cpu_nothing_is_made(scope: Scope) -> None:
-    net = convert(sequential(), K, scope=scope)
+    net: Any = convert(sequential(), K, scope=scope)
     made: list[Any] = []
     net[3].register_forward_hook(lambda *_: made.append(forwards.current()))
     expected = right_globally(net) if scope == "global" else [right(layer) for layer in layers_of(net)]

@@ -75,10 +75,11 @@ def check(found: list[Member]) -> None:
     weights[0].zero_()
     assert [weight._version for weight in weights] == [versions[0] + 1, *versions[1:]]
     for index, indices in enumerate(one_pass.buckets):
-        given: list[Tensor | None] = [torch.randn(found[i].score.shape).to(found[i].dtype) for i in indices]
+        drawn = [torch.randn(found[i].score.shape).to(found[i].dtype) for i in indices]
+        turned = torch.cat([drawn[0].reshape(-1)[:1], drawn[0].reshape(-1)])[1:]  # at an address that is not aligned
+        given: list[Tensor | None] = [turned.view(drawn[0].shape), *drawn[1:]]
         if len(given) > 1:
             given[1] = None
-        given[0] = torch.cat([torch.zeros(1, dtype=given[0].dtype), given[0].reshape(-1)])[1:].view(given[0].shape)
         for i, one, gradient in zip(indices, given, one_pass.gradients(index, given), strict=True):
             if one is None:
                 assert gradient is None
