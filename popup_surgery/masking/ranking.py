@@ -96,6 +96,11 @@ class RankGroup:
     def scores(self) -> list[Tensor]:
         return [score_of(module, name) for module, name in self.members]
 
+    def scores_here(self) -> list[Tensor]:
+        """Return the scores of the members in the network that this thread runs."""
+        held = self._held.get(get_ident())
+        return self.scores() if held is None else [score_of(*one) for one in held.members]
+
     def at(self, progress: float, kept: int | None = None) -> None:
         """Keep as many weights as the learner says when this share of the training is done, 0 … 1.
 

@@ -10,7 +10,7 @@ under autocast in its dtype, as those of a plain weight are.
 
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -49,9 +49,9 @@ def made_together(slot: Any, weight: Tensor, score: Tensor) -> Tensor | None:
     found = running.made.get((id(weight), id(score)))
     if found is None:
         return None
-    bucket, place = found
+    bucket, place, group = found
     made: Tensor = bucket.made[place]
-    if not bucket.holds(place):
+    if not bucket.holds(place) or (len(group) > 1 and not _holds(group, slot.ranking)):
         return None
     if made.dtype != weight.dtype and not (_autocast(made.device) == made.dtype and torch_layer_reads()):
         slot.uncast = True  # it may need its own dtype: made in that the next time
@@ -60,6 +60,12 @@ def made_together(slot: Any, weight: Tensor, score: Tensor) -> Tensor | None:
         return made.detach()
     bucket.attach()
     return made if made.requires_grad else None
+
+
+def _holds(group: Sequence[tuple[Tensor, int]], ranking: RankGroup) -> bool:
+    """Return whether the scores that were ranked together are still those of the network that runs."""
+    here = ranking.scores_here()
+    return all(one is other and version_of(one) == seen for one, (other, seen) in zip(here, group, strict=True))
 
 
 def _autocast(device: torch.device) -> torch.dtype | None:
@@ -94,6 +100,14 @@ class _Bucket:
             _StraightThrough.apply(self, *self.scores)
 
 
+class _Made(NamedTuple):
+    """Where a masked weight is, and the scores that were ranked together for it, with their versions."""
+
+    bucket: _Bucket
+    place: int
+    group: list[tuple[Tensor, int]]
+
+
 class _StraightThrough(torch.autograd.Function):
     """Takes the masked weights of a bucket as its outputs, and gives the scores their gradients."""
 
@@ -114,17 +128,21 @@ class _StraightThrough(torch.autograd.Function):
         return None, *ctx.one_pass.gradients(ctx.index, wanted)
 
 
-def _make(root: nn.Module, device: torch.device) -> dict[Both, tuple[_Bucket, int]]:
+def _make(root: nn.Module, device: torch.device) -> dict[Both, _Made]:
     """Make the masked weights of `root` that are on `device`; none where the pass is of no use."""
     one_pass, members = _pass_of(root, device)
-    found: dict[Both, tuple[_Bucket, int]] = {}
+    found: dict[Both, _Made] = {}
     if one_pass is None:
         return found
     made = one_pass.masked_weights()
+    groups: list[list[tuple[Tensor, int]]] = [[] for _ in range(members[-1].group + 1)]
+    for member in members:
+        groups[member.group].append((member.score, version_of(member.score)))
     for index, indices in enumerate(one_pass.buckets):
         part = slice(indices.start, indices.stop)
         bucket = _Bucket(one_pass, index, members[part], made[part])
-        found |= {(id(m.weight), id(m.score)): (bucket, place) for place, m in enumerate(members[part])}
+        for place, m in enumerate(members[part]):
+            found[id(m.weight), id(m.score)] = _Made(bucket, place, groups[m.group])
     return found
 
 

@@ -342,6 +342,27 @@ def test_scores_and_weights_that_change_in_a_forward_are_seen(scope: Scope) -> N
 
 
 @by_kernels
+def test_a_change_of_another_layers_scores_in_a_forward_is_seen() -> None:
+    net = converted(Meddling(), scope="global")
+    new = reverse(net.body[0].weight_score) * 3
+    given = {"0.weight_score": new}
+    net.forward = lambda x: functional_call(net.body, given, (net.body[3].weight.sum() * 0 + x,))
+    out = net(images())
+    with alone():
+        assert torch.equal(net(images()), out)
+    del net.forward
+    net.meddle = lambda body: body[0].weight_score.detach().copy_(new)
+    out = net(images())
+    assert not torch.equal(net(images()), out)
+    assert torch.equal(net.body[3].weight, right_globally(net)[1])
+    net.body[0].register_forward_hook(lambda *_: seen.append(net.body[3].weight.detach().clone()))
+    seen: list[Tensor] = []
+    net.meddle = lambda body: seen.append(body[3].weight.detach().clone())
+    net(images())
+    assert torch.equal(*seen)
+
+
+@by_kernels
 def test_scores_that_change_before_the_backward_are_an_error() -> None:
     net = converted(sequential())
     for where in (nullcontext, alone):
