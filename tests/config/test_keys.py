@@ -35,7 +35,7 @@ def test_the_keys_that_no_result_depends_on() -> None:
     assert {path for path, key in KEYS.items() if not key.affects_result} == {
         "data.root", "data.workers", "data.download", "data.on_error", "training.checkpoint_minutes",
         "training.trackers", "training.keep_scores", "training.log_every", "training.threads", "surgery.encoding",
-        "model.init_commit",
+        "model.init_commit", "training.preset",
     }  # fmt: skip
 
 
@@ -45,8 +45,8 @@ def test_the_keys_that_no_step_takes_longer_for() -> None:
         *(f"surgery.{name}" for name in ("k", "k_schedule", "scheme", "scaled", "seed", "encoding")),
         *(f"training.{name}" for name in words.split()),
         "data.permute_seed",
-        "training.keep_scores",
-    }
+        "training.keep_scores", "training.preset",
+    }  # fmt: skip
 
 
 def test_the_keys_of_the_first_version_are_still_there() -> None:
