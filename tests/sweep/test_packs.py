@@ -28,6 +28,7 @@ def with_room(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(estimate, "measure", lambda *a: [replace(kind, room=room) for kind in found(*a)])
 
 
+@pytest.mark.slow
 def test_runs_share_each_gpu(two_gpus: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with_room(monkeypatch, 2)
     environments = []
@@ -68,6 +69,7 @@ def test_without_a_gpu_it_says_so_once(tmp_path: Path, caplog: pytest.LogCapture
     assert Local(pack=4).places([outcome.run]) == Local().places([outcome.run])
 
 
+@pytest.mark.slow
 def test_there_is_no_room_to_measure_on_a_cpu() -> None:
     if gpus.gpus():
         pytest.skip("this machine has a GPU")
