@@ -579,6 +579,7 @@ except PopupError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_file_size_limit(tmp_path: Path) -> None:
     path = tmp_path / "net"
     path.write_bytes(b"old")

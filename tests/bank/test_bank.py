@@ -98,6 +98,7 @@ def test_a_task_is_what_load_gives(scheme: str, dtype: torch.dtype, make: Make) 
         assert bank.network.get_submodule("fc").out_features == bank.network.num_classes
 
 
+@pytest.mark.slow
 def test_pretrained_weights_with_heads_of_their_own(make: Make, weights: Path) -> None:
     files = {
         "drawn": make("drawn", 7, seed=4, pretrained=True),

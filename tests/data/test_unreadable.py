@@ -216,6 +216,7 @@ def test_an_image_that_only_fills_a_piece_is_counted_once(copied: Path) -> None:
     assert sum(data.skipped for data in both) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_validation_counts_what_can_be_read(copied: Path, in_memory: bool, workers: int) -> None:

@@ -39,6 +39,7 @@ def image(path: Path) -> Tensor:
     return (torch.tensor(numbers, dtype=torch.float32).reshape(1, 1, 8, 8) / 255 - 0.306) / 0.376
 
 
+@pytest.mark.slow
 def test_outputs_are_those_of_torch(program: Path, first: Result, tmp_path: Path) -> None:
     model = ps.load(first.file).eval()
     rng = np.random.default_rng(0)

@@ -62,6 +62,7 @@ def test_two_processes_stop_within_an_epoch_and_end_in_the_same_file(imagenet: P
     assert (found.images, found.accuracy) == (VALIDATION, last["accuracy"])
 
 
+@pytest.mark.slow
 def test_two_processes_see_each_image_once(imagenet: Path) -> None:
     config = Recipe.load("imagenet/resnet50", [f"data.root={imagenet}", *OVERRIDES]).data
     data = open_data(config, (3, 32, 32), 0, torch.device("cpu"), quiet)

@@ -69,6 +69,7 @@ def test_refused_before_the_run(me: Hub, tmp_path: Path, monkeypatch: pytest.Mon
         train("digits", overrides=[*TINY, "hub=me/digits"], output=tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_push_that_fails_leaves_the_run_finished(
     me: Hub, tmp_path: Path, cli: Cli, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -53,6 +53,7 @@ def test_one_task_is_not_inferred(first: Result) -> None:
     assert "–" in str(table)
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_fit(folder: Path, tmp_path: Path) -> None:
     files = dict(files_of(folder))
     save(convert(build("popup_surgery/conv2", in_chans=1, img_size=8, width=0.25), 0.5, seed=9), tmp_path / "other")

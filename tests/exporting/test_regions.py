@@ -54,6 +54,7 @@ def test_the_end_of_a_region_stays_if_it_saves_nothing() -> None:
     assert worth(Residual(), 128, 14, 14) == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_the_sum_of_two_branches_is_inside() -> None:
     graph = to_proto(to_onnx(trace(Residual().eval(), torch.randn(1, 128, 14, 14)), "images", ["logits"]))
     kinds = {node.name: node.op_type for node in graph.graph.node}

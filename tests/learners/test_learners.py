@@ -583,6 +583,7 @@ def test_dnw_in_the_loop_writes_its_weights_and_masks(tmp_path: Path) -> None:
 # random
 
 
+@pytest.mark.slow
 def test_a_random_mask_is_any_choice_of_k_weights() -> None:
     """Over seeds: each weight as often as any other, and each pair too, with the exact number in each mask."""
     n, k, draws = 12, 1 / 3, 3000

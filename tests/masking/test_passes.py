@@ -96,7 +96,7 @@ DEAD["torchvision/mvit_v2_s", "blocks.15.attn.pool_q.pool.weight_score"] = UNREA
 
 # one of each kind that differs for a mask; the others are slow
 QUICK = """
-    timm/test_mambaout timm/test_nfnet timm/test_resnet timm/test_vit timm/vit_tiny_r_s16_p8_224
+    timm/test_nfnet timm/test_resnet timm/test_vit timm/vit_tiny_r_s16_p8_224
     torchvision/lraspp_mobilenet_v3_large torchvision/quantized_shufflenet_v2_x0_5 torchvision/squeezenet1_1
 """
 every_net = pytest.mark.parametrize("name", slow_except(NETS, QUICK.split()))

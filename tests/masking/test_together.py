@@ -537,6 +537,7 @@ def test_nested_roots_and_networks_within_others() -> None:
 
 
 @by_kernels
+@pytest.mark.slow
 def test_threads_have_forwards_of_their_own() -> None:
     net = converted(deep())
     inputs = [images(seed) for seed in range(4)]
@@ -571,6 +572,7 @@ def test_threads_have_forwards_of_their_own() -> None:
 
 
 @by_kernels
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path: Path) -> None:
     class Partly(nn.Module):
         def __init__(self) -> None:

@@ -96,6 +96,7 @@ def test_a_task_under_another_mask_is_told_apart(permuted: tuple[Path, list[Outc
     assert (wrong.argmax(1) == labels).float().mean() < 0.5
 
 
+@pytest.mark.slow
 def test_piggyback_learns_masks_on_the_weights_of_the_base(piggyback: tuple[Sweep, Path, list[Outcome]]) -> None:
     sweep, output, outcomes = piggyback
     assert sweep.base is not None

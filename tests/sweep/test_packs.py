@@ -60,6 +60,7 @@ def test_what_the_memory_has_no_room_for(a_gpu: None, monkeypatch: pytest.Monkey
     assert not list(tmp_path.glob("*/recipe.yaml"))
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     if gpus.gpus():
         pytest.skip("this machine has a GPU")

@@ -124,6 +124,7 @@ def test_kills_at_random_moments_change_nothing(through: bytes, tmp_path: Path) 
     assert not list((tmp_path / "run").rglob("*.part"))
 
 
+@pytest.mark.slow
 def test_resume_starts_where_there_is_no_run_and_says_when_one_is_finished(
     cli: Callable[..., Outcome], through: bytes, tmp_path: Path
 ) -> None:

@@ -33,6 +33,7 @@ def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 # auxiliary heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "side", "weights"), [("googlenet", 32, [0.3, 0.3]), ("inception_v3", 299, [0.4])])
 def test_auxiliary_heads_count_as_in_the_references(name: str, side: int, weights: list[float]) -> None:
     torch.manual_seed(0)
