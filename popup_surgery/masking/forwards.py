@@ -33,7 +33,7 @@ def current() -> Forward | None:
 
 
 def begin(root: nn.Module) -> None:
-    """Note that a forward of `root` begins. Within the forward of a network that it is in, that one's goes on."""
+    """Note that a forward of `root` begins. If a network that contains `root` is running, its forward stays current."""
     outer = _running.forward
     if outer is not None and outer.root is root:  # it was interrupted, or calls itself
         outer = outer.outer
