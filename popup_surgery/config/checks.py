@@ -1,7 +1,7 @@
 """Checks of single recipe keys. Each returns the value, or raises a ValueError that says what was expected."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -197,3 +197,17 @@ def ramp(value: Any) -> dict[str, Any] | None:
         return asdict(KSchedule.of(value))
     except ConversionError as error:
         raise ValueError(str(error)) from None
+
+
+def without_graph(training: Any) -> Iterator[str]:
+    """Yield why a CUDA graph cannot be the steps of a run with these settings, whatever its network and device."""
+    if training.accumulate > 1:
+        yield f"training.accumulate is {training.accumulate}"
+    if training.mixup or training.cutmix:
+        yield "training.mixup and cutmix draw on the host"
+    if training.precision == "float16":
+        yield "training.precision is float16, with which the host decides whether a step counts"
+    if training.compile in ("reduce-overhead", "max-autotune"):
+        yield f"training.compile is {training.compile}, which makes graphs of its own"
+    if training.schedule_per == "step":
+        yield "training.schedule_per is step, and a graph has one learning rate"

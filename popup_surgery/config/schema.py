@@ -50,6 +50,7 @@ from .checks import (
     schemes,
     shares,
     start_beside,
+    without_graph,
 )
 from .data import Data
 from .expected import shown
@@ -221,10 +222,12 @@ class Training(_Section):
             `weight` · max(0, density − `target`), where the density is the share of masked weights that take part.
         checkpoint_minutes: minutes between checkpoints within an epoch; 0 for none. Another checkpoint is written after
             each epoch.
-        preset: `fast` sets `precision: bfloat16` and `channels_last: true`, unless they are set.
+        preset: `fast` sets `precision: bfloat16`, `channels_last: true` and `graph: auto`, unless they are set.
         precision: dtype of the forward pass; `tf32` is float32 whose products a GPU computes with 10 bits of mantissa.
             Scores and their ranking are always float32.
         compile: use `torch.compile`: true, or the name of one of its modes.
+        graph: run each step as one CUDA graph, so that a GPU does not wait for the host: `auto` where that is possible,
+            true to insist on it. The images have to be in the GPU's memory.
         channels_last: keep images and the weights of convolutions in channels-last memory format.
         sync_batchnorm: compute batch statistics over all processes, on GPUs.
         deterministic: use only algorithms that give the same result each time. On the CPU, all do.
@@ -265,6 +268,7 @@ class Training(_Section):
     preset: Annotated[Literal["fast"] | None, Key(affects_result=False, affects_speed=False)] = None
     precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     compile: bool | Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = False
+    graph: bool | Literal["auto"] = False
     channels_last: bool = False
     sync_batchnorm: bool = False
     deterministic: bool = False
@@ -279,8 +283,14 @@ class Training(_Section):
     def _preset(cls, values: Any) -> Any:
         """Add the values of the preset for keys that are not set."""
         if isinstance(values, Mapping) and values.get("preset") == "fast":
-            return {"precision": "bfloat16", "channels_last": True, **values}
+            return {"precision": "bfloat16", "channels_last": True, "graph": "auto", **values}
         return values
+
+    @model_validator(mode="after")
+    def _graph(self) -> "Training":
+        if self.graph is True and (why := [*without_graph(self)]):
+            raise ValueError(f"training.graph is true; expected auto or false, because {' and '.join(why)}")
+        return self
 
     @model_validator(mode="after")
     def _arguments(self) -> "Training":

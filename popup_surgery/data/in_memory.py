@@ -48,12 +48,22 @@ class InMemory(Prepared):
 
     def train(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[TrainBatch]:
         """As `Batches.train`; crops and flips whole batches on the device."""
-        images, labels = self.splits[TRAIN]
+        for rows, weight in self.rows(epoch, part, first):
+            yield *self.of_rows(rows), weight
+
+    def rows(self, epoch: int, part: ProcessShard = WHOLE, first: int = 0) -> Iterator[tuple[Tensor, float]]:
+        """Yield what `train` makes images of, and the third value that it yields.
+
+        The rows are int64 [batch, 4], on the device: the image, the first row and column of its crop, 0 … 2·pad, and 1
+        if it is mirrored. Those of an epoch are copied there together.
+        """
         generator = np.random.default_rng([self.seed, epoch])
-        pad, count = self.config.pad, len(labels)
+        count = len(self.splits[TRAIN][1])
         order = generator.permutation(count)
-        shifts = generator.integers(0, 2 * pad + 1, (count, 2))
+        shifts = generator.integers(0, 2 * self.config.pad + 1, (count, 2))
         flips = generator.random(count) < self.config.hflip
+        all_rows = np.column_stack([order, shifts[order], flips[order]])
+        table = torch.from_numpy(all_rows).to(self.splits[TRAIN][0].device)
         if first == 0 and part.rank == 0:
             self._leave_out(self.missing.get(TRAIN, ()))
         size = self.config.batch_size
@@ -61,11 +71,14 @@ class InMemory(Prepared):
             if start and count - start < self.least:
                 break  # these are in the batch before
             end = start + size if count - start - size >= self.least else count
-            for chosen, weight in part.cut(order[start:end], self.least):
-                index, shift, flip = (
-                    torch.from_numpy(a[chosen]).to(images.device) for a in (np.arange(count), shifts, flips)
-                )
-                yield self.normalise(_crop(images[index], pad, shift, flip)), self._placed(labels[index]), weight
+            yield from part.cut(table[start:end], self.least)
+
+    def of_rows(self, rows: Tensor) -> Batch:
+        """Return the images and labels of rows that `rows` yielded. The host does not wait for the device."""
+        images, labels = self.splits[TRAIN]
+        index = rows[:, 0]
+        cropped = _crop(images[index], self.config.pad, rows[:, 1:3], rows[:, 3].bool())
+        return self.normalise(cropped), self._placed(labels[index])
 
     def validation(self, part: ProcessShard = WHOLE) -> Iterator[Batch]:
         if part.rank == 0:

@@ -58,7 +58,11 @@ class LearnerHooks:
         groups = [slot.ranking for slot in self.groups.values()]
         if self.schedule is None:
             return None
-        return sum(group.in_force for group in groups) / sum(group.numel for group in groups)
+        return sum(self.in_force()) / sum(group.numel for group in groups)
+
+    def in_force(self) -> list[int]:
+        """Return how many weights each group keeps now."""
+        return [slot.ranking.in_force for slot in self.groups.values()]
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.schema import Training
-from ..data.batches import ProcessShard, TrainBatch
+from ..data.batches import Batches, ProcessShard, TrainBatch
 from ..errors import RunError
 from ..torch_compat import BROADCAST_BUFFERS_DEPRECATED
 from .mixing import Mixing
@@ -32,6 +32,7 @@ class OptimizerStep:
         sums: float64 tensor [3] of the summed loss without the penalty, the correct answers and the images since the
             last reset to 0.
         not_finite: the first step whose loss was not finite, or -1. It is a tensor, so that no step waits for it.
+        number: the number of the step, as a tensor too, so that one graph serves all steps.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class OptimizerStep:
             self.model.compile(mode=None if training.compile is True else training.compile)
         self.sums = torch.zeros(3, device=accelerator.device, dtype=torch.float64)
         self.not_finite = torch.tensor(-1, device=accelerator.device)
+        self.number = torch.tensor(0, device=accelerator.device)
 
     def _prepared(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Any, Any]:
         """Return the model and the optimiser as prepared by Accelerate."""
@@ -76,11 +78,15 @@ class OptimizerStep:
             warnings.filterwarnings("ignore", BROADCAST_BUFFERS_DEPRECATED)
             return self.accelerator.prepare(model, optimizer)
 
+    def pieces(self, data: Batches, epoch: int, first: int = 0) -> Iterator[Any]:
+        """Return this process's pieces of an epoch's batches, from the batch `first` on, as a step takes them."""
+        return data.train(epoch, self.part, first)
+
     def __call__(self, pieces: Iterator[TrainBatch], number: int, rate: Callable[[], float]) -> bool:
         """Take step `number` of the run, counted from 0.
 
         Args:
-            pieces: this process's pieces of the batches.
+            pieces: as `pieces` returns them.
             rate: returns the learning rate; called once there is a batch.
 
         Returns False if there are no more batches; then no step is taken.
@@ -90,21 +96,31 @@ class OptimizerStep:
             if images is None or labels is None:
                 return False
             if piece == 0:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate()
+                self._begin(number, rate())
                 self.optimizer.zero_grad()
             last = piece == self.part.accumulate - 1
             with nullcontext() if last else self.accelerator.no_sync(self.model):
-                loss, logits = self._backward(images, labels, weight)
-            self._count(loss, logits, labels, len(labels) if weight else 0, number)
-        if self.training.clip_norm is not None:
-            self.accelerator.clip_grad_norm_(self.parameters, self.training.clip_norm)
-        if self.parameters:
-            self._step(number)
+                self._piece(images, labels, weight)
+        self._step(number)
         return True
+
+    def _begin(self, number: int, rate: float) -> None:
+        """Set the number and the learning rate of a step."""
+        self.number.fill_(number)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def _piece(self, images: Tensor, labels: Tensor, weight: float) -> None:
+        """Add the gradients of a piece, a share `weight` of its batch, and count its answers."""
+        loss, logits = self._backward(images, labels, weight)
+        self._count(loss, logits, labels, len(labels) if weight else 0)
 
     def _step(self, number: int) -> None:
         """Let the optimiser change the parameters."""
+        if self.training.clip_norm is not None:
+            self.accelerator.clip_grad_norm_(self.parameters, self.training.clip_norm)
+        if not self.parameters:
+            return
         seed_for_step(self.optimizer.optimizer, self.training.seed, number, self.part.processes)
         try:
             make_step(self.optimizer, self.training)
@@ -138,7 +154,8 @@ class OptimizerStep:
                 self.accelerator.backward(whole * (weight * self.part.processes), **create_graph)
         return loss.detach(), found[0][0].detach()
 
-    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, count: int, number: int) -> None:
+    def _count(self, loss: Tensor, logits: Tensor, labels: Tensor, count: int) -> None:
         right = (logits.argmax(1) == labels).sum()
         self.sums += torch.stack([loss * count, right * bool(count), torch.full_like(right, count)])
-        self.not_finite = torch.where((self.not_finite < 0) & ~loss.isfinite(), number, self.not_finite)
+        first = (self.not_finite < 0) & ~loss.isfinite()
+        self.not_finite.copy_(torch.where(first, self.number, self.not_finite))

@@ -24,11 +24,11 @@ from . import trainer_state
 from .agreement import Agreement
 from .checkpoint import Checkpoint, file_of
 from .evaluation import right_answers
+from .graph import step_of
 from .hooks import LearnerHooks
 from .mask_history import MaskHistory
 from .metrics import Epoch, LayerMask, Steps
 from .sharding import check_learners, uses_shards
-from .step import OptimizerStep
 from .weight_masks import WeightMasks
 
 AfterEpoch = Callable[[Epoch], None]
@@ -71,7 +71,9 @@ class Trainer:
         self.core, self.data, self.training, self.accelerator = model, data, training, accelerator
         self.progress = progress
         self.part = ProcessShard(accelerator.process_index, accelerator.num_processes, training.accumulate)
-        self.update = OptimizerStep(model, training, accelerator, self.part, len(data.classes), self._penalty)
+        self.update = step_of(
+            model, data, training, accelerator, self.part, self._penalty, lambda: self.hooks.in_force()
+        )
         self.model, self.optimizer = self.update.model, self.update.optimizer
         self.weight_masks = WeightMasks(model, weight_masks, accelerator.device)
         self.weight_masks.apply_during(self.optimizer.optimizer)
@@ -171,7 +173,7 @@ class Trainer:
         self.model.train()
         began = saved = time.monotonic()
         spent, longest = self.seconds, 60 * self.training.checkpoint_minutes
-        pieces = self.data.train(self.epoch, self.part, self.batch)
+        pieces = self.update.pieces(self.data, self.epoch, self.batch)
         with self.progress(self.data.steps(), f"epoch {self.epoch + 1}/{self.epochs}") as advance:
             for _ in range(self.batch):
                 advance()
