@@ -174,8 +174,8 @@ class Surgery(_Section):
         if not chosen.takes_k and value != WITHOUT_K.get(name):
             raise ValueError(f"expected {json.dumps(WITHOUT_K.get(name))}; {without_k(learner)}")
         beside_learner(name, value, learner, info.data.get("learner_options", {}), chosen)
-        if name == "k_schedule" and value is not None and (pattern := info.data.get("pattern")) is not None:
-            raise ValueError(f"expected null; the pattern {pattern} keeps as many in all epochs")
+        if name == "k_schedule" and value is not None and info.data.get("pattern", "a wrong one") is not None:
+            raise ValueError("expected null; a pattern keeps as many in all epochs")
         if name == "k_schedule" and value is not None and (shares := info.data.get("fixed")) is not None:
             start_beside(shares, value)
         if name == "k_schedule" and value is not None and chosen.schedules_k:

@@ -10,6 +10,7 @@ from popup_surgery.config.overrides import parse_setting
 from support import GOLDEN, equal_states, run_digits, short, stopped_and_resumed
 
 TINY = GOLDEN / "tiny.yaml"
+RAMP = "surgery.k_schedule={kind: linear, epochs: 2}"
 PATTERN = ["surgery.pattern=2:4", "surgery.k=null"]
 
 
@@ -63,7 +64,7 @@ WITHOUT = "surgery.learner=supermask", "surgery.k=null", "surgery.scaled=false"
         (["surgery.pattern=2:4", "surgery.k=0.3"], r"surgery\.pattern is '2:4': k is 0\.3, and the pattern sets"),
         (["surgery.pattern=2:4", "surgery.k={'*': 0.5}"], r"surgery\.pattern is '2:4': k is {\"\*\": 0\.5}, and"),
         ([*PATTERN, "surgery.scope=global"], r"surgery\.pattern is '2:4': scope is global, and a pattern ranks"),
-        ([*PATTERN, "surgery.k_schedule={kind: linear, epochs: 2}"], r"k_schedule is .*; expected null; the pattern"),
+        ([*PATTERN, RAMP], r"k_schedule is .*; expected null; a pattern"),
         (["surgery.pattern=2:4", *WITHOUT], r"surgery\.pattern is '2:4'; expected null; supermask takes no k, because"),
     ],
 )  # fmt: skip
@@ -74,7 +75,7 @@ def test_what_does_not_go_with_it(overrides: list[str], says: str) -> None:
 
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(RecipeError) as caught:
-        Recipe.load(TINY, ["surgery.pattern=2:4", "surgery.k=0.3", "surgery.scope=global", "training.epochs=0"])
+        Recipe.load(TINY, ["surgery.pattern=2:4", "surgery.k=0.3", "surgery.scope=global", "training.epochs=0", RAMP])
     told = str(caught.value).splitlines()
-    assert [line.split(" ")[0] for line in told[1:]] == ["surgery.pattern", "training.epochs"]
+    assert [line.split(" ")[0] for line in told[1:]] == ["surgery.pattern", "surgery.k_schedule", "training.epochs"]
     assert "k is 0.3, and the pattern sets 0.5: leave k out; scope is global, and a pattern ranks" in told[1]
