@@ -4,7 +4,8 @@
 
 The sort-based layer implements the paper's text with PyTorch's own operators: sort all |scores| of a layer, write a
 mask of zeros and ones in that order, multiply, and pass the gradient through. On a GPU the batch of most networks is
-256, and the forward pass runs in bfloat16.
+256, and the forward pass runs in bfloat16. There, dense and ours are also measured as CUDA graphs, as `training.graph`
+captures them.
 
 A second line has nanoseconds a weight: what ours adds to a dense step, and what its parts take on the network's
 largest layer, beside a plain copy of as many bytes (12 a weight: score and weight are read, the masked one written).
@@ -30,6 +31,7 @@ import popup_surgery.selection
 from popup_surgery.experiment.machine import processor
 from popup_surgery.malloc import keep_freed_memory
 from popup_surgery.selection.pattern import Pattern, select_pattern
+from popup_surgery.training.graph import WARM, CudaGraph
 
 K = 0.5
 
@@ -95,8 +97,8 @@ CASES = (
 ON_GPU = tuple(replace(case, batch=256, bfloat16=True) for case in CASES[:4])
 
 
-def stepper(model: nn.Module, x: Tensor, y: Tensor, bfloat16: bool) -> Callable[[], float]:
-    """Return a function that makes one training step and returns its time in seconds."""
+def stepper(model: nn.Module, x: Tensor, y: Tensor, bfloat16: bool) -> Callable[[], None]:
+    """Return a function that makes one training step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.01, momentum=0.9, weight_decay=1e-4)
 
@@ -107,7 +109,16 @@ def stepper(model: nn.Module, x: Tensor, y: Tensor, bfloat16: bool) -> Callable[
         loss.backward()
         optimizer.step()
 
-    return lambda: timed(step, x.is_cuda)
+    return step
+
+
+def captured(step: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that makes the same step as a CUDA graph."""
+    graph = CudaGraph()
+    for _ in range(WARM):
+        graph.run(step)
+    graph.capture(step)
+    return graph.replay
 
 
 def timed(work: Callable[[], object], gpu: bool) -> float:
@@ -155,19 +166,23 @@ def measure(case: Case, pairs: int, device: torch.device) -> dict[str, object]:
     }
     x = torch.randn(case.batch, 3, case.pixels, case.pixels, device=device)
     y = torch.randint(10, (case.batch,), device=device)
+    if x.is_cuda:
+        make |= {f"{kind}_graph": make[kind] for kind in ("dense", "ours")}
     nets = {kind: each().to(device).train() for kind, each in make.items()}
     steps = {kind: stepper(net, x, y, case.bfloat16) for kind, net in nets.items()}
+    steps |= {kind: captured(step) for kind, step in steps.items() if kind.endswith("_graph")}
     seconds: dict[str, list[float]] = {kind: [] for kind in steps}
     for round_ in range(pairs + 2):
         kinds = list(steps)
         kinds = kinds[round_ % len(kinds) :] + kinds[: round_ % len(kinds)]  # every kind comes first in turn
         for kind in kinds:
-            taken = steps[kind]()
+            taken = timed(steps[kind], x.is_cuda)
             if round_ >= 2:
                 seconds[kind].append(taken)
     ratios = {
         kind: statistics.median(a / b for a, b in zip(seconds[kind], seconds["dense"], strict=True))
-        for kind in ("dense_again", "sort", "ours")
+        for kind in steps
+        if kind != "dense"
     }
     weights = sum(score.numel() for name, score in nets["ours"].named_parameters() if name.endswith("_score"))
     added = statistics.median(a - b for a, b in zip(seconds["ours"], seconds["dense"], strict=True))
@@ -186,7 +201,7 @@ def measure(case: Case, pairs: int, device: torch.device) -> dict[str, object]:
     }
     print(
         f"{case.name:32} batch {case.batch:3} {precision:8}  dense {result['dense_ms']:8.1f} ms  "
-        f"dense again × {ratios['dense_again']:.3f}  sort × {ratios['sort']:.3f}  ours × {ratios['ours']:.3f}\n"
+        f"{'  '.join(f'{kind} × {ratio:.3f}' for kind, ratio in ratios.items()).replace('_', ' ')}\n"
         f"    ns a weight: {'  '.join(f'{part} {value}' for part, value in nanoseconds.items())}",
         flush=True,
     )
