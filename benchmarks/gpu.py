@@ -1,4 +1,4 @@
-"""Use of limited GPU time: checks, a trial, and then the runs of the paper's figure 3, the most valuable first.
+"""Use of limited GPU time: checks, a trial, the runs of the paper's figure 3, and then the methods at equal bytes.
 
     python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data DIR --output OUT
     python benchmarks/gpu.py --minutes 9 --day-minutes 13 --data DIR --output OUT    # the rest of the day
@@ -6,14 +6,19 @@
 1. Device and versions, the tests marked `gpu`, and benchmarks/step.py: 90 seconds at most.
 2. A trial: 4, 8 and 16 runs of Conv4 at once under NVIDIA's MPS, 60 seconds at most. The number with the most steps per
    second is used from then on.
-3. Conv4 by the paper's protocol, then Conv2, Conv6 and Conv8, then the same with another seed. A run starts only if it
-   will end within the day, together with the runs beside it. Each run is an ordinary run of a sweep.
+3. Conv4 by the paper's protocol, then Conv2, Conv6 and Conv8, then the same with another seed.
+4. The methods of `popup-surgery reproduce equal-bytes`: all seeds of Conv4, then those of the other networks. What
+   figure 3 has of them, dense networks and edge-popup at k = 0.1, 0.3 and 0.5, does not run again.
+
+The most valuable runs come first. A run starts only if it will end within the day, together with the runs beside it.
+Each run is an ordinary run of a sweep.
 
 A day is one or several calls with the same `--work` folder. When a call ends, its runs stop with a checkpoint, and the
 next call resumes them. The day counts the time of its calls, not the time between them.
 
 Files in OUT: `gpu.json`, everything measured so far (rewritten after every epoch); `runs.zip`, the finished runs, from
-which `popup-surgery reproduce figure3 --from OUT/runs.zip` draws the figure; and the logs `checks.log` and `step.log`.
+which `popup-surgery reproduce figure3 --from OUT/runs.zip` draws the figure, and `reproduce equal-bytes` the methods;
+and the logs `checks.log` and `step.log`.
 
 A machine without a network needs this checkout, PyTorch, torchvision, timm, accelerate, scikit-learn, matplotlib,
 pytest and hypothesis. It also needs, as wheels if they are missing: pydantic, pydantic-core, annotated-types,
@@ -48,6 +53,7 @@ import torch
 import popup_surgery as ps
 from popup_surgery.atomic import write_atomically
 from popup_surgery.config import Recipe
+from popup_surgery.config.keys import select
 from popup_surgery.errors import PopupError, RunError, Stopped
 from popup_surgery.models.architecture import input_size
 from popup_surgery.reproduce import sweep_of
@@ -60,6 +66,10 @@ ROOT = Path(__file__).parents[1]
 NETWORKS = ("conv4", "conv2", "conv6", "conv8")
 SHARES = (0.5, 0.3, 0.7, 0.1, 0.9)  # of weights kept, the most informative first
 SERIES = ("Signed Constant", "dense, SGD", "Kaiming Normal", "dense, Adam")
+METHODS = (
+    "edge-popup", "dense", "global ramp", "N:M", "ERK", "coats", "IteRand", "learnt signs", "edge-popup, scaled",
+    "frozen parts", "Gem-Miner", "Zhou et al.",
+)  # fmt: skip
 ON_GPU = ("training.compile=reduce-overhead", "training.optimizer_kwargs={fused: true}")
 CLOSING = 20.0  # seconds that a call needs at its end, for checkpoints and files
 CHECKS, TRIAL = 90.0, 60.0  # time limits of these phases in seconds
@@ -71,30 +81,53 @@ IMAGES = 50_000  # in CIFAR-10's training split
 # What is run ----------------------------------------------------------------------------------------------------------
 
 
-def runs_of_the_day(
-    scale: str, settings: Sequence[str], networks: Sequence[str], seeds: Sequence[int], data_dir: Path
-) -> Sweep:
-    """Return the runs of figure 3, and those of Zhou et al. in figure 6, the most valuable first."""
-    found: dict[str, Run] = {}
+def places_of_the_day(
+    scale: str,
+    settings: Sequence[str],
+    networks: Sequence[str],
+    seeds: Sequence[int],
+    methods: Sequence[str],
+    data_dir: Path,
+) -> list[Run]:
+    """Return the runs of figure 3, those of Zhou et al. in figure 6, and then those of `methods` in equal-bytes.
+
+    The most valuable come first. A run of figure 3 that is one of equal-bytes too is there twice. In both places its
+    masks are coded as there, which its name does not depend on.
+    """
+    found: list[Run] = []
+    coded = ["surgery.encoding=range_coded", *settings]
     for seed, network in itertools.product(seeds, networks):
         own: dict[str, Any] = {"only": [network], "seeds": [seed], "data_dir": data_dir}
-        figure3 = sweep_of("figure3", scale, settings, **own).runs
-        zhou = [run for run in sweep_of("figure6", scale, settings, **own).runs if run.label.startswith("Zhou")]
-        for run in [*sorted(figure3, key=_worth), *zhou]:
-            found.setdefault(run.name, replace(run, point=len(found)))
+        figure6 = sweep_of("figure6", scale, coded, **own).runs
+        found += sorted(sweep_of("figure3", scale, coded, **own).runs, key=_worth)
+        found += [run for run in figure6 if run.label.startswith("Zhou")]
+    for network, seed in itertools.product(networks if methods else (), seeds):
+        sweep = sweep_of("equal-bytes", scale, settings, only=[network, *methods], seeds=[seed], data_dir=data_dir)
+        found += sorted(sweep.runs, key=_worth)
+    return found
+
+
+def runs_of_the_day(places: Sequence[Run]) -> Sweep:
+    """Return a sweep with each run once."""
+    found: dict[str, Run] = {}
+    for run in places:
+        found.setdefault(run.name, replace(run, point=len(found)))
     return Sweep("gpu", tuple(found.values()))
 
 
 def _worth(run: Run) -> tuple[int, int]:
     k = run.values.get("surgery.k")
-    return SERIES.index(run.label), SHARES.index(k) if k in SHARES else len(SHARES)
+    return (*SERIES, *METHODS).index(run.label), SHARES.index(k) if k in SHARES else len(SHARES)
 
 
 def kind_of(recipe: Recipe) -> str:
     """Return a text that is the same for recipes whose steps take about the same time."""
-    learner = "dense" if isinstance(recipe.surgery, str) else recipe.surgery.learner
+    method = "dense"
+    if not isinstance(recipe.surgery, str):
+        own = select(recipe.surgery, lambda each: each.key.affects_speed and each.value != each.key.first_default)
+        method = " ".join([recipe.surgery.learner, *sorted(own.keys() - {"learner"})])
     network = f"{recipe.model.name.rsplit('/', 1)[-1]} {json.dumps(recipe.model.kwargs)}"
-    return f"{network}, {learner}, {recipe.training.optimizer}, batch {recipe.data.batch_size}"
+    return f"{network}, {method}, {recipe.training.optimizer}, batch {recipe.data.batch_size}"
 
 
 def flops(recipe: Recipe) -> int:
@@ -483,9 +516,9 @@ class UntilItIsOver(Local):
         return super().run(runs, output, lambda: stop() or self.over())
 
 
-def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) -> list[Outcome]:
+def figures(ledger: Ledger, day: Day, places: Sequence[Run], about: Mapping[str, Any]) -> list[Outcome]:
     """Run those of the day's runs that will end within it, and record everything as it happens."""
-    output, measured = ledger.work / "runs", ledger.values["trial"]
+    output, measured, sweep = ledger.work / "runs", ledger.values["trial"], runs_of_the_day(places)
     known = {run.name: run for run in sweep.runs}
     kinds = {kind_of(run.recipe): run.recipe for run in sweep.runs}
     forecast = Forecast(
@@ -527,7 +560,7 @@ def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) ->
             scheduler.ended(changed.run)
             note(changed)
             news = True
-            _pack(ledger, outcomes, output, about)
+            _pack(ledger, outcomes, places, about)
         if news:
             ledger.values["costs"] = {kind: round(cost, 4) for kind, cost in forecast.costs.items()}
             ledger.write(day)
@@ -543,13 +576,15 @@ def figures(ledger: Ledger, day: Day, sweep: Sweep, about: Mapping[str, Any]) ->
         elif entry is not None and entry["state"] != State.FAILED:
             note(replace(outcome, state=State.STOPPED))
     ledger.values["not_started"] = [str(run) for run in sweep.runs if run.name not in entries]
-    _pack(ledger, outcomes, output, about)
+    _pack(ledger, outcomes, places, about)
     ledger.write(day)
     return outcomes
 
 
-def _pack(ledger: Ledger, outcomes: Sequence[Outcome], output: Path, about: Mapping[str, Any]) -> None:
-    left_out = write_archive(ledger.output / "runs.zip", outcomes, output, about, LARGEST)
+def _pack(ledger: Ledger, outcomes: Sequence[Outcome], places: Sequence[Run], about: Mapping[str, Any]) -> None:
+    by_name = {outcome.run.name: outcome for outcome in outcomes}
+    found = [replace(by_name[run.name], run=run) for run in places]
+    left_out = write_archive(ledger.output / "runs.zip", found, ledger.work / "runs", about, LARGEST)
     ledger.values["artifacts_left_out"] = left_out
 
 
@@ -588,6 +623,9 @@ def main() -> int:
     parser.add_argument("--scale", choices=["full", "tiny"], default="full", help="tiny: a rehearsal on a CPU")
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument(
+        "--methods", nargs="*", choices=METHODS, default=METHODS, help="series of equal-bytes to run last; default: all"
+    )
     parser.add_argument("--trial", nargs="+", type=int, default=[4, 8, 16], help="numbers of parallel runs to try")
     parser.add_argument("--set", action="append", default=[], help="key=value of any recipe key; repeatable")
     arguments = parser.parse_args()
@@ -608,13 +646,14 @@ def run_day(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
         "scale": scale,
         "networks": list(arguments.networks),
         "seeds": arguments.seeds,
+        "methods": list(arguments.methods),
         "settings": [*settings],
     }
     ledger = Ledger(work, arguments.output.absolute(), described)
     day = Day(arguments.minutes, arguments.day_minutes or arguments.minutes, ledger.values.get("seconds_spent", 0.0))
     ledger.write(day)
     data_dir = unpacked(arguments.data, work)
-    sweep = runs_of_the_day(scale, settings, arguments.networks, arguments.seeds, data_dir)
+    places = places_of_the_day(scale, settings, arguments.networks, arguments.seeds, arguments.methods, data_dir)
     if "step" not in ledger.values:
         check(ledger, day)
     with shared() as ledger.values["mps"]:
@@ -624,7 +663,7 @@ def run_day(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
             "scale": scale,
             "settings": [*settings],
         }
-        outcomes = figures(ledger, day, sweep, about)
+        outcomes = figures(ledger, day, places, about)
     states = [outcome.state for outcome in outcomes]
     print(
         f"{states.count(State.FINISHED)} of {len(states)} runs finished, {day.spent / 60:.1f} minutes of the day spent"

@@ -1,10 +1,11 @@
+import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Group
@@ -31,7 +32,12 @@ Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of each run, in place of training.threads; results depend on it.")
 ]
 Pack = Annotated[
-    int | None, typer.Option(min=1, help="Runs at a time on each GPU, which share it by NVIDIA's MPS; default: 1.")
+    str | None,
+    typer.Option(
+        metavar="N|auto",
+        help="Runs at a time on each GPU, which share it by NVIDIA's MPS; default: 1; auto: the number that is fastest "
+        "in a short trial.",
+    ),
 ]
 OnOption = Annotated[On | None, typer.Option(help="Run on a Ray cluster.")]
 Address = Annotated[
@@ -110,7 +116,7 @@ def run(
 def chosen(
     jobs: int | None,
     threads: int | None,
-    pack: int | None,
+    pack: str | None,
     on: On | None,
     address: str | None,
     gpus_per_run: float | None,
@@ -130,7 +136,16 @@ def chosen(
         raise PopupError(f"--pack is {pack}; it works only without --on ray, which takes --gpus-per-run")
     if pack is not None and jobs is not None:
         raise PopupError(f"--pack is {pack} and --jobs is {jobs}; expected one of them: both set the runs at a time")
-    return OnRay(address, gpus_per_run, threads) if on else Local(jobs, threads, pack=pack or 1)
+    return OnRay(address, gpus_per_run, threads) if on else Local(jobs, threads, pack=_number(pack or "1"))
+
+
+def _number(pack: str) -> int | Literal["auto"]:
+    """Return the value of `--pack`."""
+    if pack == "auto":
+        return "auto"
+    if not re.fullmatch("[1-9][0-9]{0,8}", pack):
+        raise PopupError(f"--pack is {pack}; expected an integer from 1, or auto")
+    return int(pack)
 
 
 @contextmanager
@@ -232,7 +247,12 @@ def estimate(sweep: "Sweep", folder: Path, engine: "Local | OnRay") -> None:
         table.add_row(str(len(kind.runs)), str(kind.runs[0]), *cells)
     if todo:
         show(table)
-        places = engine.places(todo) if isinstance(engine, Local) else None
+        places = None
+        if isinstance(engine, Local):
+            if engine.pack == "auto":
+                with engine.ready():
+                    engine = engine.packed(todo)
+            places = engine.places(todo)
         together = f", {_clock(total / min(places, len(todo)))} with {places} at a time" if places else ""
         show(f"about {_clock(total)} one after another{together}")
 

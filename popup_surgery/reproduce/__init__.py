@@ -193,6 +193,8 @@ def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction
     note = _note(Sweep(figure, tuple(outcome.run for outcome in outcomes)), scale, settings)
     device = found.about.get("device", "an unknown device")
     note += f"\n{len(outcomes)} of {len(wanted.runs)} runs of these seeds, on {device}"
+    if FIGURES[figure].rounded:
+        note += "\nwithout pruned and rounded dense networks, because an archive has no dense weights"
     files = _files(figure, scale, Path(output))
     if any(os.path.exists(file) and os.path.samefile(file, archive) for file in files):
         raise PopupError(f"{archive} would be written over; choose another folder with --output")

@@ -64,7 +64,7 @@ def write_archive(
 
     Args:
         path: the archive.
-        outcomes: the outcomes of the sweep's runs.
+        outcomes: the outcomes of the sweep's runs. A run may be there under several labels; its files are written once.
         output: the sweep's folder.
         about: a description of the runs, of plain values.
         limit: maximum size of the file in bytes. Artifacts that do not fit are left out, those of the last runs first.
@@ -84,14 +84,14 @@ def write_archive(
     try:
         with zipfile.ZipFile(memory, "w", zipfile.ZIP_DEFLATED) as file:
             file.writestr("archive.json", json.dumps({"format": FORMAT, "about": dict(about), "runs": runs}, indent=1))
-            folders = [outcome.run.folder(output) for outcome in done]
-            for outcome, folder in zip(done, folders, strict=True):
+            folders = {outcome.run.name: outcome.run.folder(output) for outcome in done}
+            for run, folder in folders.items():
                 for name in ("recipe.yaml", "metrics.jsonl"):
-                    file.write(folder.path / name, f"{outcome.run.name}/{name}")
-            for outcome, folder in zip(done, folders, strict=True):
+                    file.write(folder.path / name, f"{run}/{name}")
+            for name, folder in folders.items():
                 if folder.kind is not Kind.ARTIFACT:
                     continue
-                name, artifact = outcome.run.name, folder.final
+                artifact = folder.final
                 if limit is not None and memory.tell() + artifact.stat().st_size + 400 * len(done) + 4096 > limit:
                     left_out.append(name)
                 else:

@@ -11,9 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from filelock import FileLock, Timeout
 
@@ -22,7 +22,7 @@ from ..config.yaml import to_yaml
 from ..errors import PopupError, Stopped
 from ..experiment.train import train
 from ..plugins import loaded_plugins, restore_plugins
-from .gpus import check_room, gpus, shared
+from .gpus import check_room, environment, gpus, shared
 from .grid import Run
 from .results import State
 
@@ -65,33 +65,49 @@ class Local:
         threads: threads of each run, in place of its `training.threads`.
         admit: called before a run starts; it returns false to refuse the run. A refused run is tried again when a place
             is free. Runs refused while nothing runs stay waiting.
-        pack: runs at a time on each GPU, which they share through NVIDIA's MPS where it is installed.
+        pack: runs at a time on each GPU, which they share through NVIDIA's MPS where it is installed. With "auto", a
+            trial at the start of a sweep finds the number.
     """
 
     jobs: int | None = None
     threads: int | None = None
     admit: Callable[[Run], bool] = lambda run: True
-    pack: int = 1
+    pack: int | Literal["auto"] = 1
 
     def places(self, runs: Sequence[Run]) -> int:
-        """Return the number of `runs` at a time."""
+        """Return the number of `runs` at a time. `pack` "auto" counts as 1; see `packed`."""
         most = self.threads or max((run.recipe.training.threads for run in runs), default=1)
-        return self.jobs or self.pack * len(gpus()) or max(1, (os.cpu_count() or 1) // most)
+        pack = 1 if self.pack == "auto" else self.pack
+        return self.jobs or pack * len(gpus()) or max(1, (os.cpu_count() or 1) // most)
 
     def ready(self) -> AbstractContextManager[object]:
-        return shared() if self.pack > 1 else nullcontext()
+        return nullcontext() if self.pack == 1 else shared()
+
+    def packed(self, runs: Sequence[Run], stop: Stop = lambda: False) -> "Local":
+        """Return this engine with a number as `pack`, which a trial of `runs` finds if it is "auto".
+
+        Raises:
+            PopupError: a GPU's memory has no room for `pack` of the runs.
+        """
+        if self.pack == 1:
+            return self
+        if not gpus():
+            log.warning("--pack is %s, and this machine has no GPU: it has no effect", self.pack)
+            return replace(self, pack=1)
+        if self.pack != "auto":
+            check_room(runs, self.pack, self.threads)
+            return self
+        from .trial import best_pack
+
+        return replace(self, pack=best_pack(runs, self.threads, stop))
 
     def run(self, runs: Sequence[Run], output: Path, stop: Stop) -> Events:
         """As `Engine.run`.
 
         Raises:
-            PopupError: a GPU's memory has no room for `pack` of the runs.
+            PopupError: as for `packed`.
         """
-        if self.pack > 1 and not gpus():
-            log.warning("--pack is %d, and this machine has no GPU: it has no effect", self.pack)
-        elif self.pack > 1:
-            check_room(runs, self.pack, self.threads)
-        return _LocalRuns(self, runs, output, stop).events()
+        return _LocalRuns(self.packed(runs, stop), runs, output, stop).events()
 
 
 class _LocalRuns:
@@ -102,7 +118,7 @@ class _LocalRuns:
         self.waiting = [run.with_threads(engine.threads) for run in runs]
         self.running: dict[int, tuple[Run, subprocess.Popen[bytes]]] = {}
         self.told = False  # whether the processes have been asked to stop
-        self.gpus, self.places = gpus(), range(engine.places(runs))
+        self.places = range(engine.places(runs))
 
     def events(self) -> Events:
         """Run everything, and yield the events of `Engine.run`."""
@@ -142,14 +158,10 @@ class _LocalRuns:
                 if run.folder(self.output).finished:  # by the process that this run waited for
                     yield run, State.FINISHED, ""
                 else:
-                    self.running[place] = run, start_run(run, self.output, self._environment(run, place))
+                    self.running[place] = run, start_run(run, self.output, environment(run, place))
                     yield run, State.RUNNING, ""
             except PopupError as error:
                 yield run, State.FAILED, str(error)
-
-    def _environment(self, run: Run, place: int) -> dict[str, str]:
-        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[place % len(self.gpus)]} if self.gpus else {}
-        return os.environ | {"OMP_NUM_THREADS": str(run.recipe.training.threads)} | gpu
 
     def _tell(self) -> None:
         """Ask the processes to stop, once."""

@@ -1,9 +1,9 @@
 """An estimate of how long a sweep takes, from a few steps of each kind of run in it."""
 
 import time
-from collections.abc import Sequence
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from multiprocessing import get_context
@@ -16,12 +16,13 @@ from ..config import Recipe
 from ..config.keys import comparable, select
 from ..data.batches import VALIDATION, Progress, quiet
 from ..data.seeding import ambient_seed
-from ..errors import PopupError, RunError, Stopped
+from ..errors import RunError, Stopped
 from ..experiment.setup import prepare
 from ..masking.bake import bake
 from ..plugins import loaded_plugins, restore_plugins
 from ..training.distributed import numerics, start
 from ..training.evaluation import accuracy_of
+from ..training.trainer import Trainer
 from .grid import Run
 
 STEPS = 5  # measured steps, after one to warm up
@@ -70,20 +71,25 @@ def measure(runs: Sequence[Run], threads: int | None = None, progress: Progress 
             try:
                 with ProcessPoolExecutor(1, get_context("spawn"), restore_plugins, (loaded_plugins(),)) as pool:
                     busy, step, epoch, room = pool.submit(_measure, alike[0].recipe.dump()).result()
-            except (PopupError, BrokenExecutor) as error:
-                raise RunError(f"{alike[0]} cannot be measured: {error}") from error
+            except Exception as error:  # a network and a plugin may raise anything
+                raise RunError(f"{alike[0]} cannot be measured: {str(error) or type(error).__name__}") from error
             kinds.append(RunKind(tuple(alike), time.perf_counter() - began - busy, step, epoch, room))
             advance()
     return kinds
 
 
-def _measure(values: dict[str, Any]) -> tuple[float, float, float, int | None]:
-    """Measure a run. Returns the seconds of the measurement, of a step, and of an epoch; and the `RunKind.room`."""
-    recipe = Recipe.parse(values)
+@contextmanager
+def prepared(recipe: Recipe) -> Iterator[Trainer]:
+    """Context manager: yield the trainer of a run, before its first step and under the run's seed."""
     accelerator = start(recipe.training)
     with numerics(recipe.training), ambient_seed([recipe.training.seed]):
-        trainer, _ = prepare(recipe, accelerator, quiet)
-        times = [time.perf_counter()]
+        yield prepare(recipe, accelerator, quiet)[0]
+
+
+def _measure(values: dict[str, Any]) -> tuple[float, float, float, int | None]:
+    """Measure a run. Returns the seconds of the measurement, of a step, and of an epoch; and the `RunKind.room`."""
+    with prepared(Recipe.parse(values)) as trainer:
+        accelerator, times = trainer.accelerator, [time.perf_counter()]
 
         def enough() -> bool:
             if accelerator.device.type == "cuda":

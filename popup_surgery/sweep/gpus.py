@@ -18,6 +18,13 @@ def gpus() -> list[str]:
     return (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))).split(",")[:count]
 
 
+def environment(run: Run, place: int) -> dict[str, str]:
+    """Return the environment of a run's process: the run's threads, and the GPU of its place."""
+    found = gpus()
+    gpu = {"CUDA_VISIBLE_DEVICES": found[place % len(found)]} if found else {}
+    return os.environ | {"OMP_NUM_THREADS": str(run.recipe.training.threads)} | gpu
+
+
 @contextmanager
 def shared() -> Iterator[bool]:
     """Context manager: let processes share a GPU through NVIDIA's MPS. It yields whether MPS was started.

@@ -24,6 +24,7 @@ from support import slow_except
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = ["model.kwargs.width=0.1", "surgery.k=[0.5]", "training.epochs=30", "data.workers=0"]
+METHODS = ["edge-popup", "dense", "global ramp"]  # the first two are runs of figure 3
 
 
 def loaded() -> ModuleType:
@@ -56,9 +57,11 @@ class Rehearsal:
             "--scale",
             "tiny",
             "--networks",
-            "conv2",
+            "conv4",
             "--seeds",
             "0",
+            "--methods",
+            *METHODS,
         ]
         call += ["--trial", "1", "2", "--minutes", str(minutes), "--day-minutes", "60", "--data", str(self.data)]
         call += ["--output", str(self.output), "--work", str(self.work), *sets]
@@ -111,15 +114,15 @@ def test_a_rehearsal_is_cut_killed_and_resumed_to_its_end(ten: Path, tmp_path: P
 
     cut: Any = day.start(0.5)
     assert cut.wait(240) == 0, cut.communicate()
-    assert re.match("[0-7] of 8 runs finished, ", cut.communicate()[0])
+    assert re.match("[0-8] of 9 runs finished, ", cut.communicate()[0])
     values = day.json()
     day.check(values)
-    assert len(values["not_started"]) + len(values["runs"]) == 8
+    assert len(values["not_started"]) + len(values["runs"]) == 9
     assert values["trial"] == running["trial"], "what was measured is not measured again"
 
     rest = day.start(30)
     out, err = rest.communicate(timeout=500)
-    assert out.startswith("8 of 8 runs finished, "), err
+    assert out.startswith("9 of 9 runs finished, "), err
     values = day.json()
     day.check(values)
     assert {run["state"] for run in values["runs"].values()} == {"finished"}
@@ -137,6 +140,15 @@ def test_a_rehearsal_is_cut_killed_and_resumed_to_its_end(ten: Path, tmp_path: P
     table = {row["series"]: row["accuracy"] for row in json.loads(result.files[1].read_text())["rows"]}
     last = {run["label"]: run["accuracy"][-1] for run in values["runs"].values()}
     assert table == {label: pytest.approx(100 * last[label]) for label in gpu.SERIES}
+
+    methods = redraw("equal-bytes", day.output / "runs.zip", tmp_path / "figure")
+    assert f"3 of 35 runs of these seeds, on {values['device']}\nwithout pruned" in methods.files[0].read_text()
+    rows = {row["series"]: row for row in json.loads(methods.files[1].read_text())["rows"]}
+    last |= {"edge-popup": last["Signed Constant"], "dense": last["dense, SGD"]}
+    assert {name: row["accuracy"] for name, row in rows.items()} == {
+        label: pytest.approx(100 * last[label]) for label in METHODS
+    }
+    assert rows["edge-popup"]["x"] == pytest.approx(rows["dense"]["x"] / 32, rel=0.1), "a bit for each weight"
 
     other = subprocess.run([*cut.args[:-1], "data.workers=1"], capture_output=True, text=True)
     assert other.returncode == 1
@@ -162,17 +174,27 @@ def test_data_is_a_folder_or_an_archive_of_it(ten: Path, tmp_path: Path) -> None
 
 
 def test_runs_of_a_day_come_in_the_order_of_their_worth(ten: Path) -> None:
-    runs = gpu.runs_of_the_day("full", [], gpu.NETWORKS, [0, 1], ten).runs
+    places = gpu.places_of_the_day("full", [], gpu.NETWORKS, [0, 1], gpu.METHODS, ten)
+    runs = gpu.runs_of_the_day(places).runs
     first = [(run.label, run.values.get("surgery.k")) for run in runs[:16]]
     shares = [0.5, 0.3, 0.7, 0.1, 0.9]
     assert first[:6] == [*(("Signed Constant", k) for k in shares), ("dense, SGD", None)]
     assert first[6:12] == [*(("Kaiming Normal", k) for k in shares), ("dense, Adam", None)]
     assert [label[:4] for label, _ in first[12:]] == ["Zhou"] * 4
-    assert [run.recipe.model.name[-5:] for run in runs[::16]] == ["conv4", "conv2", "conv6", "conv8"] * 2
+    assert [run.recipe.model.name[-5:] for run in runs[:128:16]] == ["conv4", "conv2", "conv6", "conv8"] * 2
     assert {run.seed for run in runs[:64]} == {0}
-    assert {run.seed for run in runs[64:]} == {1}
+    assert {run.seed for run in runs[64:128]} == {1}
     assert {run.recipe.training.epochs for run in runs} == {100}
-    assert [run.point for run in runs] == list(range(128))
+    assert [run.point for run in runs] == list(range(376))
+
+    methods = runs[128:]
+    assert [run.recipe.model.name[-5:] for run in methods[::31]] == [net for net in gpu.NETWORKS for _ in range(2)]
+    assert [run.seed for run in methods[::31]] == [0, 1] * 4
+    assert [run.label for run in methods[:6]] == ["edge-popup"] * 2 + ["global ramp"] * 3 + ["N:M"]
+    assert {run.values["surgery.k"] for run in methods if run.label == "edge-popup"} == {0.125, 0.25}
+    wanted = {run.name: run.recipe for run in places[128:]}  # with those that figure 3 has too
+    assert {run.name: run.recipe for run in runs if run.name in wanted} == wanted, "their masks are coded alike"
+    assert len(wanted) == 8 * 35
 
 
 # Archives -------------------------------------------------------------------------------------------------------------
@@ -293,7 +315,8 @@ def played(
 @pytest.fixture(scope="module")
 def runs(ten: Path) -> tuple[Run, ...]:
     settings = ["data.max_train=12800", "data.batch_size=128", "training.epochs=8"]
-    found: tuple[Run, ...] = gpu.runs_of_the_day("tiny", settings, ["conv4", "conv2"], [0], ten).runs
+    places = gpu.places_of_the_day("tiny", settings, ["conv4", "conv2"], [0], [], ten)
+    found: tuple[Run, ...] = gpu.runs_of_the_day(places).runs
     return found
 
 
