@@ -197,6 +197,16 @@ def test_runs_of_a_day_come_in_the_order_of_their_worth(ten: Path) -> None:
     assert len(wanted) == 8 * 35
 
 
+@pytest.mark.parametrize(
+    ("graphs", "faster", "settings"), [(80.0, 2.0, [*gpu.GRAPHS]), (30.0, 1.0, []), (None, 1.0, [])]
+)
+def test_what_the_trial_found_is_taken(graphs: float | None, faster: float, settings: list[str]) -> None:
+    measured = {} if graphs is None else {"graphs": {"runs": 4, "steps_per_second": graphs}}
+    found = gpu.taken({"runs": {"4": 40.0, "8": 60.0, "16": 55.0}, **measured}, [4, 8, 16])
+    assert found == {"taken": 8, "settings": settings, "faster": faster}
+    assert gpu.taken({"runs": {}, **measured}, [4, 8]) == {"taken": 4, "settings": [], "faster": 1.0}
+
+
 # Archives -------------------------------------------------------------------------------------------------------------
 
 
