@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..artifact import Artifact, repack
 from ..atomic import check_writable, write_atomically
 from ..config.catalog import find
 from ..config.keys import flat
 from ..config.overrides import parse_setting
 from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, RunError, unknown
-from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
+from ..sweep import Engine, Outcome, Report, Run, State, Sweep, as_text, execute, points
 from ..sweep.archive import Archive
+from ..training.run_folder import Kind
 from .figures import FIGURES, NET, PAPER, Figure
 from .picture import draw
 from .rounded import rounded
@@ -156,9 +158,21 @@ def reproduce(
     output = Path(output)
     if os.path.isdir(output):  # a new folder has room for any
         _check(_files(figure, scale, output))
-    outcomes = execute(sweep, output, engine, report)
+    outcomes = [_as_coded(outcome, output) for outcome in execute(sweep, output, engine, report)]
     more = rounded(outcomes, output) if FIGURES[figure].rounded else []
     return _show(figure, scale, outcomes, _note(sweep, scale, settings), output, more)
+
+
+def _as_coded(outcome: Outcome, output: Path) -> Outcome:
+    """Return a run with its masks coded as its recipe says. They may not be if another figure has made it."""
+    recipe, folder = outcome.run.recipe, outcome.run.folder(output)
+    if outcome.state is not State.FINISHED or recipe.surgery == "none" or folder.kind is not Kind.ARTIFACT:
+        return outcome
+    artifact = Artifact.open(folder.final)
+    if recipe.surgery.encoding in {weight.encoding for weight in artifact.manifest.masked}:
+        return outcome
+    repack(artifact, folder.final, encoding=recipe.surgery.encoding)
+    return Outcome.read(outcome.run, output)
 
 
 def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction:

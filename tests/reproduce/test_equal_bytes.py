@@ -19,6 +19,8 @@ from popup_surgery.sweep import Outcome, Run, State, points
 from popup_surgery.sweep.results import Numbers
 from support import Here
 
+BITS = "surgery.encoding=bitpack"
+
 
 @pytest.fixture(scope="module")
 def done(ten: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
@@ -92,6 +94,21 @@ def test_a_dense_network_is_measured_once(done: tuple[Any, Path, Any]) -> None:
     with pytest.raises(RunError, match=r"rounded.json is damaged; remove it"):
         reproduce("equal-bytes", "tiny", sweep, output, Here())
     file.unlink()
+
+
+def test_a_run_that_another_figure_made_is_coded_as_here(ten: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"only": ["edge-popup"], "data_dir": ten}
+    own = sweep_of("equal-bytes", "tiny", ["surgery.k=[0.1]", "model.kwargs.width=0.1"], **settings)
+    (run,) = own.runs
+    other = sweep_of("equal-bytes", "tiny", ["surgery.k=[0.1]", "model.kwargs.width=0.1", BITS], **settings)
+    sizes = []
+    for sweep in (other, own, own):
+        (outcome,) = reproduce("equal-bytes", "tiny", sweep, tmp_path, Here()).outcomes
+        assert outcome.numbers is not None
+        sizes.append(outcome.numbers.stored)
+    assert other.runs[0].name == run.name
+    assert sizes[0] == pytest.approx(2 * sizes[1], rel=0.2), "at k = 0.1 a mask has half a bit a weight"
+    assert sizes[1] == sizes[2] == Outcome.read(run, tmp_path).numbers.stored  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("bits", [8, 4])
