@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..deprecated import link_methods
 from ..selection import Selection
-from ..torch_compat import version_of
+from ..torch_compat import in_func_transform, version_of
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -340,7 +340,8 @@ def masked(weight: Tensor, mask: Tensor) -> Tensor:
         weight: any floating dtype, any shape.
         mask: bool, the same shape.
     """
-    if torch.compiler.is_compiling() or weight.device.type != "cpu" or weight.element_size() not in _INTEGERS:
+    plain = not (torch.compiler.is_compiling() or in_func_transform())  # torch 2.11 batches no view of another dtype
+    if not plain or weight.device.type != "cpu" or weight.element_size() not in _INTEGERS:
         return torch.where(mask, weight, 0.0)
     # torch.where is not vectorised on the CPU. An integer product with 0 or 1 gives the same bits, 8 times as fast.
     # Example: −0.75 is 0xBF400000 in float32. Times 1 it is the same; times 0 it is 0x00000000 = +0.0, where a product

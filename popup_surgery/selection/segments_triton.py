@@ -124,9 +124,11 @@ def write(table, counts, ties, buffers, BUFFERS: tl.constexpr, BLOCK: tl.constex
     before = 0
     if needed < there:  # ties go by the row-major order, and only they ask for it
         place = _in_memory(row, index)
-        for start in range(tl.load(row + START).to(tl.int32), block, 1024):
+        start = tl.load(row + START).to(tl.int32)
+        while start < block:  # Triton 3.6 interprets no range of numbers from the device
             others = start + tl.arange(0, 1024)
             before += tl.sum(tl.load(ties + others, others < block, 0))
+            start += 1024
     value = _magnitudes(row, place, inside)
     tied = value == threshold
     tied = tied & ((needed == there) | (before + tl.cumsum(tied.to(tl.int32)) <= needed))
