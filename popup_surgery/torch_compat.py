@@ -80,7 +80,7 @@ def is_func_wrapper(tensor: Tensor) -> bool:
 def in_func_transform() -> bool:
     """Return whether a transform of torch.func runs in this thread, whatever it has wrapped.
 
-    It refuses autograd functions that do not say how they are transformed. Tried on torch 2.14.
+    It refuses autograd functions that do not say how they are transformed. Tried on torch 2.11 and 2.14.
     """
     return torch._C._are_functorch_transforms_active()
 
@@ -113,7 +113,7 @@ def compiled_module(model: nn.Module) -> nn.Module | None:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether `module` was compiled: by `module.compile()`, or wrapped by `torch.compile`.
 
-    What `compile` leaves on the module is private. Tried on torch 2.14.
+    What `compile` leaves on the module is private. Tried on torch 2.11 and 2.14.
     """
     return getattr(module, "_compiled_call_impl", None) is not None or compiled_module(module) is not None
 
@@ -124,7 +124,7 @@ def unsaved_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def has_forward_hooks(module: nn.Module, kind: type) -> bool:
-    """Return whether a forward pre-hook of `module` is an instance of `kind`. Tried on torch 2.14."""
+    """Return whether a forward pre-hook of `module` is an instance of `kind`. Tried on torch 2.11 and 2.14."""
     return any(isinstance(hook, kind) for hook in module._forward_pre_hooks.values())
 
 
@@ -156,7 +156,7 @@ def fsdp_calls() -> bool:
     """Return whether `fully_shard` called the function that calls this one.
 
     It exchanges a parameter for its shard and back by `setattr` on the module, and reads the shard by `getattr`. There
-    is no public way to tell its parameters from those that a user assigns. Tried on torch 2.14.
+    is no public way to tell its parameters from those that a user assigns. Tried on torch 2.11 and 2.14.
     """
     return _module_of(sys._getframe(2)).startswith(_FSDP)
 
@@ -167,7 +167,8 @@ _FSDP = "torch.distributed.fsdp._fully_shard."
 def torch_layer_reads() -> bool:
     """Return whether the package was called by torch's own code of linear layers or convolutions.
 
-    Under autocast, that casts the weight that it reads before it does anything else with it. Tried on torch 2.14.
+    Under autocast, that casts the weight that it reads before it does anything else with it. Tried on torch 2.11 and
+    2.14.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and _module_of(frame).startswith("popup_surgery."):
@@ -190,7 +191,7 @@ def without_fsdp(model: nn.Module) -> Iterator[None]:
     """Context manager: the modules of `model` have their own classes and hooks, without what `fully_shard` added.
 
     So they can be copied, which `fully_shard` refuses. Their parameters stay in shards. Does nothing to other networks.
-    Tried on torch 2.14.
+    Tried on torch 2.11 and 2.14.
     """
     if not of_fsdp(model):
         yield
@@ -223,7 +224,7 @@ def _of_fsdp(hook: Any) -> bool:
 
 
 def storage_of(reference: StorageWeakRef) -> torch.UntypedStorage | None:
-    """Return the storage of a weak reference; None if it is gone. Tried on torch 2.14.
+    """Return the storage of a weak reference; None if it is gone. Tried on torch 2.11 and 2.14.
 
     torch has a public name neither for weak references to storages nor for this.
     """
