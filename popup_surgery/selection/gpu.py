@@ -50,7 +50,11 @@ def _largest_on(device: torch.device) -> Callable[[Tensor, int], Tensor]:
             largest(torch.zeros(32, dtype=torch.int32, device=device), 1)
             return largest
         except Exception as error:  # Triton, a compiler of C, or whatever else is missing
-            log.info("ranking on %s by PyTorch's top-k, because Triton does not work there: %r", device, error)
+            log.warning(
+                "scores on %s are ranked by PyTorch's top-k, which is slower, because Triton does not work there: %r",
+                device,
+                error,
+            )
     return _largest_by_topk
 
 
