@@ -71,7 +71,8 @@ class GraphedStep(OptimizerStep):
     def __init__(self, data: InMemory, kept: Callable[[], list[int]], *arguments: Any) -> None:
         super().__init__(*arguments)
         for group in self.optimizer.param_groups:
-            group |= {"capturable": True} if "capturable" in group else {}
+            if "capturable" in group:
+                group["capturable"] = True
         self.of_rows, self.kept = data.of_rows, kept
         self.rows = torch.zeros(data.config.batch_size, 4, dtype=torch.int64, device=self.accelerator.device)
         self.graph = CudaGraph()
