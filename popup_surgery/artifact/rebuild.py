@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..codecs.bitpack import pack, unpack
+from ..weights.fill import rounded
 from ..weights.source import source_of
 from ..weights.streams import BITS, CHUNK, SIGNS, draw, words
 from .container import DTYPES, Stored
@@ -36,7 +37,7 @@ def effective_pieces(
     if bits.planes:
         dtype = DTYPES[entry.dtype]
         if dtype.itemsize < 4:  # rounded before the product too, as in a network of that dtype
-            weights = (torch.from_numpy(piece).to(dtype).float().numpy() for piece in weights)
+            weights = (rounded(piece, dtype).float().numpy() for piece in weights)
         yield from bits.effective(weights)
         return
     for piece, ones in zip(weights, unpack(bits.mask, entry.numel), strict=True):
@@ -105,8 +106,8 @@ def weights_digest(entries: list[tuple[TensorSpec, Bits]], seed: int, base: Mapp
     digest = hashlib.sha256()
     for entry, bits in entries:
         for piece in effective_pieces(entry, seed, bits, base.get(entry.name)):
-            rounded = torch.from_numpy(piece).to(DTYPES[entry.dtype]).to(torch.float32)
-            digest.update(rounded.numpy().astype("<f4", copy=False).data)
+            widened = rounded(piece, DTYPES[entry.dtype]).float()
+            digest.update(widened.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
 
 

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..weights.fill import rounded
 from ..weights.streams import BITS, words
 
 Words = NDArray[np.unsignedinteger[Any]]
@@ -104,7 +105,7 @@ class Signs(Source):
         # Row 16 · mask + signs has four weights, for half a byte of each, lowest bit first.
         signs, kept = np.tile(BITS[:16, :4], (16, 1)), np.repeat(BITS[:16, :4], 16, axis=0)
         values = np.where(kept, np.where(signs, np.float32(std), np.float32(-std)), np.float32(0))
-        self.four = torch.from_numpy(values).to(dtype)
+        self.four = rounded(values, dtype)
 
     def _halves(self, mask: Packed, start: int, stop: int) -> Packed:
         """Return the rows of `four` for the elements from `start` to `stop`, two for each byte."""

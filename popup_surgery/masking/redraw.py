@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..weights.fill import rounded
 from ..weights.streams import CHUNK, MOST, values_at, words
 from .rewrites import Places, Rewrite
 from .state import MaskedParam
@@ -42,7 +43,7 @@ class Redraw(Rewrite):
                 record["sources"][drawn] = drawn
             generations = record["generations"][drawn]
             values = values_at(drawn, generations, slot.distribution, slot.std, slot.seed, slot.stream)
-            flat[torch.from_numpy(drawn).to(flat.device)] = torch.from_numpy(values).to(flat.device, flat.dtype)
+            flat[torch.from_numpy(drawn).to(flat.device)] = rounded(values, flat.dtype).to(flat.device)
             count += len(drawn)
         return count
 

@@ -12,11 +12,20 @@ from torch import Tensor
 from .streams import CHUNK
 
 ROUNDING = 2.0**-8  # relative, of bfloat16
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 SMALLEST = 2.0**-24  # the smallest subnormal number of float16
 
 
+def rounded(values: NDArray[np.float32], dtype: torch.dtype) -> Tensor:
+    """Return values in another dtype, rounded to nearest: beyond its largest number an infinity, if it has one."""
+    tensor = torch.from_numpy(values)
+    if dtype == torch.float8_e4m3fn:  # it has none, and torch 2.11 would give NaN
+        tensor = tensor.clamp(-_LARGEST, _LARGEST)
+    return tensor.to(dtype)
+
+
 def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
-    """Fill `tensor` in place, in row-major order, and return it. Values are rounded to nearest.
+    """Fill `tensor` in place, in row-major order, and return it. Values are `rounded`.
 
     Args:
         tensor: any dtype, device and strides. On the meta device nothing is filled.
@@ -29,7 +38,7 @@ def fill(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> Tensor:
         flat = target.view(-1) if target.is_contiguous() else torch.empty_like(target.reshape(-1))
         start = 0
         for piece in pieces:
-            flat[start : start + len(piece)] = torch.from_numpy(piece)
+            flat[start : start + len(piece)] = rounded(piece, flat.dtype)
             start += len(piece)
         if not target.is_contiguous():
             target.copy_(flat.view(target.shape))
@@ -45,8 +54,7 @@ def pieces_of(tensor: Tensor) -> Iterator[Tensor]:
 def equals(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> bool:
     """Return whether `fill` with these pieces would leave `tensor` unchanged."""
     return all(
-        torch.equal(mine, torch.from_numpy(piece).to(mine.dtype))
-        for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
+        torch.equal(mine, rounded(piece, mine.dtype)) for mine, piece in zip(pieces_of(tensor), pieces, strict=True)
     )
 
 
@@ -59,7 +67,7 @@ def deviation(tensor: Tensor, pieces: Iterable[NDArray[np.float32]]) -> tuple[fl
     """
     largest, rounding = 0.0, True
     for mine, piece in zip(pieces_of(tensor), pieces, strict=True):
-        theirs = torch.from_numpy(piece).to(mine.dtype)
+        theirs = rounded(piece, mine.dtype)
         if not torch.equal(mine, theirs):
             off = (mine.double() - theirs.double()).abs().nan_to_num(nan=math.inf)
             largest = max(largest, float(off.max()))

@@ -635,7 +635,6 @@ def test_export_of_a_converted_network_ranks_when_it_runs(net: str, scope: Scope
     assert torch.equal(program(images()), other(images()))
 
 
-@pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # of torch 2.11
 @pytest.mark.parametrize("net", slow_except(NETS, ["resnet"]))
 def test_export_of_a_baked_network(net: str, tmp_path: Path) -> None:
     model = hidden(NETS[net]).eval()
@@ -831,7 +830,6 @@ def test_an_ensemble_by_vmap_ranks_each_members_scores(scope: Scope) -> None:
 
 
 @pytest.mark.filterwarnings(r"ignore:.torch\.jit\.trace:FutureWarning")
-@pytest.mark.filterwarnings(r"ignore:.torch\.jit\.trace:DeprecationWarning")  # of torch 2.11
 def test_a_trace_that_would_freeze_the_mask_is_refused() -> None:
     with pytest.raises(MaskedWeightError, match=r"read by torch\.jit\.trace, which would freeze its mask; trace bake"):
         torch.jit.trace(convert(nn.Linear(3, 2)), torch.ones(1, 3))
