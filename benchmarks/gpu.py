@@ -44,6 +44,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ METHODS = (
 )  # fmt: skip
 ON_GPU = ("training.compile=reduce-overhead", "training.optimizer_kwargs={fused: true}")
 GRAPHS = ("training.compile=false", "training.graph=auto")  # in place of the first, where that is faster
+NO_GRAPHS = ("Gem-Miner", "Zhou et al.")  # whose learners work on the host too
 CLOSING = 20.0  # seconds that a call needs at its end, for checkpoints and files
 CHECKS, TRIAL = 90.0, 80.0  # time limits of these phases in seconds
 MARGIN = 1.03  # safety factor of a forecast
@@ -89,23 +91,42 @@ def places_of_the_day(
     seeds: Sequence[int],
     methods: Sequence[str],
     data_dir: Path,
+    with_graphs: bool = False,
 ) -> list[Run]:
     """Return the runs of figure 3, those of Zhou et al. in figure 6, and then those of `methods` in equal-bytes.
 
     The most valuable come first. A run of figure 3 that is one of equal-bytes too is there twice. In both places its
-    masks are coded as there, which its name does not depend on.
+    masks are coded as there, which its name does not depend on. `with_graphs`, those whose steps can be graphs are.
     """
     found: list[Run] = []
-    coded = ["surgery.encoding=range_coded", *settings]
+    most = graphed(settings) if with_graphs else settings
+    kinds = (
+        ([each for each in methods if each not in NO_GRAPHS], most),
+        (
+            [each for each in methods if each in NO_GRAPHS],
+            settings,
+        ),
+    )
+    coded = "surgery.encoding=range_coded"
     for seed, network in itertools.product(seeds, networks):
         own: dict[str, Any] = {"only": [network], "seeds": [seed], "data_dir": data_dir}
-        figure6 = sweep_of("figure6", scale, coded, **own).runs
-        found += sorted(sweep_of("figure3", scale, coded, **own).runs, key=_worth)
+        found += sorted(sweep_of("figure3", scale, [coded, *most], **own).runs, key=_worth)
+        figure6 = sweep_of("figure6", scale, [coded, *settings], **own).runs
         found += [run for run in figure6 if run.label.startswith("Zhou")]
-    for network, seed in itertools.product(networks if methods else (), seeds):
-        sweep = sweep_of("equal-bytes", scale, settings, only=[network, *methods], seeds=[seed], data_dir=data_dir)
-        found += sorted(sweep.runs, key=_worth)
+    for network, seed in itertools.product(networks, seeds):
+        sweeps = [
+            sweep_of("equal-bytes", scale, own, only=[network, *labels], seeds=[seed], data_dir=data_dir)
+            for labels, own in kinds
+            if labels
+        ]
+        found += sorted((run for sweep in sweeps for run in sweep.runs), key=_worth)
     return found
+
+
+def graphed(settings: Sequence[str]) -> list[str]:
+    """Return settings with `GRAPHS` in place of those of the same keys."""
+    changed = {setting.partition("=")[0] for setting in GRAPHS}
+    return [*(setting for setting in settings if setting.partition("=")[0] not in changed), *GRAPHS]
 
 
 def runs_of_the_day(places: Sequence[Run]) -> Sweep:
@@ -421,22 +442,28 @@ class Trial:
                 self.seen[run.name] += [self.day.clock()] * more
         time.sleep(0.02)
 
-    def wait(self, until: Callable[[], bool]) -> bool:
-        """Look until a condition is true. Returns False if the trial's time is over, or a run has failed."""
+    def wait(self, runs: Sequence[Run], until: Callable[[], bool]) -> bool:
+        """Look until a condition is true. Returns False if the trial's time is over, or one of `runs` has failed."""
         while not until():
-            if self.day.clock() > self.end or any(child.poll() for child in self.children.values()):
+            if self.day.clock() > self.end or any(self.children[run.name].poll() for run in runs):
                 return False
             self.look()
         return True
+
+    def began_all(self, runs: Sequence[Run]) -> bool:
+        """Return whether all of `runs` have finished an epoch."""
+        return all(self.seen[run.name] for run in runs)
 
     def speed(self, runs: Sequence[Run], seconds: float, steps: float) -> float | None:
         """Return the steps per second of `runs` together, over whole epochs in about `seconds`; None if out of time."""
         first = {run.name: len(self.seen[run.name]) for run in runs}
         began = self.day.clock()
-        if not self.wait(lambda: all(len(self.seen[name]) > count for name, count in first.items())):
+        if not self.wait(runs, lambda: all(len(self.seen[name]) > count for name, count in first.items())):
             return None
         over = began + seconds
-        self.wait(lambda: self.day.clock() > over and all(len(self.seen[name]) > n + 1 for name, n in first.items()))
+        self.wait(
+            runs, lambda: self.day.clock() > over and all(len(self.seen[name]) > n + 1 for name, n in first.items())
+        )
         total = 0.0
         for name, count in first.items():
             lines = self.seen[name][count:]
@@ -469,22 +496,22 @@ def trial(ledger: Ledger, day: Day, counts: Sequence[int], settings: Sequence[st
     values = {"recipe": "cifar10/conv4", "seeds": max(counts)}
     runs = Sweep.parse(values, settings=own, data_dir=data_dir).runs
     others = {
-        name: Sweep.parse(values | {"seeds": min(counts)}, settings=[*own, *more], data_dir=data_dir).runs
-        for name, more in (("graphs", GRAPHS), ("bfloat16", ("training.precision=bfloat16",)))
+        name: Sweep.parse(values | {"seeds": min(counts)}, settings=more, data_dir=data_dir).runs
+        for name, more in (("graphs", graphed(own)), ("bfloat16", [*own, "training.precision=bfloat16"]))
         if torch.cuda.is_available()
     }
-    paused = [run for each in others.values() for run in each]
     steps = -(-(runs[0].recipe.data.max_train or 0) // runs[0].recipe.data.batch_size)
     window = 5.0  # seconds
     result: dict[str, Any] = {"runs": {}, "kind": kind_of(runs[0].recipe), "flops": flops(runs[0].recipe)}
     ledger.values["trial"] = result
     folder = ledger.work / "trial"
-    tried = Trial([*runs, *paused], folder, day)
+    tried = Trial([*runs, *(run for each in others.values() for run in each)], folder, day)
     try:
-        tried.wait(lambda: all(tried.seen[run.name] for run in paused))
-        for run in paused:  # until their turn comes
-            tried.children[run.name].send_signal(signal.SIGSTOP)
-        if tried.wait(lambda: all(len(tried.seen[run.name]) > 1 for run in runs)):
+        for each in others.values():  # paused until their turn comes
+            tried.wait(each, partial(tried.began_all, each))
+            for run in each:
+                tried.children[run.name].send_signal(signal.SIGSTOP)
+        if tried.wait(runs, lambda: all(len(tried.seen[run.name]) > 1 for run in runs)):
             seen = [tried.seen[run.name] for run in runs]
             # doubled, because a whole data set takes longer to read
             result["start_seconds"] = round(2 * max(2 * lines[0] - lines[1] - tried.began for lines in seen), 2)
@@ -511,14 +538,12 @@ def trial(ledger: Ledger, day: Day, counts: Sequence[int], settings: Sequence[st
 
 
 def taken(result: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
-    """Return how many runs at once to have, with which further settings, and how much faster these make a run."""
+    """Return how many runs at once to have, and whether with graphs."""
     measured = {int(count): speed for count, speed in result["runs"].items()}
     with_graphs, without = result.get("graphs", {}).get("steps_per_second", 0.0), measured.get(min(counts))
-    faster = with_graphs / without if without else 1.0
     return {
         "taken": max(measured, key=measured.__getitem__) if measured else min(counts),
-        "settings": [*GRAPHS] if faster > 1 else [],
-        "faster": max(faster, 1.0),
+        "with_graphs": without is not None and with_graphs > without,
     }
 
 
@@ -538,7 +563,7 @@ def figures(ledger: Ledger, day: Day, places: Sequence[Run], about: Mapping[str,
     known = {run.name: run for run in sweep.runs}
     kinds = {kind_of(run.recipe): run.recipe for run in sweep.runs}
     forecast = Forecast(
-        {int(count): speed * measured["faster"] for count, speed in measured["runs"].items()},
+        {int(count): speed for count, speed in measured["runs"].items()},
         measured.get("start_seconds", 30.0),
         {kind: flops(recipe) / measured["flops"] for kind, recipe in kinds.items()},
         dict(ledger.values.get("costs", {})),
@@ -674,13 +699,14 @@ def run_day(arguments: argparse.Namespace, settings: Sequence[str]) -> int:
     with shared() as ledger.values["mps"]:
         if "taken" not in ledger.values.get("trial", {}):
             trial(ledger, day, arguments.trial, settings, data_dir, scale == "tiny")
-        further = ledger.values["trial"]["settings"]
-        changed = {setting.partition("=")[0] for setting in further}
-        settings = [*(each for each in settings if each.partition("=")[0] not in changed), *further]
-        places = places_of_the_day(scale, settings, arguments.networks, arguments.seeds, arguments.methods, data_dir)
+        asked = [setting for setting in arguments.set if setting.startswith(("training.compile=", "training.graph="))]
+        with_graphs = ledger.values["trial"]["with_graphs"] and not asked
+        places = places_of_the_day(
+            scale, settings, arguments.networks, arguments.seeds, arguments.methods, data_dir, with_graphs
+        )
         about = {key: ledger.values[key] for key in ("device", "versions", "mps")} | {
             "scale": scale,
-            "settings": [*settings],
+            "settings": graphed(settings) if with_graphs else [*settings],
         }
         outcomes = figures(ledger, day, places, about)
     states = [outcome.state for outcome in outcomes]

@@ -1,11 +1,14 @@
 """Seed the generators of Python, NumPy and PyTorch together."""
 
+import pickle
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -29,3 +32,24 @@ def seed_generators(entropy: list[int], gpu: bool = True) -> None:
     np.random.seed(second)
     # when no GPU is in use, manual_seed records the whole stack, which takes a tenth of an image's time
     (torch.manual_seed if gpu else torch.default_generator.manual_seed)(third)
+
+
+@contextmanager
+def host_generators() -> Iterator[Callable[[], bool]]:
+    """Context manager: restore the host's generators afterwards. It yields a function: whether one of them drew."""
+
+    def states() -> tuple[Any, Any, Tensor]:
+        return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+    before = states()
+
+    def drew() -> bool:
+        now = states()
+        return pickle.dumps(before[:2]) != pickle.dumps(now[:2]) or not torch.equal(before[2], now[2])
+
+    try:
+        yield drew
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

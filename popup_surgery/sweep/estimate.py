@@ -25,7 +25,7 @@ from ..training.evaluation import accuracy_of
 from ..training.trainer import Trainer
 from .grid import Run
 
-STEPS = 5  # measured steps, after one to warm up
+STEPS = 5  # measured steps, after those to warm up
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _measure(values: dict[str, Any]) -> tuple[float, float, float, int | None]:
             if accelerator.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter())
-            return len(times) > STEPS + 1
+            return len(times) > STEPS + trainer.update.warm_up
 
         with suppress(Stopped):
             trainer.run(lambda epoch: None, stop=enough)
@@ -107,7 +107,7 @@ def _measure(values: dict[str, Any]) -> tuple[float, float, float, int | None]:
     count, rest = trainer.data.steps(), trainer.data.steps(VALIDATION)
     if count is None or rest is None:
         raise RunError("its data set does not say how many images it has")
-    step = median(steps[1:] or steps)
+    step = median(steps[trainer.update.warm_up :] or steps)
     room = None
     if accelerator.device.type == "cuda":
         free, total = torch.cuda.mem_get_info()  # of all processes: the context is counted too

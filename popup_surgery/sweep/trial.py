@@ -30,7 +30,7 @@ COUNTS = (1, 2, 4, 8, 16)  # of runs at a time on each GPU
 SECONDS = 5.0  # of a measurement, or as long as each run needs for STEPS steps
 LIMIT = 120.0  # seconds: numbers that take longer to measure are left out
 PATIENCE = 10.0  # seconds for a process to end
-_NOW = struct.Struct("dq")  # when the last step ended, and the number of steps
+_NOW = struct.Struct("dq")  # when a step ended, and the number of steps until then
 
 
 def best_pack(runs: Sequence[Run], threads: int | None, stop: Callable[[], bool]) -> int:
@@ -103,7 +103,7 @@ class _Stepping:
             print(json.dumps([run.recipe.dump(), [*loaded_plugins()]]), file=self.process.stdin, flush=True)
 
     def now(self) -> tuple[float, int]:
-        """Return when the last step ended, and the number of steps."""
+        """Return when a step ended, the latest that is known, and the number of steps until then."""
         when, steps = _NOW.unpack(os.pread(self._file.fileno(), _NOW.size, 0))
         return when, steps
 
@@ -163,7 +163,9 @@ def step_on(number: int) -> None:
     with prepared(Recipe.parse(values)) as trainer, suppress(Stopped):
 
         def ended() -> bool:
-            os.pwrite(number, _NOW.pack(time.monotonic(), trainer.step), 0)
+            if trainer.step % STEPS == 0:
+                trainer.update.not_finite.item()  # waits for the GPU
+                os.pwrite(number, _NOW.pack(time.monotonic(), trainer.step), 0)
             return bool(select.select([sys.stdin], [], [], 0)[0])
 
         trainer.epochs = sys.maxsize

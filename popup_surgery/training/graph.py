@@ -17,10 +17,12 @@ from ..config.checks import without_graph
 from ..config.schema import Training
 from ..data.batches import Batches, ProcessShard
 from ..data.in_memory import InMemory
+from ..data.seeding import host_generators
 from ..errors import RunError
 from ..learners import name_of
 from ..learners.base import Learner
 from ..masking.walk import masked_weights
+from ..torch_compat import GOES_ON_AFTER_CAPTURE
 from .optimizers import optimizer_of
 from .step import OptimizerStep
 
@@ -34,7 +36,8 @@ class CudaGraph:
     """Work on the device that is captured as one CUDA graph."""
 
     def __init__(self) -> None:
-        self.stream, self.graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        self.stream = torch.cuda.Stream()
+        self.drop()
 
     def run(self, work: Callable[[], None]) -> None:
         """Do work without a graph, in the stream that captures."""
@@ -47,7 +50,7 @@ class CudaGraph:
     def capture(self, work: Callable[[], None]) -> None:
         """Capture work, which is not done, in place of what was captured before."""
         before = torch.cuda.current_stream()
-        self.graph = torch.cuda.CUDAGraph()
+        self.drop()
         try:
             with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):
                 work()
@@ -58,6 +61,10 @@ class CudaGraph:
         """Do the work that was captured."""
         self.graph.replay()
 
+    def drop(self) -> None:
+        """Free the memory of what was captured."""
+        self.graph = torch.cuda.CUDAGraph()
+
 
 class GraphedStep(OptimizerStep):
     """`OptimizerStep` that captures itself, for images on the device. Its pieces are rows of `InMemory.rows`.
@@ -67,6 +74,8 @@ class GraphedStep(OptimizerStep):
 
     The others are those of `OptimizerStep`.
     """
+
+    warm_up = WARM + 1
 
     def __init__(self, data: InMemory, kept: Callable[[], list[int]], *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -82,7 +91,8 @@ class GraphedStep(OptimizerStep):
 
     def pieces(self, data: Batches, epoch: int, first: int = 0) -> Iterator[Any]:
         assert isinstance(data, InMemory)
-        self.epoch = epoch
+        self.epoch, self.captured = epoch, None
+        self.graph.drop()
         return data.rows(epoch, self.part, first)
 
     def __call__(self, pieces: Iterator[Any], number: int, rate: Callable[[], float]) -> bool:
@@ -112,16 +122,27 @@ class GraphedStep(OptimizerStep):
         self.waiting = given, before + 1
         if before < WARM:
             return False
-        try:
-            self.graph.capture(lambda: self._whole(self.rows, number))
-        except RuntimeError as error:
-            first, self.fails = str(error.__context__ or error).partition("\n")[0], True
-            if self.training.graph is True:
-                raise RunError(f"training.graph is true; expected auto or false for this network: {first}") from error
-            log.warning("the run trains without a CUDA graph, which cannot capture its steps: %s", first)
-            return False
-        self.captured = given
-        return True
+        with host_generators() as drew:
+            try:
+                self.graph.capture(lambda: self._whole(self.rows, number))
+            except RuntimeError as error:
+                self._give_up(str(error.__context__ or error).partition("\n")[0], GOES_ON_AFTER_CAPTURE)
+            else:
+                self.captured = given
+                if drew():
+                    self._give_up("it draws random numbers on the host, which a graph would repeat")
+        return not self.fails
+
+    def _give_up(self, why: str, goes_on: bool = True) -> None:
+        """Make all further steps without a graph, if the recipe allows it and the process goes on."""
+        self.fails, self.captured = True, None
+        if self.training.graph is True or not goes_on:
+            expected = "auto or false" if goes_on else "false"
+            raise RunError(
+                f"training.graph is {str(self.training.graph).lower()}; expected {expected} for this network: {why}"
+            )
+        self.graph.drop()
+        log.warning("the run trains without a CUDA graph, which cannot capture the network's steps: %s", why)
 
 
 def step_of(

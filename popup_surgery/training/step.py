@@ -33,7 +33,10 @@ class OptimizerStep:
             last reset to 0.
         not_finite: the first step whose loss was not finite, or -1. It is a tensor, so that no step waits for it.
         number: the number of the step, as a tensor too, so that one graph serves all steps.
+        warm_up: how many steps of a run take longer than the others.
     """
+
+    warm_up = 1
 
     def __init__(
         self,

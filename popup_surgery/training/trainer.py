@@ -188,6 +188,7 @@ class Trainer:
                     saved = time.monotonic()
                 if wish == 2:
                     raise Stopped(f"stopped after step {self.step:,}, in epoch {self.epoch + 1}")
+        self.update.not_finite.item()  # a GPU's time counts until it has made the steps
         self.seconds = spent + time.monotonic() - began
 
     def _one_step(self, pieces: Iterator[TrainBatch]) -> bool:

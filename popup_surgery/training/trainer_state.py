@@ -60,6 +60,9 @@ def restore(trainer: "Trainer", checkpoint: Checkpoint) -> None:
         for key, tensor in trainer.learned().items():
             tensor.copy_(spread(tensors[f"model.{key}"], tensor))
     of_optimizer = spread_state(trainer.optimizer, unpack(state["optimizer"], tensors))
+    for group, own in zip(of_optimizer["param_groups"], trainer.optimizer.param_groups, strict=True):
+        if "capturable" in own:  # which a step as a graph sets, and not every resume makes one
+            group["capturable"] = own["capturable"]
     trainer.optimizer.load_state_dict(of_optimizer)
     if accelerator.scaler is not None and state["scaler"] is not None:
         accelerator.scaler.load_state_dict(state["scaler"])

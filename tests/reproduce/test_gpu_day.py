@@ -197,14 +197,23 @@ def test_runs_of_a_day_come_in_the_order_of_their_worth(ten: Path) -> None:
     assert len(wanted) == 8 * 35
 
 
-@pytest.mark.parametrize(
-    ("graphs", "faster", "settings"), [(80.0, 2.0, [*gpu.GRAPHS]), (30.0, 1.0, []), (None, 1.0, [])]
-)
-def test_what_the_trial_found_is_taken(graphs: float | None, faster: float, settings: list[str]) -> None:
-    measured = {} if graphs is None else {"graphs": {"runs": 4, "steps_per_second": graphs}}
-    found = gpu.taken({"runs": {"4": 40.0, "8": 60.0, "16": 55.0}, **measured}, [4, 8, 16])
-    assert found == {"taken": 8, "settings": settings, "faster": faster}
-    assert gpu.taken({"runs": {}, **measured}, [4, 8]) == {"taken": 4, "settings": [], "faster": 1.0}
+def test_what_the_trial_found_is_taken(ten: Path) -> None:
+    for speed, with_graphs in ((80.0, True), (30.0, False), (None, False)):
+        graphs = {} if speed is None else {"graphs": {"runs": 4, "steps_per_second": speed}}
+        found = gpu.taken({"runs": {"4": 40.0, "8": 60.0, "16": 55.0}, **graphs}, [4, 8, 16])
+        assert found == {"taken": 8, "with_graphs": with_graphs}
+        assert gpu.taken({"runs": {}, **graphs}, [4, 8]) == {"taken": 4, "with_graphs": False}
+
+
+def test_runs_with_graphs_are_those_that_can_have_them(ten: Path) -> None:
+    settings = ["training.compile=reduce-overhead"]
+    places = gpu.places_of_the_day("full", settings, ["conv4"], [0], gpu.METHODS, ten, True)
+    for run in places:
+        host = run.label in gpu.NO_GRAPHS or run.label.startswith("Zhou")
+        assert run.recipe.training.compile == ("reduce-overhead" if host else False)
+        assert run.recipe.training.graph == (False if host else "auto")
+    assert len(places) == len(gpu.places_of_the_day("full", settings, ["conv4"], [0], gpu.METHODS, ten))
+    assert {run.label for run in places} >= {*gpu.NO_GRAPHS, "Signed Constant", "dense"}
 
 
 # Archives -------------------------------------------------------------------------------------------------------------

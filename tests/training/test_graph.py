@@ -1,6 +1,6 @@
 """Whole steps as CUDA graphs. Without a GPU, a recording of the operators and kernels takes the graph's place."""
 
-import logging
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.errors import Stopped
 from popup_surgery.masking.k_schedule import KSchedule
+from popup_surgery.torch_compat import GOES_ON_AFTER_CAPTURE
 from popup_surgery.training import graph
 from popup_surgery.training.distributed import start
 from popup_surgery.training.trainer import Trainer
@@ -98,6 +99,9 @@ class Recording:
             call()
         Recording.replays += 1
 
+    def drop(self) -> None:
+        self.recorder = Recorder()
+
 
 def tensors(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
@@ -129,8 +133,17 @@ class Net(nn.Module):
 
 
 class Asking(Net):
+    """It asks the device in its forward."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if x.mean() > -100 else -x)
+
+
+class Drawing(Net):
+    """It draws on the host."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x if random.random() > 0.5 else -x)
 
 
 def fit(
@@ -200,20 +213,45 @@ def test_a_stopped_run_of_graphs_resumes() -> None:
         same(whole, resumed)
 
 
-def test_what_cannot_be_captured_runs_without_a_graph(as_on_a_gpu: None, caplog: pytest.LogCaptureFixture) -> None:
-    eager, graphed = fit(net=Asking), fit("training.graph=auto", net=Asking)
-    for fitted in (eager, graphed):
-        fitted.run(lambda epoch: None)
-    same(eager, graphed)
-    assert Recording.replays == 0
-    said = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert [text for text in said if "graph" in text] == [
-        "the run trains without a CUDA graph, which cannot capture its steps: operation not permitted when stream is "
-        "capturing"
-    ]
-    insisting = fit("training.graph=true", net=Asking)
-    with pytest.raises(RunError, match=r"^training\.graph is true; expected auto or false for this network: operation"):
-        insisting.run(lambda epoch: None)
+@pytest.mark.parametrize(("made", "resumed"), [("false", "auto"), ("auto", "false")])
+def test_checkpoints_resume_with_graphs_and_without(as_on_a_gpu: None, made: str, resumed: str) -> None:
+    adam = ["training.optimizer=adamw", "training.optimizer_kwargs={fused: true}"]
+    one, other = (fit(*adam, f"training.graph={graph}") for graph in (made, resumed))
+    left: list[Any] = []
+    with pytest.raises(Stopped):
+        one.run(lambda epoch: None, lambda step, it: left.append(it), lambda: one.step == 2)
+    other.restore(left[-1])
+    assert {group["capturable"] for group in other.optimizer.param_groups} == {resumed == "auto"}
+
+
+@pytest.mark.parametrize(
+    ("net", "why"),
+    [
+        (Asking, "operation not permitted when stream is capturing"),
+        (Drawing, "it draws random numbers on the host, which a graph would repeat"),
+    ],
+)
+@by_kernels
+def test_what_cannot_be_captured_runs_without_a_graph(net: type[nn.Module], why: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        said: list[str] = []
+        patch.setattr(graph.log, "warning", lambda text, *values: said.append(text % values))
+        eager, graphed = fit(net=net), fit("training.graph=auto", net=net)
+        for fitted in (eager, graphed):
+            fitted.run(lambda epoch: None)
+        same(eager, graphed)
+        assert Recording.replays == 0
+        assert [text for text in said if "graph" in text] == [
+            f"the run trains without a CUDA graph, which cannot capture the network's steps: {why}"
+        ]
+        expected = rf"^training\.graph is true; expected auto or false for this network: {why}$"
+        with pytest.raises(RunError, match=expected):
+            fit("training.graph=true", net=net).run(lambda epoch: None)
+        patch.setattr(graph, "GOES_ON_AFTER_CAPTURE", False)
+        if net is Asking:
+            with pytest.raises(RunError, match=r"^training\.graph is auto; expected false for this network: operation"):
+                fit("training.graph=auto", net=net).run(lambda epoch: None)
 
 
 @pytest.mark.parametrize(
@@ -257,17 +295,14 @@ def test_a_recipe_names_all_that_keeps_it_from_graphs() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_cuda_replays_the_step(optimizer: str) -> None:
+def test_cuda_replays_the_step(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The host waits for nothing in an epoch, and the masks are those of steps without a graph."""
     overrides = [f"training.optimizer={optimizer}", "training.optimizer_kwargs={fused: true}", "training.epochs=4"]
     eager, graphed = (fit(*overrides, *more, device="cuda") for more in ([], ["training.graph=true"]))
-    torch.backends.cudnn.deterministic = True
-    made = 0
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
 
     def watch() -> bool:
-        nonlocal made
-        made += 1
-        torch.cuda.set_sync_debug_mode("error" if made % 7 in (4, 5) else "default")
+        torch.cuda.set_sync_debug_mode("error" if graphed.step % 7 in (4, 5) else "default")
         return False
 
     eager.run(lambda epoch: None)
@@ -277,6 +312,19 @@ def test_cuda_replays_the_step(optimizer: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert graphed.update.captured is not None  # type: ignore[attr-defined]
     for one, other in zip(numbers(eager), numbers(graphed), strict=True):
-        assert one == pytest.approx(other, rel=0.02, abs=0.02)
+        assert one == pytest.approx(other, rel=0.05, abs=0.1)
     for key, mask in masks(eager.core).items():
-        assert (mask != masks(graphed.core)[key]).float().mean() < 0.01
+        assert (mask != masks(graphed.core)[key]).float().mean() < 0.02
+
+
+@pytest.mark.gpu
+def test_cuda_goes_on_without_a_graph() -> None:
+    if not GOES_ON_AFTER_CAPTURE:
+        with pytest.raises(RunError, match=r"training\.graph is auto; expected false for this network"):
+            fit("training.graph=auto", net=Asking, device="cuda").run(lambda epoch: None)
+        return
+    eager, graphed = (fit(*more, net=Asking, device="cuda") for more in ([], ["training.graph=auto"]))
+    for fitted in (eager, graphed):
+        fitted.run(lambda epoch: None)
+    for one, other in zip(numbers(eager), numbers(graphed), strict=True):
+        assert one == pytest.approx(other, rel=0.05, abs=0.1)
