@@ -100,13 +100,6 @@ def places_of_the_day(
     """
     found: list[Run] = []
     most = graphed(settings) if with_graphs else settings
-    kinds = (
-        ([each for each in methods if each not in NO_GRAPHS], most),
-        (
-            [each for each in methods if each in NO_GRAPHS],
-            settings,
-        ),
-    )
     coded = "surgery.encoding=range_coded"
     for seed, network in itertools.product(seeds, networks):
         own: dict[str, Any] = {"only": [network], "seeds": [seed], "data_dir": data_dir}
@@ -114,12 +107,14 @@ def places_of_the_day(
         figure6 = sweep_of("figure6", scale, [coded, *settings], **own).runs
         found += [run for run in figure6 if run.label.startswith("Zhou")]
     for network, seed in itertools.product(networks, seeds):
-        sweeps = [
-            sweep_of("equal-bytes", scale, own, only=[network, *labels], seeds=[seed], data_dir=data_dir)
-            for labels, own in kinds
-            if labels
-        ]
-        found += sorted((run for sweep in sweeps for run in sweep.runs), key=_worth)
+        own = {"seeds": [seed], "data_dir": data_dir}
+        runs: list[Run] = []
+        for graphs in (False, True):
+            labels = [label for label in methods if (label not in NO_GRAPHS) == graphs]
+            if labels:
+                chosen = most if graphs else settings
+                runs += sweep_of("equal-bytes", scale, chosen, only=[network, *labels], **own).runs
+        found += sorted(runs, key=_worth)
     return found
 
 
