@@ -259,6 +259,7 @@ def test_sweeps_are_no_recipes(cli: Callable[..., Any]) -> None:
         "many_tasks/piggyback_digits",
         "methods/equal_bytes",
         "methods/patterns",
+        "methods/patterns_resnet18",
         *paper,
     ]
     assert not set(shipped_sweeps()) & set(shipped())
