@@ -61,10 +61,10 @@ DIED_SENDING = r"received \d+ items of ancdata"
 The text is that of Python's multiprocessing, from 3.6 to 3.13, which torch passes on. Tried on torch 2.11 and 2.14."""
 
 
-GOES_ON_AFTER_CAPTURE = torch.__version__ >= "2.14"  # a comparison of versions, not of texts
-"""Whether a process can go on after the capture of a CUDA graph has failed.
+SURVIVES_FAILED_CAPTURE = torch.__version__ >= "2.14"  # a comparison of versions, not of texts
+"""Whether a process can continue after the capture of a CUDA graph has failed.
 
-torch 2.11 leaves the generator and the allocator of the GPU as if the capture went on."""
+torch 2.11 leaves the generator and the allocator of the GPU as if the capture continued."""
 
 
 def version_of(tensor: Tensor) -> int:

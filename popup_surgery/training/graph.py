@@ -22,7 +22,7 @@ from ..errors import RunError
 from ..learners import name_of
 from ..learners.base import Learner
 from ..masking.walk import masked_weights
-from ..torch_compat import GOES_ON_AFTER_CAPTURE
+from ..torch_compat import SURVIVES_FAILED_CAPTURE
 from .optimizers import optimizer_of
 from .step import OptimizerStep
 
@@ -126,18 +126,18 @@ class GraphedStep(OptimizerStep):
             try:
                 self.graph.capture(lambda: self._whole(self.rows, number))
             except RuntimeError as error:
-                self._give_up(str(error.__context__ or error).partition("\n")[0], GOES_ON_AFTER_CAPTURE)
+                self._give_up(str(error.__context__ or error).partition("\n")[0], SURVIVES_FAILED_CAPTURE)
             else:
                 self.captured = given
                 if drew():
                     self._give_up("it draws random numbers on the host, which a graph would repeat")
         return not self.fails
 
-    def _give_up(self, why: str, goes_on: bool = True) -> None:
-        """Make all further steps without a graph, if the recipe allows it and the process goes on."""
+    def _give_up(self, why: str, survives: bool = True) -> None:
+        """Make all further steps without a graph, if the recipe allows it and the process can continue."""
         self.fails, self.captured = True, None
-        if self.training.graph is True or not goes_on:
-            expected = "auto or false" if goes_on else "false"
+        if self.training.graph is True or not survives:
+            expected = "auto or false" if survives else "false"
             raise RunError(
                 f"training.graph is {str(self.training.graph).lower()}; expected {expected} for this network: {why}"
             )

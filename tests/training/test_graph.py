@@ -17,7 +17,7 @@ from popup_surgery.data.batches import quiet
 from popup_surgery.data.open import open_data
 from popup_surgery.errors import Stopped
 from popup_surgery.masking.k_schedule import KSchedule
-from popup_surgery.torch_compat import GOES_ON_AFTER_CAPTURE
+from popup_surgery.torch_compat import SURVIVES_FAILED_CAPTURE
 from popup_surgery.training import graph
 from popup_surgery.training.distributed import start
 from popup_surgery.training.trainer import Trainer
@@ -248,7 +248,7 @@ def test_what_cannot_be_captured_runs_without_a_graph(net: type[nn.Module], why:
         expected = rf"^training\.graph is true; expected auto or false for this network: {why}$"
         with pytest.raises(RunError, match=expected):
             fit("training.graph=true", net=net).run(lambda epoch: None)
-        patch.setattr(graph, "GOES_ON_AFTER_CAPTURE", False)
+        patch.setattr(graph, "SURVIVES_FAILED_CAPTURE", False)
         if net is Asking:
             with pytest.raises(RunError, match=r"^training\.graph is auto; expected false for this network: operation"):
                 fit("training.graph=auto", net=net).run(lambda epoch: None)
@@ -318,8 +318,8 @@ def test_cuda_replays_the_step(optimizer: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
-def test_cuda_goes_on_without_a_graph() -> None:
-    if not GOES_ON_AFTER_CAPTURE:
+def test_cuda_survives_without_a_graph() -> None:
+    if not SURVIVES_FAILED_CAPTURE:
         with pytest.raises(RunError, match=r"training\.graph is auto; expected false for this network"):
             fit("training.graph=auto", net=Asking, device="cuda").run(lambda epoch: None)
         return
