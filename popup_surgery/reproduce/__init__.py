@@ -14,7 +14,7 @@ from ..config.keys import flat
 from ..config.overrides import parse_setting
 from ..config.yaml import read_yaml
 from ..errors import PopupError, RecipeError, RunError, unknown
-from ..sweep import Engine, Outcome, Report, Run, State, Sweep, as_text, execute, points
+from ..sweep import Engine, Outcome, Report, Run, Sweep, as_text, execute, points
 from ..sweep.archive import Archive
 from ..training.run_folder import Kind
 from .figures import FIGURES, NET, PAPER, Figure
@@ -158,21 +158,22 @@ def reproduce(
     output = Path(output)
     if os.path.isdir(output):  # a new folder has room for any
         _check(_files(figure, scale, output))
-    outcomes = [_as_coded(outcome, output) for outcome in execute(sweep, output, engine, report)]
+    if FIGURES[figure].x == "stored":
+        for run in sweep.runs:
+            _code(run, output)
+    outcomes = execute(sweep, output, engine, report)
     more = rounded(outcomes, output) if FIGURES[figure].rounded else []
     return _show(figure, scale, outcomes, _note(sweep, scale, settings), output, more)
 
 
-def _as_coded(outcome: Outcome, output: Path) -> Outcome:
-    """Return a run with its masks coded as its recipe says. They may not be if another figure has made it."""
-    recipe, folder = outcome.run.recipe, outcome.run.folder(output)
-    if outcome.state is not State.FINISHED or recipe.surgery == "none" or folder.kind is not Kind.ARTIFACT:
-        return outcome
+def _code(run: Run, output: Path) -> None:
+    """Code a finished run's masks as its recipe says. They may not be if another figure has made it."""
+    recipe, folder = run.recipe, run.folder(output)
+    if recipe.surgery == "none" or folder.kind is not Kind.ARTIFACT or not folder.finished:
+        return
     artifact = Artifact.open(folder.final)
-    if recipe.surgery.encoding in {weight.encoding for weight in artifact.manifest.masked}:
-        return outcome
-    repack(artifact, folder.final, encoding=recipe.surgery.encoding)
-    return Outcome.read(outcome.run, output)
+    if recipe.surgery.encoding not in {weight.encoding for weight in artifact.manifest.masked}:
+        repack(artifact, folder.final, encoding=recipe.surgery.encoding)
 
 
 def redraw(figure: str, archive: str | Path, output: str | Path) -> Reproduction:
