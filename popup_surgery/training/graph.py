@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config.checks import without_graph
 from ..config.schema import Training
-from ..data.batches import Batches, ProcessShard
+from ..data.batches import TRAIN, Batches, ProcessShard
 from ..data.in_memory import InMemory
 from ..data.seeding import host_generators
 from ..errors import RunError
@@ -178,6 +178,8 @@ def _why_not(model: nn.Module, data: Batches, training: Training, accelerator: A
         return f"the run has {accelerator.num_processes} processes"
     if not isinstance(data, InMemory):
         return "the images are not all in the device's memory"
+    if (whole := (data.counts[TRAIN] or 0) // data.config.batch_size) <= WARM:
+        return f"an epoch has {whole} whole batches, and the first {WARM} run without a graph"
     groups = (optimizer := optimizer_of([], training)).param_groups
     if type(optimizer) is not torch.optim.SGD and not all("capturable" in group for group in groups):
         return f"training.optimizer {training.optimizer} works on the host too"

@@ -258,6 +258,11 @@ def test_what_cannot_be_captured_runs_without_a_graph(net: type[nn.Module], why:
     ("overrides", "learner", "why"),
     [
         (["training.optimizer=lion"], "edge_popup", r"training\.optimizer lion works on the host too"),
+        (
+            ["data.batch_size=30"],
+            "edge_popup",
+            r"an epoch has 3 whole batches, and the first 3 run without a graph",
+        ),
         ([], "supermask", r"the learner supermask works on the host in each step"),
         ([], "gem_miner", r"the learner gem_miner works on the host in each step"),
     ],
@@ -318,7 +323,7 @@ def test_cuda_replays_the_step(optimizer: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
-def test_cuda_survives_without_a_graph() -> None:
+def test_cuda_continues_without_a_graph() -> None:
     if not SURVIVES_FAILED_CAPTURE:
         with pytest.raises(RunError, match=r"training\.graph is auto; expected false for this network"):
             fit("training.graph=auto", net=Asking, device="cuda").run(lambda epoch: None)
