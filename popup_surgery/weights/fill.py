@@ -17,9 +17,12 @@ SMALLEST = 2.0**-24  # the smallest subnormal number of float16
 
 
 def rounded(values: NDArray[np.float32], dtype: torch.dtype) -> Tensor:
-    """Return values in another dtype, rounded to nearest: beyond its largest number an infinity, if it has one."""
+    """Return values in another dtype, rounded to nearest.
+
+    What is beyond its largest number becomes an infinity, or that number in a dtype without infinities.
+    """
     tensor = torch.from_numpy(values)
-    if dtype == torch.float8_e4m3fn:  # it has none, and torch 2.11 would give NaN
+    if dtype == torch.float8_e4m3fn:  # has no infinity, and torch 2.11 would give NaN
         tensor = tensor.clamp(-_LARGEST, _LARGEST)
     return tensor.to(dtype)
 
